@@ -1,0 +1,42 @@
+"""Files that are complete or not there: written beside their place, flushed, then renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` write a file under a temporary name in ``path``'s folder, flush it to disk and rename it to ``path``.
+
+    If anything fails, an earlier file at ``path`` is untouched and the temporary one is removed.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        os.close(handle)
+        fill(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~current_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+
+    def fill(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write(path, fill)
+
+
+def current_umask() -> int:
+    """The process' file mode mask (reading it means setting it)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

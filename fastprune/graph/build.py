@@ -1,0 +1,176 @@
+"""From united labels to units, groups, slices and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastprune.graph.channel_graph import ChannelGraph, Group, Layer, Slice
+from fastprune.graph.cost import CostModel, SlicedDim
+from fastprune.graph.interpret import run_on_labels
+from fastprune.graph.labels import IntArray
+from fastprune.graph.propagate import LabelledDim, Propagation
+from fastprune.graph.tracing import Traced, trace_graphs
+
+
+def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> ChannelGraph:
+    """Find the channel groups of a network.
+
+    Args:
+        model: any ``nn.Module`` that ``torch.export`` takes. It is not changed; its mode does not matter.
+        example_inputs: a batch of inputs, or a tuple of them; [N, C, H, W] for an image network. Height and width are
+            those that costs are counted for.
+
+    Returns:
+        The ``ChannelGraph``.
+
+    Raises:
+        TraceError: if the model cannot be exported; names the reason.
+        TypeError: if the inputs are no tensors.
+
+    Example:
+        >>> import torch, fastprune as fp
+        >>> graph = fp.trace(fp.models.create("resnet20"), torch.zeros(1, 3, 32, 32))
+        >>> len(graph.groups), graph.num_units, round(float(graph.cost().macs) / 1e6, 2)
+        (10, 352, 40.55)
+    """
+    traced = trace_graphs(model, example_inputs)
+    state = Propagation()
+    run_on_labels(traced.evaluation, traced.inputs, state, record=True)
+    if traced.training is not None:
+        run_on_labels(traced.training, traced.inputs, state, record=False)
+    return build(model, traced, state)
+
+
+@dataclass(frozen=True)
+class Units:
+    """The unit of each label, -1 for none, and where each group's units start."""
+
+    of_label: IntArray
+    offsets: IntArray
+
+
+def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
+    """Number the units, gather them into groups and describe both."""
+    dims = list(state.dims.values())
+    for labelled in dims_without_producer(state, dims):
+        state.space.pin(labelled.labels, "no convolution or linear layer makes its channels")
+    components, reasons = state.settle()
+    units = number_units(components, reasons, dims)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    positions: dict[str, int] = {}
+    for call in state.calls:
+        positions[call.weight] = positions.get(call.weight, 0) + call.positions
+    slices = tuple(
+        Slice(d.tensor, d.dim, torch.from_numpy(of), d.role)
+        for d in dims
+        if (of := units.of_label[d.labels.numpy()]).max(initial=-1) >= 0
+    )
+    offsets = torch.from_numpy(units.offsets)
+    cost = CostModel(offsets, shapes, positions, sliced_dims(slices, units.offsets, shapes))
+    layers = tuple(
+        Layer(
+            c.layer, c.kind, c.weight, c.node,
+            torch.from_numpy(units.of_label[c.in_labels.numpy()]), torch.from_numpy(units.of_label[c.out_labels.numpy()]),
+            c.channel_dim, c.depthwise, c.positions * int(np.prod(shapes[c.weight])),
+        )
+        for c in state.calls
+    )  # fmt: skip
+    groups = describe_groups(units, layers, slices, cost, state)
+    return ChannelGraph(groups, offsets, slices, layers, unprunable(model, state, components, reasons), cost, traced)
+
+
+def dims_without_producer(state: Propagation, dims: list[LabelledDim]) -> list[LabelledDim]:
+    """Labels of parameters used elementwise that no layer's channels ever met."""
+    components = state.space.components()
+    made = {int(c) for d in dims if d.role == "out" for c in np.unique(components[d.labels.numpy()])}
+    return [d for d in dims if not made.issuperset(np.unique(components[d.labels.numpy()]).tolist())]
+
+
+def number_units(components: IntArray, reasons: dict[int, str], dims: list[LabelledDim]) -> Units:
+    """Classes that touch the same (tensor, dim) pairs equally often form a group; groups and units keep trace order."""
+    prunable = np.zeros(len(components), dtype=bool)
+    for d in dims:
+        prunable[components[d.labels.numpy()]] = True
+    prunable[0] = False
+    prunable[list(reasons)] = False
+    classes = np.flatnonzero(prunable)
+    group = np.zeros(len(classes), dtype=np.int64)
+    for d in dims:
+        touched = np.bincount(components[d.labels.numpy()], minlength=len(components))[classes]
+        _, group = np.unique(group * (touched.max(initial=0) + 1) + touched, return_inverse=True)
+    first_seen = np.full(group.max(initial=-1) + 1, len(components))
+    np.minimum.at(first_seen, group, classes)
+    order = np.lexsort((classes, first_seen[group]))
+    unit_of_class = np.full(len(components), -1)
+    unit_of_class[classes[order]] = np.arange(len(classes))
+    sizes = np.bincount(group, minlength=len(first_seen))[np.argsort(first_seen)]
+    return Units(unit_of_class[components], np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+
+def sliced_dims(slices: tuple[Slice, ...], offsets: IntArray, shapes: dict[str, tuple[int, ...]]) -> list[SlicedDim]:
+    """How each parameter's dimensions shrink with the groups."""
+    dims = []
+    for s in slices:
+        if s.tensor in shapes:
+            units = s.units.numpy()
+            held = np.searchsorted(offsets, units[units >= 0], side="right") - 1
+            groups, indices = np.unique(held, return_counts=True)
+            counts = {int(g): int(n) // int(offsets[g + 1] - offsets[g]) for g, n in zip(groups, indices, strict=True)}
+            dims.append(SlicedDim(s.tensor, s.dim, int((units < 0).sum()), counts))
+    return dims
+
+
+def describe_groups(
+    units: Units, layers: tuple[Layer, ...], slices: tuple[Slice, ...], cost: CostModel, state: Propagation
+) -> tuple[Group, ...]:
+    """Name each group and say which layers make and read its channels."""
+    offsets = units.offsets
+    num_groups = len(offsets) - 1
+
+    def groups_of(of: IntArray) -> list[int]:
+        return np.unique(np.searchsorted(offsets, of[of >= 0], side="right") - 1).tolist()  # type: ignore[no-any-return]
+
+    producers: list[dict[str, None]] = [{} for _ in range(num_groups)]
+    consumers: list[dict[str, None]] = [{} for _ in range(num_groups)]
+    touched: list[dict[str, None]] = [{} for _ in range(num_groups)]
+    lists = {"out": producers, "in": consumers}
+    for s in slices:
+        for g in groups_of(s.units.numpy()):
+            layer = s.tensor.rpartition(".")[0]
+            touched[g][layer] = None
+            if s.role in lists:
+                lists[s.role][g][layer] = None
+    streams = {g for added in state.added for g in groups_of(units.of_label[added.numpy()])}
+    sizes = torch.from_numpy(np.diff(offsets)).to(torch.float64)
+    without = cost.of_widths(sizes * (1 - torch.eye(num_groups, dtype=torch.float64))).macs
+    total = cost.of_widths(sizes).macs
+    share = (1 - without / total).tolist()
+    return tuple(
+        Group(
+            name=next(iter(producers[g])), start=int(offsets[g]), size=int(sizes[g]),
+            kind="stream" if g in streams else "interior", producers=tuple(producers[g]),
+            consumers=tuple(consumers[g]), layers=tuple(touched[g]), share=share[g],
+        )
+        for g in range(num_groups)
+    )  # fmt: skip
+
+
+def unprunable(
+    model: nn.Module, state: Propagation, components: IntArray, reasons: dict[int, str]
+) -> tuple[tuple[str, str], ...]:
+    """Every convolution and linear layer with output channels that always stay, and why."""
+    listed: dict[str, str] = {}
+    for call in state.calls:
+        pinned = [c for c in np.unique(components[call.out_labels.numpy()]).tolist() if c == 0 or c in reasons]
+        if pinned and call.layer not in listed:
+            listed[call.layer] = reasons.get(pinned[0], "reads the input of the network channel by channel")
+    seen = {d.tensor.rpartition(".")[0] for d in state.dims.values()}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and name not in seen:
+            listed.setdefault(name, "never reached in the traced graph, or its weight is not read directly")
+    return tuple(listed.items())

@@ -1,0 +1,156 @@
+"""The channel graph: which channels of a network can only leave together, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fastprune.graph.cost import Cost, CostModel
+from fastprune.graph.propagate import Role
+from fastprune.graph.tracing import Traced
+
+if TYPE_CHECKING:
+    from fastprune.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One dimension of one parameter or buffer that shrinks with its units.
+
+    Args:
+        tensor: name in the model's state.
+        dim: the dimension.
+        units: the unit of each index, int64 [size(dim)]; -1 = always kept.
+        role: "out" makes channels, "in" reads them, "depthwise" does both, "channel" goes along (batch norm, bias).
+    """
+
+    tensor: str
+    dim: int
+    units: Tensor
+    role: Role
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of a convolution or linear layer.
+
+    Args:
+        name: the module's name.
+        kind: the operator, "conv2d" say.
+        weight: name of its weight.
+        node: its node in the exported graph.
+        in_units: the unit of each channel that it reads, int64; -1 = always kept.
+        out_units: the unit of each channel that it makes.
+        channel_dim: the dimension of its input that holds the channels.
+        depthwise: whether each output channel reads its own input channel only.
+        macs: multiply-accumulates per sample in the full network.
+    """
+
+    name: str
+    kind: str
+    weight: str
+    node: str
+    in_units: Tensor
+    out_units: Tensor
+    channel_dim: int
+    depthwise: bool
+    macs: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that touch the same dimensions of the same parameters: the channels of one tensor, say.
+
+    Args:
+        name: the first layer that makes its channels.
+        start: index of its first unit in the flat vector.
+        size: number of units.
+        kind: "stream" where its channels pass a residual addition, "interior" elsewhere.
+        producers: layers that make its channels (depthwise ones left out).
+        consumers: layers that read its channels (depthwise ones left out).
+        layers: all layers that shrink with it.
+        share: the part of the network's MACs that goes if the whole group goes.
+    """
+
+    name: str
+    start: int
+    size: int
+    kind: Literal["interior", "stream"]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    layers: tuple[str, ...]
+    share: float
+
+    @property
+    def units(self) -> slice:
+        """Its part of a flat vector."""
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """What ``trace`` finds out about a network.
+
+    Everything that is per unit is one flat vector over all units of all groups: group g's part is
+    ``vector[offsets[g]:offsets[g + 1]]``.
+
+    Args:
+        groups: the groups, in the order of the network.
+        offsets: int64 [G+1].
+        slices: every tensor dimension that shrinks.
+        layers: every use of a convolution or linear layer, in the order of execution.
+        unprunable: (layer, reason) for every layer with output channels that always stay.
+        cost_model: MACs and parameters under a mask.
+        traced: the exported graphs.
+    """
+
+    groups: tuple[Group, ...]
+    offsets: Tensor
+    slices: tuple[Slice, ...]
+    layers: tuple[Layer, ...]
+    unprunable: tuple[tuple[str, str], ...]
+    cost_model: CostModel = field(repr=False)
+    traced: Traced = field(repr=False)
+
+    @property
+    def num_units(self) -> int:
+        """Number of units, the length of every flat vector."""
+        return int(self.offsets[-1])
+
+    @property
+    def group_of_unit(self) -> Tensor:
+        """The group of each unit, int64 [U]."""
+        return torch.repeat_interleave(torch.arange(len(self.groups)), self.offsets.diff())
+
+    def cost(self, mask: Tensor | None = None) -> Cost:
+        """MACs and parameters per sample, exact for 0/1 masks and differentiable for soft ones.
+
+        Args:
+            mask: flat mask [U] of any real or boolean dtype; None = the full network.
+
+        Returns:
+            ``Cost`` of two float64 scalars.
+
+        Raises:
+            ValueError: if the mask has another shape.
+        """
+        return self.cost_model(torch.ones(self.num_units) if mask is None else mask)
+
+    def plan(self, mask: Tensor) -> PruningPlan:
+        """The plan that keeps the units where the flat ``mask`` [U] is 1.
+
+        Raises:
+            ValueError: if the mask has another shape, holds anything but 0 and 1, or empties a group.
+        """
+        from fastprune.plan import PruningPlan
+
+        return PruningPlan.from_mask(self, mask)
+
+    def weights_of_group(self, group: Group, roles: Sequence[Role]) -> list[Slice]:
+        """The slices of parameters and buffers in which units of ``group`` have one of ``roles``."""
+        inside = lambda units: bool(((units >= group.start) & (units < group.start + group.size)).any())  # noqa: E731
+        return [s for s in self.slices if s.role in roles and inside(s.units)]

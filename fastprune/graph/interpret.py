@@ -1,0 +1,87 @@
+"""Execute an exported graph on labels: the walk over its nodes; what an operator does is said in ``rules``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from fastprune.graph.labels import kept
+from fastprune.graph.propagate import Propagation, Weight
+from fastprune.graph.rules import Context, apply_rule
+
+
+def run_on_labels(graph: GraphModule, inputs: tuple[Tensor, ...], state: Propagation, *, record: bool) -> None:
+    """Let labels flow through ``graph``.
+
+    Args:
+        graph: an exported graph whose parameters and buffers are attributes.
+        inputs: the example; only its shapes matter here.
+        state: where the findings go.
+        record: whether convolutions and linear layers are recorded as calls (the eval-mode graph) or only labelled.
+    """
+    weights = weights_of(graph)
+    values: dict[Node, Any] = {}
+    remaining = list(inputs)
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = kept(tuple(remaining.pop(0).shape))
+        elif node.op == "get_attr":
+            values[node] = weights.get(str(node.target), None)
+        elif node.op == "output":
+            pin_outputs(node, values, state)
+        elif node.op == "call_function":
+            args = map_arg(node.args, values.__getitem__)
+            kwargs = map_arg(node.kwargs, values.__getitem__)
+            context = Context(state, node, module_of(node), inputs[0].shape[0], output_shapes(node), record)
+            values[node] = apply_rule(context, args, kwargs)
+        else:  # a call_module is an exporter's guard; it returns nothing
+            values[node] = None
+
+
+def weights_of(graph: GraphModule) -> dict[str, Weight]:
+    """The parameters and buffers by the names that the graph uses; a tied tensor goes by its first name."""
+    first: dict[int, str] = {}
+    weights = {}
+    for named in (graph.named_parameters, graph.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            weights[name] = Weight(first.setdefault(id(tensor), name), tuple(tensor.shape))
+    return weights
+
+
+def pin_outputs(node: Node, values: dict[Node, Any], state: Propagation) -> None:
+    """What the network returns keeps its shape."""
+
+    def pin(source: Node) -> Node:
+        if isinstance(values[source], Tensor):
+            state.space.pin(values[source], "output of the network")
+        return source
+
+    map_arg(node.args, pin)
+
+
+def module_of(node: Node) -> str:
+    """The name of the module in whose code the node arose, "" at the top."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = [str(entry[0]) for entry in stack.values()]
+    return path[-1].removeprefix("L['self'].") if path else ""
+
+
+def output_shapes(node: Node) -> Any:
+    """The shape of the node's value, a list of them where it has several; symbolic sizes become those of the example."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return tuple(concrete(size) for size in value.shape)
+    if isinstance(value, (list, tuple)):
+        return [tuple(concrete(size) for size in v.shape) for v in value if isinstance(v, Tensor)]
+    return None
+
+
+def concrete(size: int | torch.SymInt) -> int:
+    """The value that a size had on the example."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint)
+    return size

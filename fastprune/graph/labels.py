@@ -1,0 +1,121 @@
+"""Labels: one integer per channel, united where channels can only leave together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+KEPT = 0  # the label of everything that is no prunable channel: pixels, constants, pinned results
+
+IntArray = npt.NDArray[np.int64]
+
+
+def canonical(labels: Tensor) -> Tensor:
+    """The same labels with stride 0 along every dimension in which they do not vary.
+
+    So "varies along d" is a question about strides, and a label tensor costs the memory of its varying part only.
+    """
+    for dim in range(labels.dim()):
+        if labels.size(dim) > 1 and labels.stride(dim) != 0:
+            first = labels.narrow(dim, 0, 1)
+            if torch.equal(labels, first.expand_as(labels)):
+                labels = first.expand_as(labels)
+    return labels
+
+
+def varying(labels: Tensor) -> list[int]:
+    """The dimensions along which canonical ``labels`` vary."""
+    return [dim for dim in range(labels.dim()) if labels.size(dim) > 1 and labels.stride(dim) != 0]
+
+
+def core(labels: Tensor) -> Tensor:
+    """``labels`` with every dimension that does not vary reduced to size 1."""
+    for dim in range(labels.dim()):
+        if labels.size(dim) > 1 and labels.stride(dim) == 0:
+            labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
+def along(labels: Tensor, dim: int) -> Tensor | None:
+    """The labels along ``dim`` as a vector, or None if they vary along another dimension too."""
+    if any(d != dim for d in varying(labels)):
+        return None
+    return core(labels).flatten().expand(labels.size(dim))
+
+
+def spread(vector: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+    """A label tensor of ``shape`` that varies along ``dim`` only."""
+    view = [1] * len(shape)
+    view[dim] = shape[dim]
+    return canonical(vector.reshape(view).expand(shape))
+
+
+def kept(shape: tuple[int, ...]) -> Tensor:
+    """A tensor of ``shape`` in which nothing is prunable."""
+    return torch.zeros((), dtype=torch.int64).expand(shape)
+
+
+@dataclass
+class LabelSpace:
+    """All labels of one network: which are united, which are pinned and why.
+
+    The union is not maintained while labels flow: edges are collected and the components are found once, at the end.
+    """
+
+    count: int = 1  # label 0 is KEPT
+    _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    _pins: list[tuple[IntArray, str]] = field(default_factory=list)
+
+    def fresh(self, size: int) -> Tensor:
+        """``size`` new labels."""
+        self.count += size
+        return torch.arange(self.count - size, self.count)
+
+    def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """Unite the labels that meet in ``a`` and ``b`` (same shape); what meets KEPT is pinned for ``reason``."""
+        left, right = core(a), core(b)
+        shape = torch.broadcast_shapes(left.shape, right.shape)
+        x, y = left.expand(shape).flatten().numpy(), right.expand(shape).flatten().numpy()
+        differ = x != y
+        x, y = x[differ], y[differ]
+        labelled = (x != KEPT) & (y != KEPT)
+        self._edges.append((x[labelled], y[labelled]))
+        self._pins.append((np.maximum(x, y)[~labelled], reason))
+
+    def pin(self, labels: Tensor, reason: str) -> None:
+        """Keep these channels, whatever a plan says, for ``reason``."""
+        flat = core(labels).flatten().numpy()
+        self._pins.append((flat[flat != KEPT], reason))
+
+    def components(self) -> IntArray:
+        """The smallest label of each label's class, [count]: min-label propagation with pointer jumping."""
+        parent = np.arange(self.count)
+        if not self._edges:
+            return parent
+        a = np.concatenate([edge[0] for edge in self._edges])
+        b = np.concatenate([edge[1] for edge in self._edges])
+        while True:
+            low = np.minimum(parent[a], parent[b])
+            high = np.maximum(parent[a], parent[b])
+            open_edges = low != high
+            if not open_edges.any():
+                return parent
+            a, b = a[open_edges], b[open_edges]
+            np.minimum.at(parent, high[open_edges], low[open_edges])
+            while True:
+                jumped = parent[parent]
+                if np.array_equal(jumped, parent):
+                    break
+                parent = jumped
+
+    def reasons(self, components: IntArray) -> dict[int, str]:
+        """The first reason for which each pinned class is pinned: {smallest label of the class: reason}."""
+        found: dict[int, str] = {}
+        for labels, reason in self._pins:
+            for representative in np.unique(components[labels]).tolist():
+                found.setdefault(representative, reason)
+        return found

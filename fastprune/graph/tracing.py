@@ -1,0 +1,104 @@
+"""From a module to its operator graphs: ``torch.export`` in eval mode, and in train mode where that reaches more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+
+
+class TraceError(ValueError):
+    """The model cannot be exported, so nothing is known about its channels."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The operator graphs of one model.
+
+    Args:
+        evaluation: the graph in eval mode.
+        training: the graph in train mode, None unless it reaches parameters that the eval-mode graph does not.
+        inputs: the example that was traced, batch of at least 2.
+        any_batch: False where the graph holds for the example's batch size only.
+    """
+
+    evaluation: GraphModule
+    training: GraphModule | None
+    inputs: tuple[Tensor, ...]
+    any_batch: bool
+
+
+def as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The example as a tuple of tensors, with batches of one doubled (an exporter takes a size of 1 for a constant).
+
+    Raises:
+        TypeError: if it is neither a tensor nor a sequence of tensors.
+    """
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs):
+        raise TypeError(f"example_inputs: a tensor with a batch dimension or a tuple of them is needed, got {type(example).__name__}")
+    if all(x.shape[0] == 1 for x in inputs):
+        inputs = tuple(torch.cat([x, x]) for x in inputs)
+    return tuple(x.detach() for x in inputs)
+
+
+@contextmanager
+def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put ``model`` into train or eval mode, and every submodule back into its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+
+
+def export(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> tuple[GraphModule, bool]:
+    """The graph of ``model`` on its own parameters, and whether it holds for any batch size."""
+    any_batch = tuple({0: Dim.AUTO} for _ in inputs)
+    errors: list[Exception] = []
+    with mode_of(model, training=training):
+        for shapes in (any_batch, None):
+            try:
+                program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+            except Exception as error:  # the exporter raises what the model's own code raises
+                errors.append(error)
+                continue
+            module: Any = program.module(check_guards=False)
+            return module, shapes is not None
+    reason = " ".join(str(errors[-1]).split())[:400]
+    raise TraceError(f"{type(model).__name__} cannot be traced by torch.export: {type(errors[-1]).__name__}: {reason}")
+
+
+def trace_graphs(model: nn.Module, example: Tensor | Sequence[Tensor]) -> Traced:
+    """Trace ``model`` in eval mode and, where some parameters are not reached, in train mode too.
+
+    Auxiliary heads exist only in train mode; without them a compact model would break in ``train()``.
+    """
+    inputs = as_inputs(example)
+    evaluation, any_batch = export(model, inputs, training=False)
+    training = None
+    if not parameters_read(evaluation) >= parameter_names(model):
+        try:
+            training, _ = export(model, inputs, training=True)
+        except TraceError:
+            training = None  # what is not reached stays unlabelled, and is reported as such
+    return Traced(evaluation, training, inputs, any_batch)
+
+
+def parameter_names(model: nn.Module) -> set[str]:
+    """The names of the distinct parameters."""
+    return {name for name, _ in model.named_parameters()}
+
+
+def parameters_read(graph: GraphModule) -> set[str]:
+    """The names of the parameters that the graph reads."""
+    names = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr" and node.users}
+    return {name for name, _ in graph.named_parameters(remove_duplicate=False) if name in names}

@@ -1,0 +1,139 @@
+"""The masked network: the traced graph with a gate in front of everything that reads a prunable channel."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from fastprune.graph import ChannelGraph
+
+# In-place operators that exporters leave in the graph, and what computes the same without overwriting its input.
+OUT_OF_PLACE: dict[Any, Any] = {
+    getattr(torch.ops.aten, f"{name}_"): getattr(torch.ops.aten, name)
+    for name in (
+        *("relu", "hardswish", "silu", "hardsigmoid", "sigmoid", "tanh", "hardtanh", "leaky_relu", "elu", "celu", "selu"),
+        *("mish", "clamp", "add", "sub", "mul", "div", "dropout", "gelu", "threshold", "clamp_min", "clamp_max", "relu6"),
+    )
+    if hasattr(torch.ops.aten, f"{name}_") and hasattr(torch.ops.aten, name)
+}
+
+
+class MaskedNetwork(nn.Module):
+    """A network whose prunable channels pass through gates, in eval mode and with the model's own parameters.
+
+    A gate sits at the input of whatever reads the channels, after the activation, so that a gate of 0 does exactly what
+    removing the channel does. A depthwise convolution's input is gated as well, as DMC and DDNP do it: the same vector
+    is then used before and after it. Batch norm uses its running statistics and never updates them.
+
+    Args:
+        graph: the traced network.
+        model: the model that was traced; its parameters are shared, not copied.
+
+    Shapes:
+        ``masked(images [N, C, H, W], gates [U])`` returns what the model returns.
+    """
+
+    def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
+        super().__init__()
+        self.num_units = graph.num_units
+        self.any_batch = graph.traced.any_batch
+        self.batch = graph.traced.inputs[0].shape[0]
+        self.network = gated(graph)
+        codegen: Any = graph.traced.evaluation.graph._codegen
+        self.out_spec: pytree.TreeSpec = codegen.pytree_info.out_spec
+        share_tensors(model, self.network)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> MaskedNetwork:
+        """Stays in eval mode: the exported graph has batch norm frozen and dropout off."""
+        self.training = False
+        return self
+
+    def forward(self, *inputs: Any) -> Any:
+        """The network's outputs; the last argument is the flat vector of gates [U]."""
+        *images, gates = inputs
+        if gates.shape != (self.num_units,):
+            raise ValueError(f"gates: a vector of {self.num_units} units is needed, got shape {tuple(gates.shape)}")
+        if not self.any_batch and images[0].shape[0] != self.batch:
+            raise ValueError(
+                f"images: this model could only be traced for batches of {self.batch}, got {images[0].shape[0]}; "
+                "trace it with an example of the batch size that is used"
+            )
+        return pytree.tree_unflatten(self.network(*images, gates), self.out_spec)
+
+
+def gated(graph: ChannelGraph) -> GraphModule:
+    """A copy of the traced graph with the gates as one more input."""
+    traced = graph.traced.evaluation
+    module = GraphModule(traced, copy.deepcopy(traced.graph))
+    nodes = {node.name: node for node in module.graph.nodes}
+    for node in list(module.graph.nodes):
+        if node.op == "call_module":
+            module.graph.erase_node(node)  # the exporter's guard on input shapes
+    module.graph.set_codegen(torch.fx.graph.CodeGen())
+    make_out_of_place(module)
+    with module.graph.inserting_after([node for node in module.graph.nodes if node.op == "placeholder"][-1]):
+        gates = module.graph.placeholder("gates")
+    with module.graph.inserting_after(gates):
+        one = module.graph.call_function(torch.ops.aten.new_ones.default, (gates, [1]))
+    with module.graph.inserting_after(one):
+        padded = module.graph.call_function(torch.ops.aten.cat.default, ([gates, one],))  # unit -1: always open
+    inserted: dict[tuple[Node, int, bytes], Node] = {}
+    for layer in graph.layers:
+        if bool((layer.in_units >= 0).any()):
+            reader = nodes[layer.node]
+            source = cast(Node, reader.args[0])
+            key = (source, layer.channel_dim, layer.in_units.numpy().tobytes())
+            if key not in inserted:
+                inserted[key] = insert_gate(module, padded, source, layer.in_units, layer.channel_dim, len(inserted))
+            reader.update_arg(0, inserted[key])
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def insert_gate(module: GraphModule, padded: Node, source: Node, units: Tensor, channel_dim: int, index: int) -> Node:
+    """Multiply ``source`` by the gates of its channels, right after it is made."""
+    rank = len(source.meta["val"].shape)
+    shape = [1] * rank
+    shape[channel_dim] = len(units)
+    module.register_buffer(f"_units_{index}", units.clone(), persistent=False)
+    with module.graph.inserting_after(max(source, padded)):
+        buffer = module.graph.get_attr(f"_units_{index}")
+    with module.graph.inserting_after(buffer):
+        chosen = module.graph.call_function(torch.ops.aten.index_select.default, (padded, 0, buffer))
+    with module.graph.inserting_after(chosen):
+        viewed = module.graph.call_function(torch.ops.aten.view.default, (chosen, shape))
+    with module.graph.inserting_after(viewed):
+        typed = module.graph.call_function(torch.ops.aten.type_as.default, (viewed, source))
+    with module.graph.inserting_after(typed):
+        return module.graph.call_function(operator.mul, (source, typed))
+
+
+def make_out_of_place(module: GraphModule) -> None:
+    """Replace in-place operators, so that nothing overwrites what a gate's gradient needs."""
+    for node in list(module.graph.nodes):
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in OUT_OF_PLACE:
+            overload = getattr(OUT_OF_PLACE[packet], node.target._overloadname)
+            overwritten = cast(Node, node.args[0])
+            node.target = overload
+            later = {user for user in overwritten.users if user is not node and user > node}
+            overwritten.replace_all_uses_with(node, delete_user_cb=lambda user, later=later: user in later)
+
+
+def share_tensors(model: nn.Module, network: GraphModule) -> None:
+    """Let the graph's attributes be the model's own tensors, also if the model was moved since it was traced."""
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for module_name, module in network.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for tensors in (module._parameters, module._buffers):
+            for name in list(tensors):
+                if prefix + name in own:
+                    tensors[name] = own[prefix + name]  # type: ignore[assignment]

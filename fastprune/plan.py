@@ -1,0 +1,219 @@
+"""The pruning plan: which channels stay. It carries all that is needed to apply it to a model, and is JSON both ways."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastprune.atomic import write_text
+from fastprune.graph.channel_graph import Slice
+
+if TYPE_CHECKING:
+    from fastprune.graph import ChannelGraph
+
+FORMAT = "fastprune-plan-1"
+
+
+class PlanError(ValueError):
+    """A plan that cannot be read, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape and dtype of one input of the network, as traced."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """A random input: normal for floating-point inputs, zeros for others."""
+        dtype = getattr(torch, self.dtype)
+        if dtype.is_floating_point:
+            return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.zeros(self.shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which units of each group stay, and which indices of which tensors belong to each unit.
+
+    Args:
+        mask: True = the unit stays, bool [U].
+        groups: {name of the group: number of its units}, in the order of the flat vector.
+        slices: the tensor dimensions that shrink.
+        inputs: what the network was traced with.
+        macs: (full, planned) multiply-accumulates per sample.
+        params: (full, planned) number of parameters.
+    """
+
+    mask: Tensor
+    groups: Mapping[str, int]
+    slices: tuple[Slice, ...]
+    inputs: tuple[InputSpec, ...]
+    macs: tuple[int, int]
+    params: tuple[int, int]
+
+    @staticmethod
+    def from_mask(graph: ChannelGraph, mask: Tensor) -> PruningPlan:
+        """The plan that keeps the units where ``mask`` [U] is 1; see ``ChannelGraph.plan``."""
+        if mask.shape != (graph.num_units,):
+            raise ValueError(f"mask: a vector of {graph.num_units} units is needed, got shape {tuple(mask.shape)}")
+        mask = mask.detach().cpu()
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("mask: only 0 (goes) and 1 (stays) are allowed; threshold soft masks first")
+        keep = mask.bool()
+        for group in graph.groups:
+            if not bool(keep[group.units].any()):
+                raise ValueError(f"mask: group {group.name!r} would lose all its {group.size} units; keep at least one")
+        full, planned = graph.cost(), graph.cost(keep)
+        return PruningPlan(
+            mask=keep,
+            groups=unique_names(graph),
+            slices=graph.slices,
+            inputs=tuple(InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in graph.traced.inputs),
+            macs=(round(float(full.macs)), round(float(planned.macs))),
+            params=(round(float(full.params)), round(float(planned.params))),
+        )
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """{group: (kept units, all units)}."""
+        parts = self.mask.split(list(self.groups.values()))
+        return {name: (int(part.sum()), size) for (name, size), part in zip(self.groups.items(), parts, strict=True)}
+
+    @property
+    def keep(self) -> dict[str, list[int]]:
+        """{group: indices of the kept units within the group}."""
+        parts = self.mask.split(list(self.groups.values()))
+        return {name: part.nonzero().flatten().tolist() for name, part in zip(self.groups, parts, strict=True)}
+
+    @property
+    def removes_nothing(self) -> bool:
+        """True if every unit stays."""
+        return bool(self.mask.all())
+
+    def kept_indices(self, piece: Slice) -> Tensor:
+        """The indices of ``piece`` that stay, int64 ascending."""
+        return ((piece.units < 0) | self.mask[piece.units.clamp(min=0)]).nonzero().flatten()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "format": FORMAT,
+            "macs": {"full": self.macs[0], "planned": self.macs[1]},
+            "params": {"full": self.params[0], "planned": self.params[1]},
+            "groups": [{"name": name, "size": self.groups[name], "keep": kept} for name, kept in self.keep.items()],
+            "inputs": [{"shape": list(spec.shape), "dtype": spec.dtype} for spec in self.inputs],
+            "slices": [
+                {"tensor": s.tensor, "dim": s.dim, "role": s.role, "units": encode_runs(s.units)} for s in self.slices
+            ],
+        }
+
+    @staticmethod
+    def from_json(values: Any) -> PruningPlan:
+        """The plan that ``to_json`` described.
+
+        Raises:
+            PlanError: if anything is missing, of the wrong type or out of range.
+        """
+        try:
+            if values["format"] != FORMAT:
+                raise PlanError(f"format {values['format']!r} is not {FORMAT!r}")
+            groups = {str(g["name"]): positive(g["size"], "size") for g in values["groups"]}
+            if len(groups) != len(values["groups"]):
+                raise PlanError("two groups have the same name")
+            mask = torch.cat([mask_of(g) for g in values["groups"]] or [torch.zeros(0, dtype=torch.bool)])
+            slices = tuple(
+                Slice(str(s["tensor"]), int(s["dim"]), decode_runs(s["units"], len(mask)), s["role"]) for s in values["slices"]
+            )
+            inputs = tuple(InputSpec(tuple(map(int, i["shape"])), dtype_name(i["dtype"])) for i in values["inputs"])
+            macs, params = ((int(values[k]["full"]), int(values[k]["planned"])) for k in ("macs", "params"))
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise PlanError(f"not a pruning plan: {what}") from error
+        return PruningPlan(mask, groups, slices, inputs, macs, params)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; the file is complete or not there at all."""
+        write_text(Path(path), json.dumps(self.to_json(), separators=(",", ":")) + "\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> PruningPlan:
+        """Read a plan.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            PlanError: if it is no valid plan; names the file and what is wrong.
+        """
+        try:
+            return PruningPlan.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: not a pruning plan: no valid JSON ({error})") from error
+
+
+def unique_names(graph: ChannelGraph) -> dict[str, int]:
+    """Group names with "#2", "#3" … where one layer makes the channels of several groups."""
+    named: dict[str, int] = {}
+    for group in graph.groups:
+        name, count = group.name, 1
+        while name in named:
+            count += 1
+            name = f"{group.name}#{count}"
+        named[name] = group.size
+    return named
+
+
+def encode_runs(units: Tensor) -> list[list[int]]:
+    """Runs ``[first, count, repeat]``: first, first + 1, … (count values), each ``repeat`` times; first = -1: kept."""
+    values, repeats = (x.tolist() for x in torch.unique_consecutive(units, return_counts=True))
+    runs: list[list[int]] = []
+    for value, repeat in zip(values, repeats, strict=True):
+        last = runs[-1] if runs else None
+        if last and value >= 0 and last[0] >= 0 and value == last[0] + last[1] and repeat == last[2]:
+            last[1] += 1
+        else:
+            runs.append([value, 1, repeat])
+    return runs
+
+
+def decode_runs(runs: list[list[int]], num_units: int) -> Tensor:
+    """The inverse of ``encode_runs``; refuses units outside [-1, num_units)."""
+    parts = []
+    for first, count, repeat in runs:
+        if min(count, repeat) < 1 or first < -1 or first + count > num_units or (first < 0 and count != 1):
+            raise PlanError(f"units {[first, count, repeat]} lie outside the {num_units} units of the plan")
+        parts.append(torch.arange(first, first + count).repeat_interleave(repeat))
+    return torch.cat(parts)
+
+
+def mask_of(group: Mapping[str, Any]) -> Tensor:
+    """The part of the mask that a group's JSON describes."""
+    size, keep = positive(group["size"], "size"), group["keep"]
+    if not keep or not all(isinstance(k, int) and 0 <= k < size for k in keep):
+        raise PlanError(f"group {group['name']!r}: 'keep' must name at least one of its {size} units, by index from 0")
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[keep] = True
+    return mask
+
+
+def positive(value: Any, name: str) -> int:
+    """``value`` if it is a positive integer."""
+    if not isinstance(value, int) or value < 1:
+        raise PlanError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def dtype_name(name: Any) -> str:
+    """``name`` if it is a torch dtype's."""
+    if not isinstance(getattr(torch, str(name), None), torch.dtype):
+        raise PlanError(f"dtype {name!r} is unknown")
+    return str(name)
