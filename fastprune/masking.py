@@ -83,7 +83,7 @@ def gated(graph: ChannelGraph) -> GraphModule:
     with module.graph.inserting_after(gates):
         one = module.graph.call_function(torch.ops.aten.new_ones.default, (gates, [1]))
     with module.graph.inserting_after(one):
-        padded = module.graph.call_function(torch.ops.aten.cat.default, ([gates, one],))  # unit -1: always open
+        padded = module.graph.call_function(torch.ops.aten.cat.default, ([gates, one],))  # the last place: always open
     inserted: dict[tuple[Node, int, bytes], Node] = {}
     for layer in graph.layers:
         if bool((layer.in_units >= 0).any()):
@@ -91,19 +91,20 @@ def gated(graph: ChannelGraph) -> GraphModule:
             source = cast(Node, reader.args[0])
             key = (source, layer.channel_dim, layer.in_units.numpy().tobytes())
             if key not in inserted:
-                inserted[key] = insert_gate(module, padded, source, layer.in_units, layer.channel_dim, len(inserted))
+                places = torch.where(layer.in_units < 0, graph.num_units, layer.in_units)
+                inserted[key] = insert_gate(module, padded, source, places, layer.channel_dim, len(inserted))
             reader.update_arg(0, inserted[key])
     module.graph.lint()
     module.recompile()
     return module
 
 
-def insert_gate(module: GraphModule, padded: Node, source: Node, units: Tensor, channel_dim: int, index: int) -> Node:
-    """Multiply ``source`` by the gates of its channels, right after it is made."""
+def insert_gate(module: GraphModule, padded: Node, source: Node, places: Tensor, channel_dim: int, index: int) -> Node:
+    """Multiply ``source`` by the gates of its channels, which lie at ``places`` of the padded vector."""
     rank = len(source.meta["val"].shape)
     shape = [1] * rank
-    shape[channel_dim] = len(units)
-    module.register_buffer(f"_units_{index}", units.clone(), persistent=False)
+    shape[channel_dim] = len(places)
+    module.register_buffer(f"_units_{index}", places, persistent=False)
     with module.graph.inserting_after(max(source, padded)):
         buffer = module.graph.get_attr(f"_units_{index}")
     with module.graph.inserting_after(buffer):

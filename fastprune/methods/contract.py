@@ -1,7 +1,7 @@
 """The contract between a pruning method and everything else.
 
-A method declares *what* happens to one batch; the engine owns the loop around it (device, precision, processes, progress,
-logging, checkpoints, resume).
+A method declares *what* happens to one batch; the engine owns the loop around it (device, precision, processes,
+progress, logging, checkpoints, resume).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Task:
 
 
 class Method(ABC):
-    """A pruning method. Subclass it, give it a ``Config`` and register it in the entry-point group ``fastprune.methods``.
+    """A pruning method. Subclass it, give it a ``Config``, register it in the entry-point group ``fastprune.methods``.
 
     The order of calls is ``__init__``, ``setup``, ``load_state_dict`` (only when a run is resumed), then the phases in
     order, then ``plan``. All state that the steps change lives in ``state_dict``: a run that is killed anywhere and
@@ -123,6 +123,10 @@ class Method(ABC):
     @abstractmethod
     def plan(self, task: Task) -> PruningPlan:
         """The channels that stay. Called once, after the last phase; costs at most ``task.budget``."""
+
+    def results(self) -> Metrics:
+        """What to report of the finished search beside the plan; asked for after ``plan``."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """All state: a nest of dicts and lists of tensors, numbers, strings, booleans and None."""

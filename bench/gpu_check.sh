@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Builds fastprune on a CUDA machine, without network, and shows that it is right and how fast it is:
+#
+#     bench/gpu_check.sh OUTDIR
+#
+# needs nvcc, a CUDA build of torch, pybind11, scikit-build-core, cmake, ninja, pytest and hypothesis. Leaves gpu_check.log
+# and <device>.json (one entry per benchmark) in OUTDIR; exits with the number of failed steps. Under 9 minutes: a step
+# gets what is left of them.
+set -uo pipefail
+
+out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTDIR}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+exec > >(tee "$out/gpu_check.log") 2>&1
+
+# PYTHONSAFEPATH: or else `python -m pytest` would find ./fastprune, which has no _C, before the installed package.
+export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+deadline=$((SECONDS + 520))
+failed=0
+
+step() { # step NAME SECONDS COMMAND...: runs the command for at most SECONDS and counts it if it fails
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS code
+    shift 2
+    echo "=== $name: $*"
+    if ((left < 5)); then
+        echo "=== $name: SKIPPED, out of time"
+        failed=$((failed + 1))
+        return
+    fi
+    timeout --kill-after=10 "$((limit < left ? limit : left))" "$@"
+    code=$?
+    if ((code == 0)); then
+        echo "=== $name: ok, $((SECONDS - start)) s"
+    else
+        echo "=== $name: FAILED ($code), $((SECONDS - start)) s"
+        failed=$((failed + 1))
+    fi
+}
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+step build 180 env FASTPRUNE_CUDA=ON "$python" -m pip install -v --no-index --no-build-isolation --no-deps \
+    --target "$work/site" .
+step doctor 60 "$python" -c "from fastprune import _C; print(_C.build_info()); assert _C.cuda_available()"
+step tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops
+
+# Sizes on both sides of shared memory. Without torch's caching allocator every tensor has bounds of its own.
+selection="test_values_of_every_size and (normal or ties) and (33 or 2049 or 16385)"
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+for tool in memcheck racecheck; do
+    step "$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_topk_mask.py -k "$selection"
+done
+
+for bench in bench/bench_*.py; do
+    name=$(basename "$bench" .py)
+    step "$name" 120 "$python" "$bench" --device cuda --json "$work/$name.json"
+done
+
+step report 60 "$python" - "$work" "$out" <<'PYTHON'
+import json, re, sys
+from pathlib import Path
+import torch
+
+work, out = map(Path, sys.argv[1:])
+device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+results = {path.stem.removeprefix("bench_"): json.loads(path.read_text()) for path in sorted(work.glob("bench_*.json"))}
+(out / f"{device}.json").write_text(json.dumps(results, indent=2) + "\n")
+print(out / f"{device}.json")
+PYTHON
+
+echo "=== $failed step(s) failed"
+exit "$failed"

@@ -1,0 +1,15 @@
+// Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+//
+// What the build decided. The FASTPRUNE_* macros come from CMakeLists.txt, and only this header reads them.
+#pragma once
+
+namespace fastprune::build {
+
+inline constexpr bool has_cuda = FASTPRUNE_HAS_CUDA;
+inline constexpr const char* version = FASTPRUNE_VERSION;
+inline constexpr const char* compiler = FASTPRUNE_COMPILER;
+inline constexpr const char* build_type = FASTPRUNE_BUILD_TYPE;
+inline constexpr const char* cuda_toolkit = FASTPRUNE_CUDA_TOOLKIT;
+inline constexpr const char* cuda_architectures = FASTPRUNE_CUDA_ARCHITECTURES;
+
+}  // namespace fastprune::build

@@ -1,0 +1,127 @@
+// Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+#include "checks.h"
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace fastprune::check {
+namespace {
+
+[[noreturn]] void raise_type(const char* name, const std::string& got, const std::string& needs) {
+    throw py::type_error(std::string(name) + ": got " + got + ", needs " + needs);
+}
+
+[[noreturn]] void raise_value(const char* name, const std::string& got, const std::string& needs) {
+    throw py::value_error(std::string(name) + ": got " + got + ", needs " + needs);
+}
+
+const char* name_of(DType dtype) {
+    switch (dtype) {
+        case DType::float32: return "float32";
+        case DType::float64: return "float64";
+        case DType::int64: return "int64";
+    }
+    return "";
+}
+
+bool matches(dlpack::DataType type, DType dtype) {
+    const int code = dtype == DType::int64 ? dlpack::code_int : dlpack::code_float;
+    return type.lanes == 1 && type.code == code && type.bits == (dtype == DType::float32 ? 32 : 64);
+}
+
+std::string describe(dlpack::DataType type) {
+    const char* kind = "type";
+    switch (type.code) {
+        case dlpack::code_int: kind = "int"; break;
+        case dlpack::code_uint: kind = "uint"; break;
+        case dlpack::code_float: kind = "float"; break;
+        case dlpack::code_bfloat: kind = "bfloat"; break;
+        case dlpack::code_complex: kind = "complex"; break;
+        case dlpack::code_bool: return "dtype bool";
+    }
+    return "dtype " + std::string(kind) + std::to_string(type.bits) +
+           (type.lanes == 1 ? "" : "x" + std::to_string(type.lanes));
+}
+
+std::string describe_shape(const Tensor& tensor) {
+    std::string text = "shape [";
+    for (int d = 0; d < tensor.ndim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
+    return text + "]";
+}
+
+std::string describe(dlpack::Device device) {
+    if (device.type == dlpack::cpu || device.type == dlpack::cuda_host) return "the CPU";
+    return (device.type == dlpack::cuda || device.type == dlpack::cuda_managed ? "cuda:" : "DLPack device ") +
+           std::to_string(device.id);
+}
+
+}  // namespace
+
+DType tensor(const Argument& argument, std::initializer_list<DType> allowed) {
+    const auto& [name, tensor] = argument;
+    if (!tensor.problem().empty()) raise_type(name, tensor.problem(), "a tensor or array with memory (DLPack)");
+    if (!tensor.on_cpu() && !tensor.on_cuda())
+        raise_value(name, "a tensor on " + describe(tensor.device()), "one on the CPU or on CUDA");
+    std::string names;
+    for (const DType dtype : allowed) {
+        if (!matches(tensor.dtype(), dtype)) {
+            names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
+            continue;
+        }
+        if (!tensor.contiguous()) raise_value(name, "a strided view", "contiguous memory");
+        if (reinterpret_cast<uintptr_t>(tensor.data()) % (tensor.dtype().bits / 8) != 0) {
+            raise_value(name, "unaligned memory", "elements at multiples of their size");
+        }
+        return dtype;
+    }
+    raise_type(name, describe(tensor.dtype()), "dtype " + names);
+}
+
+void one_dimension(const Argument& argument) {
+    if (argument.tensor.ndim() != 1) raise_value(argument.name, describe_shape(argument.tensor), "one dimension");
+}
+
+void vector(const Argument& argument, DType dtype, int64_t length, const char* meaning) {
+    tensor(argument, {dtype});
+    if (argument.tensor.ndim() != 1 || argument.tensor.size(0) != length) {
+        raise_value(argument.name, describe_shape(argument.tensor),
+                    "shape [" + std::to_string(length) + "] (" + meaning + ")");
+    }
+}
+
+void same_device(const Argument& argument, const Argument& as) {
+    const bool same = argument.tensor.on_cpu()
+                          ? as.tensor.on_cpu()
+                          : as.tensor.on_cuda() && argument.tensor.device().id == as.tensor.device().id;
+    if (!same) {
+        raise_value(argument.name, "a tensor on " + describe(argument.tensor.device()),
+                    "one on " + describe(as.tensor.device()) + ", where " + as.name + " is");
+    }
+}
+
+void writable(const Argument& argument) {
+    if (argument.tensor.read_only()) raise_value(argument.name, "a read-only array", "a writable one");
+}
+
+void disjoint(const Argument& output, const Argument& input) {
+    const auto* out = output.tensor.data_as<const char>();
+    const auto* in = input.tensor.data_as<const char>();
+    if (out < in + input.tensor.num_bytes() && in < out + output.tensor.num_bytes()) {
+        raise_value(output.name, std::string("memory that overlaps ") + input.name, "memory of its own");
+    }
+}
+
+void status(const Status& status) {
+    if (status.failure != nullptr) throw std::runtime_error(std::string("CUDA: ") + status.failure);
+    if (status.argument == nullptr) return;
+    std::ostringstream value;
+    value.precision(17);
+    value << status.value;
+    const std::string element = std::string(status.argument) + "[" + std::to_string(status.index) + "]";
+    raise_value(element.c_str(), value.str(), status.needs);
+}
+
+}  // namespace fastprune::check

@@ -1,0 +1,40 @@
+// Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+//
+// What every entry point asks of its arguments before it touches memory. Each check raises an error that names the
+// argument, what it got and what it needs.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "fastprune/status.h"
+#include "tensor.h"
+
+namespace fastprune {
+
+/// A tensor argument together with the name that the caller knows it by.
+struct Argument {
+    const char* name;
+    const Tensor& tensor;
+};
+
+enum class DType { float32, float64, int64 };
+
+namespace check {
+
+/// It lends its memory, on the CPU or on CUDA, contiguous and aligned. Returns its dtype, one of `allowed`.
+DType tensor(const Argument& argument, std::initializer_list<DType> allowed);
+
+/// A tensor as above with one dimension of `length` elements; `meaning` says where the length comes from.
+void vector(const Argument& argument, DType dtype, int64_t length, const char* meaning);
+
+void one_dimension(const Argument& argument);
+void same_device(const Argument& argument, const Argument& as);
+void writable(const Argument& argument);
+void disjoint(const Argument& output, const Argument& input);
+
+/// Raises what a kernel refused or failed with; returns if it succeeded.
+void status(const Status& status);
+
+}  // namespace check
+}  // namespace fastprune

@@ -1,0 +1,39 @@
+"""Channel pruning of convolutional networks for PyTorch: exact, fast, by any method.
+
+    >>> import torch, fastprune as fp
+    >>> model = fp.models.create("resnet20")
+    >>> result = fp.prune(model, torch.zeros(1, 3, 32, 32), method="l1", budget="flops=0.5")
+    >>> result.metrics["macs"]["planned"] <= 0.5 * result.metrics["macs"]["full"]
+    True
+"""
+
+from importlib.metadata import version
+
+from fastprune import models, ops, reference
+from fastprune.budget import Budget, BudgetError
+from fastprune.graph import ChannelGraph, Cost, TraceError, trace
+from fastprune.plan import PlanError, PruningPlan
+from fastprune.pruning import PruningResult, prune
+from fastprune.surgery import SurgeryError, apply, masked, verify
+
+__version__ = version("fastprune")
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "ChannelGraph",
+    "Cost",
+    "PlanError",
+    "PruningPlan",
+    "PruningResult",
+    "SurgeryError",
+    "TraceError",
+    "apply",
+    "masked",
+    "models",
+    "ops",
+    "prune",
+    "reference",
+    "trace",
+    "verify",
+]

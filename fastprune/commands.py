@@ -1,0 +1,444 @@
+"""What each command of the command line does."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from fastprune import atomic, models
+from fastprune.demo import DemoSettings, demo
+from fastprune.distributed import Distributed
+from fastprune.doctor import doctor
+from fastprune.engine import (
+    LoopOptions,
+    Placement,
+    RunDirectory,
+    SourceData,
+    TrainConfig,
+    choose_device,
+    evaluate,
+    load_data,
+    train,
+)
+from fastprune.graph import ChannelGraph, trace
+from fastprune.methods import registry
+from fastprune.plan import PruningPlan
+from fastprune.pruning import prune
+from fastprune.report import tables
+from fastprune.surgery import apply
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field that becomes a flag."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelSettings:
+    """The network."""
+
+    model: str = setting("", "resnet20, torchvision:NAME, timm:NAME or package.module:factory")
+    weights: str | None = setting(None, "file of trained weights (.safetensors, .pt, .pth); random weights without it")
+    input: str | None = setting(None, "size of one image, CxHxW; the data's or the model's usual size without it")
+
+
+@dataclass
+class RunSettings:
+    """The run."""
+
+    data: str | None = setting(
+        None, "digits, fashion-mnist:FOLDER, cifar10:FOLDER, imagefolder:FOLDER or synthetic:CxHxW:CLASSES"
+    )
+    out: str | None = setting(None, "directory for the run's files; must not exist yet")
+    image_size: int | None = setting(None, "side of the images, where it is to differ from the data's own")
+    held_out: float | None = setting(None, "part of the training set that is held out; 10 %, at most 5000, without it")
+    seed: int = setting(0, "of everything random")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+
+
+@dataclass
+class NetworkSettings(ModelSettings, RunSettings):
+    """A network, its data and its run."""
+
+
+@dataclass
+class PruneSettings(NetworkSettings):
+    """Prune a trained network."""
+
+    method: str = setting("dmc", "a method's name, see 'fastprune methods'")
+    budget: str = setting("flops=0.5", "what may stay: flops=0.5, params=0.3, flops=2G, …")
+    precision: str = setting("float32", "of the search: float32, or bf16 for autocast")
+
+
+@dataclass
+class FinetuneSettings:
+    """Train the compact network of a run."""
+
+    run: str = setting("", "directory of a pruning run")
+    data: str | None = setting(None, "another data set than the run's")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = setting(0, "of order, augmentation and dropout")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """The recipe of a fine-tuning: as a training, with a cosine schedule from a lower learning rate."""
+
+    lr: float = setting(0.02, "largest learning rate")
+    schedule: str = setting("cosine", "shape of the learning rate: milestones or cosine")
+
+
+@dataclass
+class EvaluateSettings(ModelSettings):
+    """Measure a run's networks, or one network with weights, on the test set."""
+
+    run: str | None = setting(None, "directory of a run")
+    data: str | None = setting(None, "data set; the run's own without it")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+
+
+T = TypeVar("T")
+
+
+def pick(kind: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of a dataclass from those of ``values`` that are its fields."""
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})  # type: ignore[arg-type]
+
+
+def needed(**values: Any) -> None:
+    """Refuse a command that lacks an option."""
+    missing = [f"--{name}" for name, value in values.items() if not value]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
+
+
+def resumed(settings: Mapping[str, Any], given: set[str], command: str) -> dict[str, Any]:
+    """The settings that a run was begun with."""
+    needed(out=settings["out"])
+    extra = given - {"out", "resume", "json", "device"}
+    if extra:
+        raise ValueError(f"--resume takes its settings from {settings['out']}/config.yaml; leave out --{sorted(extra)[0]}")
+    config = RunDirectory.open(settings["out"]).config
+    if config.get("command") != command:
+        raise ValueError(f"{settings['out']!r} is a run of 'fastprune {config.get('command')}', not of '{command}'")
+    return {**config, "out": settings["out"], "device": settings["device"]}
+
+
+def open_data(spec: str, settings: Any) -> SourceData:
+    """The data set of a run."""
+    return load_data(spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size)
+
+
+def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, int, int]:
+    """(C, H, W) of the images that the network is traced and costed with."""
+    if settings.input is not None:
+        sizes = settings.input.split("x")
+        if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            raise ValueError(f"--input {settings.input!r}: write CxHxW, 3x224x224 say")
+        return int(sizes[0]), int(sizes[1]), int(sizes[2])
+    if data is not None:
+        return data.shape
+    return (3, 32, 32) if settings.model in models.available() else (3, 224, 224)
+
+
+def build_model(settings: ModelSettings, data: SourceData | None) -> nn.Module:
+    """The network with its weights, sized for the data."""
+    needed(model=settings.model)
+    if data is not None:
+        channels, classes = data.shape[0], data.num_classes
+    else:
+        channels = input_shape(settings, None)[0]
+        classes = classes_in(settings.weights) if settings.weights is not None else None
+    # Every factory makes networks for 3 channels; only some can be asked for another number.
+    in_channels = None if channels == 3 else channels
+    return models.create(settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights)
+
+
+def classes_in(weights: str) -> int | None:
+    """The number of classes that the last linear layer in a weights file has."""
+    matrices = [tensor for tensor in models.read_weights(weights).values() if tensor.dim() == 2]
+    return matrices[-1].shape[0] if matrices else None
+
+
+def example_of(shape: tuple[int, int, int]) -> Tensor:
+    """A random batch of one image."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def save_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config.yaml`` says: the settings, with files by their absolute paths."""
+    values = asdict(settings)
+    for name in ("out", "run"):
+        values.pop(name, None)
+    if values.get("weights"):
+        values["weights"] = str(Path(values["weights"]).absolute())
+    return {"fastprune": version(), "command": command, **values, **extra}
+
+
+def version() -> str:
+    """The installed version."""
+    from importlib.metadata import version as of
+
+    return of("fastprune")
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with lists in place of tuples, as YAML has it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+# --- the commands -------------------------------------------------------------------------------------------------------
+
+
+def run_train(values: dict[str, Any], given: set[str]) -> int:
+    """Train a network from scratch, or from weights."""
+    if values["resume"]:
+        values = {**resumed(values, given, "train"), "resume": True}
+    settings, config = pick(NetworkSettings, values), pick(TrainConfig, values)
+    needed(model=settings.model, data=settings.data, out=settings.out)
+    peers = Distributed.from_environment()
+    data = open_data(str(settings.data), settings)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, data)
+    choose_device(settings.device)
+    written = save_config(settings, "train", plain(asdict(config)))
+    out = str(settings.out)
+    run = RunDirectory.open(out, peers) if values["resume"] else RunDirectory.create(out, written, peers)
+    train(model, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers, resume=values["resume"])
+    result = measure({"model": model}, data, settings.device, peers)
+    report(result, values["json"], peers, run.path)
+    return 0
+
+
+def run_prune(values: dict[str, Any], given: set[str]) -> int:
+    """Prune a trained network."""
+    if values["resume"]:
+        values = {**resumed(values, given, "prune"), "resume": True, "json": values["json"]}
+    settings = pick(PruneSettings, values)
+    needed(model=settings.model, out=settings.out)
+    method = registry.load(settings.method)
+    options = dict(values.get(settings.method) or {})
+    peers = Distributed.from_environment()
+    data = open_data(settings.data, settings) if settings.data else None
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, data)
+    if method.needs_data:
+        needed(data=settings.data)
+    result = prune(
+        model,
+        example_of(input_shape(settings, data)),
+        method=method,
+        budget=settings.budget,
+        data=data,
+        out=settings.out,
+        resume=values["resume"],
+        seed=settings.seed,
+        device=settings.device,
+        precision=settings.precision,
+        loop=LoopOptions(),
+        run_config=save_config(settings, "prune", {settings.method: plain(options)}),
+        **options,
+    )
+    compared = measure({"baseline": model, "compact": result.model}, data, settings.device, peers)
+    for name, column in (("baseline", "full"), ("compact", "planned")):
+        compared[name] |= {"macs": result.metrics["macs"][column], "params": result.metrics["params"][column]}
+    run = RunDirectory.open(str(settings.out), peers)
+    run.log({"stage": "result", "method": settings.method, "budget": settings.budget, **compared})
+    report(compared, values["json"], peers, run.path)
+    return 0
+
+
+def run_finetune(values: dict[str, Any], given: set[str]) -> int:
+    """Train the compact network of a run; its weights replace the run's at the end."""
+    settings = pick(FinetuneSettings, values)
+    needed(run=settings.run)
+    peers = Distributed.from_environment()
+    run = RunDirectory.open(settings.run, peers)
+    recipe = run.path / "finetune.yaml"
+    config = pick(FinetuneConfig, values)
+    if values["resume"]:
+        extra = given - {"run", "resume", "json", "device"}
+        if extra or not recipe.is_file():
+            raise ValueError(f"--resume takes its settings from {recipe}; " + (f"leave out --{sorted(extra)[0]}" if extra else "there is none"))
+        written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        settings, config = pick(FinetuneSettings, {**written, "run": settings.run, "device": settings.device}), pick(FinetuneConfig, written)
+    origin = pick(NetworkSettings, run.config)
+    data = data_of(origin, settings.data)
+    compact = compact_of(run, origin, data)
+    if peers.is_main and not values["resume"]:
+        atomic.write_text(recipe, yaml.safe_dump(plain(save_config(settings, "finetune", asdict(config)))))
+    train(
+        compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
+        resume=values["resume"], stage="finetune",
+    )  # fmt: skip
+    result = measure({"compact": compact}, data, settings.device, peers)
+    run.log({"stage": "result", "method": "finetune", **result})
+    report(result, values["json"], peers, run.path)
+    return 0
+
+
+def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
+    """Measure networks on the test set."""
+    settings = pick(EvaluateSettings, values)
+    peers = Distributed.from_environment()
+    if settings.run is None:
+        needed(model=settings.model, data=settings.data)
+        data = load_data(str(settings.data))
+        networks = {"model": build_model(settings, data)}
+        shape = input_shape(settings, data)
+    else:
+        run = RunDirectory.open(settings.run, peers)
+        origin = pick(NetworkSettings, run.config)
+        data = data_of(origin, settings.data)
+        shape = input_shape(origin, data)
+        if run.config.get("command") == "train":
+            origin.weights = str(run.model_path)
+            networks = {"model": build_model(origin, data)}
+        else:
+            networks = {"baseline": build_model(origin, data), "compact": compact_of(run, origin, data)}
+    results = measure(networks, data, settings.device, peers)
+    for name, network in networks.items():
+        results[name] |= size_of(network, shape)
+    report(results, values["json"], peers, None)
+    return 0
+
+
+def run_inspect(values: dict[str, Any], given: set[str]) -> int:
+    """Show a network's channel groups and what stands in the way of pruning."""
+    settings = pick(ModelSettings, values)
+    model = build_model(settings, None)
+    begun = time.monotonic()
+    graph = trace(model, example_of(input_shape(settings, None)))
+    seconds = time.monotonic() - begun
+    if values["json"]:
+        print(json.dumps(described(graph, seconds)))
+    else:
+        tables.print_graph(settings.model, graph)
+    return 0
+
+
+def run_methods(values: dict[str, Any], given: set[str]) -> int:
+    """List the methods that are installed."""
+    found = registry.available()
+    if values["json"]:
+        print(json.dumps([asdict(info) for info in found.values()], default=str))
+    else:
+        tables.print_methods(found.values(), registry.broken())
+    return 0
+
+
+def run_doctor(values: dict[str, Any], given: set[str]) -> int:
+    """Say what is installed and whether it works."""
+    checks = doctor()
+    if values["json"]:
+        print(json.dumps(checks))
+    else:
+        tables.print_checks(checks)
+    return 0 if checks["healthy"] else 1
+
+
+def run_demo(values: dict[str, Any], given: set[str]) -> int:
+    """Train, prune and fine-tune a small network on real data, offline."""
+    result = demo(pick(DemoSettings, values))
+    if values["json"]:
+        print(json.dumps(result))
+    else:
+        tables.print_demo(result)
+    return 0
+
+
+# --- shared pieces --------------------------------------------------------------------------------------------------------
+
+
+def data_of(origin: NetworkSettings, other: str | None) -> SourceData:
+    """The data set of a run, or another one."""
+    spec = other or origin.data
+    needed(data=spec)
+    return open_data(str(spec), origin)
+
+
+def compact_of(run: RunDirectory, origin: NetworkSettings, data: SourceData) -> nn.Module:
+    """The compact network of a pruning run, with its current weights."""
+    if not run.plan_path.is_file():
+        raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")
+    full = build_model(ModelSettings(origin.model, None, origin.input), data)
+    compact = apply(PruningPlan.load(run.plan_path), full, check=False)
+    models.load_weights(compact, run.model_path)
+    return compact.eval()
+
+
+def size_of(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
+    """MACs and parameters of a network, counted on itself."""
+    cost = trace(model, example_of(shape)).cost()
+    return {"macs": round(float(cost.macs)), "params": round(float(cost.params))}
+
+
+def measure(networks: Mapping[str, nn.Module], data: SourceData | None, device: str, peers: Distributed) -> dict[str, dict[str, Any]]:
+    """Top-1 accuracy of each network on the test set; nothing where there are no data."""
+    if data is None:
+        return {name: {} for name in networks}
+    placement = Placement(choose_device(device))
+    return {
+        name: {"accuracy": evaluate(placement.model(network), data, placement=placement, distributed=peers)["accuracy"]}
+        for name, network in networks.items()
+    }
+
+
+def report(results: Mapping[str, Mapping[str, Any]], as_json: bool, peers: Distributed, path: Path | None) -> None:
+    """Print results once, for people or for programs."""
+    if not peers.is_main:
+        return
+    if as_json:
+        print(json.dumps({**results, **({"run": str(path)} if path else {})}))
+    else:
+        tables.print_results(results)
+        if path is not None:
+            print(f"run directory: {path}")
+
+
+def described(graph: ChannelGraph, seconds: float) -> dict[str, Any]:
+    """A channel graph as JSON values."""
+    cost = graph.cost()
+    return {
+        "macs": round(float(cost.macs)),
+        "params": round(float(cost.params)),
+        "units": graph.num_units,
+        "groups": [{k: v for k, v in asdict(group).items() if k != "start"} for group in graph.groups],
+        "unprunable": [{"layer": layer, "reason": reason} for layer, reason in graph.unprunable],
+        "seconds": round(seconds, 3),
+    }
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its settings become flags, ``switches`` are flags without a value."""
+
+    run: Callable[[dict[str, Any], set[str]], int]
+    settings: tuple[type[Any], ...] = ()
+    takes_method: bool = False
+    resumes: bool = False
+
+    @property
+    def help(self) -> str:
+        """The first line of what it does."""
+        return str(self.run.__doc__).strip()
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(run_train, (NetworkSettings, TrainConfig), resumes=True),
+    "methods": Command(run_methods),
+    "inspect": Command(run_inspect, (ModelSettings,)),
+    "prune": Command(run_prune, (PruneSettings,), takes_method=True, resumes=True),
+    "finetune": Command(run_finetune, (FinetuneSettings, FinetuneConfig), resumes=True),
+    "evaluate": Command(run_evaluate, (EvaluateSettings,)),
+    "doctor": Command(run_doctor),
+    "demo": Command(run_demo, (DemoSettings,)),
+}

@@ -1,0 +1,102 @@
+"""Where and how a network computes: device, precision, memory layout, and the seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = ("float32", "bf16")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device that a user names.
+
+    Args:
+        name: "cpu", "cuda", "cuda:N", or "auto": CUDA where there is one. Under ``torchrun``, "auto" and "cuda" give
+            each process the device of its LOCAL_RANK.
+
+    Returns:
+        The device; a CUDA device is made torch's current one.
+
+    Raises:
+        ValueError: for another name, or a CUDA device that this machine does not have.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if (kind != "cuda" and name != "auto") or (number and not number.isdecimal()):
+        raise ValueError(f"device {name!r}: give auto, cpu, cuda or cuda:N")
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise ValueError(f"device {name!r}: number {index} is asked for, but this machine has {count} CUDA device(s)")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch, and choose between cuDNN's fastest and its repeatable algorithms.
+
+    Args:
+        seed: of the run.
+        deterministic: repeat the same bits on CUDA. On the CPU that is so anyway, for one number of threads.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - users' datasets draw from it
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device, precision and memory layout of a computation.
+
+    Args:
+        device: where tensors live.
+        precision: "float32", or "bf16" for autocast to bfloat16 (weights stay float32).
+        channels_last: NHWC memory layout, which tensor cores and oneDNN prefer.
+
+    Raises:
+        ValueError: for another precision.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "float32"
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r}: give {' or '.join(PRECISIONS)}")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which forward passes run."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def images(self, images: Tensor) -> Tensor:
+        """``images`` [N, C, H, W] on the device, in the layout."""
+        if self.channels_last:
+            return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return images.to(self.device, non_blocking=True)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """``labels`` [N] on the device."""
+        return labels.to(self.device, non_blocking=True)
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """``model`` moved to the device and brought into the layout, in place."""
+        model.to(self.device)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        return model

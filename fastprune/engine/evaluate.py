@@ -1,0 +1,107 @@
+"""Accuracy and loss on one part of the data, exact over any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprune.distributed import Distributed
+from fastprune.engine.data import Data, Split
+from fastprune.engine.device import Placement
+
+
+class Evaluation(TypedDict):
+    """Result of ``evaluate``."""
+
+    accuracy: float
+    """Top-1, in [0, 1]."""
+    loss: float
+    """Mean cross-entropy in nats."""
+    samples: int
+    """How many samples were seen, over all ranks."""
+
+
+def evaluate(
+    network: Callable[[Tensor], Tensor],
+    data: Data,
+    split: Split = "test",
+    *,
+    batch_size: int = 256,
+    placement: Placement | None = None,
+    distributed: Distributed | None = None,
+) -> Evaluation:
+    """Measure ``network`` on every sample of ``split`` once.
+
+    Args:
+        network: from images [N, C, H, W] to scores [N, num_classes]. A module is put into eval mode for the duration
+            and must be on the placement's device.
+        data: the data set.
+        split: which part.
+        batch_size: samples per step over all ranks together; does not change the result beyond rounding.
+        placement: device, precision and layout of the computation; the CPU in float32 where None.
+        distributed: this process among its peers; all must call.
+
+    Returns:
+        Accuracy, loss and number of samples, the same on every rank.
+
+    Raises:
+        ValueError: where the split is empty.
+    """
+    peers, place = distributed or Distributed(), placement or Placement()
+    totals = torch.zeros(3, dtype=torch.float64, device=place.device)  # correct, summed loss, samples
+    modes = {module: module.training for module in network.modules()} if isinstance(network, nn.Module) else {}
+    for module in modes:
+        module.training = False
+    batches = data.batches(split, max(batch_size, peers.world_size), complete=True, distributed=peers)
+    try:
+        with torch.no_grad(), place.autocast():
+            for images, labels in batches:
+                scores, targets = network(place.images(images)).float(), place.labels(labels)
+                totals[0] += (scores.argmax(1) == targets).sum()
+                totals[1] += F.cross_entropy(scores, targets, reduction="sum")
+                totals[2] += len(targets)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    correct, loss, samples = peers.sum_(totals).tolist()
+    if not samples:
+        raise ValueError(f"data {data.name!r} has no {split} samples to evaluate on")
+    return {"accuracy": correct / samples, "loss": loss / samples, "samples": int(samples)}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a method may know of the data (the ``TaskData`` of the contract): classes, and accuracy off the test set.
+
+    Args:
+        data: the data set.
+        placement: device, precision and layout of evaluations.
+        distributed: this process among its peers.
+        batch_size: samples per step of an evaluation over all ranks together.
+    """
+
+    data: Data
+    placement: Placement
+    distributed: Distributed
+    batch_size: int = 256
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.data.num_classes
+
+    def accuracy(self, network: Callable[[Tensor], Tensor]) -> float:
+        """Top-1 accuracy in [0, 1] of ``network`` on the held-out part of the training set, over all ranks."""
+        return evaluate(
+            network,
+            self.data,
+            "held_out",
+            batch_size=self.batch_size,
+            placement=self.placement,
+            distributed=self.distributed,
+        )["accuracy"]

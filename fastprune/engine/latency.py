@@ -1,0 +1,73 @@
+"""Wall-clock time of forward passes, several networks in turn so that a drifting machine is fair to all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+def measure_latencies(
+    models: Mapping[str, nn.Module],
+    shape: tuple[int, int, int],
+    *,
+    batch: int = 1,
+    repeats: int = 30,
+    warmup: int = 3,
+) -> dict[str, float]:
+    """Median time of one forward pass of each network, in milliseconds.
+
+    Each round times every network once, in turn. The networks run in eval mode, where they are and as they are
+    (precision, layout), on one made batch.
+
+    Args:
+        models: networks by name, each with all its parameters on one device.
+        shape: (C, H, W) of one image.
+        batch: images per pass.
+        repeats: rounds that count.
+        warmup: rounds before them that do not.
+
+    Returns:
+        Milliseconds per pass by name.
+
+    Raises:
+        ValueError: where there is nothing to time.
+    """
+    if not models or repeats < 1 or batch < 1:
+        raise ValueError(f"{len(models)} networks, {repeats} repeats of batch {batch}: each must be at least 1")
+    inputs = {}
+    for name, model in models.items():
+        tensor = next(iter(model.parameters()), torch.empty(0))
+        inputs[name] = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    modes = {module: module.training for model in models.values() for module in model.modules()}
+    for module in modes:
+        module.training = False
+    times: dict[str, list[float]] = {name: [] for name in models}
+    try:
+        with torch.inference_mode():
+            for _ in range(warmup + repeats):
+                for name, model in models.items():
+                    _wait(inputs[name].device)
+                    begin = time.perf_counter()
+                    model(inputs[name])
+                    _wait(inputs[name].device)
+                    times[name].append(time.perf_counter() - begin)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return {name: 1000 * statistics.median(values[warmup:]) for name, values in times.items()}
+
+
+def measure_latency(
+    model: nn.Module, shape: tuple[int, int, int], *, batch: int = 1, repeats: int = 30, warmup: int = 3
+) -> float:
+    """Median time of one forward pass in milliseconds; arguments as in ``measure_latencies``."""
+    return measure_latencies({"": model}, shape, batch=batch, repeats=repeats, warmup=warmup)[""]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

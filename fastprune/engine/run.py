@@ -1,0 +1,155 @@
+"""A run is a directory: config.yaml, plan.json, model.safetensors, metrics.jsonl, report.html, checkpoints/."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fastprune.distributed import Distributed
+
+
+class RunError(RuntimeError):
+    """A run directory that cannot be made or used."""
+
+
+class RunDirectory:
+    """The files of one run. ``create`` makes a new one, ``open`` returns to an old one; rank 0 writes.
+
+    Args:
+        path: the directory.
+        distributed: this process among its peers.
+    """
+
+    def __init__(self, path: Path, distributed: Distributed) -> None:
+        self.path = path
+        self.distributed = distributed
+
+    @classmethod
+    def create(
+        cls, path: str | Path, config: Mapping[str, Any], distributed: Distributed | None = None
+    ) -> RunDirectory:
+        """Make a new run directory that holds ``config.yaml``; it appears complete or not at all.
+
+        Args:
+            path: must not exist, or be empty.
+            config: plain values (dicts, lists, numbers, strings, booleans, None).
+            distributed: this process among its peers.
+
+        Raises:
+            RunError: on every rank, where the directory has content or cannot be made.
+        """
+        peers = distributed or Distributed()
+        path = Path(path).absolute()  # "." has no name of its own to put a temporary one beside
+        message = _set_up(path, config) if peers.is_main else None
+        failed = int(peers.broadcast_(torch.tensor([int(message is not None)])))
+        if failed:
+            raise RunError(message or f"rank 0 could not make the run directory {str(path)!r}")
+        return cls(path, peers)
+
+    @classmethod
+    def open(cls, path: str | Path, distributed: Distributed | None = None) -> RunDirectory:
+        """Return to a run directory.
+
+        Raises:
+            RunError: where ``path`` is not one.
+        """
+        path = Path(path)
+        if not (path / "config.yaml").is_file():
+            raise RunError(f"{str(path)!r} is not a run directory: it has no config.yaml")
+        return cls(path, distributed or Distributed())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``create`` was given.
+
+        Raises:
+            RunError: where ``config.yaml`` is not a mapping in YAML.
+        """
+        try:
+            config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise RunError(f"{str(self.path / 'config.yaml')!r} is not YAML: {error}") from error
+        if not isinstance(config, dict):
+            raise RunError(f"{str(self.path / 'config.yaml')!r} holds no mapping")
+        return config
+
+    @property
+    def plan_path(self) -> Path:
+        """Where the plan goes."""
+        return self.path / "plan.json"
+
+    @property
+    def model_path(self) -> Path:
+        """Where the weights go."""
+        return self.path / "model.safetensors"
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report goes."""
+        return self.path / "report.html"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The log: one JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    def checkpoints_path(self, stage: str) -> Path:
+        """The checkpoints of one stage ("search", "training", …)."""
+        return self.path / "checkpoints" / stage
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append ``record`` to the log; a number that is not finite is written as null."""
+        if self.distributed.is_main:
+            line = json.dumps(_finite(record), allow_nan=False)
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records of the log, in order; a last line that was cut off is left out."""
+        if not self.metrics_path.exists():
+            return []
+        text = self.metrics_path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def metrics_size(self) -> int:
+        """Length of the log in bytes, to be given to ``truncate_metrics`` later."""
+        return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+
+    def truncate_metrics(self, size: int) -> None:
+        """Cut the log back to ``size`` bytes, so that a resumed run does not write its lines twice."""
+        if self.distributed.is_main and self.metrics_size() > size:
+            os.truncate(self.metrics_path, size)
+
+
+def _set_up(path: Path, config: Mapping[str, Any]) -> str | None:
+    """Make the directory under a temporary name and rename it; the message of what went wrong, or None."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        return f"{str(path)!r} exists already: continue that run with --resume, or give another --out"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        (temporary / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        temporary.replace(path)
+    except (OSError, yaml.YAMLError) as error:
+        return f"cannot make the run directory {str(path)!r}: {error}"
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

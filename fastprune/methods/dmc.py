@@ -1,0 +1,274 @@
+"""Discrete Model Compression (Gao, Huang, Pei and Huang, CVPR 2020): train one discrete gate per channel, nothing else.
+
+The network is frozen. Each gate has one parameter θ in [0, 1] and is open with probability θ. One step (Algorithm 1),
+with r the cost ratio that the deterministic gates 1[θ ≥ ½] leave and p its target:
+
+    loss = cross-entropy(masked network, stochastic gates) + λ · log(|r − p| + 1)
+    θ ← Adam(θ, ∂loss/∂θ)            straight-through: the gradient of the gate is the gradient of θ
+    θ ← θ − β · sign(θ − ½)          symmetric decay keeps the gates undecided, so that the search stays wide
+    θ ← clip(θ, 0, 1)
+
+In the end a channel stays if θ ≥ ½.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprune.budget import fit
+from fastprune.methods.contract import Method, Metrics, Phase, Task
+from fastprune.methods.filters import unit_norms
+from fastprune.methods.gates import bernoulli_gate, deterministic_gate
+from fastprune.methods.interior import gated_units, prunable_cost
+from fastprune.methods.options import option
+from fastprune.methods.ranking import across_groups, rank_of
+from fastprune.plan import PruningPlan
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
+
+
+@dataclass(frozen=True)
+class DMCConfig:
+    """Options of DMC; the defaults are the paper's for CIFAR-10 (§4.1)."""
+
+    epochs: int = option(300, "passes over the samples", minimum=1)
+    samples: int = option(2500, "random training samples to search on; the paper takes 10000 on ImageNet", minimum=1)
+    batch_size: int = option(256, "samples per step over all processes together", minimum=1)
+    learning_rate: float = option(1e-3, "of Adam, constant", minimum=0.0)
+    regularisation: float = option(4.0, "λ, the weight of the cost term; the paper takes 8 on ImageNet", minimum=0.0)
+    decay: float = option(1e-4, "β, the step towards ½ after each update", minimum=0.0, maximum=0.5)
+    sampling: Literal["stochastic", "deterministic"] = option(
+        "stochastic", "gates of the cross-entropy term: drawn with probability θ (eq. 4), or θ ≥ ½ (eq. 1)"
+    )
+    groups: Literal["interior", "all"] = option(
+        "interior", "gates inside blocks only, as in the paper, or on every channel that can go"
+    )
+    augment: bool = option(False, "whether the search sees augmented images")
+    evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
+
+
+@dataclass(frozen=True)
+class GatePlacement:
+    """Where the gates are, and how a cost of the whole network reads as the ratio of what they control.
+
+    The user's budget is a part of the whole network; the paper's p is a part of T, the cost of the layers next to
+    gates. Only with r and p relative to T does λ weigh as much as in the paper: with full, T and limit in MACs,
+    p = 1 − (full − limit)/T and r = 1 − (full − cost)/T.
+
+    Args:
+        index: units with a gate, int64 [n], ascending.
+        num_units: U.
+        prunable: T.
+        full: cost of the whole network.
+        limit: of the budget.
+    """
+
+    index: Tensor
+    num_units: int
+    prunable: float
+    full: float
+    limit: float
+
+    @property
+    def target(self) -> float:
+        """The p of eq. 9."""
+        return 1 - (self.full - self.limit) / self.prunable
+
+    def ratio(self, cost: Tensor) -> Tensor:
+        """The r = T̂/T of a cost of the whole network."""
+        return 1 - (self.full - cost) / self.prunable
+
+    def spread(self, gates: Tensor) -> Tensor:
+        """The flat vector [U] with ``gates`` [n] in their places and 1 elsewhere."""
+        if len(gates) == self.num_units:
+            return gates
+        return gates.new_ones(self.num_units).index_copy(0, self.index, gates)
+
+
+class DMC(Method):
+    """Learn which channels to keep: one discrete, stochastic gate per channel, trained under the budget.
+
+    The weights stay as they are; only the gates are trained, by gradients that pass straight through them.
+    """
+
+    name = "dmc"
+    paper = "Gao et al., Discrete Model Compression with Resource Constraint for Deep Neural Networks, CVPR 2020"
+    needs_data = True
+    Config: ClassVar[type[Any]] = DMCConfig
+    config: DMCConfig
+
+    def setup(self, task: Task) -> None:
+        """Open all gates.
+
+        Raises:
+            BudgetError: if the budget is out of reach with these gates; says what is in reach.
+        """
+        graph, budget = task.graph, task.budget
+        may_go = gated_units(graph, self.config.groups)
+        fit(graph, budget, torch.zeros(graph.num_units), prunable=may_go)  # raises before a search that cannot succeed
+        self.placement = GatePlacement(
+            index=may_go.nonzero().flatten().to(task.device),
+            num_units=graph.num_units,
+            prunable=prunable_cost(graph, budget, may_go),
+            full=float(budget.of(graph.cost())),
+            limit=budget.limit(graph),
+        )
+        self.theta = nn.Parameter(torch.ones(len(self.placement.index), device=task.device))
+        self.optimizer = torch.optim.Adam([self.theta], lr=self.config.learning_rate)
+        self.step = 0
+        self._results: dict[str, float] = {}
+
+    def phases(self, task: Task) -> Iterator[Phase]:
+        """One phase: the gate training."""
+
+        def step(images: Tensor, labels: Tensor) -> Metrics:
+            return self.train_gates(task, images, labels)
+
+        def end_epoch(epoch: int) -> Metrics:
+            return self.proxy_accuracy(task) if self.evaluates_after(epoch) and task.data is not None else {}
+
+        config = self.config
+        yield Phase(
+            "gates", config.epochs, step, config.samples, config.batch_size, augment=config.augment, end_epoch=end_epoch
+        )
+
+    def train_gates(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+        """One iteration of Algorithm 1."""
+        with weights_frozen(task.model):
+            scores = task.masked(images, self.placement.spread(self.sample(task.seed)))
+            cross_entropy = F.cross_entropy(scores.float(), labels)
+            cost = self.cost(task)
+            regulariser = log_distance(self.placement.ratio(cost), self.placement.target)
+            loss = cross_entropy + self.config.regularisation * regulariser.float()
+            (gradient,) = torch.autograd.grad(loss, [self.theta])
+        # The gates and the cost term are the same on every rank, the images are not.
+        self.theta.grad = task.distributed.mean_(gradient)
+        self.optimizer.step()
+        symmetric_decay_(self.theta, self.config.decay)
+        with torch.no_grad():
+            self.theta.clamp_(0, 1)
+        self.step += 1
+        return {
+            "loss": loss.detach(),
+            "cross_entropy": cross_entropy.detach(),
+            "regulariser": regulariser.detach(),
+            f"{task.budget.resource}_ratio": cost.detach() / self.placement.full,
+            "randomness": (self.theta.detach() - 0.5).abs().mean(),  # s of Fig. 5: ½ = decided, 0 = a coin
+            "open": (self.theta.detach() >= 0.5).float().mean(),
+        }
+
+    def sample(self, seed: int) -> Tensor:
+        """The gates of the cross-entropy term, [n]."""
+        if self.config.sampling == "deterministic":
+            return deterministic_gate(self.theta)
+        return bernoulli_gate(self.theta, seed=seed, step=self.step)
+
+    def cost(self, task: Task) -> Tensor:
+        """MACs or parameters of the network that the deterministic gates leave; differentiable in θ."""
+        gates = self.placement.spread(deterministic_gate(self.theta))
+        return task.budget.of(task.graph.cost(gates))
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether the held-out accuracy is measured after ``epoch`` (from 0)."""
+        every = self.config.evaluate_every
+        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs)
+
+    def proxy_accuracy(self, task: Task) -> Metrics:
+        """Held-out accuracy of the network that the gates leave now, before any fine-tuning."""
+        assert task.data is not None
+        with torch.no_grad():
+            gates = self.placement.spread(deterministic_gate(self.theta))
+            return {"proxy_accuracy": task.data.accuracy(lambda images: task.masked(images, gates))}
+
+    def plan(self, task: Task) -> PruningPlan:
+        """Keep θ ≥ ½; where that misses the budget, open or close the gates that are nearest to changing.
+
+        Many θ end at exactly 0 or 1. Among equal ones the larger filters (relative to their group) stay, so that an
+        index does not decide.
+        """
+        graph, budget = task.graph, task.budget
+        theta = self.placement.spread(self.theta.detach()).cpu()
+        may_go = torch.zeros(graph.num_units, dtype=torch.bool)
+        may_go[self.placement.index.cpu()] = True
+        norms = across_groups(graph, unit_norms(graph, task.model, p=2))
+        by_norm = norms.argsort(descending=True, stable=True)
+        order = by_norm[theta[by_norm].argsort(descending=True, stable=True)]
+        scores = torch.empty(graph.num_units, dtype=torch.float64)
+        scores[order] = -torch.arange(graph.num_units, dtype=torch.float64)
+        mask = theta >= 0.5
+        for group in graph.groups:
+            mask[group.units] |= rank_of(scores[group.units]) == 0
+        cost = float(budget.of(graph.cost(mask)))
+        projected = mask
+        if not self.placement.limit - TOLERANCE * self.placement.full <= cost <= self.placement.limit:
+            projected = fit(graph, budget, scores, prunable=may_go)
+        final = float(budget.of(graph.cost(projected)))
+        self._results = {
+            f"{budget.resource}_of_gates": cost / self.placement.full,
+            f"{budget.resource}_of_plan": final / self.placement.full,
+            "channels_changed_by_projection": float((mask != projected).sum()),
+        }
+        log.info("the gates cost %.4f of the network, the plan %.4f (budget %s)",
+                 cost / self.placement.full, final / self.placement.full, budget)  # fmt: skip
+        return graph.plan(projected)
+
+    def results(self) -> Metrics:
+        """Cost of the gates' own choice and of the plan, as parts of the full network."""
+        return dict(self._results)
+
+    def state_dict(self) -> dict[str, Any]:
+        """θ, Adam's moments and the step."""
+        return {"theta": self.theta.detach().clone(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if the state is for another number of gates.
+        """
+        if state["theta"].shape != self.theta.shape:
+            raise ValueError(
+                f"dmc: the state has {len(state['theta'])} gates, this network has {len(self.theta)}; "
+                "was it made with another model or another option 'groups'?"
+            )
+        with torch.no_grad():
+            self.theta.copy_(state["theta"])
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        self.step = int(state["step"])
+
+
+def log_distance(ratio: Tensor, target: float) -> Tensor:
+    """R_log(r, p) = log(|r − p| + 1); its slope grows towards the target, from ½ at a distance of 1 to 1.
+
+    Source: Gao et al., CVPR 2020, eq. 10, on ratios: with raw FLOPs the slope would jump by 1e8 at the target.
+    """
+    return torch.log((ratio - target).abs() + 1)
+
+
+def symmetric_decay_(theta: Tensor, amount: float) -> None:
+    """θ ← θ − β sign(θ − ½), in place; sign(0) = 0. Source: Gao et al., CVPR 2020, eq. 12."""
+    with torch.no_grad():
+        theta.sub_(torch.sign(theta - 0.5), alpha=amount)
+
+
+@contextmanager
+def weights_frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient reaches the weights, so none is computed or stored for; the flags are put back afterwards."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,21 @@
+"""Networks: the papers' CIFAR architectures, a resolver for everybody else's, and weights on disk."""
+
+from fastprune.models.mobilenet import MobileNetV2, mobilenetv2
+from fastprune.models.resnet import ResNet, resnet20, resnet32, resnet56, resnet110
+from fastprune.models.resolve import available, create
+from fastprune.models.weights import load_weights, read_weights, save_weights
+
+__all__ = [
+    "MobileNetV2",
+    "ResNet",
+    "available",
+    "create",
+    "load_weights",
+    "mobilenetv2",
+    "read_weights",
+    "resnet20",
+    "resnet32",
+    "resnet56",
+    "resnet110",
+    "save_weights",
+]

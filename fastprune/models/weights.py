@@ -1,0 +1,104 @@
+"""Weights on disk: safetensors both ways; torch files are read with ``weights_only=True`` and never unpickled."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastprune import atomic
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write the parameters and buffers of ``model`` as safetensors; a reader sees the old file or the whole new one.
+
+    Args:
+        model: the network.
+        path: where to; its folder must exist.
+    """
+    # Tensors may share memory (tied weights) or be strided; safetensors wants each one dense and on its own.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    atomic.write(Path(path), lambda temporary: save_file(tensors, temporary))
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict.
+
+    A torch file may nest it under the key ``state_dict`` or ``model``; the prefix ``module.`` of data-parallel wrappers
+    is dropped.
+
+    Args:
+        path: a ``.safetensors`` file, or a ``.pt`` / ``.pth`` file.
+
+    Returns:
+        Tensors on the CPU by name.
+
+    Raises:
+        ValueError: where the file is missing, of another kind, damaged, or holds something other than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"weights {str(path)!r}: there is no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"weights {str(path)!r}: not a whole safetensors file ({error})") from error
+    if path.suffix not in (".pt", ".pth"):
+        raise ValueError(f"weights {str(path)!r}: give a .safetensors, .pt or .pth file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weights {str(path)!r}: the file is damaged or holds Python objects beside tensors, which are never "
+            "unpickled; save model.state_dict() instead"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"weights {str(path)!r}: not a whole torch file ({error})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"weights {str(path)!r}: expected a state dict, a mapping from names to tensors")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load the weights at ``path`` into ``model``; all names and shapes must agree.
+
+    Args:
+        model: the network, changed in place.
+        path: as in ``read_weights``.
+
+    Raises:
+        ValueError: as in ``read_weights``, or naming the keys that do not agree; the model is then unchanged.
+    """
+    given = read_weights(path)
+    wanted = model.state_dict()
+    problems = [
+        *_listed("missing", [name for name in wanted if name not in given]),
+        *_listed("unexpected", [name for name in given if name not in wanted]),
+        *_listed(
+            "of another shape",
+            [
+                f"{name} {list(given[name].shape)}, needs {list(tensor.shape)}"
+                for name, tensor in wanted.items()
+                if name in given and given[name].shape != tensor.shape
+            ],
+        ),
+    ]
+    if problems:
+        raise ValueError(f"weights {str(path)!r} do not fit {type(model).__name__}: " + "; ".join(problems))
+    model.load_state_dict(given)
+
+
+def _listed(what: str, names: list[str], limit: int = 5) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return [f"{what}: {', '.join(names[:limit])}{more}"]

@@ -1,0 +1,99 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastprune.graph import ChannelGraph
+
+if TYPE_CHECKING:
+    from fastprune.methods.registry import MethodInfo
+
+
+def millions(value: float) -> str:
+    """A count in millions, with two digits behind the point."""
+    return f"{value / 1e6:,.2f} M"
+
+
+def percent(value: float) -> str:
+    """A fraction as a percentage."""
+    return f"{100 * value:.2f} %"
+
+
+def show(table: Table) -> None:
+    """Print a table on standard output."""
+    Console().print(table)
+
+
+def print_graph(name: str, graph: ChannelGraph) -> None:
+    """A network's cost, groups and layers that cannot be pruned."""
+    cost = graph.cost()
+    table = Table(title=f"{name}: {len(graph.groups)} groups, {graph.num_units:,} units, {millions(float(cost.macs))} MACs, {millions(float(cost.params))} parameters")  # fmt: skip
+    for heading, side in (("group", "left"), ("units", "right"), ("kind", "left"), ("share of MACs", "right"), ("layers", "right")):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for group in graph.groups:
+        table.add_row(group.name, f"{group.size:,}", group.kind, percent(group.share), str(len(group.layers)))
+    show(table)
+    if graph.unprunable:
+        reasons = Table(title="layers whose output channels stay (some or all)")
+        reasons.add_column("layer")
+        reasons.add_column("why")
+        for layer, reason in graph.unprunable:
+            reasons.add_row(layer, reason)
+        show(reasons)
+
+
+def print_methods(methods: Iterable[MethodInfo], broken: Mapping[str, str]) -> None:
+    """The installed methods and their options, and the plugins that are broken."""
+    table = Table(title="pruning methods")
+    for heading in ("name", "package", "paper", "options"):
+        table.add_column(heading)
+    for info in methods:
+        table.add_row(info.name, f"{info.package} {info.version}", info.paper, ", ".join(o["name"] for o in info.options))
+    show(table)
+    for name, reason in broken.items():
+        Console(stderr=True).print(f"[red]method {name!r} cannot be loaded:[/red] {reason}")
+
+
+def print_checks(checks: Mapping[str, Any]) -> None:
+    """What ``doctor`` found."""
+    table = Table(title="fastprune doctor")
+    table.add_column("what")
+    table.add_column("finding")
+    for name, value in checks.items():
+        if isinstance(value, Mapping):
+            value = "\n".join(f"{key}: {item}" for key, item in value.items()) or "none"
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        table.add_row(name, str(value))
+    show(table)
+
+
+def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Networks side by side."""
+    table = Table()
+    table.add_column("network")
+    present = [name for name in COLUMNS if any(name in row for row in results.values())]
+    for name in present:
+        table.add_column(COLUMNS[name][0], justify="right")
+    for network, row in results.items():
+        table.add_row(network, *(COLUMNS[name][1](row[name]) if name in row else "" for name in present))
+    show(table)
+
+
+def print_demo(result: Mapping[str, Any]) -> None:
+    """The demonstration's stages."""
+    print_results({stage["stage"]: stage for stage in result["stages"]})
+    Console().print(f"{result['seconds']:.0f} s; run directory: {result['run']}", soft_wrap=True, highlight=False)
+
+
+COLUMNS: dict[str, tuple[str, Any]] = {
+    "accuracy": ("accuracy", percent),
+    "macs": ("MACs", millions),
+    "params": ("parameters", millions),
+    "latency_ms": ("latency (batch 64)", lambda value: f"{value:.2f} ms"),
+}

@@ -1,0 +1,171 @@
+"""The loop: killed anywhere and resumed, it ends with the same bits; it stops on signals and on losses gone wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastprune.distributed import Distributed
+from fastprune.engine import Interrupted, LoopOptions, NonFiniteError, RunDirectory, load_data, run_phases
+from fastprune.methods.contract import Phase
+
+DATA = load_data("synthetic:1x4x4:3:40", held_out=0)
+
+
+class KilledError(Exception):
+    """Stands for a power cut."""
+
+
+class Walker:
+    """A worker whose state depends on the batches, the task's generator, torch's generator and the order of it all."""
+
+    def __init__(self, kill_at: int = -1, kind: str = "raise") -> None:
+        self.state = torch.zeros(16)
+        self.epochs: list[int] = []
+        self.calls = 0
+        self.kill_at = kill_at
+        self.kind = kind
+
+    def phases(self, task: Any) -> Iterator[Phase]:
+        self.task = task
+        yield Phase("walk", 3, self.step, samples=20, batch_size=8, augment=True, end_epoch=self.end_epoch)
+        yield Phase("rest", 0, self.step)
+        yield Phase("run", 2, self.step, batch_size=16)
+
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
+        if self.calls == self.kill_at:
+            if self.kind == "raise":
+                raise KilledError
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.calls += 1
+        noise = torch.rand((), generator=self.task.rng) + torch.rand(())
+        self.state = self.state * 0.9 + images.mean((0, 1)).flatten() * noise
+        return {"loss": self.state.sum(), "count": len(labels)}
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        self.epochs.append(epoch)
+        return {"epochs": float(len(self.epochs))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state, "epochs": self.epochs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.state, self.epochs = state["state"], list(state["epochs"])
+
+
+def make_task() -> Any:
+    return SimpleNamespace(
+        model=nn.Identity(),
+        device=torch.device("cpu"),
+        seed=4,
+        distributed=Distributed(),
+        rng=torch.Generator().manual_seed(4),
+    )
+
+
+OPTIONS = LoopOptions(log_every=2, checkpoint_steps=3, checkpoint_epochs=2)
+STEPS = 3 * 3 + 2 * 3  # epochs × batches of both phases
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Walker, RunDirectory, dict[str, float]]:
+    run = RunDirectory.create(tmp_path_factory.mktemp("whole") / "run", {})
+    worker = Walker()
+    return worker, run, run_phases(worker, make_task(), DATA, run=run, options=OPTIONS)
+
+
+def test_every_step_once(whole: tuple[Walker, RunDirectory, dict[str, float]]) -> None:
+    worker, run, metrics = whole
+    assert worker.calls == STEPS
+    assert worker.epochs == [0, 1, 2]
+    assert metrics["epochs"] == 3
+    steps = [record["step"] for record in run.metrics()]
+    assert steps == sorted(steps)
+    assert steps[-1] == STEPS
+    assert {record["phase"] for record in run.metrics()} == {"walk", "run"}
+
+
+@pytest.mark.parametrize("kind", ["raise", "signal"])
+@pytest.mark.parametrize("kill_at", range(0, STEPS, 2))
+def test_kill_and_resume_is_exact(
+    tmp_path: Path, kill_at: int, kind: str, whole: tuple[Walker, RunDirectory, dict[str, float]]
+) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    with pytest.raises(KilledError if kind == "raise" else Interrupted):
+        run_phases(Walker(kill_at, kind), make_task(), DATA, run=run, options=OPTIONS)
+    torch.manual_seed(kill_at)
+    worker, task = Walker(), make_task()
+    task.rng.manual_seed(99)
+    metrics = run_phases(worker, task, DATA, run=RunDirectory.open(run.path), resume=True, options=OPTIONS)
+    assert torch.equal(worker.state, whole[0].state)
+    assert worker.epochs == whole[0].epochs
+    assert run.metrics_path.read_bytes() == whole[1].metrics_path.read_bytes()
+    assert metrics == whole[2]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    first, again = Walker(), Walker()
+    run_phases(first, make_task(), DATA, run=run)
+    run.log({"stage": "training", "step": 0})
+    run_phases(again, make_task(), DATA, run=run, resume=True)
+    assert again.calls == 0
+    assert torch.equal(first.state, again.state)
+    assert run.metrics()[-1]["stage"] == "training"
+
+
+def test_starting_anew_forgets_old_checkpoints(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    run_phases(Walker(), make_task(), DATA, run=run)
+    with pytest.raises(KilledError):
+        run_phases(Walker(5), make_task(), DATA, run=run)
+    worker = Walker()
+    run_phases(worker, make_task(), DATA, run=run, resume=True)
+    assert worker.calls > 0
+
+
+def test_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=r"search was interrupted at step 5; continue with --resume .*run"):
+        run_phases(Walker(4, "signal"), make_task(), DATA, run=run)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Bad(Walker):
+    def step(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
+        metrics = super().step(images, labels)
+        return {"loss": float("nan") if self.calls > 4 else metrics["loss"]}
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    with pytest.raises(NonFiniteError, match=r"phase 'walk', epoch 1, at step 6: loss is nan; lower the learning rate"):
+        run_phases(Bad(), make_task(), DATA, run=run, options=OPTIONS)
+    assert all(record["loss"] is not None for record in run.metrics() if "loss" in record)
+    worker = Walker()
+    run_phases(worker, make_task(), DATA, run=run, resume=True)
+    assert worker.state.isfinite().all()
+    assert worker.calls == STEPS - 3
+
+
+def test_phases_need_data() -> None:
+    with pytest.raises(ValueError, match="'walk' reads training data"):
+        run_phases(Walker(), make_task(), None)
+
+
+class Idle(Walker):
+    def phases(self, task: Any) -> Iterator[Phase]:
+        return iter(())
+
+
+def test_a_worker_without_phases_needs_no_data(tmp_path: Path) -> None:
+    assert run_phases(Idle(), make_task(), None, run=RunDirectory.create(tmp_path / "run", {})) == {}

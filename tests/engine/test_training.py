@@ -1,0 +1,259 @@
+"""Training and evaluation: accuracy, exact resume, exact evaluation, schedules by value."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprune import models
+from fastprune.distributed import Distributed
+from fastprune.engine import (
+    HeldOut,
+    LoopOptions,
+    NonFiniteError,
+    Placement,
+    RunDirectory,
+    TrainConfig,
+    choose_device,
+    evaluate,
+    learning_rate,
+    load_data,
+    measure_latencies,
+    measure_latency,
+    train,
+)
+from fastprune.engine.training import _synchronised_batch_norm
+
+DATA = load_data("synthetic:1x8x8:4:90")
+
+
+class Net(nn.Module):
+    """Small, with everything that has state or draws: batch norm, dropout, an unused branch in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def make_net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+CONFIG = TrainConfig(epochs=4, batch_size=16, lr=0.1, schedule="cosine", warmup_epochs=1, nesterov=True)
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+class PowerCutError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("steps", [1, 6, 13, 23])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_kill_and_resume_gives_the_same_weights(
+    tmp_path: Path, steps: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(**{**CONFIG.__dict__, "precision": precision, "channels_last": precision == "bf16"})
+    whole = make_net()
+    metrics = train(whole, DATA, config, device="cpu", seed=3)
+    run = RunDirectory.create(tmp_path / "run", {})
+    count = 0
+
+    def pull_the_plug(*arguments: object, **options: object) -> Tensor:
+        nonlocal count
+        count += 1
+        if count > steps:
+            raise PowerCutError
+        return cross_entropy(*arguments, **options)
+
+    cross_entropy = F.cross_entropy
+    options = LoopOptions(checkpoint_steps=4, checkpoint_epochs=0)
+    monkeypatch.setattr(F, "cross_entropy", pull_the_plug)
+    with pytest.raises(PowerCutError):
+        train(make_net(), DATA, config, device="cpu", seed=3, run=run, options=options)
+    monkeypatch.undo()
+    resumed = Net()  # other weights: all must come from the checkpoint
+    again = train(resumed, DATA, config, device="cpu", seed=3, run=run, resume=True, options=options)
+    assert same_weights(whole, resumed)
+    assert again == metrics
+    assert not resumed.training
+    assert same_weights(_loaded(run), whole)
+
+
+def _loaded(run: RunDirectory) -> nn.Module:
+    model = Net()
+    models.load_weights(model, run.model_path)
+    return model
+
+
+def test_seeds_matter() -> None:
+    first, second, third = make_net(), make_net(), make_net()
+    for net, seed in ((first, 1), (second, 1), (third, 2)):
+        train(net, DATA, CONFIG, device="cpu", seed=seed)
+    assert same_weights(first, second)
+    assert not same_weights(first, third)
+
+
+def test_resnet20_learns_the_digits() -> None:
+    pytest.importorskip("sklearn")
+    data = load_data("digits")
+    torch.manual_seed(0)
+    model = models.create("resnet20", num_classes=10, in_channels=1)
+    config = TrainConfig(epochs=8, batch_size=64, schedule="cosine", warmup_epochs=1, weight_decay=5e-4)
+    metrics = train(model, data, config, device="cpu")
+    assert evaluate(model, data)["accuracy"] >= 0.97
+    assert metrics["held_out_accuracy"] >= 0.95
+
+
+def test_one_step_is_sgd() -> None:
+    data = load_data("synthetic:1x8x8:4:16", held_out=0)
+    config = TrainConfig(epochs=1, batch_size=16, lr=0.5, weight_decay=0.1, decay_norm_and_bias=False, evaluate_every=0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    weight, bias = (parameter.detach().clone().requires_grad_() for parameter in net.parameters())
+    ((images, labels),) = data.batches("train", 16, augment=True)
+    F.cross_entropy(F.linear(images.flatten(1), weight, bias), labels).backward()
+    train(net, data, config, device="cpu")
+    assert torch.allclose(net[1].weight, weight - 0.5 * (weight.grad + 0.1 * weight), atol=1e-7)
+    assert torch.allclose(net[1].bias, bias - 0.5 * bias.grad, atol=1e-7)
+
+
+def test_auxiliary_heads_are_trained() -> None:
+    class TwoHeads(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aux = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            y = self.body(x).mean((2, 3))
+            return (self.fc(y), self.aux(y)) if self.training else self.fc(y)
+
+    net = TwoHeads()
+    before = net.aux.weight.clone()
+    train(net, DATA, TrainConfig(epochs=1, batch_size=32), device="cpu")
+    assert not torch.equal(net.aux.weight, before)
+
+
+def test_divergence_stops() -> None:
+    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+        train(make_net(), DATA, TrainConfig(epochs=3, batch_size=16, lr=1e30), device="cpu")
+
+
+def test_frozen_network_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(make_net().requires_grad_(False), DATA, CONFIG, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("schedule", "step"), ("epochs", -1), ("batch_size", 0), ("label_smoothing", 1.0), ("lr", -0.1)],
+)
+def test_config_errors(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        TrainConfig(**{field: value})
+
+
+def test_every_option_is_documented() -> None:
+    for options in (TrainConfig, LoopOptions):
+        for field in options.__dataclass_fields__.values():
+            assert field.metadata["help"]
+
+
+def test_sync_bn_needs_cuda() -> None:
+    with pytest.raises(ValueError, match="CUDA only"):
+        train(make_net(), DATA, TrainConfig(sync_bn=True), device="cpu")
+
+
+def test_synchronised_batch_norm_is_undone() -> None:
+    net = make_net()
+    plain = net.body[1]
+    with _synchronised_batch_norm(net, True):
+        assert isinstance(net.body[1], nn.SyncBatchNorm)
+        net.body[1].running_mean.fill_(2)
+        net.body[1].num_batches_tracked = torch.tensor(7)
+    assert net.body[1] is plain
+    assert plain.running_mean[0] == 2
+    assert plain.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 22, 100])
+def test_evaluation_is_exact(batch_size: int) -> None:
+    net = make_net()
+    ((images, labels),) = DATA.batches("test", 1000)
+    with torch.no_grad():
+        scores = net.eval()(images)
+    net.train()
+    net.fc.eval()
+    result = evaluate(net, DATA, batch_size=batch_size)
+    assert result["samples"] == len(labels) == 22
+    assert result["accuracy"] == (scores.argmax(1) == labels).double().mean().item()
+    assert math.isclose(result["loss"], F.cross_entropy(scores.double(), labels).item(), rel_tol=1e-6)
+    assert net.training
+    assert not net.fc.training
+
+
+def test_held_out_accuracy_for_methods() -> None:
+    net = make_net().eval()
+    held_out = HeldOut(DATA, Placement(), Distributed())
+    assert held_out.num_classes == 4
+    assert held_out.accuracy(net) == evaluate(net, DATA, "held_out")["accuracy"]
+    with pytest.raises(ValueError, match="no held_out samples"):
+        evaluate(net, load_data("synthetic:1x8x8:4:90", held_out=0), "held_out")
+
+
+def schedule(**options: object) -> list[float]:
+    epochs, per_epoch = 4, 5
+    return [learning_rate(s, steps_per_epoch=per_epoch, epochs=epochs, lr=1.0, **options) for s in range(20)]
+
+
+def test_schedules() -> None:
+    drops = [1.0] * 10 + [0.1] * 5 + [0.01] * 5
+    assert schedule() == pytest.approx(drops)
+    assert schedule(milestones=(2, 3)) == pytest.approx(drops)
+    assert schedule(schedule="cosine") == pytest.approx([(1 + math.cos(math.pi * s / 20)) / 2 for s in range(20)])
+    assert schedule(schedule="linear") == pytest.approx([1 - s / 20 for s in range(20)])
+    warm = schedule(schedule="linear", warmup_epochs=1)
+    assert warm[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert warm[-1] == pytest.approx(1 / 15)
+    assert schedule(schedule="constant", warmup_epochs=2)[9:] == [1.0] * 11
+    with pytest.raises(ValueError, match="milestones, cosine, linear, constant"):
+        schedule(schedule="steps")
+
+
+def test_latency() -> None:
+    small, large = nn.Conv2d(3, 4, 1), nn.Sequential(*(nn.Conv2d(3, 3, 7) for _ in range(8)))
+    times = measure_latencies({"small": small, "large": large}, (3, 64, 64), batch=4, repeats=5)
+    assert 0 < times["small"] < times["large"]
+    assert small.training
+    assert measure_latency(small, (3, 8, 8), repeats=3) > 0
+    with pytest.raises(ValueError, match="at least 1"):
+        measure_latencies({}, (3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps:0", "auto:1x"])
+def test_device_errors(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        choose_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
+def test_devices_without_cuda() -> None:
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="0 CUDA device"):
+        choose_device("cuda:3")
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(ValueError, match="float32 or bf16"):
+        Placement(precision="fp8")

@@ -1,0 +1,200 @@
+"""Surgery: compact equals masked, predicted cost equals counted cost, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import fastprune as fp
+
+ARCHITECTURES = [
+    "resnet18",
+    "resnet50",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "densenet121",
+    "shufflenet_v2_x1_0",
+    "regnet_y_400mf",
+    "efficientnet_b0",
+    "googlenet",
+    "vgg11_bn",
+]
+
+
+def random_mask(graph: fp.ChannelGraph, seed: int) -> Tensor:
+    """Half of the units of each group at random; one group keeps a single unit."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(graph.num_units, generator=generator) < 0.5
+    single = int(torch.randint(len(graph.groups), (), generator=generator))
+    for index, group in enumerate(graph.groups):
+        if index == single:
+            mask[group.units] = False
+        if not mask[group.units].any():
+            mask[group.start + int(torch.randint(group.size, (), generator=generator))] = True
+    return mask
+
+
+def counted(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """MACs and parameters of a model, counted layer by layer on itself."""
+    macs = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal macs
+        pixels = output.shape[2:].numel() if isinstance(module, nn.Conv2d) else 1
+        macs += module.weight.numel() * pixels
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return macs, sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_random_plans_are_exact(name: str, randomised: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    arguments = {"init_weights": False} if name == "googlenet" else {}
+    model = randomised(getattr(torchvision.models, name)(**arguments)).double().eval()
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
+    graph = fp.trace(model, images)
+    for seed in range(2):
+        mask = random_mask(graph, seed)
+        plan = graph.plan(mask)
+        assert min(kept for kept, _ in plan.widths.values()) == 1
+        compact = fp.apply(plan, model, check=False)
+        assert fp.verify(plan, model, compact, dtype=torch.float64) <= 1e-9
+        assert counted(compact, images) == (plan.macs[1], plan.params[1])
+        assert plan.macs[1] < plan.macs[0]
+
+
+@pytest.mark.parametrize("name", ["googlenet", "resnet18"])
+def test_a_compact_model_trains(name: str) -> None:
+    torch.manual_seed(0)
+    arguments = {"init_weights": False} if name == "googlenet" else {}
+    model = getattr(torchvision.models, name)(**arguments)
+    graph = fp.trace(model, torch.zeros(1, 3, 64, 64))
+    compact = fp.apply(graph.plan(random_mask(graph, 0)), model)
+    assert compact.training
+    outputs = compact(torch.randn(2, 3, 64, 64))
+    loss = sum(output.square().mean() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in compact.parameters())
+
+
+def test_full_mask_is_the_identity(tiny: nn.Module) -> None:
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
+    compact = fp.apply(graph.plan(torch.ones(graph.num_units)), tiny)
+    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), compact.state_dict().values(), strict=True))
+
+
+def test_the_model_itself_is_untouched(tiny: nn.Module) -> None:
+    tiny.head.weight.requires_grad_(False)
+    tiny.train()
+    before = copy.deepcopy(tiny.state_dict())
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
+    compact = fp.apply(graph.plan(random_mask(graph, 1)), tiny)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny.state_dict().items())
+    assert not compact.head.weight.requires_grad
+    assert compact.training
+
+
+def test_stored_sizes_are_mended(tiny: nn.Module) -> None:
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
+    compact = fp.apply(graph.plan(random_mask(graph, 2)), tiny)
+    for module in compact.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels // module.groups)
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.num_features == len(module.running_mean)
+        elif isinstance(module, nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+    assert compact.depthwise.groups == compact.depthwise.in_channels == compact.expand.out_channels < 16
+
+
+def test_grouped_and_flattened_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.PReLU(8), nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(),
+        nn.ConvTranspose2d(12, 6, 2, stride=2), nn.Flatten(), nn.Linear(6 * 36, 4),
+    ).double()  # fmt: skip
+    graph = fp.trace(model, torch.zeros(1, 3, 5, 5, dtype=torch.float64))
+    plan = graph.plan(random_mask(graph, 3))
+    compact = fp.apply(plan, model)
+    assert compact[2].groups == 2
+    assert compact[1].num_parameters == compact[0].out_channels
+    assert sum(p.numel() for p in compact.parameters()) == plan.params[1]
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 6, 1)
+            self.a, self.b = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+            self.b.weight = self.a.weight
+            self.last = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.b(torch.relu(self.a(self.first(x))))))
+
+    model = Tied().double()
+    graph = fp.trace(model, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    plan = graph.plan(random_mask(graph, 0))
+    compact = fp.apply(plan, model)
+    assert compact.a.weight is compact.b.weight
+    assert sum(p.numel() for p in compact.parameters()) == plan.params[1]
+
+
+def test_channels_last_and_buffers_survive(tiny: nn.Module) -> None:
+    tiny.to(memory_format=torch.channels_last)
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
+    compact = fp.apply(graph.plan(random_mask(graph, 4)), tiny)
+    assert compact.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert list(compact.state_dict()) == list(tiny.state_dict())
+
+
+def test_hard_coded_widths_are_refused_with_the_modules_name() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(x.shape[0], 6, -1)
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Fixed(), nn.Flatten(), nn.Linear(6 * 16, 2))
+    graph = fp.trace(model, torch.zeros(1, 3, 4, 4))
+    mask = torch.ones(graph.num_units)
+    mask[0] = 0
+    with pytest.raises(fp.SurgeryError, match=r"'1' fails|differ"):
+        fp.apply(graph.plan(mask), model)
+
+
+def wrong_columns(compact: nn.Module) -> None:
+    compact.head.weight.data = compact.head.weight.data.roll(1, 1)
+
+
+def wrong_statistics(compact: nn.Module) -> None:
+    compact.bn2.running_mean.data += 0.001
+
+
+@pytest.mark.parametrize("spoil", [wrong_columns, wrong_statistics])
+def test_verify_finds_a_wrong_compact_model(tiny: nn.Module, spoil: Callable[[nn.Module], None]) -> None:
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
+    plan = graph.plan(random_mask(graph, 5))
+    compact = fp.apply(plan, tiny)
+    spoil(compact)
+    with pytest.raises(fp.SurgeryError, match="differ by"):
+        fp.verify(plan, tiny, compact)
+
+
+def test_a_plan_for_another_model_is_refused(tiny: nn.Module) -> None:
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
+    plan = graph.plan(torch.ones(graph.num_units))
+    with pytest.raises(fp.PlanError, match=r"no tensor 'stem\.0\.weight'"):
+        fp.apply(plan, nn.Conv2d(3, 3, 1))
+    tiny.conv1 = nn.Conv2d(8, 13, 3)
+    with pytest.raises(fp.PlanError, match=r"'conv1\.weight' has shape \(13, 8, 3, 3\)"):
+        fp.apply(plan, tiny)
