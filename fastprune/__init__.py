@@ -1,10 +1,10 @@
 """Channel pruning of convolutional networks for PyTorch: exact, fast, by any method.
 
-    >>> import torch, fastprune as fp
-    >>> model = fp.models.create("resnet20")
-    >>> result = fp.prune(model, torch.zeros(1, 3, 32, 32), method="l1", budget="flops=0.5")
-    >>> result.metrics["macs"]["planned"] <= 0.5 * result.metrics["macs"]["full"]
-    True
+>>> import torch, fastprune as fp
+>>> model = fp.models.create("resnet20")
+>>> result = fp.prune(model, torch.zeros(1, 3, 32, 32), method="l1", budget="flops=0.5")
+>>> result.metrics["macs"]["planned"] <= 0.5 * result.metrics["macs"]["full"]
+True
 """
 
 from importlib.metadata import version

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write a file under a temporary name in ``path``'s folder, flush it to disk and rename it to ``path``.
+    """Let ``fill`` write a file under a temporary name beside ``path``, flush it to disk and rename it to ``path``.
 
     If anything fails, an earlier file at ``path`` is untouched and the temporary one is removed.
     """

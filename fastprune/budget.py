@@ -47,7 +47,10 @@ class Budget:
         found = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([KMGT]?)\s*", text, re.IGNORECASE)
         resource = found.group(1).lower() if found else ""
         if found is None or resource not in ("flops", "params"):
-            raise BudgetError(f"budget {text!r}: 'flops=…' or 'params=…' is needed, with a fraction or an absolute number (flops=0.5, flops=2G)")
+            raise BudgetError(
+                f"budget {text!r}: 'flops=…' or 'params=…' is needed, "
+                "with a fraction or an absolute number (flops=0.5, flops=2G)"
+            )
         try:
             value = float(found.group(2)) * SUFFIXES[found.group(3).upper()]
         except ValueError:
@@ -89,8 +92,8 @@ def fit(
 ) -> Tensor:
     """Keep the units of highest score whose network costs at most the budget, and nearly as much.
 
-    The longest prefix of the ranking that fits is kept. Where it leaves more than 0.5 % of the full cost unused, the next
-    units that still fit are added.
+    The longest prefix of the ranking that fits is kept. Where it leaves more than 0.5 % of the full cost unused, the
+    next units that still fit are added.
 
     Args:
         graph: the network.
@@ -117,8 +120,8 @@ def fit(
     least = float(budget.of(graph.cost(mask)))
     if least > limit:
         raise BudgetError(
-            f"budget '{budget}': {limit / total:.3f} of the full network is asked for, but with every prunable channel gone "
-            f"{least / total:.3f} remains; ask for more, or let more groups be pruned"
+            f"budget '{budget}': {limit / total:.3f} of the full network is asked for, but with every prunable channel "
+            f"gone {least / total:.3f} remains; ask for more, or let more groups be pruned"
         )
     ranking = scores.argsort(descending=True, stable=True)
     ranking = ranking[~mask[ranking]]

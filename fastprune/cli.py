@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from fastprune import commands
 from fastprune.engine import CheckpointError, Interrupted, NonFiniteError, RunError
 from fastprune.methods.registry import load
+from fastprune.settings import PruneSettings
 
 BAD_INPUT = (ValueError, ArgumentError, RunError, CheckpointError, NonFiniteError, OSError)
 EXIT_BAD_INPUT = 2
@@ -47,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser(method: str | None) -> ArgumentParser:
     """The parser of all commands; ``prune`` has the options of ``method`` under its name (``--dmc.epochs 30``)."""
-    parser = ArgumentParser(prog="fastprune", description="Channel pruning of convolutional networks.", exit_on_error=False)
-    parser.add_argument("--version", action="version", version=f"fastprune {commands.version()}")
+    parser = ArgumentParser(
+        prog="fastprune", description="Channel pruning of convolutional networks.", exit_on_error=False
+    )
+    parser.add_argument("--version", action="version", version=f"fastprune {version('fastprune')}")
     subcommands = parser.add_subcommands(required=True, dest="command")
     for name, command in commands.COMMANDS.items():
         sub = ArgumentParser(prog=f"fastprune {name}", description=command.help, exit_on_error=False)
@@ -86,7 +90,7 @@ def method_in(arguments: Sequence[str]) -> str | None:
         except (OSError, yaml.YAMLError) as error:
             raise ValueError(f"--config {config}: {error}") from error
         named = settings.get("method") if isinstance(settings, dict) else None
-    return named or commands.PruneSettings.method
+    return named or PruneSettings.method
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -33,103 +33,20 @@ from fastprune.methods import registry
 from fastprune.plan import PruningPlan
 from fastprune.pruning import prune
 from fastprune.report import tables
+from fastprune.settings import (
+    EvaluateSettings,
+    FinetuneConfig,
+    FinetuneSettings,
+    ModelSettings,
+    NetworkSettings,
+    PruneSettings,
+    needed,
+    pick,
+    plain,
+    resumed,
+    save_config,
+)
 from fastprune.surgery import apply
-
-
-def setting(default: Any, text: str) -> Any:
-    """A field that becomes a flag."""
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class ModelSettings:
-    """The network."""
-
-    model: str = setting("", "resnet20, torchvision:NAME, timm:NAME or package.module:factory")
-    weights: str | None = setting(None, "file of trained weights (.safetensors, .pt, .pth); random weights without it")
-    input: str | None = setting(None, "size of one image, CxHxW; the data's or the model's usual size without it")
-
-
-@dataclass
-class RunSettings:
-    """The run."""
-
-    data: str | None = setting(
-        None, "digits, fashion-mnist:FOLDER, cifar10:FOLDER, imagefolder:FOLDER or synthetic:CxHxW:CLASSES"
-    )
-    out: str | None = setting(None, "directory for the run's files; must not exist yet")
-    image_size: int | None = setting(None, "side of the images, where it is to differ from the data's own")
-    held_out: float | None = setting(None, "part of the training set that is held out; 10 %, at most 5000, without it")
-    seed: int = setting(0, "of everything random")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-
-
-@dataclass
-class NetworkSettings(ModelSettings, RunSettings):
-    """A network, its data and its run."""
-
-
-@dataclass
-class PruneSettings(NetworkSettings):
-    """Prune a trained network."""
-
-    method: str = setting("dmc", "a method's name, see 'fastprune methods'")
-    budget: str = setting("flops=0.5", "what may stay: flops=0.5, params=0.3, flops=2G, …")
-    precision: str = setting("float32", "of the search: float32, or bf16 for autocast")
-
-
-@dataclass
-class FinetuneSettings:
-    """Train the compact network of a run."""
-
-    run: str = setting("", "directory of a pruning run")
-    data: str | None = setting(None, "another data set than the run's")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    seed: int = setting(0, "of order, augmentation and dropout")
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
-    """The recipe of a fine-tuning: as a training, with a cosine schedule from a lower learning rate."""
-
-    lr: float = setting(0.02, "largest learning rate")
-    schedule: str = setting("cosine", "shape of the learning rate: milestones or cosine")
-
-
-@dataclass
-class EvaluateSettings(ModelSettings):
-    """Measure a run's networks, or one network with weights, on the test set."""
-
-    run: str | None = setting(None, "directory of a run")
-    data: str | None = setting(None, "data set; the run's own without it")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-
-
-T = TypeVar("T")
-
-
-def pick(kind: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of a dataclass from those of ``values`` that are its fields."""
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})  # type: ignore[arg-type]
-
-
-def needed(**values: Any) -> None:
-    """Refuse a command that lacks an option."""
-    missing = [f"--{name}" for name, value in values.items() if not value]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
-
-
-def resumed(settings: Mapping[str, Any], given: set[str], command: str) -> dict[str, Any]:
-    """The settings that a run was begun with."""
-    needed(out=settings["out"])
-    extra = given - {"out", "resume", "json", "device"}
-    if extra:
-        raise ValueError(f"--resume takes its settings from {settings['out']}/config.yaml; leave out --{sorted(extra)[0]}")
-    config = RunDirectory.open(settings["out"]).config
-    if config.get("command") != command:
-        raise ValueError(f"{settings['out']!r} is a run of 'fastprune {config.get('command')}', not of '{command}'")
-    return {**config, "out": settings["out"], "device": settings["device"]}
 
 
 def open_data(spec: str, settings: Any) -> SourceData:
@@ -152,10 +69,10 @@ def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, 
 def build_model(settings: ModelSettings, data: SourceData | None) -> nn.Module:
     """The network with its weights, sized for the data."""
     needed(model=settings.model)
+    channels = input_shape(settings, data)[0]
     if data is not None:
-        channels, classes = data.shape[0], data.num_classes
+        classes: int | None = data.num_classes
     else:
-        channels = input_shape(settings, None)[0]
         classes = classes_in(settings.weights) if settings.weights is not None else None
     # Every factory makes networks for 3 channels; only some can be asked for another number.
     in_channels = None if channels == 3 else channels
@@ -173,29 +90,7 @@ def example_of(shape: tuple[int, int, int]) -> Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def save_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``config.yaml`` says: the settings, with files by their absolute paths."""
-    values = asdict(settings)
-    for name in ("out", "run"):
-        values.pop(name, None)
-    if values.get("weights"):
-        values["weights"] = str(Path(values["weights"]).absolute())
-    return {"fastprune": version(), "command": command, **values, **extra}
-
-
-def version() -> str:
-    """The installed version."""
-    from importlib.metadata import version as of
-
-    return of("fastprune")
-
-
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with lists in place of tuples, as YAML has it."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-# --- the commands -------------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------------------------
 
 
 def run_train(values: dict[str, Any], given: set[str]) -> int:
@@ -212,7 +107,16 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
     written = save_config(settings, "train", plain(asdict(config)))
     out = str(settings.out)
     run = RunDirectory.open(out, peers) if values["resume"] else RunDirectory.create(out, written, peers)
-    train(model, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers, resume=values["resume"])
+    train(
+        model,
+        data,
+        config,
+        run=run,
+        seed=settings.seed,
+        device=settings.device,
+        distributed=peers,
+        resume=values["resume"],
+    )
     result = measure({"model": model}, data, settings.device, peers)
     report(result, values["json"], peers, run.path)
     return 0
@@ -267,9 +171,15 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     if values["resume"]:
         extra = given - {"run", "resume", "json", "device"}
         if extra or not recipe.is_file():
-            raise ValueError(f"--resume takes its settings from {recipe}; " + (f"leave out --{sorted(extra)[0]}" if extra else "there is none"))
+            raise ValueError(
+                f"--resume takes its settings from {recipe}; "
+                + (f"leave out --{sorted(extra)[0]}" if extra else "there is none")
+            )
         written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        settings, config = pick(FinetuneSettings, {**written, "run": settings.run, "device": settings.device}), pick(FinetuneConfig, written)
+        settings, config = (
+            pick(FinetuneSettings, {**written, "run": settings.run, "device": settings.device}),
+            pick(FinetuneConfig, written),
+        )
     origin = pick(NetworkSettings, run.config)
     data = data_of(origin, settings.data)
     compact = compact_of(run, origin, data)
@@ -355,7 +265,7 @@ def run_demo(values: dict[str, Any], given: set[str]) -> int:
     return 0
 
 
-# --- shared pieces --------------------------------------------------------------------------------------------------------
+# --- shared pieces --------------------------------------------------------------------------------------------------
 
 
 def data_of(origin: NetworkSettings, other: str | None) -> SourceData:
@@ -381,7 +291,9 @@ def size_of(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     return {"macs": round(float(cost.macs)), "params": round(float(cost.params))}
 
 
-def measure(networks: Mapping[str, nn.Module], data: SourceData | None, device: str, peers: Distributed) -> dict[str, dict[str, Any]]:
+def measure(
+    networks: Mapping[str, nn.Module], data: SourceData | None, device: str, peers: Distributed
+) -> dict[str, dict[str, Any]]:
     """Top-1 accuracy of each network on the test set; nothing where there are no data."""
     if data is None:
         return {name: {} for name in networks}

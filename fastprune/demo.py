@@ -12,12 +12,21 @@ import torch
 from torch import nn
 
 from fastprune import models
-from fastprune.engine import LoopOptions, RunDirectory, TrainConfig, choose_device, evaluate, load_data, measure_latencies, train
+from fastprune.engine import (
+    LoopOptions,
+    RunDirectory,
+    TrainConfig,
+    choose_device,
+    evaluate,
+    load_data,
+    measure_latencies,
+    train,
+)
 from fastprune.engine.device import Placement
 from fastprune.pruning import prune
 
 BASELINE = TrainConfig(epochs=12, batch_size=64, lr=0.1, schedule="cosine", evaluate_every=0)
-SEARCH = {"epochs": 30, "batch_size": 128, "lr": 0.01}
+SEARCH: dict[str, Any] = {"epochs": 30, "batch_size": 128, "lr": 0.01}
 FINETUNE = TrainConfig(epochs=8, batch_size=64, lr=0.05, schedule="cosine", evaluate_every=0)
 
 

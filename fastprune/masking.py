@@ -17,8 +17,33 @@ from fastprune.graph import ChannelGraph
 OUT_OF_PLACE: dict[Any, Any] = {
     getattr(torch.ops.aten, f"{name}_"): getattr(torch.ops.aten, name)
     for name in (
-        *("relu", "hardswish", "silu", "hardsigmoid", "sigmoid", "tanh", "hardtanh", "leaky_relu", "elu", "celu", "selu"),
-        *("mish", "clamp", "add", "sub", "mul", "div", "dropout", "gelu", "threshold", "clamp_min", "clamp_max", "relu6"),
+        *(
+            "relu",
+            "hardswish",
+            "silu",
+            "hardsigmoid",
+            "sigmoid",
+            "tanh",
+            "hardtanh",
+            "leaky_relu",
+            "elu",
+            "celu",
+            "selu",
+        ),
+        *(
+            "mish",
+            "clamp",
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "dropout",
+            "gelu",
+            "threshold",
+            "clamp_min",
+            "clamp_max",
+            "relu6",
+        ),
     )
     if hasattr(torch.ops.aten, f"{name}_") and hasattr(torch.ops.aten, name)
 }
@@ -88,7 +113,7 @@ def gated(graph: ChannelGraph) -> GraphModule:
     for layer in graph.layers:
         if bool((layer.in_units >= 0).any()):
             reader = nodes[layer.node]
-            source = cast(Node, reader.args[0])
+            source = cast("Node", reader.args[0])
             key = (source, layer.channel_dim, layer.in_units.numpy().tobytes())
             if key not in inserted:
                 places = torch.where(layer.in_units < 0, graph.num_units, layer.in_units)
@@ -123,10 +148,10 @@ def make_out_of_place(module: GraphModule) -> None:
         packet = getattr(node.target, "overloadpacket", None)
         if packet in OUT_OF_PLACE:
             overload = getattr(OUT_OF_PLACE[packet], node.target._overloadname)
-            overwritten = cast(Node, node.args[0])
+            overwritten = cast("Node", node.args[0])
             node.target = overload
             later = {user for user in overwritten.users if user is not node and user > node}
-            overwritten.replace_all_uses_with(node, delete_user_cb=lambda user, later=later: user in later)
+            overwritten.replace_all_uses_with(node, delete_user_cb=later.__contains__)
 
 
 def share_tensors(model: nn.Module, network: GraphModule) -> None:
@@ -137,4 +162,4 @@ def share_tensors(model: nn.Module, network: GraphModule) -> None:
         for tensors in (module._parameters, module._buffers):
             for name in list(tensors):
                 if prefix + name in own:
-                    tensors[name] = own[prefix + name]  # type: ignore[assignment]
+                    tensors[name] = own[prefix + name]

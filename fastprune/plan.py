@@ -1,4 +1,4 @@
-"""The pruning plan: which channels stay. It carries all that is needed to apply it to a model, and is JSON both ways."""
+"""The pruning plan: which channels stay. It carries all that is needed to apply it, and is JSON both ways."""
 
 from __future__ import annotations
 
@@ -131,7 +131,8 @@ class PruningPlan:
                 raise PlanError("two groups have the same name")
             mask = torch.cat([mask_of(g) for g in values["groups"]] or [torch.zeros(0, dtype=torch.bool)])
             slices = tuple(
-                Slice(str(s["tensor"]), int(s["dim"]), decode_runs(s["units"], len(mask)), s["role"]) for s in values["slices"]
+                Slice(str(s["tensor"]), int(s["dim"]), decode_runs(s["units"], len(mask)), s["role"])
+                for s in values["slices"]
             )
             inputs = tuple(InputSpec(tuple(map(int, i["shape"])), dtype_name(i["dtype"])) for i in values["inputs"])
             macs, params = ((int(values[k]["full"]), int(values[k]["planned"])) for k in ("macs", "params"))

@@ -150,7 +150,9 @@ def prune(
 def check(plan: PruningPlan, budget: Budget, graph: ChannelGraph) -> None:
     """Refuse a method's plan that breaks its promise."""
     if plan.removes_nothing:
-        raise ValueError(f"the plan removes nothing, although the budget '{budget}' asks for less than the full network")
+        raise ValueError(
+            f"the plan removes nothing, although the budget '{budget}' asks for less than the full network"
+        )
     planned, limit = plan.macs[1] if budget.resource == "flops" else plan.params[1], budget.limit(graph)
     if planned > limit:
         raise BudgetError(f"the method's plan costs {planned}, above the budget '{budget}' ({limit:.0f})")

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from fastprune.graph.tracing import mode_of
 from fastprune.plan import PlanError, PruningPlan
 
-# Largest |compact - masked| / max |masked| that rounding explains beyond doubt. A float32 model that exceeds it, and any
-# model of lower precision, is decided in float64.
+# Largest |compact - masked| / max |masked| that rounding explains beyond doubt. A float32 model that exceeds it, and
+# any model of lower precision, is decided in float64.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6}
 
 
@@ -83,7 +83,9 @@ def fits(plan: PruningPlan, model: nn.Module) -> None:
     for piece in plan.slices:
         tensor = state.get(piece.tensor)
         if tensor is None:
-            raise PlanError(f"the plan is for another model: this {type(model).__name__} has no tensor {piece.tensor!r}")
+            raise PlanError(
+                f"the plan is for another model: this {type(model).__name__} has no tensor {piece.tensor!r}"
+            )
         if tensor.dim() <= piece.dim or tensor.shape[piece.dim] != len(piece.units):
             raise PlanError(
                 f"the plan is for another model: {piece.tensor!r} has shape {tuple(tensor.shape)}, "
@@ -220,8 +222,8 @@ def name_the_failing_module(model: nn.Module) -> Iterator[None]:
             raise
         where = entered[-1] if entered else ""
         raise SurgeryError(
-            f"the compact model does not run: {where or type(model).__name__!r} fails with {' '.join(str(error).split())[:300]}; "
-            "its code expects a fixed number of channels"
+            f"the compact model does not run: {where or type(model).__name__!r} fails with "
+            f"{' '.join(str(error).split())[:300]}; its code expects a fixed number of channels"
         ) from error
     finally:
         for hook in hooks:

@@ -27,7 +27,10 @@ def test_budgets_that_are_read(text: str, resource: str, value: float) -> None:
     assert Budget.parse(text) == Budget(resource, value)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["flops=1.5", "flops=0", "flops=-1", "flops=nan", "flops=1..2", "latency=0.5", "0.5", "flops", "", "flops=2X"])
+@pytest.mark.parametrize(
+    "text",
+    ["flops=1.5", "flops=0", "flops=-1", "flops=nan", "flops=1..2", "latency=0.5", "0.5", "flops", "", "flops=2X"],
+)
 def test_budgets_that_are_refused(text: str) -> None:
     with pytest.raises(BudgetError, match="budget"):
         Budget.parse(text)
@@ -43,7 +46,9 @@ def graph() -> fp.ChannelGraph:
     return fp.trace(torchvision.models.resnet18(), torch.zeros(1, 3, 64, 64))
 
 
-@pytest.mark.parametrize("text", ["flops=0.5", "flops=0.1", "flops=0.99", "params=0.5", "params=0.05", "flops=60M", "params=3M"])
+@pytest.mark.parametrize(
+    "text", ["flops=0.5", "flops=0.1", "flops=0.99", "params=0.5", "params=0.05", "flops=60M", "params=3M"]
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_budgets_are_met_from_below_within_one_percent(graph: fp.ChannelGraph, text: str, seed: int) -> None:
     budget = Budget.parse(text)

@@ -26,7 +26,12 @@ def test_a_saved_plan_is_the_same_plan(plan: fp.PruningPlan, tiny: nn.Module, tm
     plan.save(tmp_path / "plan.json")
     loaded = fp.PruningPlan.load(tmp_path / "plan.json")
     assert torch.equal(loaded.mask, plan.mask)
-    assert (loaded.groups, loaded.inputs, loaded.macs, loaded.params) == (plan.groups, plan.inputs, plan.macs, plan.params)
+    assert (loaded.groups, loaded.inputs, loaded.macs, loaded.params) == (
+        plan.groups,
+        plan.inputs,
+        plan.macs,
+        plan.params,
+    )
     for a, b in zip(loaded.slices, plan.slices, strict=True):
         assert (a.tensor, a.dim, a.role) == (b.tensor, b.dim, b.role)
         assert torch.equal(a.units, b.units)
@@ -44,7 +49,13 @@ def test_units_survive_run_length_coding(name: str, tmp_path: Path) -> None:
 
 
 def test_widths_and_kept_indices(plan: fp.PruningPlan) -> None:
-    assert plan.widths == {"stem.0": (6, 8), "conv1": (11, 12), "expand": (15, 16), "squeeze": (4, 4), "project": (9, 10)}
+    assert plan.widths == {
+        "stem.0": (6, 8),
+        "conv1": (11, 12),
+        "expand": (15, 16),
+        "squeeze": (4, 4),
+        "project": (9, 10),
+    }
     assert plan.keep["stem.0"] == [0, 3, 4, 5, 6, 7]
     assert not plan.removes_nothing
 
@@ -105,7 +116,9 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content: str) -> None
         fp.PruningPlan.load(tmp_path / "plan.json")
 
 
-def test_a_failed_save_leaves_the_old_file(plan: fp.PruningPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(
+    plan: fp.PruningPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "plan.json"
     plan.save(file)
     before = file.read_bytes()

@@ -90,7 +90,9 @@ def test_a_compact_model_trains(name: str) -> None:
 def test_full_mask_is_the_identity(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     compact = fp.apply(graph.plan(torch.ones(graph.num_units)), tiny)
-    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), compact.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), compact.state_dict().values(), strict=True)
+    )
 
 
 def test_the_model_itself_is_untouched(tiny: nn.Module) -> None:

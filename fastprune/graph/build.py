@@ -75,7 +75,8 @@ def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
     layers = tuple(
         Layer(
             c.layer, c.kind, c.weight, c.node,
-            torch.from_numpy(units.of_label[c.in_labels.numpy()]), torch.from_numpy(units.of_label[c.out_labels.numpy()]),
+            torch.from_numpy(units.of_label[c.in_labels.numpy()]),
+            torch.from_numpy(units.of_label[c.out_labels.numpy()]),
             c.channel_dim, c.depthwise, c.positions * int(np.prod(shapes[c.weight])),
         )
         for c in state.calls

@@ -152,5 +152,6 @@ class ChannelGraph:
 
     def weights_of_group(self, group: Group, roles: Sequence[Role]) -> list[Slice]:
         """The slices of parameters and buffers in which units of ``group`` have one of ``roles``."""
-        inside = lambda units: bool(((units >= group.start) & (units < group.start + group.size)).any())  # noqa: E731
-        return [s for s in self.slices if s.role in roles and inside(s.units)]
+        first, last = group.start, group.start + group.size
+        inside = [bool(((s.units >= first) & (s.units < last)).any()) for s in self.slices]
+        return [s for s, touched in zip(self.slices, inside, strict=True) if touched and s.role in roles]

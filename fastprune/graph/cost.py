@@ -44,9 +44,9 @@ class SlicedDim:
 class CostModel:
     """MACs and parameters as polynomials in the kept units of each group.
 
-    Every parameter has Π_d size_d elements, and a convolution or linear layer uses each element of its weight once per
-    output position. So the number of parameters is Σ_p Π_d size_{p,d}, MACs are Σ_p positions_p Π_d size_{p,d}, and each
-    size is affine in the kept units of the groups.
+    Every parameter has Π_d size_d elements, and a convolution or linear layer uses each element of its weight once
+    per output position. So the number of parameters is Σ_p Π_d size_{p,d}, MACs are Σ_p positions_p Π_d size_{p,d},
+    and each size is affine in the kept units of the groups.
 
     Args:
         offsets: where each group's units start in the flat vector, int64 [G+1].
@@ -79,7 +79,8 @@ class CostModel:
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
         """Group of each unit; incidence [S+1, G] and fixed part [S+1] of each size (the last is 1); and for each
-        parameter the sizes that it multiplies [P, D], the product of its other sizes [P] and its positions [P]."""
+        parameter the sizes that it multiplies [P, D], the product of its other sizes [P] and its positions [P].
+        """
         if device not in self._on_device:
             self._on_device[device] = tuple(table.to(device) for table in self._build())
         return self._on_device[device]

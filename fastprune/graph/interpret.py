@@ -71,7 +71,7 @@ def module_of(node: Node) -> str:
 
 
 def output_shapes(node: Node) -> Any:
-    """The shape of the node's value, a list of them where it has several; symbolic sizes become those of the example."""
+    """The shape of the node's value, a list where it has several; symbolic sizes become those of the example."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         return tuple(concrete(size) for size in value.shape)
@@ -83,5 +83,5 @@ def output_shapes(node: Node) -> Any:
 def concrete(size: int | torch.SymInt) -> int:
     """The value that a size had on the example."""
     if isinstance(size, torch.SymInt):
-        return int(size.node.hint)
+        return int(str(size.node.hint))
     return size

@@ -117,7 +117,6 @@ class Propagation:
             self.locked.setdefault(weight.name, reason)
         return kept(weight.shape)
 
-
     def settle(self) -> tuple[IntArray, dict[int, str]]:
         """The classes of all labels, and the pinned ones with their reasons.
 

@@ -1,7 +1,7 @@
 """What each operator does to labels.
 
-Convolutions, linear layers, normalisations by channel, pooling and reductions have a rule each. Operators that only move
-data are executed on the labels. Elementwise operators unite what meets. Everything else pins.
+Convolutions, linear layers, normalisations by channel, pooling and reductions have a rule each. Operators that only
+move data are executed on the labels. Elementwise operators unite what meets. Everything else pins.
 """
 
 from __future__ import annotations
@@ -94,11 +94,15 @@ def unlabelled(context: Context) -> Any:
     return kept(context.shape) if context.shape is not None else None
 
 
-# --- elementwise ------------------------------------------------------------------------------------------------------
+# --- elementwise ----------------------------------------------------------------------------------------------------
 
-ELEMENTWISE = {"dropout", "feature_dropout", "alpha_dropout", "hardswish", "hardsigmoid", "silu", "mish", "gelu", "relu6"} | {
-    "hardtanh", "elu", "celu", "selu", "leaky_relu", "softplus", "relu", "rsub", "detach", "alias"
-} | {"to", "_to_copy", "type_as", "lift_fresh_copy"}  # fmt: skip
+# Elementwise operators that torch does not tag as such.
+ELEMENTWISE = {
+    *("dropout", "feature_dropout", "alpha_dropout"),
+    *("relu", "relu6", "hardtanh", "leaky_relu", "elu", "celu", "selu", "gelu"),
+    *("silu", "mish", "softplus", "hardswish", "hardsigmoid"),
+    *("rsub", "detach", "alias", "to", "_to_copy", "type_as", "lift_fresh_copy"),
+}
 RESIDUAL = {"add", "sub"}
 
 
@@ -127,13 +131,27 @@ def unite(context: Context, tensors: Sequence[Tensor]) -> Any:
     return result
 
 
-# --- data movement ----------------------------------------------------------------------------------------------------
+# --- data movement --------------------------------------------------------------------------------------------------
 
-RESHAPING = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "numpy_T"} | {
-    "squeeze", "unsqueeze", "expand", "expand_as", "stack", "cat", "flip", "unbind", "movedim", "swapaxes", "contiguous", "clone"
-} | {"pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "view_as", "reshape_as", "concat", "concatenate"}  # fmt: skip
+RESHAPING = {
+    *("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    *("permute", "transpose", "t", "numpy_T", "movedim", "swapaxes", "flip", "contiguous", "clone"),
+    *("expand", "expand_as", "stack", "cat", "concat", "concatenate", "unbind"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+}
 PARTING = {"chunk", "split", "split_with_sizes", "tensor_split"}
-SELECTING = {"slice", "select", "narrow", "index_select", "index", "roll", "repeat", "tile", "repeat_interleave", "unfold"}
+SELECTING = {
+    "slice",
+    "select",
+    "narrow",
+    "index_select",
+    "index",
+    "roll",
+    "repeat",
+    "tile",
+    "repeat_interleave",
+    "unfold",
+}
 MOVES = RESHAPING | PARTING | SELECTING
 
 
@@ -175,7 +193,11 @@ def require_box(context: Context, labels: Tensor) -> None:
 
 def require_equal(context: Context, source: Tensor, parts: list[Tensor]) -> None:
     """Equal parts of a compact tensor are the compact parts only if each keeps the same pattern of classes."""
-    cut = [dim for dim in varying(source) if any(part.dim() != source.dim() or part.size(dim) != source.size(dim) for part in parts)]
+    cut = [
+        dim
+        for dim in varying(source)
+        if any(part.dim() != source.dim() or part.size(dim) != source.size(dim) for part in parts)
+    ]
     if not cut:
         return
     arrays = [core(part).numpy() for part in parts]
@@ -218,10 +240,12 @@ def resize(context: Context, x: Tensor) -> Tensor:
     return canonical(core(x).expand(context.shape))
 
 
-# --- pooling, reductions, normalisation ---------------------------------------------------------------------------------
+# --- pooling, reductions, normalisation -----------------------------------------------------------------------------
 
 POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)]
-UPSAMPLES = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d", "trilinear3d")]
+UPSAMPLES = [
+    f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d", "trilinear3d")
+]
 
 
 @rule(*POOLS, *UPSAMPLES, "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "zeros_like", "ones_like")
@@ -282,7 +306,7 @@ def prelu(context: Context, x: Tensor, slope: Any) -> Any:
     return x
 
 
-# --- convolution and linear ---------------------------------------------------------------------------------------------
+# --- convolution and linear -----------------------------------------------------------------------------------------
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -313,7 +337,9 @@ def convolution(context: Context, x: Tensor, weight: Any, bias: Any = None, *res
     if isinstance(bias, Weight):
         state.label_dim(bias, 0, out, "channel", context.reason)
     pixels = x.shape[2:].numel() if transposed else torch.Size(context.shape[2:]).numel()
-    record_call(context, weight, pixels * x.shape[0] // context.batch, channels, out, channel_dim=1, depthwise=depthwise)
+    record_call(
+        context, weight, pixels * x.shape[0] // context.batch, channels, out, channel_dim=1, depthwise=depthwise
+    )
     return spread(out, context.shape, 1)
 
 
@@ -328,7 +354,9 @@ def linear(context: Context, x: Tensor, weight: Any, bias: Any = None) -> Any:
     out = state.fresh_dim(weight, 0, "out")
     if isinstance(bias, Weight):
         state.label_dim(bias, 0, out, "channel", context.reason)
-    record_call(context, weight, x.shape[:-1].numel() // context.batch, channels, out, channel_dim=x.dim() - 1, depthwise=False)
+    record_call(
+        context, weight, x.shape[:-1].numel() // context.batch, channels, out, channel_dim=x.dim() - 1, depthwise=False
+    )
     return spread(out, context.shape, len(context.shape) - 1)
 
 

@@ -42,7 +42,10 @@ def as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs):
-        raise TypeError(f"example_inputs: a tensor with a batch dimension or a tuple of them is needed, got {type(example).__name__}")
+        raise TypeError(
+            "example_inputs: a tensor with a batch dimension or a tuple of them is needed, "
+            f"got {type(example).__name__}"
+        )
     if all(x.shape[0] == 1 for x in inputs):
         inputs = tuple(torch.cat([x, x]) for x in inputs)
     return tuple(x.detach() for x in inputs)

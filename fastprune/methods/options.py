@@ -104,12 +104,11 @@ def checked(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> A
     result = convert(value, kind, where)
     low, high = metadata.get("minimum"), metadata.get("maximum")
     if isinstance(result, (int, float)) and not isinstance(result, bool):
-        below, above = low is not None and result < low, high is not None and result > high
-        if below or above or not math.isfinite(result):
-            allowed = " and ".join(
-                [f"at least {low:g}"] * (low is not None) + [f"at most {high:g}"] * (high is not None) or ["finite"]
-            )
-            raise ValueError(f"{where}: must be {allowed}")
+        limits = [f"at least {low:g}"] if low is not None else []
+        limits += [f"at most {high:g}"] if high is not None else []
+        outside = (low is not None and result < low) or (high is not None and result > high)
+        if outside or not math.isfinite(result):
+            raise ValueError(f"{where}: must be {' and '.join(limits) or 'finite'}")
     return result
 
 
@@ -128,7 +127,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if origin in (tuple, list):
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
-            raise TypeError(f"{where}: a {type_name(kind)} is needed, got {type(value).__name__}")
+            raise TypeError(f"{where}: type {type_name(kind)} is needed, got {type(value).__name__}")
         element = get_args(kind)[0] if get_args(kind) else Any
         return origin(convert(item, element, where) for item in items)
     return convert_plain(value, kind, where)
@@ -144,7 +143,7 @@ def convert_union(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
                 return convert(value, kind, where)
             except (TypeError, ValueError):
                 continue
-    raise TypeError(f"{where}: one of {', '.join(map(type_name, kinds))} is needed, got {type(value).__name__}")
+    raise TypeError(f"{where}: type {' | '.join(map(type_name, kinds))} is needed, got {type(value).__name__}")
 
 
 def convert_plain(value: Any, kind: Any, where: str) -> Any:
@@ -159,13 +158,13 @@ def convert_plain(value: Any, kind: Any, where: str) -> Any:
                 return value.lower() in TRUE
             return kind(value)
         except ValueError:
-            raise TypeError(f"{where}: a {type_name(kind)} is needed, got the text {value!r}") from None
+            raise TypeError(f"{where}: type {type_name(kind)} is needed, got the text {value!r}") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, bool) and kind in (int, float):
-        raise TypeError(f"{where}: a {type_name(kind)} is needed, got bool")
+        raise TypeError(f"{where}: type {type_name(kind)} is needed, got bool")
     if isinstance(kind, type) and not isinstance(value, kind):
-        raise TypeError(f"{where}: a {type_name(kind)} is needed, got {type(value).__name__}")
+        raise TypeError(f"{where}: type {type_name(kind)} is needed, got {type(value).__name__}")
     return value
 
 

@@ -32,8 +32,16 @@ def show(table: Table) -> None:
 def print_graph(name: str, graph: ChannelGraph) -> None:
     """A network's cost, groups and layers that cannot be pruned."""
     cost = graph.cost()
-    table = Table(title=f"{name}: {len(graph.groups)} groups, {graph.num_units:,} units, {millions(float(cost.macs))} MACs, {millions(float(cost.params))} parameters")  # fmt: skip
-    for heading, side in (("group", "left"), ("units", "right"), ("kind", "left"), ("share of MACs", "right"), ("layers", "right")):
+    macs, params = (millions(float(x)) for x in (cost.macs, cost.params))
+    sizes = f"{len(graph.groups)} groups, {graph.num_units:,} units, {macs} MACs, {params} parameters"
+    table = Table(title=f"{name}: {sizes}")
+    for heading, side in (
+        ("group", "left"),
+        ("units", "right"),
+        ("kind", "left"),
+        ("share of MACs", "right"),
+        ("layers", "right"),
+    ):
         table.add_column(heading, justify=side)  # type: ignore[arg-type]
     for group in graph.groups:
         table.add_row(group.name, f"{group.size:,}", group.kind, percent(group.share), str(len(group.layers)))
@@ -53,7 +61,7 @@ def print_methods(methods: Iterable[MethodInfo], broken: Mapping[str, str]) -> N
     for heading in ("name", "package", "paper", "options"):
         table.add_column(heading)
     for info in methods:
-        table.add_row(info.name, f"{info.package} {info.version}", info.paper, ", ".join(o["name"] for o in info.options))
+        table.add_row(info.name, f"{info.package} {info.version}", info.paper, ", ".join(o.name for o in info.options))
     show(table)
     for name, reason in broken.items():
         Console(stderr=True).print(f"[red]method {name!r} cannot be loaded:[/red] {reason}")
