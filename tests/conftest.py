@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+# One thread: on networks this small a second one costs more than it gives, and much more on a busy machine.
+torch.set_num_threads(1)
+
 
 def randomise_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give batch norms statistics and affine parameters of their own, so that a wrong index cannot go unnoticed."""

@@ -140,18 +140,7 @@ RESHAPING = {
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 }
 PARTING = {"chunk", "split", "split_with_sizes", "tensor_split"}
-SELECTING = {
-    "slice",
-    "select",
-    "narrow",
-    "index_select",
-    "index",
-    "roll",
-    "repeat",
-    "tile",
-    "repeat_interleave",
-    "unfold",
-}
+SELECTING = {"slice", "select", "narrow", "roll", "repeat", "tile", "repeat_interleave", "unfold"}
 MOVES = RESHAPING | PARTING | SELECTING
 
 
@@ -163,7 +152,12 @@ def move(context: Context, args: Any, kwargs: Any) -> Any:
     """
     to_labels = lambda x: context.state.labels_of(x, context.reason) if isinstance(x, Weight) else x  # noqa: E731
     args, kwargs = pytree.tree_map(to_labels, (args, kwargs))
-    result = context.node.target(*args, **kwargs)  # type: ignore[operator]
+    # Labels have other strides than the values that the exporter saw, so a view may have to be a copy.
+    operator: Any = torch.ops.aten.reshape.default if context.operator == "view" else context.node.target
+    try:
+        result = operator(*args, **kwargs)
+    except (RuntimeError, IndexError, TypeError):
+        return give_up(context, args, kwargs)
     source = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
     if isinstance(result, Tensor):
         result = canonical(result)

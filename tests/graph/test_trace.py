@@ -119,9 +119,11 @@ def test_channels_flow_through(between: object) -> None:
         (lambda net, x: torch.softmax(x, 1), "softmax"),
         (lambda net, x: x.roll(1, 1), "roll"),
         (lambda net, x: x * x.sum(1, keepdim=True), "sum"),
+        (lambda net, x: x[:, [5, 4, 3, 2, 1, 0]], "index"),
+        (lambda net, x: x.cumsum(1), "cumsum"),
         (lambda net, x: x.view(2, 2, 3, 8, 8).transpose(1, 2).reshape(2, 6, 8, 8) + x, "view"),
     ],
-    ids=["layer norm", "channel softmax", "roll", "channel sum", "shuffle and add"],
+    ids=["layer norm", "channel softmax", "roll", "channel sum", "index", "cumsum", "shuffle and add"],
 )
 def test_what_mixes_channels_pins_them_and_says_so(between: object, reason: str) -> None:
     graph = fp.trace(Net(between), torch.zeros(2, 3, 8, 8))
