@@ -73,6 +73,7 @@ class MaskedNetwork(nn.Module):
         codegen: Any = graph.traced.evaluation.graph._codegen
         self.out_spec: pytree.TreeSpec = codegen.pytree_info.out_spec
         share_tensors(model, self.network)
+        self.network.to(next((p.device for p in model.parameters()), torch.device("cpu")))
         self.train(False)
 
     def train(self, mode: bool = True) -> MaskedNetwork:

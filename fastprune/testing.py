@@ -86,6 +86,7 @@ def check_method(method_class: type[Method], *, distributed: bool = False, **opt
     config = configure(method_class, options)
     check_config(method_class, config)
     check_state(method_class, config)
+    check_phases(method_class, config)
     first = Trial(method_class, config, BUDGETS[0])
     plan, steps = first.watched()
     for budget in BUDGETS[1:]:
@@ -115,7 +116,7 @@ class ContractNetwork(nn.Module):
             nn.AdaptiveAvgPool2d(1), nn.Conv2d(96, 24, 1), nn.ReLU(), nn.Conv2d(24, 96, 1), nn.Hardsigmoid()
         )
         self.project = nn.Sequential(nn.Conv2d(96, 24, 1, bias=False), nn.BatchNorm2d(24))
-        self.last = nn.Sequential(nn.Conv2d(24, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.last = nn.Sequential(nn.Conv2d(24, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
         self.classifier = nn.Linear(64, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -185,23 +186,12 @@ class Trial:
         """The plan and the number of steps, with everything checked that one run can show."""
         before = photograph(self.task.model)
         steps = self.run()
-        self.check_phases(steps)
         plan = self.plan()
         self.check_untouched(before)
         self.check_budget(plan)
         self.check_exact(plan)
         self.check_results()
         return plan, steps
-
-    def check_phases(self, steps: int) -> None:
-        """The phases are the same on every call, and declared to need data."""
-        first, second = (list(map(declared, self.method.phases(self.task))) for _ in range(2))
-        if first != second:
-            raise self.fail("phases", f"phases() differs from call to call: {first}, then {second}")
-        if first and not self.method_class.needs_data:
-            raise self.fail("phases", "phases() reads data, but needs_data is False")
-        if first and not steps:
-            raise self.fail("phases", "there are phases, but none makes a step")
 
     def check_untouched(self, before: Photograph) -> None:
         """Weights, gradients and flags are as they were."""
@@ -388,6 +378,17 @@ def check_state(method_class: type[Method], config: Any) -> None:
             raise trial.fail("state", f"state_dict() cannot be saved and loaded: {error}") from error
         if not same(load_state(Path(folder) / "state"), load_state(Path(folder) / "again")):
             raise trial.fail("state", "after load_state_dict(state), state_dict() is not that state")
+
+
+def check_phases(method_class: type[Method], config: Any) -> None:
+    """The phases are the same on every call, and declared to need data."""
+    trial = Trial(method_class, config, BUDGETS[0])
+    trial.method.setup(trial.task)
+    first, second = (list(map(declared, trial.method.phases(trial.task))) for _ in range(2))
+    if first != second:
+        raise trial.fail("phases", f"phases() differs from call to call: {first}, then {second}")
+    if first and not method_class.needs_data:
+        raise trial.fail("phases", "phases() reads data, but needs_data is False")
 
 
 def check_refusal(method_class: type[Method], config: Any) -> None:

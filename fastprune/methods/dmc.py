@@ -13,6 +13,7 @@ In the end a channel stays if θ ≥ ½.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -228,7 +229,9 @@ class DMC(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """θ, Adam's moments and the step."""
-        return {"theta": self.theta.detach().clone(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        # Copies: torch hands out the optimiser's live tensors, which further steps would change.
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        return {"theta": self.theta.detach().clone(), "optimizer": optimizer, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned.

@@ -33,9 +33,9 @@ def unit_norms(graph: ChannelGraph, model: nn.Module, p: float = 2.0, roles: Seq
     total = torch.zeros(graph.num_units + 1, dtype=torch.float64)  # the last entry takes what is always kept
     for piece in graph.slices:
         if piece.role in roles and piece.tensor in parameters:
-            rows = parameters[piece.tensor].detach().movedim(piece.dim, 0).flatten(1).to(torch.float64)
+            rows = parameters[piece.tensor].detach().movedim(piece.dim, 0).to(torch.float64)
             # Added up on the CPU: there index_add has one order, on CUDA it uses atomics.
-            powers = rows.abs().pow(p).sum(1).cpu()
+            powers = rows.reshape(len(rows), -1).abs().pow(p).sum(1).cpu()
             total.index_add_(0, torch.where(piece.units < 0, graph.num_units, piece.units), powers)
     return total[:-1].pow(1 / p)
 

@@ -1,0 +1,45 @@
+"""One thread per process, and packages that offer methods, installed for the duration of a test."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def write_distribution(folder: Path, package: str, points: dict[str, str], version: str = "1.0") -> Path:
+    """Metadata of an installed package that offers methods."""
+    info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    lines = "".join(f"{name} = {value}\n" for name, value in points.items())
+    (info / "entry_points.txt").write_text(f"[fastprune.methods]\n{lines}")
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def single_thread() -> Iterator[None]:
+    """Compute with one thread: threads that wait for a busy core cost more than they give these small networks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A function that installs a package with given modules and entry points for the duration of a test."""
+
+    def install(package: str, points: dict[str, str], modules: dict[str, str] | None = None) -> None:
+        folder = tmp_path / package
+        write_distribution(folder, package, points)
+        for name, code in (modules or {}).items():
+            (folder / f"{name}.py").write_text(code)
+        monkeypatch.syspath_prepend(folder)
+
+    yield install
+    for name in [name for name in sys.modules if name.startswith("plugin_")]:
+        del sys.modules[name]

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+
+from fastprune import models
+from fastprune.budget import Budget
+from fastprune.graph import ChannelGraph, trace
+from fastprune.methods.interior import interior_units, prunable_cost
+
+
+def chosen(graph: ChannelGraph) -> list[str]:
+    inside = interior_units(graph)
+    for group in graph.groups:
+        assert inside[group.units].all() or not inside[group.units].any()
+    return [group.name for group in graph.groups if inside[group.start]]
+
+
+# Gates of Gao et al. (DMC, DDNP, SANP) and the MACs of the layers next to them, in millions at the network's own size.
+PAPERS = {
+    "resnet18": (8, 1676.28),
+    "resnet34": (16, 3525.97),
+    "resnet50": (32, 3609.46),
+    "mobilenet_v2": (16, 258.55),
+    "mobilenet_v3_small": (10, 45.51),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_gates_of_the_papers(name):
+    gates, prunable = PAPERS[name]
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(weights=None)
+    model = model.to_empty(device="cpu").eval()
+    graph = trace(model, torch.zeros(1, 3, 224, 224))
+    assert len(chosen(graph)) == gates
+    assert prunable_cost(graph, Budget("flops", 0.5), interior_units(graph)) / 1e6 == pytest.approx(prunable, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "gates", "prunable"),
+    [("resnet20", 9, 40.11), ("resnet56", 27, 125.04), ("mobilenetv2-cifar", 17, 270.41)],
+)
+def test_gates_on_cifar_networks(name, gates, prunable):
+    graph = trace(models.create(name), torch.zeros(1, 3, 32, 32))
+    assert len(chosen(graph)) == gates
+    assert prunable_cost(graph, Budget("flops", 0.5), interior_units(graph)) / 1e6 == pytest.approx(prunable, abs=0.005)
+
+
+def test_bottleneck_has_two_gates_and_small_inputs_change_nothing():
+    model = torchvision.models.resnet50(weights=None)
+    names = chosen(trace(model, torch.zeros(1, 3, 32, 32)))  # the last stage has one pixel, like a classifier
+    blocks = [
+        name for name, module in model.named_modules() if isinstance(module, torchvision.models.resnet.Bottleneck)
+    ]
+    assert names == [f"{block}.conv{i}" for block in blocks for i in (1, 2)]
+
+
+def test_plain_network_keeps_the_ends_of_its_body():
+    model = torchvision.models.vgg11_bn(weights=None, num_classes=10)
+    names = chosen(trace(model, torch.zeros(1, 3, 32, 32)))
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    assert names == convolutions[1:-1]
+
+
+def test_no_activation_no_gate():
+    body = [
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 8, 3),
+        torch.nn.Conv2d(8, 8, 3),
+        torch.nn.ReLU(),
+    ]
+    model = torch.nn.Sequential(*body, torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten(), torch.nn.LazyLinear(4))
+    x = torch.zeros(1, 3, 16, 16)
+    model(x)
+    assert chosen(trace(model, x)) == ["3"]
+
+
+def test_parameters_of_gated_layers():
+    graph = trace(models.create("resnet20"), torch.zeros(1, 3, 32, 32))
+    # Two 3×3 convolutions per block, and scale and shift of the batch norm between them.
+    blocks = [(16, 16)] * 3 + [(16, 32)] + [(32, 32)] * 2 + [(32, 64)] + [(64, 64)] * 2
+    expected = sum(9 * before * width + 9 * width * width + 2 * width for before, width in blocks)
+    assert prunable_cost(graph, Budget("params", 0.5), interior_units(graph)) == expected

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+
+from fastprune import models
+from fastprune.budget import Budget, BudgetError
+from fastprune.graph import trace
+from fastprune.methods import ScoreMethod, Task, interior_units
+from fastprune.methods.magnitude import L1, L2, Random, Uniform
+from fastprune.methods.ranking import KeepConfig, RankingConfig, across_groups, beyond_floor, rank_of, within_groups
+from fastprune.methods.registry import configure
+from fastprune.testing import check_method, network, traced
+
+
+def task_for(budget: str, seed: int = 0) -> Task:
+    return Task(network(), traced(), Budget.parse(budget), seed=seed)
+
+
+def plan_of(method, budget="flops=0.5", seed=0, **options):
+    task = task_for(budget, seed)
+    return method(configure(method, options)).plan(task)
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize("method", [Random, L1, L2])
+def test_contract(method, ranking):
+    check_method(method, ranking=ranking)
+
+
+def test_contract_of_uniform_and_of_interior_groups():
+    check_method(Uniform)
+    check_method(Uniform, max_pruned=0.9, min_keep=2)
+
+
+@pytest.mark.slow
+def test_contract_in_two_processes():
+    check_method(L1, distributed=True)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """Networks with their graphs, small inputs."""
+    torch.manual_seed(0)
+    made = {
+        "resnet20": (models.create("resnet20"), 32),
+        "resnet18": (torchvision.models.resnet18(weights=None), 64),
+        "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small(weights=None), 64),
+    }
+    return {name: (model.eval(), trace(model, torch.zeros(1, 3, size, size))) for name, (model, size) in made.items()}
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "mobilenet_v3_small"])
+def test_budgets_are_met_from_below_within_one_percent(networks, name):
+    model, graph = networks[name]
+    full = graph.cost()
+    for text in (
+        "flops=0.5",
+        "flops=0.75",
+        "params=0.4",
+        f"flops={0.6 * float(full.macs):.0f}",
+        f"params={0.7 * float(full.params):.0f}",
+    ):
+        budget = Budget.parse(text)
+        total, limit = float(budget.of(full)), budget.limit(graph)
+        for method, options in [(Uniform, {}), (Random, {"ranking": "global"}), (L1, {}), (L2, {"ranking": "global"})]:
+            plan = method(configure(method, options)).plan(Task(model, graph, budget))
+            cost = float(budget.of(graph.cost(plan.mask)))
+            assert limit - 0.01 * total <= cost <= limit, (text, method.name, options, cost / total)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize("method", [Uniform, L1])
+def test_local_keeps_the_same_part_of_every_group(networks, name, method):
+    model, graph = networks[name]
+    plan = method(configure(method, {})).plan(Task(model, graph, Budget.parse("flops=0.5")))
+    ratios = {group: kept / size for group, (kept, size) in plan.widths.items()}
+    common = sorted(ratios.values())[len(ratios) // 2]
+    for group, (kept, size) in plan.widths.items():
+        # One unit from rounding; what is added to fill the last 0.5 % of the budget may add another.
+        assert abs(kept - common * size) <= 2, (group, kept, size, common)
+
+
+def test_uniform_takes_the_first_channels_and_nests():
+    small, large = plan_of(Uniform, "flops=0.3"), plan_of(Uniform, "flops=0.6")
+    for group in traced().groups:
+        for plan in (small, large):
+            part = plan.mask[group.units].int()
+            assert bool((part.diff() <= 0).all())
+    assert bool((small.mask <= large.mask).all())
+
+
+def test_random_follows_the_seed_only():
+    first = plan_of(Random, seed=1)
+    torch.manual_seed(99)
+    assert torch.equal(first.mask, plan_of(Random, seed=1).mask)
+    assert not torch.equal(first.mask, plan_of(Random, seed=2).mask)
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize("method", [L1, L2, Random])
+def test_the_best_of_each_group_stay(method, ranking):
+    task = task_for("flops=0.4")
+    worker = method(configure(method, {"ranking": ranking}))
+    scores, plan = worker.scores(task), worker.plan(task)
+    for group in task.graph.groups:
+        part, stays = scores[group.units], plan.mask[group.units]
+        if not stays.all():
+            assert part[stays].min() >= part[~stays].max()
+
+
+class OneGroupIsWorthless(ScoreMethod):
+    name = "onesided"
+
+    def scores(self, task: Task) -> torch.Tensor:
+        scores = torch.ones(task.graph.num_units)
+        scores += torch.linspace(0, 1e-3, task.graph.num_units)
+        first = task.graph.groups[0].units
+        scores[first] = -torch.arange(task.graph.groups[0].size) - 1.0  # no division by a mean makes these good
+        return scores
+
+
+def test_global_empties_a_worthless_group_only_as_far_as_allowed():
+    size = traced().groups[0].size
+    limits = [
+        ("flops=0.1", {}, 1),
+        ("flops=0.3", {"min_keep": 5}, 5),
+        ("flops=0.7", {"max_pruned": 0.25}, size * 3 // 4),
+        ("flops=0.85", {"max_pruned": 0.25, "min_keep": size}, size),
+    ]
+    for budget, options, expected in limits:
+        plan = plan_of(OneGroupIsWorthless, budget, ranking="global", **options)
+        assert next(iter(plan.widths.values())) == (expected, size)
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_limits_hold_in_every_group(ranking):
+    for method in (L1, Random):
+        plan = plan_of(method, "flops=0.55", ranking=ranking, max_pruned=0.5, min_keep=3)
+        for kept, size in plan.widths.values():
+            assert kept >= max(3, size / 2)
+
+
+def test_limits_make_a_budget_infeasible():
+    with pytest.raises(BudgetError, match=r"with every prunable channel gone 0\.\d+ remains"):
+        plan_of(L1, "flops=0.1", max_pruned=0.3)
+
+
+def test_interior_leaves_everything_else():
+    inside = interior_units(traced())
+    plan = plan_of(L1, "flops=0.7", groups="interior")
+    assert bool(plan.mask[~inside].all())
+    assert not bool(plan.mask[inside].all())
+    names = [g.name for g in traced().groups if inside[g.start]]
+    assert names == ["block.0", "expand.0"]
+
+
+def test_priorities():
+    graph = traced()
+    scores = torch.rand(graph.num_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    local, globally = within_groups(graph, scores), across_groups(graph, scores)
+    for group in graph.groups:
+        part = local[group.units]
+        assert torch.equal(part.argsort(descending=True), scores[group.units].argsort(descending=True))
+        torch.testing.assert_close(
+            part.sort().values, -(torch.arange(group.size).flip(0) + 0.5) / group.size, check_dtype=False
+        )
+        assert float(globally[group.units].mean()) == pytest.approx(1)
+    assert torch.equal(
+        across_groups(graph, torch.zeros(graph.num_units)), torch.zeros(graph.num_units, dtype=torch.float64)
+    )
+    assert rank_of(torch.tensor([2.0, 5.0, 2.0])).tolist() == [1, 0, 2]
+
+
+def test_floor_rounds_up_without_rounding_errors():
+    graph = traced()
+    scores = torch.arange(graph.num_units, dtype=torch.float64)
+    for part in (0.0, 0.1, 0.25, 0.7, 1.0):
+        may_go = beyond_floor(graph, scores, min_keep=1, max_pruned=part)
+        for group in graph.groups:
+            exact = max(1, -(-round((1 - part) * 1000) * group.size // 1000))
+            assert int((~may_go[group.units]).sum()) == min(exact, group.size)
+
+
+class Wrong(ScoreMethod):
+    name = "wrong"
+    made = torch.zeros(3)
+
+    def scores(self, task: Task) -> torch.Tensor:
+        return self.made
+
+
+def test_wrong_scores_are_refused():
+    with pytest.raises(ValueError, match="scores for 352 units are needed, got shape"):
+        plan_of(Wrong)
+    Wrong.made = torch.full((traced().num_units,), float("nan"))
+    with pytest.raises(ValueError, match="must be finite"):
+        plan_of(Wrong)
+
+
+def test_defaults():
+    assert KeepConfig() == KeepConfig(groups="all", min_keep=1, max_pruned=1.0)
+    assert RankingConfig().ranking == "local"
