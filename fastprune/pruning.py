@@ -45,7 +45,8 @@ class PruningResult:
         model: the compact model, in eval mode, on the device that was used.
         plan: the channels that stay.
         metrics: ``macs`` and ``params`` (each ``{"full": …, "planned": …}``), ``difference`` (of compact and masked
-            output, relative), ``seconds``, and ``search`` (the last value of every metric that the method logged).
+            output, relative), ``seconds``, and ``search`` (the method's results and the last value of every metric that
+            it logged).
         graph: the channel graph of the full model.
     """
 
@@ -137,7 +138,7 @@ def prune(
         "params": {"full": plan.params[0], "planned": plan.params[1]},
         "difference": difference,
         "seconds": time.monotonic() - begun,
-        "search": search,
+        "search": {**search, **{name: float(value) for name, value in worker.results().items()}},
     }
     if run is not None and peers.is_main:
         plan.save(run.plan_path)
