@@ -1,0 +1,233 @@
+"""One run of a method through the real engine, watched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import Tensor, nn
+
+from fastprune.budget import Budget
+from fastprune.distributed import Distributed
+from fastprune.engine.device import Placement
+from fastprune.engine.evaluate import HeldOut
+from fastprune.engine.loop import LoopOptions, run_phases
+from fastprune.engine.run import RunDirectory
+from fastprune.methods.contract import Method, Metrics, Phase, Task
+from fastprune.plan import PruningPlan
+from fastprune.surgery import SurgeryError, apply, verify
+from fastprune.testing.network import network, sample_data, traced
+
+TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
+
+
+class ContractError(AssertionError):
+    """A method that breaks the contract.
+
+    Args:
+        method: the method's name.
+        clause: which part of the contract: "class", "config", "phases", "budget", "refusal", "exact", "weights",
+            "flags", "seed", "state", "resume", "results" or "distributed".
+        message: what was found, and what is needed.
+    """
+
+    def __init__(self, method: str, clause: str, message: str) -> None:
+        super().__init__(f"method {method!r} breaks the contract ({clause}): {message}")
+        self.clause = clause
+
+
+class Killed(Exception):  # noqa: N818 - stands for a signal, not for an error
+    """What a killed process would not live to see."""
+
+
+@dataclasses.dataclass
+class Trial:
+    """One run of a method on a network of its own.
+
+    Args:
+        method_class: the method.
+        config: of the method.
+        budget: of the plan.
+        distributed: this process among its peers.
+    """
+
+    method_class: type[Method]
+    config: Any
+    budget: Budget
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+
+    def __post_init__(self) -> None:
+        self.data = sample_data() if self.method_class.needs_data else None
+        self.task = Task(
+            model=network(),
+            graph=traced(),
+            budget=self.budget,
+            seed=11,
+            distributed=self.distributed,
+            data=HeldOut(self.data, Placement(), self.distributed) if self.data is not None else None,
+            rng=torch.Generator().manual_seed(11),
+        )
+        self.method = self.method_class(self.config)
+
+    def fail(self, clause: str, message: str) -> ContractError:
+        """The error to raise."""
+        return ContractError(self.method_class.name, clause, message)
+
+    def run(self, run: RunDirectory | None = None, *, resume: bool = False, stop_after: int | None = None) -> int:
+        """Set up and run the phases; the number of steps. ``Killed`` is raised after step ``stop_after``."""
+        self.method.setup(self.task)
+        counted = Counted(self.method, stop_after)
+        options = LoopOptions(log_every=1, checkpoint_steps=2, progress=False)
+        run_phases(counted, self.task, self.data, run=run, resume=resume, options=options)
+        return counted.steps
+
+    def plan(self) -> PruningPlan:
+        """The plan, if it is one for this network."""
+        plan = self.method.plan(self.task)
+        if not isinstance(plan, PruningPlan):
+            raise self.fail("budget", f"plan() returned a {type(plan).__name__}, not a PruningPlan")
+        if len(plan.mask) != self.task.graph.num_units:
+            raise self.fail("budget", "plan() returned a plan for another network")
+        return plan
+
+    def watched(self) -> tuple[PruningPlan, int]:
+        """The plan and the number of steps, with everything checked that one run can show."""
+        before = photograph(self.task.model)
+        steps = self.run()
+        plan = self.plan()
+        self.check_untouched(before)
+        self.check_budget(plan)
+        self.check_exact(plan)
+        self.check_results()
+        return plan, steps
+
+    def check_untouched(self, before: Photograph) -> None:
+        """Weights, gradients and flags are as they were."""
+        after = photograph(self.task.model)
+        if not self.method_class.trains_weights:
+            changed = [n for n, t in before.tensors.items() if not torch.equal(t, after.tensors[n])]
+            if changed:
+                raise self.fail("weights", f"{', '.join(changed[:4])} changed, but trains_weights is False")
+            if after.gradients:
+                raise self.fail("weights", f"gradients were computed for {', '.join(after.gradients[:4])}")
+        for what in ("requires_grad", "training"):
+            was, now = getattr(before, what), getattr(after, what)
+            changed = [name or "the model" for name in was if was[name] != now[name]]
+            if changed:
+                raise self.fail("flags", f"{what} of {', '.join(changed[:4])} was not put back")
+
+    def check_budget(self, plan: PruningPlan) -> None:
+        """The budget is met from below, and nearly used up."""
+        graph = self.task.graph
+        total, limit = float(self.budget.of(graph.cost())), self.budget.limit(graph)
+        cost = float(self.budget.of(graph.cost(plan.mask)))
+        if cost > limit:
+            raise self.fail("budget", f"{self.budget}: the plan costs {cost:.0f}, above the limit of {limit:.0f}")
+        if cost < limit - TOLERANCE * total:
+            raise self.fail(
+                "budget", f"{self.budget}: the plan costs {cost:.0f}, more than 1 % of {total:.0f} below {limit:.0f}"
+            )
+
+    def check_exact(self, plan: PruningPlan) -> None:
+        """The compact network computes what the masked one computes, and costs what the plan says."""
+        try:
+            compact = apply(plan, self.task.model, check=False)
+            verify(plan, self.task.model, compact, dtype=torch.float64)
+        except (SurgeryError, ValueError) as error:
+            raise self.fail("exact", str(error)) from error
+        params = sum(parameter.numel() for parameter in compact.parameters())
+        if params != plan.params[1]:
+            raise self.fail("exact", f"the compact network has {params} parameters, the plan says {plan.params[1]}")
+
+    def check_results(self) -> None:
+        """What is reported are numbers."""
+        for name, value in dict(self.method.results()).items():
+            if not isinstance(name, str) or not isinstance(value, (int, float, Tensor)):
+                raise self.fail("results", f"results() gives {name!r}: {value!r}, where a number is needed")
+
+
+@dataclasses.dataclass
+class Counted:
+    """A method whose steps are counted, and which dies after some of them."""
+
+    method: Method
+    stop_after: int | None
+    steps: int = 0
+
+    @property
+    def trains_weights(self) -> bool:
+        """The method's own."""
+        return self.method.trains_weights
+
+    def phases(self, task: Task) -> Iterator[Phase]:
+        """The method's phases, with counting steps."""
+        for phase in self.method.phases(task):
+            yield dataclasses.replace(phase, step=self.counting(phase.step))
+
+    def counting(self, step: Callable[[Tensor, Tensor], Metrics]) -> Callable[[Tensor, Tensor], Metrics]:
+        """``step``, counted."""
+
+        def counted(images: Tensor, labels: Tensor) -> Metrics:
+            metrics = step(images, labels)
+            self.steps += 1
+            if self.steps == self.stop_after:
+                raise Killed
+            return metrics
+
+        return counted
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's."""
+        return self.method.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The method's."""
+        self.method.load_state_dict(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Photograph:
+    """What a search must leave as it is.
+
+    Args:
+        tensors: copies of parameters and buffers.
+        gradients: parameters that hold a gradient.
+        requires_grad: flag of each parameter.
+        training: mode of each module.
+    """
+
+    tensors: dict[str, Tensor]
+    gradients: list[str]
+    requires_grad: dict[str, bool]
+    training: dict[str, bool]
+
+
+def photograph(model: nn.Module) -> Photograph:
+    """The state of ``model`` now."""
+    parameters = dict(model.named_parameters())
+    return Photograph(
+        tensors={name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
+        gradients=[name for name, parameter in parameters.items() if parameter.grad is not None],
+        requires_grad={name: parameter.requires_grad for name, parameter in parameters.items()},
+        training={name: module.training for name, module in model.named_modules()},
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of plain values and tensors are equal, bit for bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def different(a: PruningPlan, b: PruningPlan) -> str:
+    """In how many channels two plans differ."""
+    return f"in {int((a.mask != b.mask).sum())} of {len(a.mask)} channels"
