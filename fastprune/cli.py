@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +16,17 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from fastprune import commands
+from fastprune.distributed import Distributed
 from fastprune.engine import CheckpointError, Interrupted, NonFiniteError, RunError
 from fastprune.methods.registry import load
 from fastprune.settings import PruneSettings
 
-BAD_INPUT = (ValueError, ArgumentError, RunError, CheckpointError, NonFiniteError, OSError)
+BAD_INPUT = (ValueError, RunError, CheckpointError, NonFiniteError, OSError)
+# No abbreviations: method_in reads the arguments before the parser does, and must see what the parser sees.
+PARSING: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell has it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,40 +39,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 on success, 2 for bad input (with one line on standard error), 130 after an interruption.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    settings: dict[str, Any] = {}
     try:
         parser = build_parser(method_in(given))
         parsed = parser.parse_args(given or ["--help"])
         settings = parsed[parsed.command].as_dict()
         return commands.COMMANDS[parsed.command].run(settings, overridden(given))
     except Interrupted as stopped:
-        print(f"fastprune: {stopped}", file=sys.stderr)
+        print(f"fastprune: {stopped}{how_to_go_on(given[0], settings)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone (head, less): not an error. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except ArgumentError as error:
+        print(f"fastprune: error: {explained(error, given)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except BAD_INPUT as error:
         print(f"fastprune: error: {one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    finally:
+        Distributed.leave()
+
+
+def how_to_go_on(command: str, settings: Mapping[str, Any]) -> str:
+    """The command that resumes an interrupted one; nothing for commands that cannot be resumed."""
+    if not commands.COMMANDS[command].resumes:
+        return ""
+    place = "run" if settings.get("run") else "out"
+    return f": fastprune {command} --{place} {settings[place]} --resume"
 
 
 def build_parser(method: str | None) -> ArgumentParser:
     """The parser of all commands; ``prune`` has the options of ``method`` under its name (``--dmc.epochs 30``)."""
-    parser = ArgumentParser(
-        prog="fastprune", description="Channel pruning of convolutional networks.", exit_on_error=False
-    )
+    parser = ArgumentParser(prog="fastprune", description="Channel pruning of convolutional networks.", **PARSING)
     parser.add_argument("--version", action="version", version=f"fastprune {version('fastprune')}")
     subcommands = parser.add_subcommands(required=True, dest="command")
     for name, command in commands.COMMANDS.items():
-        sub = ArgumentParser(prog=f"fastprune {name}", description=command.help, exit_on_error=False)
-        for settings in command.settings:
-            add_settings(sub, settings)
-        if command.resumes:
-            sub.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
-        sub.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
-        if command.takes_method:
-            sub.add_argument("--config", action="config", help="YAML file with any of these settings")
-            if method is not None:
-                add_settings(sub, load(method).Config, method)
-        subcommands.add_subcommand(name, sub, help=command.help)
+        subcommands.add_subcommand(name, command_parser(name, method), help=command.help)
+    return parser
+
+
+def command_parser(name: str, method: str | None) -> ArgumentParser:
+    """The parser of one command."""
+    command = commands.COMMANDS[name]
+    parser = ArgumentParser(prog=f"fastprune {name}", description=command.help, **PARSING)
+    for settings in command.settings:
+        add_settings(parser, settings)
+    if command.resumes:
+        parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
+    if command.takes_method:
+        parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+        if method is not None:
+            add_settings(parser, load(method).Config, method)
     return parser
 
 
@@ -82,15 +111,30 @@ def method_in(arguments: Sequence[str]) -> str | None:
     """The method that a ``prune`` command names, on the command line or in its YAML file; None for other commands."""
     if not arguments or arguments[0] != "prune":
         return None
-    named = option(arguments, "--method")
     config = option(arguments, "--config")
-    if named is None and config is not None:
-        try:
-            settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"--config {config}: {error}") from error
-        named = settings.get("method") if isinstance(settings, dict) else None
-    return named or PruneSettings.method
+    settings = read_config(config) if config is not None else {}
+    named = option(arguments, "--method")
+    if named is None:
+        named = settings.get("method", PruneSettings.method)
+    if not isinstance(named, str):
+        raise ValueError(f"--config {config}: method {named!r}: the name of one method is needed")
+    own = settings.get(named, {})
+    if not isinstance(own, dict):
+        raise ValueError(f"--config {config}: {named} {own!r}: options by name are needed, as in '{named}: {{…}}'")
+    return named
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The settings in a user's YAML file."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: this is not YAML ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {path}: settings by name are needed, as in 'budget: flops=0.5'")
+    return settings
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
@@ -107,6 +151,51 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 def overridden(arguments: Sequence[str]) -> set[str]:
     """The names of the options that were written on the command line."""
     return {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
+
+
+def explained(error: ArgumentError, arguments: Sequence[str]) -> str:
+    """A parser's complaint in the words of a user: which option, what was given, what is needed."""
+    text = one_line(error)
+    wrong_type = re.search(r'Parser key "([\w.]+)": (.*(?:Got|Given) value: (.*))', text)
+    if wrong_type:
+        key, rest, value = wrong_type.groups()
+        choices = re.search(r"Literal\[(.*?)\]", rest)
+        kinds = [NEEDED[kind] for kind in re.findall(r"<class '(\w+)'>", rest) if kind in NEEDED]
+        need = f"one of {choices[1]}" if choices else " or ".join(dict.fromkeys(kinds)) or "another value"
+        return f"--{key} {value}: {need} is needed"
+    no_file = re.search(r'Parser key "(\w+)": Unable to load config \'(.*?)\'', text)
+    if no_file:
+        return f"--{no_file[1]} {no_file[2]}: a YAML file with options of {no_file[1]!r} is needed"
+    unknown = re.match(r"unrecognized arguments: (--[\w.-]+)", text) or re.search(r"not accept option '(.*)'", text)
+    if unknown is None:
+        return text
+    name = unknown[1].removeprefix("--")
+    if "--resume" in arguments:
+        return f"--resume takes its settings from the run's directory; leave out --{name}"
+    command, method = arguments[0], method_in(arguments)
+    known = known_options(command, method)
+    near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k == name.replace("-", "_")]
+    hint = f"did you mean --{near[0]}?" if near else f"see fastprune {command} --help"
+    if method is not None and "." in name and name.partition(".")[0] != method:
+        hint = f"the method is {method!r}; --method {name.partition('.')[0]} has options of that name"
+    return f"there is no option --{name}: {hint}"
+
+
+def known_options(command: str, method: str | None) -> list[str]:
+    """The names of a command's options, without their dashes."""
+    if command not in commands.COMMANDS:
+        return ["help", "version"]
+    options = command_parser(command, method)._option_string_actions
+    return [name.removeprefix("--") for name in options if name.startswith("--")]
+
+
+NEEDED = {
+    "int": "a whole number",
+    "float": "a finite number",
+    "bool": "true or false",
+    "str": "a text",
+    "tuple": "a list such as [0.5,0.75]",
+}  # by the names of Python's types
 
 
 def one_line(error: BaseException) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,11 +16,11 @@ import yaml
 from torch import Tensor, nn
 
 from fastprune import atomic, models
+from fastprune.budget import Budget
 from fastprune.demo import DemoSettings, demo
 from fastprune.distributed import Distributed
 from fastprune.doctor import doctor
 from fastprune.engine import (
-    LoopOptions,
     Placement,
     RunDirectory,
     SourceData,
@@ -30,8 +32,9 @@ from fastprune.engine import (
 )
 from fastprune.graph import ChannelGraph, trace
 from fastprune.methods import registry
+from fastprune.methods.contract import Method
 from fastprune.plan import PruningPlan
-from fastprune.pruning import prune
+from fastprune.pruning import plain, prune, run_directory, took_steps
 from fastprune.report import tables
 from fastprune.settings import (
     EvaluateSettings,
@@ -41,12 +44,14 @@ from fastprune.settings import (
     NetworkSettings,
     PruneSettings,
     needed,
+    only_resumed,
     pick,
-    plain,
     resumed,
     save_config,
 )
 from fastprune.surgery import apply
+
+FINETUNE_CONFIG = "finetune.yaml"  # in the run's directory, beside its config.yaml
 
 
 def open_data(spec: str, settings: Any) -> SourceData:
@@ -60,7 +65,13 @@ def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, 
         sizes = settings.input.split("x")
         if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
             raise ValueError(f"--input {settings.input!r}: write CxHxW, 3x224x224 say")
-        return int(sizes[0]), int(sizes[1]), int(sizes[2])
+        channels, height, width = map(int, sizes)
+        if data is not None and data.shape != (channels, height, width):
+            raise ValueError(
+                f"--input {settings.input!r}: the images of {data.name!r} are {'x'.join(map(str, data.shape))}; "
+                "leave --input out, or resize the images with --image_size"
+            )
+        return channels, height, width
     if data is not None:
         return data.shape
     return (3, 32, 32) if settings.model in models.available() else (3, 224, 224)
@@ -76,7 +87,48 @@ def build_model(settings: ModelSettings, data: SourceData | None) -> nn.Module:
         classes = classes_in(settings.weights) if settings.weights is not None else None
     # Every factory makes networks for 3 channels; only some can be asked for another number.
     in_channels = None if channels == 3 else channels
-    return models.create(settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights)
+    try:
+        return models.create(settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights)
+    except RuntimeError as error:  # torch's, where the sizes are absurd
+        raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
+
+
+def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, training: bool = False) -> None:
+    """Refuse a network that cannot take the images, before anything is written or traced.
+
+    Args:
+        model: the network; not changed.
+        name: what the user calls it.
+        shape: (C, H, W) of the images.
+        training: try it in train mode, in which auxiliary heads run too.
+
+    Raises:
+        ValueError: with the network's own words.
+    """
+    trial = copy.deepcopy(model).train(training)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial(torch.zeros(2, *shape, device=next((p.device for p in model.parameters()), None)))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # whatever the model's own code raises
+        raise ValueError(
+            f"model {name!r} cannot take images of {'x'.join(map(str, shape))}: {error}; give images of another "
+            "size (--input, --image_size) or another model"
+        ) from error
+
+
+def check_recipe(config: TrainConfig, device: torch.device) -> None:
+    """Refuse a recipe that no training can follow, before anything is written."""
+    Placement(device, config.precision, config.channels_last)
+    if not 0 <= config.momentum < 1:
+        raise ValueError(f"momentum {config.momentum}: it must be in [0, 1)")
+    if config.nesterov and not config.momentum:
+        raise ValueError("nesterov: it needs a momentum above 0")
+    if not config.gamma > 0:
+        raise ValueError(f"gamma {config.gamma}: it must be above 0")
+    if any(milestone < 0 for milestone in config.milestones):
+        raise ValueError(f"milestones {list(config.milestones)}: they cannot be negative")
+    if config.sync_bn and device.type != "cuda":
+        raise ValueError("sync_bn: torch synchronises batch statistics on CUDA only; leave it out on the CPU")
 
 
 def classes_in(weights: str) -> int | None:
@@ -96,49 +148,57 @@ def example_of(shape: tuple[int, int, int]) -> Tensor:
 def run_train(values: dict[str, Any], given: set[str]) -> int:
     """Train a network from scratch, or from weights."""
     if values["resume"]:
-        values = {**resumed(values, given, "train"), "resume": True}
+        values = resumed(values, given, "train")
     settings, config = pick(NetworkSettings, values), pick(TrainConfig, values)
     needed(model=settings.model, data=settings.data, out=settings.out)
+    check_recipe(config, choose_device(settings.device))
     peers = Distributed.from_environment()
     data = open_data(str(settings.data), settings)
     torch.manual_seed(settings.seed)
     model = build_model(settings, data)
-    choose_device(settings.device)
+    check_fit(model, settings.model, data.shape, training=True)
     written = save_config(settings, "train", plain(asdict(config)))
-    out = str(settings.out)
-    run = RunDirectory.open(out, peers) if values["resume"] else RunDirectory.create(out, written, peers)
-    train(
-        model,
-        data,
-        config,
-        run=run,
-        seed=settings.seed,
-        device=settings.device,
-        distributed=peers,
-        resume=values["resume"],
-    )
+    with run_directory(settings.out, written, peers, resume=values["resume"]) as run:
+        train(
+            model,
+            data,
+            config,
+            run=run,
+            seed=settings.seed,
+            device=settings.device,
+            distributed=peers,
+            resume=values["resume"],
+        )
     result = measure({"model": model}, data, settings.device, peers)
-    report(result, values["json"], peers, run.path)
+    report(result, values["json"], peers, Path(str(settings.out)))
     return 0
 
 
 def run_prune(values: dict[str, Any], given: set[str]) -> int:
     """Prune a trained network."""
     if values["resume"]:
-        values = {**resumed(values, given, "prune"), "resume": True, "json": values["json"]}
+        values = resumed(values, given, "prune")
+        if (Path(values["out"]) / FINETUNE_CONFIG).exists():
+            raise ValueError(
+                f"{values['out']!r} is pruned, and its weights have been fine-tuned since: "
+                f"go on with fastprune finetune --run {values['out']} --resume"
+            )
     settings = pick(PruneSettings, values)
     needed(model=settings.model, out=settings.out)
     method = registry.load(settings.method)
-    options = dict(values.get(settings.method) or {})
+    options = method_options(method, values.get(settings.method))
+    if method.needs_data and not settings.data:
+        raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
+    Budget.parse(settings.budget)
     peers = Distributed.from_environment()
     data = open_data(settings.data, settings) if settings.data else None
     torch.manual_seed(settings.seed)
     model = build_model(settings, data)
-    if method.needs_data:
-        needed(data=settings.data)
+    shape = input_shape(settings, data)
+    check_fit(model, settings.model, shape)
     result = prune(
         model,
-        example_of(input_shape(settings, data)),
+        example_of(shape),
         method=method,
         budget=settings.budget,
         data=data,
@@ -147,8 +207,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         seed=settings.seed,
         device=settings.device,
         precision=settings.precision,
-        loop=LoopOptions(),
-        run_config=save_config(settings, "prune", {settings.method: plain(options)}),
+        run_config=save_config(settings, "prune", {}),
         **options,
     )
     compared = measure({"baseline": model, "compact": result.model}, data, settings.device, peers)
@@ -162,33 +221,35 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
 
 def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     """Train the compact network of a run; its weights replace the run's at the end."""
-    settings = pick(FinetuneSettings, values)
+    settings, config = pick(FinetuneSettings, values), pick(FinetuneConfig, values)
     needed(run=settings.run)
     peers = Distributed.from_environment()
     run = RunDirectory.open(settings.run, peers)
-    recipe = run.path / "finetune.yaml"
-    config = pick(FinetuneConfig, values)
+    recipe = run.path / FINETUNE_CONFIG
     if values["resume"]:
-        extra = given - {"run", "resume", "json", "device"}
-        if extra or not recipe.is_file():
-            raise ValueError(
-                f"--resume takes its settings from {recipe}; "
-                + (f"leave out --{sorted(extra)[0]}" if extra else "there is none")
-            )
-        written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        settings, config = (
-            pick(FinetuneSettings, {**written, "run": settings.run, "device": settings.device}),
-            pick(FinetuneConfig, written),
-        )
+        only_resumed(given, "run", recipe)
+        written = read_yaml(recipe)
+        anew = {name: values[name] for name in ("run", *({"device"} & given))}
+        settings, config = pick(FinetuneSettings, {**written, **anew}), pick(FinetuneConfig, written)
+    check_recipe(config, choose_device(settings.device))
     origin = pick(NetworkSettings, run.config)
     data = data_of(origin, settings.data)
     compact = compact_of(run, origin, data)
+    check_fit(compact, origin.model, data.shape, training=True)
     if peers.is_main and not values["resume"]:
-        atomic.write_text(recipe, yaml.safe_dump(plain(save_config(settings, "finetune", asdict(config)))))
-    train(
-        compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
-        resume=values["resume"], stage="finetune",
-    )  # fmt: skip
+        # An earlier fine-tuning's checkpoints must not outlive its recipe: a resumed run would take up the wrong one.
+        shutil.rmtree(run.checkpoints_path("finetune"), ignore_errors=True)
+        atomic.write_text(recipe, yaml.safe_dump(save_config(settings, "finetune", plain(asdict(config)))))
+    try:
+        train(
+            compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
+            resume=values["resume"], stage="finetune",
+        )  # fmt: skip
+    except Exception:
+        if peers.is_main and not values["resume"] and not took_steps(run, "finetune"):
+            recipe.unlink()
+            shutil.rmtree(run.checkpoints_path("finetune"), ignore_errors=True)
+        raise
     result = measure({"compact": compact}, data, settings.device, peers)
     run.log({"stage": "result", "method": "finetune", **result})
     report(result, values["json"], peers, run.path)
@@ -203,20 +264,25 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
         needed(model=settings.model, data=settings.data)
         data = load_data(str(settings.data))
         networks = {"model": build_model(settings, data)}
-        shape = input_shape(settings, data)
+        name = settings.model
     else:
+        own = sorted({"model", "weights", "input"} & given)
+        if own:
+            raise ValueError(f"--run {settings.run} has a network of its own: leave out --{own[0]}, or --run")
         run = RunDirectory.open(settings.run, peers)
         origin = pick(NetworkSettings, run.config)
         data = data_of(origin, settings.data)
-        shape = input_shape(origin, data)
+        name = origin.model
         if run.config.get("command") == "train":
             origin.weights = str(run.model_path)
             networks = {"model": build_model(origin, data)}
         else:
             networks = {"baseline": build_model(origin, data), "compact": compact_of(run, origin, data)}
+    for network in networks.values():
+        check_fit(network, name, data.shape)
     results = measure(networks, data, settings.device, peers)
     for name, network in networks.items():
-        results[name] |= size_of(network, shape)
+        results[name] |= size_of(network, data.shape)
     report(results, values["json"], peers, None)
     return 0
 
@@ -224,9 +290,10 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
 def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     """Show a network's channel groups and what stands in the way of pruning."""
     settings = pick(ModelSettings, values)
-    model = build_model(settings, None)
+    model, shape = build_model(settings, None), input_shape(settings, None)
+    check_fit(model, settings.model, shape)
     begun = time.monotonic()
-    graph = trace(model, example_of(input_shape(settings, None)))
+    graph = trace(model, example_of(shape))
     seconds = time.monotonic() - begun
     if values["json"]:
         print(json.dumps(described(graph, seconds)))
@@ -268,11 +335,39 @@ def run_demo(values: dict[str, Any], given: set[str]) -> int:
 # --- shared pieces --------------------------------------------------------------------------------------------------
 
 
+def method_options(method: type[Method], values: Any) -> dict[str, Any]:
+    """The options of a method as a command line or a file has them, checked."""
+    if not isinstance(values or {}, Mapping):
+        raise ValueError(f"{method.name}: its options are needed by name, got {values!r}")
+    options = dict(values or {})
+    try:
+        registry.configure(method, options)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return options
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a file of a run."""
+    if not path.is_file():
+        raise ValueError(f"--resume takes its settings from {path}; there is none, so there is nothing to resume")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} holds no mapping")
+    return values
+
+
 def data_of(origin: NetworkSettings, other: str | None) -> SourceData:
     """The data set of a run, or another one."""
     spec = other or origin.data
-    needed(data=spec)
-    return open_data(str(spec), origin)
+    if not spec:
+        raise ValueError("--data is needed: the run was made without data")
+    if origin.data is None:
+        origin.input = None  # the run was told a size because it had no images; these images have their own
+    return open_data(spec, origin)
 
 
 def compact_of(run: RunDirectory, origin: NetworkSettings, data: SourceData) -> nn.Module:
@@ -280,7 +375,7 @@ def compact_of(run: RunDirectory, origin: NetworkSettings, data: SourceData) -> 
     if not run.plan_path.is_file():
         raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")
     full = build_model(ModelSettings(origin.model, None, origin.input), data)
-    compact = apply(PruningPlan.load(run.plan_path), full, check=False)
+    compact = apply(PruningPlan.load(run.plan_path), full, check=False)  # verified when the run was made
     models.load_weights(compact, run.model_path)
     return compact.eval()
 

@@ -6,7 +6,7 @@ import copy
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from fastprune.distributed import Distributed
 from fastprune.engine import (
     Data,
     HeldOut,
-    Interrupted,
     LoopOptions,
     Placement,
     RunDirectory,
@@ -31,6 +30,7 @@ from fastprune.engine import (
 from fastprune.engine.user_data import Loader
 from fastprune.graph import ChannelGraph, trace
 from fastprune.methods.contract import Method, Task
+from fastprune.methods.options import fields_of
 from fastprune.methods.registry import configure, load
 from fastprune.models import save_weights
 from fastprune.plan import PruningPlan
@@ -96,7 +96,8 @@ def prune(
         The compact model, verified against the masked one, with its plan and metrics.
 
     Raises:
-        ValueError: for an unknown method or option, missing data, or a plan that removes nothing.
+        ValueError: for an unknown method or option, missing data, data that do not fit the example, a run to resume
+            that was begun with other arguments, or a plan that removes nothing.
         BudgetError: for a malformed budget, or one out of reach.
         TraceError, SurgeryError, RunError, Interrupted: see those.
     """
@@ -106,14 +107,28 @@ def prune(
     worker = method_class(configure(method_class, options))
     if method_class.needs_data and data is None:
         raise ValueError(f"method {method_class.name!r} searches on training data: give data=")
+    if resume and out is None:
+        raise ValueError("resume: give out=, the directory of the run to continue")
+    config = {
+        "command": "prune",
+        **(run_config or {}),
+        "method": method_class.name,
+        "budget": budget if isinstance(budget, str) else f"{budget.resource}={budget.value!r}",
+        "seed": seed,
+        method_class.name: plain({f.name: getattr(worker.config, f.name) for f in fields_of(type(worker.config))}),
+    }
     peers = Distributed.from_environment()
+    if resume:
+        same_run(RunDirectory.open(str(out), peers), config)
     where = _device_of(model) if device is None else choose_device(device)
     placement = Placement(where, precision, channels_last)
+    source = data.to(where) if isinstance(data, Data) else None if data is None else UserData(data)
+    if source is not None:
+        _same_channels(source, example_inputs)
     seed_everything(seed)
     network = _own_copy(model, placement, trained=method_class.trains_weights)
     graph = trace(network, _to(example_inputs, where))
     chosen.limit(graph)
-    source = data.to(where) if isinstance(data, Data) else None if data is None else UserData(data)
     task = Task(
         model=network,
         graph=graph,
@@ -125,7 +140,6 @@ def prune(
         rng=torch.Generator().manual_seed(seed),
     )
     worker.setup(task)
-    config = run_config or {"command": "prune", "method": method_class.name, "budget": str(chosen), "seed": seed}
     with run_directory(out, config, peers, resume=resume) as run:
         search = run_phases(
             worker, task, source, run=run, stage="search", resume=resume, placement=placement, options=loop
@@ -165,31 +179,79 @@ def cut(plan: PruningPlan, model: nn.Module) -> tuple[nn.Module, float]:
     return compact, verify(plan, model, compact)
 
 
+def same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
+    """Refuse to go on with a search that was begun with another method, budget, seed or options."""
+    written = run.config
+    for name in ("method", "budget", "seed", config["method"]):
+        if name in written and written[name] != config[name]:
+            raise ValueError(
+                f"resume: {str(run.path)!r} was begun with {name} {written[name]!r}, not {config[name]!r}; "
+                "give the same, or another directory"
+            )
+
+
 @contextmanager
 def run_directory(
     out: str | Path | None, config: Mapping[str, Any], peers: Distributed, *, resume: bool
 ) -> Iterator[RunDirectory | None]:
-    """The run's directory, new or resumed; a new one goes again if bad input is found before anything was logged."""
+    """The run's directory, new or resumed; where an error comes before any progress, a new one is taken away again.
+
+    Progress is a line in the log or a checkpoint after step 0: whoever has that can go on after the error.
+    """
     if out is None:
-        if resume:
-            raise ValueError("resume: give out=, the directory of the run to continue")
         yield None
         return
-    run = RunDirectory.open(out, peers) if resume else RunDirectory.create(out, config, peers)
+    if resume:
+        yield RunDirectory.open(out, peers)
+        return
+    path = Path(out).absolute()
+    emptied, made = path.is_dir(), [folder for folder in path.parents if not folder.exists()]
+    run = RunDirectory.create(path, config, peers)
     try:
         yield run
-    except Exception as error:
-        if not resume and peers.is_main and not run.metrics_path.exists() and not isinstance(error, Interrupted):
+    except Exception:
+        if peers.is_main and not has_progress(run):
             shutil.rmtree(run.path)
+            if emptied:
+                run.path.mkdir()
+            for folder in made:
+                with suppress(OSError):  # somebody else has put something there meanwhile
+                    folder.rmdir()
         raise
+
+
+def has_progress(run: RunDirectory) -> bool:
+    """Whether a run holds anything that took work: a line in its log, or a checkpoint after step 0."""
+    return run.metrics_size() > 0 or took_steps(run, "*")
+
+
+def took_steps(run: RunDirectory, stage: str) -> bool:
+    """Whether a stage (a glob pattern) has a checkpoint after step 0, from which it can be resumed."""
+    found = run.path.glob(f"checkpoints/{stage}/step-*.safetensors")
+    return any(int(path.stem.removeprefix("step-")) > 0 for path in found)
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with lists in place of tuples, as YAML has it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _own_copy(model: nn.Module, placement: Placement, *, trained: bool) -> nn.Module:
     """The model in eval mode on its device; a copy, unless it already is there and nothing will change it."""
     there = _device_of(model) == placement.device and not placement.channels_last
-    if trained or not there or model.training:
+    if trained or not there or any(module.training for module in model.modules()):
         model = placement.model(copy.deepcopy(model))
     return model.eval()
+
+
+def _same_channels(data: Data, example: Tensor | Sequence[Tensor]) -> None:
+    """Refuse data whose images the traced network cannot take; a convolution would say so only in the first step."""
+    first = example if isinstance(example, Tensor) else next(iter(example), None)
+    if isinstance(first, Tensor) and first.dim() == 4 and first.shape[1] != data.shape[0]:
+        raise ValueError(
+            f"data: its images have {data.shape[0]} channels, those of example_inputs {first.shape[1]}; "
+            "give images of one kind"
+        )
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -6,14 +6,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from fastprune.engine import RunDirectory, TrainConfig
+from fastprune.methods.options import convert
+
+LARGEST_SEED = 2**63 - 1  # what torch's generators take
 
 
 def setting(default: Any, text: str) -> Any:
     """A field that becomes a flag."""
     return field(default=default, metadata={"help": text})
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch's generators do not take."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed {seed}: give a whole number from 0 to {LARGEST_SEED}")
 
 
 @dataclass
@@ -37,6 +46,11 @@ class RunSettings:
     held_out: float | None = setting(None, "part of the training set that is held out; 10 %, at most 5000, without it")
     seed: int = setting(0, "of everything random")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size {self.image_size}: at least 1 pixel is needed")
 
 
 @dataclass
@@ -62,6 +76,9 @@ class FinetuneSettings:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     seed: int = setting(0, "of order, augmentation and dropout")
 
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
@@ -84,8 +101,17 @@ T = TypeVar("T")
 
 
 def pick(kind: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of a dataclass from those of ``values`` that are its fields."""
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})  # type: ignore[arg-type]
+    """An instance of a dataclass from those of ``values`` that are its fields.
+
+    Raises:
+        ValueError: for a value of another type or out of range; a file that was edited by hand may hold anything.
+    """
+    types = get_type_hints(kind)
+    chosen = {f.name: values[f.name] for f in fields(kind) if f.name in values}  # type: ignore[arg-type]
+    try:
+        return kind(**{name: convert(value, types[name], f"{name} {value!r}") for name, value in chosen.items()})
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def needed(**values: Any) -> None:
@@ -96,17 +122,21 @@ def needed(**values: Any) -> None:
 
 
 def resumed(settings: Mapping[str, Any], given: set[str], command: str) -> dict[str, Any]:
-    """The settings that a run was begun with."""
+    """The settings that a run was begun with; only its place and its device can be told anew."""
     needed(out=settings["out"])
-    extra = given - {"out", "resume", "json", "device"}
+    run = RunDirectory.open(settings["out"])
+    only_resumed(given, "out", run.path / "config.yaml")
+    if run.config.get("command") != command:
+        raise ValueError(f"{settings['out']!r} is a run of 'fastprune {run.config.get('command')}', not of '{command}'")
+    anew = {name: settings[name] for name in ("out", "resume", "json", *({"device"} & given))}
+    return {**run.config, **anew}
+
+
+def only_resumed(given: set[str], place: str, file: Path) -> None:
+    """Refuse options beside ``--resume`` that ``file`` has already."""
+    extra = sorted(given - {place, "resume", "json", "device"})
     if extra:
-        raise ValueError(
-            f"--resume takes its settings from {settings['out']}/config.yaml; leave out --{sorted(extra)[0]}"
-        )
-    config = RunDirectory.open(settings["out"]).config
-    if config.get("command") != command:
-        raise ValueError(f"{settings['out']!r} is a run of 'fastprune {config.get('command')}', not of '{command}'")
-    return {**config, "out": settings["out"], "device": settings["device"]}
+        raise ValueError(f"--resume takes its settings from {file}; leave out --{extra[0]}")
 
 
 def save_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,8 +147,3 @@ def save_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[s
     if values.get("weights"):
         values["weights"] = str(Path(values["weights"]).absolute())
     return {"fastprune": version("fastprune"), "command": command, **values, **extra}
-
-
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with lists in place of tuples, as YAML has it."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -142,7 +142,7 @@ def run_phases(
     def stop_if_asked() -> None:
         if interruption.agreed(peers):
             saver.save()
-            where = f"; continue with --resume {run.path}" if run else ""
+            where = f"; resume it from {run.path}" if run else ""
             raise Interrupted(f"{stage} was interrupted at step {position.total}{where}")
 
     with Interruption() as interruption, ProgressBar(options.progress and peers.is_main) as bar:

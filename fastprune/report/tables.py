@@ -25,8 +25,8 @@ def percent(value: float) -> str:
 
 
 def show(table: Table) -> None:
-    """Print a table on standard output."""
-    Console().print(table)
+    """Print a table on standard output, its texts as they are (a layer's name may look like rich's markup)."""
+    Console(markup=False).print(table)
 
 
 def print_graph(name: str, graph: ChannelGraph) -> None:
@@ -34,7 +34,8 @@ def print_graph(name: str, graph: ChannelGraph) -> None:
     cost = graph.cost()
     macs, params = (millions(float(x)) for x in (cost.macs, cost.params))
     sizes = f"{len(graph.groups)} groups, {graph.num_units:,} units, {macs} MACs, {params} parameters"
-    table = Table(title=f"{name}: {sizes}")
+    Console(markup=False).print(f"{name}: {sizes}", soft_wrap=True, highlight=False)
+    table = Table()
     for heading, side in (
         ("group", "left"),
         ("units", "right"),
@@ -45,10 +46,11 @@ def print_graph(name: str, graph: ChannelGraph) -> None:
         table.add_column(heading, justify=side)  # type: ignore[arg-type]
     for group in graph.groups:
         table.add_row(group.name, f"{group.size:,}", group.kind, percent(group.share), str(len(group.layers)))
-    show(table)
+    if graph.groups:
+        show(table)
     if graph.unprunable:
-        reasons = Table(title="layers whose output channels stay (some or all)")
-        reasons.add_column("layer")
+        reasons = Table()
+        reasons.add_column("channels that stay")
         reasons.add_column("why")
         for layer, reason in graph.unprunable:
             reasons.add_row(layer, reason)
@@ -57,27 +59,32 @@ def print_graph(name: str, graph: ChannelGraph) -> None:
 
 def print_methods(methods: Iterable[MethodInfo], broken: Mapping[str, str]) -> None:
     """The installed methods and their options, and the plugins that are broken."""
-    table = Table(title="pruning methods")
+    table = Table()
     for heading in ("name", "package", "paper", "options"):
         table.add_column(heading)
     for info in methods:
         table.add_row(info.name, f"{info.package} {info.version}", info.paper, ", ".join(o.name for o in info.options))
     show(table)
     for name, reason in broken.items():
-        Console(stderr=True).print(f"[red]method {name!r} cannot be loaded:[/red] {reason}")
+        Console(stderr=True, markup=False).print(f"method {name!r} is left out: {reason}", style="red", soft_wrap=True)
+
+
+def listed(value: Any) -> str:
+    """A value as people read it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def print_checks(checks: Mapping[str, Any]) -> None:
     """What ``doctor`` found."""
-    table = Table(title="fastprune doctor")
+    table = Table()
     table.add_column("what")
     table.add_column("finding")
     for name, value in checks.items():
         if isinstance(value, Mapping):
-            value = "\n".join(f"{key}: {item}" for key, item in value.items()) or "none"
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        table.add_row(name, str(value))
+            value = "\n".join(f"{key}: {listed(item)}" for key, item in value.items()) or "none"
+        table.add_row(name.replace("_", " "), listed(value))
     show(table)
 
 
@@ -103,5 +110,5 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "accuracy": ("accuracy", percent),
     "macs": ("MACs", millions),
     "params": ("parameters", millions),
-    "latency_ms": ("latency (batch 64)", lambda value: f"{value:.2f} ms"),
+    "latency_ms": ("CPU latency (batch 64)", lambda value: f"{value:.2f} ms"),
 }

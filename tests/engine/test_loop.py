@@ -135,7 +135,7 @@ def test_starting_anew_forgets_old_checkpoints(tmp_path: Path) -> None:
 def test_interruption_says_how_to_go_on(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", {})
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match=r"search was interrupted at step 5; continue with --resume .*run"):
+    with pytest.raises(Interrupted, match=r"search was interrupted at step 5; resume it from .*run"):
         run_phases(Walker(4, "signal"), make_task(), DATA, run=run)
     assert signal.getsignal(signal.SIGTERM) is before
 
