@@ -109,7 +109,7 @@ def show_pruning(settings: DemoSettings) -> dict[str, Any]:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch use one thread. These layers take microseconds: a second thread gains next to nothing on idle cores,
-    and on busy ones every layer waits for it (measured: up to 30 times slower in all).
+    and on busy ones every layer waits for it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

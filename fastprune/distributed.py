@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
 import torch
@@ -72,3 +73,6 @@ class Distributed:
         """Leave the process group, if there is one."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+            # A gloo thread drops the tensors of the last collective after it has woken us. It needs the interpreter for
+            # that, and aborts the process (seen with torch 2.15) where the interpreter is gone by then: let it run.
+            time.sleep(0.2)
