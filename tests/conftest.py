@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,12 @@ class TinyNet(nn.Module):
         x = torch.relu(self.depthwise(torch.relu(self.expand(x))))
         x = x * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
         return self.head(torch.relu(self.project(x)).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def away_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child process would find ./fastprune there, which has no _C, before the installed package."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,12 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(code: str, **environment: str) -> str:
-    # Not from the checkout: `python -c` would find ./fastprune there, which has no _C, before the installed package.
-    command = [sys.executable, "-c", code]
-    with tempfile.TemporaryDirectory() as away:
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | environment, cwd=away, check=False
-        )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
