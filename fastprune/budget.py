@@ -106,9 +106,13 @@ def fit(
         Flat mask, bool [U].
 
     Raises:
-        ValueError: if a score is NaN.
+        ValueError: if there is not one score per unit, a score is NaN, or ``min_keep`` is below 1.
         BudgetError: if the budget is below what is left when everything that may go has gone; states that limit.
     """
+    if scores.shape != (graph.num_units,):
+        raise ValueError(f"scores: a vector of {graph.num_units} units is needed, got shape {tuple(scores.shape)}")
+    if min_keep < 1:
+        raise ValueError(f"min_keep: at least 1 unit of each group must stay, got {min_keep}")
     scores = scores.detach().to("cpu", torch.float64)
     if bool(torch.isnan(scores).any()):
         raise ValueError("scores: NaN has no rank")

@@ -7,7 +7,7 @@ import operator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -103,56 +103,85 @@ def gated(graph: ChannelGraph) -> GraphModule:
         if node.op == "call_module":
             module.graph.erase_node(node)  # the exporter's guard on input shapes
     module.graph.set_codegen(torch.fx.graph.CodeGen())
-    make_out_of_place(module)
+    overwrites = make_out_of_place(module)
     with module.graph.inserting_after([node for node in module.graph.nodes if node.op == "placeholder"][-1]):
         gates = module.graph.placeholder("gates")
     with module.graph.inserting_after(gates):
         one = module.graph.call_function(torch.ops.aten.new_ones.default, (gates, [1]))
     with module.graph.inserting_after(one):
         padded = module.graph.call_function(torch.ops.aten.cat.default, ([gates, one],))  # the last place: always open
-    inserted: dict[tuple[Node, int, bytes], Node] = {}
+    inserted: dict[tuple[Node, int, bytes, str], Node] = {}
     for layer in graph.layers:
         if bool((layer.in_units >= 0).any()):
             reader = nodes[layer.node]
             source = cast("Node", reader.args[0])
-            key = (source, layer.channel_dim, layer.in_units.numpy().tobytes())
+            # Where something is overwritten later, each reader has a gate of its own, on a copy of what it reads.
+            key = (source, layer.channel_dim, layer.in_units.numpy().tobytes(), layer.node if overwrites else "")
             if key not in inserted:
                 places = torch.where(layer.in_units < 0, graph.num_units, layer.in_units)
-                inserted[key] = insert_gate(module, padded, source, places, layer.channel_dim, len(inserted))
+                module.register_buffer(f"_units_{len(inserted)}", places, persistent=False)
+                with module.graph.inserting_before(reader):
+                    units = module.graph.get_attr(f"_units_{len(inserted)}")
+                    read = module.graph.call_function(torch.ops.aten.clone.default, (source,)) if overwrites else source
+                    rank = len(source.meta["val"].shape)
+                    inserted[key] = insert_gate(module, padded, read, units, layer.channel_dim, rank)
             reader.update_arg(0, inserted[key])
     module.graph.lint()
     module.recompile()
     return module
 
 
-def insert_gate(module: GraphModule, padded: Node, source: Node, places: Tensor, channel_dim: int, index: int) -> Node:
-    """Multiply ``source`` by the gates of its channels, which lie at ``places`` of the padded vector."""
-    rank = len(source.meta["val"].shape)
+def insert_gate(module: GraphModule, padded: Node, source: Node, units: Node, channel_dim: int, rank: int) -> Node:
+    """Multiply ``source`` by the gates of its channels, which lie at the places ``units`` of the padded vector."""
     shape = [1] * rank
-    shape[channel_dim] = len(places)
-    module.register_buffer(f"_units_{index}", places, persistent=False)
-    with module.graph.inserting_after(max(source, padded)):
-        buffer = module.graph.get_attr(f"_units_{index}")
-    with module.graph.inserting_after(buffer):
-        chosen = module.graph.call_function(torch.ops.aten.index_select.default, (padded, 0, buffer))
-    with module.graph.inserting_after(chosen):
-        viewed = module.graph.call_function(torch.ops.aten.view.default, (chosen, shape))
-    with module.graph.inserting_after(viewed):
-        typed = module.graph.call_function(torch.ops.aten.type_as.default, (viewed, source))
-    with module.graph.inserting_after(typed):
-        return module.graph.call_function(operator.mul, (source, typed))
+    shape[channel_dim] = -1
+    chosen = module.graph.call_function(torch.ops.aten.index_select.default, (padded, 0, units))
+    viewed = module.graph.call_function(torch.ops.aten.view.default, (chosen, shape))
+    typed = module.graph.call_function(torch.ops.aten.type_as.default, (viewed, source))
+    return module.graph.call_function(operator.mul, (source, typed))
 
 
-def make_out_of_place(module: GraphModule) -> None:
-    """Replace in-place operators, so that nothing overwrites what a gate's gradient needs."""
+def make_out_of_place(module: GraphModule) -> bool:
+    """Replace in-place operators, so that nothing overwrites what a gate's gradient needs.
+
+    One that writes through a view, or to what a view reads later, must stay. Returns whether any is left.
+    """
+    memory = shared_memory(module)
+    left = False
     for node in list(module.graph.nodes):
         packet = getattr(node.target, "overloadpacket", None)
         if packet in OUT_OF_PLACE:
-            overload = getattr(OUT_OF_PLACE[packet], node.target._overloadname)
             overwritten = cast("Node", node.args[0])
-            node.target = overload
+            others = [n for n in memory[overwritten] if n < node and n is not overwritten]
+            if any(user > node for other in others for user in other.users):
+                left = True
+                continue
+            node.target = getattr(OUT_OF_PLACE[packet], node.target._overloadname)
             later = {user for user in overwritten.users if user is not node and user > node}
             overwritten.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+        elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            left = True
+    return left
+
+
+def shared_memory(module: GraphModule) -> dict[Node, list[Node]]:
+    """For each node, the nodes whose values may lie in the same memory: views of it and what it views."""
+    memory: dict[Node, list[Node]] = {}
+    for node in module.graph.nodes:
+        source = node.args[0] if node.args and may_alias(node) else None
+        memory[node] = memory[source] if isinstance(source, Node) else []
+        memory[node].append(node)
+    return memory
+
+
+def may_alias(node: Node) -> bool:
+    """Whether a node may return its first argument or a view of it."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name
+        # Returned as they are in eval mode, or where the dtype is right already, which the schema does not say.
+        as_it_is = name.endswith("dropout") or name == "aten::type_as"
+        return as_it_is or any(result.alias_info is not None for result in node.target._schema.returns)
+    return node.target is operator.getitem
 
 
 def share_tensors(model: nn.Module, network: GraphModule) -> None:

@@ -7,13 +7,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from fastprune.atomic import write_text
 from fastprune.graph.channel_graph import Slice
+from fastprune.graph.propagate import Role
 
 if TYPE_CHECKING:
     from fastprune.graph import ChannelGraph
@@ -33,10 +34,12 @@ class InputSpec:
     dtype: str
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """A random input: normal for floating-point inputs, zeros for others."""
+        """A random input: normal for floating-point inputs, bytes for images, zeros for others (indices, masks)."""
         dtype = getattr(torch, self.dtype)
         if dtype.is_floating_point:
             return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype)
+        if dtype == torch.uint8:
+            return torch.randint(256, self.shape, generator=generator, dtype=dtype)
         return torch.zeros(self.shape, dtype=dtype)
 
 
@@ -131,10 +134,18 @@ class PruningPlan:
                 raise PlanError("two groups have the same name")
             mask = torch.cat([mask_of(g) for g in values["groups"]] or [torch.zeros(0, dtype=torch.bool)])
             slices = tuple(
-                Slice(str(s["tensor"]), int(s["dim"]), decode_runs(s["units"], len(mask)), s["role"])
+                Slice(
+                    str(s["tensor"]), positive(s["dim"], "dim", least=0), decode_runs(s["units"], len(mask)),
+                    role_of(s["role"]),
+                )
                 for s in values["slices"]
+            )  # fmt: skip
+            if len({(s.tensor, s.dim) for s in slices}) != len(slices):
+                raise PlanError("one dimension of a tensor is listed twice")
+            inputs = tuple(
+                InputSpec(tuple(positive(n, "shape") for n in i["shape"]), dtype_name(i["dtype"]))
+                for i in values["inputs"]
             )
-            inputs = tuple(InputSpec(tuple(map(int, i["shape"])), dtype_name(i["dtype"])) for i in values["inputs"])
             macs, params = ((int(values[k]["full"]), int(values[k]["planned"])) for k in ("macs", "params"))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -190,9 +201,17 @@ def decode_runs(runs: list[list[int]], num_units: int) -> Tensor:
     """The inverse of ``encode_runs``; refuses units outside [-1, num_units)."""
     parts = []
     for first, count, repeat in runs:
-        if min(count, repeat) < 1 or first < -1 or first + count > num_units or (first < 0 and count != 1):
+        if (
+            not all(isinstance(n, int) for n in (first, count, repeat))
+            or min(count, repeat) < 1
+            or first < -1
+            or first + count > num_units
+            or (first < 0 and count != 1)
+        ):
             raise PlanError(f"units {[first, count, repeat]} lie outside the {num_units} units of the plan")
         parts.append(torch.arange(first, first + count).repeat_interleave(repeat))
+    if not parts:
+        raise PlanError("a slice has no units")
     return torch.cat(parts)
 
 
@@ -206,11 +225,19 @@ def mask_of(group: Mapping[str, Any]) -> Tensor:
     return mask
 
 
-def positive(value: Any, name: str) -> int:
-    """``value`` if it is a positive integer."""
-    if not isinstance(value, int) or value < 1:
-        raise PlanError(f"{name} must be a positive integer, got {value!r}")
+def positive(value: Any, name: str, *, least: int = 1) -> int:
+    """``value`` if it is an integer of at least ``least``."""
+    if not isinstance(value, int) or value < least:
+        needed = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise PlanError(f"{name} must be {needed}, got {value!r}")
     return value
+
+
+def role_of(name: Any) -> Role:
+    """``name`` if it is a role of a slice."""
+    if name not in get_args(Role):
+        raise PlanError(f"role {name!r} is none of {', '.join(get_args(Role))}")
+    return name  # type: ignore[no-any-return]
 
 
 def dtype_name(name: Any) -> str:

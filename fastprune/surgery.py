@@ -39,18 +39,20 @@ def apply(plan: PruningPlan, model: nn.Module, *, check: bool = True) -> nn.Modu
         SurgeryError: if the compact model fails to run or computes something else; names the module.
     """
     fits(plan, model)
-    compact = copy.deepcopy(model)
-    replaced: dict[int, nn.Parameter] = {}
-    touched: dict[str, nn.Module] = {}
+    compact = copied(model)
+    replaced: dict[int, Tensor] = {}
     for piece in plan.slices:
         owner_name, _, attribute = piece.tensor.rpartition(".")
         owner = compact.get_submodule(owner_name)
         shrink(owner, attribute, piece.dim, plan.kept_indices(piece), replaced)
-        touched[owner_name] = owner
     share_tied(compact, replaced)
-    depthwise = {s.tensor.rpartition(".")[0] for s in plan.slices if s.role == "depthwise"}
-    for name, module in touched.items():
-        mend(module, depthwise=name in depthwise)
+    tensors = state_of(compact)
+    depthwise = {id(tensors[s.tensor]) for s in plan.slices if s.role == "depthwise"}
+    shrunk = {id(tensors[s.tensor]) for s in plan.slices}
+    for module in compact.modules():
+        own = {id(t) for t in (*module._parameters.values(), *module._buffers.values())}
+        if own & shrunk:
+            mend(module, depthwise=bool(own & depthwise))
     if check:
         verify(plan, model, compact)
     return compact
@@ -65,8 +67,8 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
         PlanError: if the plan does not fit the model.
     """
     fits(plan, model)
-    copied = copy.deepcopy(model)
-    tensors = dict(copied.named_parameters(remove_duplicate=False))
+    full = copied(model)
+    tensors = state_of(full)
     with torch.no_grad():
         for piece in plan.slices:
             if piece.role == "in":
@@ -74,12 +76,30 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
                 closed[plan.kept_indices(piece)] = False
                 weight = tensors[piece.tensor]
                 weight.index_fill_(piece.dim, closed.nonzero().flatten().to(weight.device), 0.0)
-    return copied
+    return full
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; refuses modules that hold what an autograd graph made, and names them."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise SurgeryError(
+                    f"the model cannot be copied: {attribute!r} of {name or type(model).__name__!r} is computed from "
+                    "other tensors (torch.nn.utils.weight_norm does that; torch.nn.utils.parametrizations does not)"
+                )
+    return copy.deepcopy(model)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def fits(plan: PruningPlan, model: nn.Module) -> None:
     """Refuse a plan for another model."""
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    state = state_of(model)
     for piece in plan.slices:
         tensor = state.get(piece.tensor)
         if tensor is None:
@@ -93,30 +113,30 @@ def fits(plan: PruningPlan, model: nn.Module) -> None:
             )
 
 
-def shrink(owner: nn.Module, attribute: str, dim: int, kept: Tensor, replaced: dict[int, nn.Parameter]) -> None:
+def shrink(owner: nn.Module, attribute: str, dim: int, kept: Tensor, replaced: dict[int, Tensor]) -> None:
     """Keep the indices ``kept`` along ``dim`` of a parameter or buffer of ``owner``."""
     old: Tensor = getattr(owner, attribute)
     new = old.detach().index_select(dim, kept.to(old.device))
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
     if isinstance(old, nn.Parameter):
-        parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-        replaced[id(old)] = parameter
-        replaced[id(parameter)] = parameter
-        owner.register_parameter(attribute, parameter)
-    else:
-        owner.register_buffer(attribute, new, persistent=attribute not in owner._non_persistent_buffers_set)
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    tensors: Any = owner._parameters if isinstance(old, nn.Parameter) else owner._buffers
+    tensors[attribute] = new
+    # Under its own id too, so that it lives on when the next dimension replaces it: a freed id would be given again.
+    replaced[id(old)] = replaced[id(new)] = new
 
 
-def share_tied(model: nn.Module, replaced: dict[int, nn.Parameter]) -> None:
-    """Give every other holder of a replaced parameter the new one."""
+def share_tied(model: nn.Module, replaced: dict[int, Tensor]) -> None:
+    """Give every other holder of a replaced tensor the new one."""
     for module in model.modules():
-        for attribute, parameter in list(module._parameters.items()):
-            new = parameter
-            while new is not None and replaced.get(id(new), new) is not new:
-                new = replaced[id(new)]
-            if new is not parameter:
-                module.register_parameter(attribute, new)
+        holders: tuple[Any, ...] = (module._parameters, module._buffers)
+        for tensors in holders:
+            for attribute, tensor in list(tensors.items()):
+                new = tensor
+                while new is not None and replaced.get(id(new), new) is not new:
+                    new = replaced[id(new)]
+                tensors[attribute] = new
 
 
 def mend(module: nn.Module, *, depthwise: bool) -> None:
@@ -126,7 +146,7 @@ def mend(module: nn.Module, *, depthwise: bool) -> None:
         reads, makes = (0, 1) if transposed else (1, 0)
         if depthwise:
             multiplier = module.out_channels // module.in_channels
-            module.groups = module.weight.shape[makes] // multiplier
+            module.groups = module.weight.shape[0] // (1 if transposed else multiplier)
         module.in_channels = module.weight.shape[reads] * (1 if transposed else module.groups)
         module.out_channels = module.weight.shape[makes] * (module.groups if transposed else 1)
     elif isinstance(module, nn.Linear):
@@ -153,6 +173,11 @@ def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: to
     Raises:
         SurgeryError: if the compact model does not run, or differs by more than rounding (float64: 1e-9).
     """
+    if any(t.is_meta for t in state_of(model).values()):
+        raise SurgeryError(
+            f"{type(model).__name__} is on the meta device and has no values to compare; load its weights first, "
+            "or apply the plan with check=False"
+        )
     reference = masked(model, plan)
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for chosen in [dtype] if dtype is not None else sorted({own, torch.float64}, key=lambda d: d.itemsize):
@@ -175,12 +200,19 @@ def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: 
     inputs = [spec.sample(generator).to(device) for spec in plan.inputs]
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
     with torch.no_grad(), in_dtype(reference, dtype) as full, in_dtype(compact, dtype) as small:
-        expected = pytree.tree_leaves(full(*inputs))
-        with name_the_failing_module(small):
+        with name_the_failing_module(full, f"the model itself does not run in {dtype}", "exactness cannot be checked"):
+            expected = pytree.tree_leaves(full(*inputs))
+        with name_the_failing_module(
+            small, "the compact model does not run", "its code expects a fixed number of channels"
+        ):
             got = pytree.tree_leaves(small(*inputs))
+    if len(expected) != len(got):
+        raise SurgeryError(f"the compact model returns {len(got)} values, the masked one {len(expected)}")
     worst = 0.0
     for a, b in zip(expected, got, strict=True):
-        if isinstance(a, Tensor) and a.is_floating_point():
+        if isinstance(a, Tensor) and not a.is_floating_point():
+            worst = worst if torch.equal(a, b) else float("inf")  # class indices, say: equal or not
+        elif isinstance(a, Tensor):
             if a.shape != b.shape:
                 raise SurgeryError(f"the compact model returns shape {tuple(b.shape)}, the masked one {tuple(a.shape)}")
             scale = float(a.abs().max()) if a.numel() else 0.0
@@ -201,8 +233,8 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def name_the_failing_module(model: nn.Module) -> Iterator[None]:
-    """Turn an error inside ``model`` into one that names the module in which it arose."""
+def name_the_failing_module(model: nn.Module, what: str, why: str) -> Iterator[None]:
+    """Turn an error inside ``model`` into one that says ``what`` failed, in which module, and ``why`` that matters."""
     names = {module: name for name, module in model.named_modules()}
     entered: list[str] = []
     hooks: list[Any] = []
@@ -217,13 +249,10 @@ def name_the_failing_module(model: nn.Module) -> Iterator[None]:
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        if isinstance(error, SurgeryError):
-            raise
+    except Exception as error:  # the model's own code may raise anything
         where = entered[-1] if entered else ""
         raise SurgeryError(
-            f"the compact model does not run: {where or type(model).__name__!r} fails with "
-            f"{' '.join(str(error).split())[:300]}; its code expects a fixed number of channels"
+            f"{what}: {where or type(model).__name__!r} fails with {' '.join(str(error).split())[:300]}; {why}"
         ) from error
     finally:
         for hook in hooks:

@@ -71,7 +71,7 @@ def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
         if (of := units.of_label[d.labels.numpy()]).max(initial=-1) >= 0
     )
     offsets = torch.from_numpy(units.offsets)
-    cost = CostModel(offsets, shapes, positions, sliced_dims(slices, units.offsets, shapes))
+    cost = CostModel(offsets, shapes, positions, sliced_dims(slices, units.offsets, shapes), state.fixed_macs)
     layers = tuple(
         Layer(
             c.layer, c.kind, c.weight, c.node,
@@ -100,10 +100,17 @@ def number_units(components: IntArray, reasons: dict[int, str], dims: list[Label
     prunable[0] = False
     prunable[list(reasons)] = False
     classes = np.flatnonzero(prunable)
+    place = np.full(len(components), -1)
+    place[classes] = np.arange(len(classes))
     group = np.zeros(len(classes), dtype=np.int64)
-    for d in dims:
-        touched = np.bincount(components[d.labels.numpy()], minlength=len(components))[classes]
-        _, group = np.unique(group * (touched.max(initial=0) + 1) + touched, return_inverse=True)
+    count = 1
+    for d in dims:  # only what a dimension touches is split, as most dimensions touch few classes
+        touched, times = np.unique(place[components[d.labels.numpy()]], return_counts=True)
+        touched, times = touched[touched >= 0], times[touched >= 0]
+        _, split = np.unique(group[touched] * (times.max(initial=0) + 1) + times, return_inverse=True)
+        group[touched] = count + split
+        count += split.max(initial=-1) + 1
+    _, group = np.unique(group, return_inverse=True)
     first_seen = np.full(group.max(initial=-1) + 1, len(components))
     np.minimum.at(first_seen, group, classes)
     order = np.lexsort((classes, first_seen[group]))
@@ -150,7 +157,7 @@ def describe_groups(
     sizes = torch.from_numpy(np.diff(offsets)).to(torch.float64)
     without = cost.of_widths(sizes * (1 - torch.eye(num_groups, dtype=torch.float64))).macs
     total = cost.of_widths(sizes).macs
-    share = (1 - without / total).tolist()
+    share = (1 - without / total.clamp(min=1)).tolist()
     return tuple(
         Group(
             name=next(iter(producers[g])), start=int(offsets[g]), size=int(sizes[g]),
@@ -170,8 +177,13 @@ def unprunable(
         pinned = [c for c in np.unique(components[call.out_labels.numpy()]).tolist() if c == 0 or c in reasons]
         if pinned and call.layer not in listed:
             listed[call.layer] = reasons.get(pinned[0], "reads the input of the network channel by channel")
-    seen = {d.tensor.rpartition(".")[0] for d in state.dims.values()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen = {id(parameters[d.tensor]) for d in state.dims.values() if d.tensor in parameters}
+    unread = "never reached in the traced graph, or its weight is not read directly"
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and name not in seen:
-            listed.setdefault(name, "never reached in the traced graph, or its weight is not read directly")
+        if (
+            isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+            and id(module._parameters.get("weight")) not in seen
+        ):
+            listed.setdefault(name, state.locked.get(f"{name}.weight", unread))
     return tuple(listed.items())

@@ -53,12 +53,14 @@ class CostModel:
         shapes: the parameters' full shapes.
         positions: uses of each element of a weight per sample.
         dims: the dimensions that shrink.
+        fixed_macs: MACs that always stay, of layers whose weights are computed or used in a way that is not understood.
     """
 
     offsets: Tensor
     shapes: Mapping[str, tuple[int, ...]]
     positions: Mapping[str, int]
     dims: Sequence[SlicedDim]
+    fixed_macs: int = 0
     _on_device: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def __call__(self, mask: Tensor) -> Cost:
@@ -75,7 +77,7 @@ class CostModel:
         _, incidence, fixed, factors, constant, positions = self._tables(kept.device)
         sizes = kept @ incidence.T + fixed
         elements = constant * sizes[..., factors].prod(-1)
-        return Cost(macs=elements @ positions, params=elements.sum(-1))
+        return Cost(macs=elements @ positions + self.fixed_macs, params=elements.sum(-1))
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
         """Group of each unit; incidence [S+1, G] and fixed part [S+1] of each size (the last is 1); and for each

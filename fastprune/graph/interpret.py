@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from fastprune.graph.labels import kept
 from fastprune.graph.propagate import Propagation, Weight
 from fastprune.graph.rules import Context, apply_rule
+from fastprune.graph.tracing import TraceError
 
 
 def run_on_labels(graph: GraphModule, inputs: tuple[Tensor, ...], state: Propagation, *, record: bool) -> None:
@@ -30,7 +32,7 @@ def run_on_labels(graph: GraphModule, inputs: tuple[Tensor, ...], state: Propaga
         if node.op == "placeholder":
             values[node] = kept(tuple(remaining.pop(0).shape))
         elif node.op == "get_attr":
-            values[node] = weights.get(str(node.target), None)
+            values[node] = attribute(graph, str(node.target), weights)
         elif node.op == "output":
             pin_outputs(node, values, state)
         elif node.op == "call_function":
@@ -40,6 +42,15 @@ def run_on_labels(graph: GraphModule, inputs: tuple[Tensor, ...], state: Propaga
             values[node] = apply_rule(context, args, kwargs)
         else:  # a call_module is an exporter's guard; it returns nothing
             values[node] = None
+
+
+def attribute(graph: GraphModule, name: str, weights: dict[str, Weight]) -> Weight | Tensor | None:
+    """A parameter or buffer, a constant of the model's code (which stays as it is), or None for a graph."""
+    if name in weights:
+        return weights[name]
+    owner, _, last = name.rpartition(".")
+    value = getattr(graph.get_submodule(owner), last)
+    return kept(tuple(value.shape)) if isinstance(value, Tensor) else None
 
 
 def weights_of(graph: GraphModule) -> dict[str, Weight]:
@@ -56,8 +67,12 @@ def pin_outputs(node: Node, values: dict[Node, Any], state: Propagation) -> None
     """What the network returns keeps its shape."""
 
     def pin(source: Node) -> Node:
-        if isinstance(values[source], Tensor):
-            state.space.pin(values[source], "output of the network")
+        value = values[source]
+        if isinstance(value, Weight):
+            state.locked.setdefault(value.name, "output of the network")
+        for labels in pytree.tree_leaves(value):
+            if isinstance(labels, Tensor):
+                state.space.pin(labels, "output of the network")
         return source
 
     map_arg(node.args, pin)
@@ -83,5 +98,7 @@ def output_shapes(node: Node) -> Any:
 def concrete(size: int | torch.SymInt) -> int:
     """The value that a size had on the example."""
     if isinstance(size, torch.SymInt):
+        if size.node.hint is None:
+            raise TraceError("the model makes a tensor whose size depends on the values of its input")
         return int(str(size.node.hint))
     return size

@@ -81,6 +81,7 @@ class Propagation:
     space: LabelSpace = field(default_factory=LabelSpace)
     dims: dict[tuple[str, int], LabelledDim] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    fixed_macs: int = 0  # of layers that are not understood and stay as they are
     added: list[Tensor] = field(default_factory=list)
     locked: dict[str, str] = field(default_factory=dict)
     checks: list[tuple[Check, str]] = field(default_factory=list)
@@ -92,14 +93,23 @@ class Propagation:
             self.dims[weight.name, dim] = LabelledDim(weight.name, dim, labels, role)
         else:
             self.space.unite(known.labels, labels, reason)
+            self.require_role(known, role, reason)
 
-    def fresh_dim(self, weight: Weight, dim: int, role: Role, *, repeat: int = 1) -> Tensor:
+    def require_role(self, known: LabelledDim, role: Role, reason: str) -> None:
+        """Keep a dimension that has two meanings: a weight tied to its transpose makes channels where it reads some."""
+        if role != known.role:
+            self.space.pin(known.labels, f"{reason} (uses {known.tensor} in another way elsewhere)")
+
+    def fresh_dim(self, weight: Weight, dim: int, role: Role, reason: str, *, repeat: int = 1) -> Tensor:
         """New labels for ``weight`` along ``dim`` (the known ones where the weight was met before).
 
         With ``repeat`` > 1 the labels of the first ``size / repeat`` indices are used again for the others.
         """
         known = self.dims.get((weight.name, dim))
         if known is not None:
+            rows = known.labels.reshape(repeat, -1)
+            self.space.unite(rows[:1].expand_as(rows), rows, f"{reason} (grouped)")
+            self.require_role(known, role, reason)
             return known.labels
         labels = self.space.fresh(weight.shape[dim] // repeat).repeat(repeat)
         self.dims[weight.name, dim] = LabelledDim(weight.name, dim, labels, role)
@@ -109,7 +119,7 @@ class Propagation:
         """A weight that is used as a value: labelled along its one dimension, kept as a whole if it has several."""
         wide = [dim for dim, size in enumerate(weight.shape) if size > 1]
         if len(wide) == 1:
-            labels = self.fresh_dim(weight, wide[0], "channel")
+            labels = self.fresh_dim(weight, wide[0], "channel", reason)
             shape = [1] * len(weight.shape)
             shape[wide[0]] = -1
             return canonical(labels.reshape(shape))

@@ -6,6 +6,8 @@ move data are executed on the labels. Elementwise operators unite what meets. Ev
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,13 +61,18 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def apply_rule(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The labels of an operator's result."""
+    if isinstance(context.node.target, torch._ops.HigherOrderOperator):
+        return give_up(context, args, kwargs)  # a graph of its own: cond, a region under autocast or no_grad
     if not isinstance(context.node.target, torch._ops.OpOverload):
         return context.node.target(*args, **kwargs)  # type: ignore[operator]  # arithmetic on sizes, getitem
     if context.operator in RULES:
+        if args and isinstance(args[0], Weight) and context.operator not in SIZES:
+            args = (context.state.labels_of(args[0], context.reason), *args[1:])  # a parameter in an input's place
         return RULES[context.operator](context, *args, **kwargs)
     if context.operator in MOVES:
         return move(context, args, kwargs)
-    if torch.Tag.pointwise in context.node.target.tags or context.operator in ELEMENTWISE:
+    elementwise = torch.Tag.pointwise in context.node.target.tags or context.operator in ELEMENTWISE
+    if elementwise and isinstance(context.shape, tuple):
         return unite(context, tensors_in(context, args, kwargs))
     return give_up(context, args, kwargs)
 
@@ -101,9 +108,15 @@ ELEMENTWISE = {
     *("dropout", "feature_dropout", "alpha_dropout"),
     *("relu", "relu6", "hardtanh", "leaky_relu", "elu", "celu", "selu", "gelu"),
     *("silu", "mish", "softplus", "hardswish", "hardsigmoid"),
-    *("rsub", "detach", "alias", "to", "_to_copy", "type_as", "lift_fresh_copy"),
+    *("rsub", "detach", "alias", "to", "_to_copy", "lift_fresh_copy"),
 }
 RESIDUAL = {"add", "sub"}
+
+
+@rule("type_as")
+def convert(context: Context, x: Tensor, other: Any) -> Tensor:
+    """The other tensor gives its dtype only."""
+    return x
 
 
 def unite(context: Context, tensors: Sequence[Tensor]) -> Any:
@@ -139,6 +152,7 @@ RESHAPING = {
     *("expand", "expand_as", "stack", "cat", "concat", "concatenate", "unbind"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 }
+SPLITTING = {"view", "reshape", "_unsafe_view", "unflatten"}
 PARTING = {"chunk", "split", "split_with_sizes", "tensor_split"}
 SELECTING = {"slice", "select", "narrow", "roll", "repeat", "tile", "repeat_interleave", "unfold"}
 MOVES = RESHAPING | PARTING | SELECTING
@@ -161,7 +175,9 @@ def move(context: Context, args: Any, kwargs: Any) -> Any:
     source = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
     if isinstance(result, Tensor):
         result = canonical(result)
-        require_box(context, result)
+        require_box(context, result, computed_dims(context, source, result) if context.operator in SPLITTING else None)
+        if context.operator == "channel_shuffle":
+            require_equal(context, source, list(source.chunk(args[1], 1)))
         if context.operator in SELECTING and varying(source):
             require_unmoved(context, source, result)
         return result
@@ -171,16 +187,42 @@ def move(context: Context, args: Any, kwargs: Any) -> Any:
     return parts
 
 
-def require_box(context: Context, labels: Tensor) -> None:
-    """Labels that vary along several dimensions must, once united, vary along one: a tensor has no ragged rows."""
-    if len(varying(labels)) < 2:
+def computed_dims(context: Context, source: Tensor, result: Tensor) -> set[int] | None:
+    """The dimensions along which a reshaped tensor may shrink, None for any.
+
+    Code that splits channels writes ``view(n, groups, c // groups, …)``: the last of the parts follows the channels,
+    the others are numbers in the code, and so is all but the -1 where there is one.
+    """
+    split = varying(source)
+    if len(split) != 1:
+        return None
+    before, size = source.shape[: split[0]].numel(), source.size(split[0])
+    first = next((dim for dim in range(result.dim()) if result.shape[:dim].numel() == before), 0)
+    while first < result.dim() and result.size(first) == 1:
+        first += 1
+    parts = [dim for dim in range(first, result.dim()) if result.size(dim) > 1]
+    parts = [dim for dim in parts if result.shape[first : dim + 1].numel() <= size]
+    if len(parts) < 2:
+        return None
+    written = context.node.args[-1]
+    inferred = [i for i, n in enumerate(written) if n == -1] if isinstance(written, (list, tuple)) else []
+    return {parts[-1]} | {dim for dim in inferred if dim in parts}
+
+
+def require_box(context: Context, labels: Tensor, free: set[int] | None = None) -> None:
+    """Labels that vary along several dimensions must, once united, vary along one: a tensor has no ragged rows.
+
+    With ``free``, that one must be among them.
+    """
+    ways = varying(labels)
+    if not ways or (len(ways) < 2 and (free is None or free.issuperset(ways))):
         return
     array = core(labels).numpy()
 
     def fails(classes: IntArray) -> Tensor | None:
         values = classes[array]
-        ways = sum(bool((values != values.take([0], axis)).any()) for axis in range(values.ndim))
-        return labels if ways > 1 else None
+        found = [axis for axis in range(values.ndim) if (values != values.take([0], axis)).any()]
+        return labels if len(found) > 1 or (free is not None and not free.issuperset(found)) else None
 
     context.state.checks.append((fails, f"{context.reason} (reshapes its channels)"))
 
@@ -245,17 +287,20 @@ UPSAMPLES = [
 @rule(*POOLS, *UPSAMPLES, "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "zeros_like", "ones_like")
 def spatial(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
     """Works on each channel by itself, along dimensions 2 and up."""
-    if any(dim > 1 for dim in varying(x)) or not isinstance(context.shape, tuple):
+    pixels = re.search("([123])d", context.operator)  # one dimension fewer: a single image without a batch
+    unbatched = pixels is not None and x.dim() != int(pixels.group(1)) + 2
+    if unbatched or any(dim > 1 for dim in varying(x)) or not isinstance(context.shape, tuple):
         return give_up(context, (x, rest), options)
     return resize(context, x)
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "logsumexp")
-def reduce(context: Context, x: Tensor | Weight, dims: Any = None, *rest: Any, **options: Any) -> Any:
+def reduce(context: Context, x: Tensor, dims: Any = None, *rest: Any, **options: Any) -> Any:
     """A reduction over dimensions in which labels do not vary."""
-    if isinstance(x, Weight) or not isinstance(context.shape, tuple):
+    if not isinstance(context.shape, tuple):
         return give_up(context, (x,), {})
-    chosen = range(x.dim()) if not isinstance(dims, (int, list, tuple)) or dims == [] else pytree.tree_leaves(dims)
+    named = isinstance(dims, (int, list, tuple)) and not isinstance(dims, bool) and dims != []  # a flag: all of them
+    chosen = pytree.tree_leaves(dims) if named else range(x.dim())
     reduced = {int(dim) % x.dim() for dim in chosen}
     if reduced & set(varying(x)):
         return give_up(context, (x,), {})
@@ -283,7 +328,10 @@ def batch_norm(context: Context, x: Tensor, *parameters: Any, **options: Any) ->
     return x if isinstance(context.shape, tuple) else [x, *map(kept, context.shape[1:])]
 
 
-@rule("sym_size", "sym_numel")
+SIZES = {"sym_size", "sym_numel"}
+
+
+@rule(*SIZES)
 def size_of(context: Context, x: Tensor | Weight, dim: int | None = None) -> int:
     """Sizes are those of the example."""
     return x.shape[dim] if dim is not None else torch.Size(x.shape).numel()
@@ -307,27 +355,28 @@ def prelu(context: Context, x: Tensor, slope: Any) -> Any:
 def convolution(context: Context, x: Tensor, weight: Any, bias: Any = None, *rest: Any, **options: Any) -> Any:
     """Reads input channels along one dimension of the weight, makes output channels along the other."""
     kind = context.operator
-    position = 5 if kind == "convolution" else 4 if "transpose" in kind else 3
+    position = 5 if kind == "convolution" else 3
     groups = int(options.get("groups", rest[position] if len(rest) > position else 1))
     transposed = "transpose" in kind or (kind == "convolution" and bool(rest[3]))
-    if kind == "convolution":
-        groups = int(rest[5])
-    channels = along(x, 1)
-    if not isinstance(weight, Weight) or channels is None or isinstance(bias, Tensor) or (transposed and groups > 1):
-        return give_up(context, (x, weight, bias), {})
+    channels = along(x, 1) if x.dim() == len(weight.shape) else None  # one dimension fewer: an image without a batch
+    uses = (tuple(x.shape) if transposed else context.shape, weight.shape[1:])
+    if not isinstance(weight, Weight) or channels is None or isinstance(bias, Tensor):
+        return give_up_layer(context, (x, weight, bias), uses)
     reads, makes = (0, 1) if transposed else (1, 0)
     state, depthwise = context.state, groups == channels.numel() > 1
+    if transposed and groups > 1 and not depthwise:
+        return give_up_layer(context, (x, weight, bias), uses)
     if depthwise:
-        out = channels.repeat_interleave(weight.shape[0] // groups)
+        out = channels.repeat_interleave(weight.shape[1] if transposed else weight.shape[0] // groups)
         state.label_dim(weight, 0, out, "depthwise", context.reason)
     elif groups > 1:
         rows = channels.reshape(groups, -1)
         state.space.unite(rows[:1].expand_as(rows), rows, f"{context.reason} (grouped)")
         state.label_dim(weight, reads, rows[0], "in", context.reason)
-        out = state.fresh_dim(weight, makes, "out", repeat=groups)
+        out = state.fresh_dim(weight, makes, "out", context.reason, repeat=groups)
     else:
         state.label_dim(weight, reads, channels, "in", context.reason)
-        out = state.fresh_dim(weight, makes, "out")
+        out = state.fresh_dim(weight, makes, "out", context.reason)
     if isinstance(bias, Weight):
         state.label_dim(bias, 0, out, "channel", context.reason)
     pixels = x.shape[2:].numel() if transposed else torch.Size(context.shape[2:]).numel()
@@ -340,18 +389,25 @@ def convolution(context: Context, x: Tensor, weight: Any, bias: Any = None, *res
 @rule("linear")
 def linear(context: Context, x: Tensor, weight: Any, bias: Any = None) -> Any:
     """The last dimension holds the channels."""
-    channels = along(x, x.dim() - 1) if isinstance(x, Tensor) else None
+    channels = along(x, x.dim() - 1)
     if not isinstance(weight, Weight) or channels is None or isinstance(bias, Tensor):
-        return give_up(context, (x, weight, bias), {})
+        return give_up_layer(context, (x, weight, bias), (context.shape, weight.shape[1:]))
     state = context.state
     state.label_dim(weight, 1, channels, "in", context.reason)
-    out = state.fresh_dim(weight, 0, "out")
+    out = state.fresh_dim(weight, 0, "out", context.reason)
     if isinstance(bias, Weight):
         state.label_dim(bias, 0, out, "channel", context.reason)
     record_call(
         context, weight, x.shape[:-1].numel() // context.batch, channels, out, channel_dim=x.dim() - 1, depthwise=False
     )
     return spread(out, context.shape, len(context.shape) - 1)
+
+
+def give_up_layer(context: Context, args: Any, uses: tuple[Sequence[int], Sequence[int]]) -> Any:
+    """A layer that stays as it is costs what it costs: ``uses`` are the shapes whose product counts its MACs."""
+    if context.record:
+        context.state.fixed_macs += math.prod(uses[0]) * math.prod(uses[1]) // context.batch
+    return give_up(context, args, {})
 
 
 def record_call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,8 +92,14 @@ def trace_graphs(model: nn.Module, example: Tensor | Sequence[Tensor]) -> Traced
     if not parameters_read(evaluation) >= parameter_names(model):
         try:
             training, _ = export(model, inputs, training=True)
-        except TraceError:
-            training = None  # what is not reached stays unlabelled, and is reported as such
+        except TraceError as error:
+            unread = parameter_names(model) - parameters_read(evaluation)
+            owners = sorted({name.rpartition(".")[0] for name in unread})
+            warnings.warn(
+                f"not reached in eval mode, and train mode cannot be traced: {', '.join(owners[:5])}. They stay as "
+                f"they are, and a compact model may not run in train mode. {error}",
+                stacklevel=3,
+            )
     return Traced(evaluation, training, inputs, any_batch)
 
 
