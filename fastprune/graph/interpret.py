@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -13,7 +12,7 @@ from torch.utils import _pytree as pytree
 from fastprune.graph.labels import kept
 from fastprune.graph.propagate import Propagation, Weight
 from fastprune.graph.rules import Context, apply_rule
-from fastprune.graph.tracing import TraceError
+from fastprune.graph.tracing import concrete
 
 
 def run_on_labels(graph: GraphModule, inputs: tuple[Tensor, ...], state: Propagation, *, record: bool) -> None:
@@ -93,12 +92,3 @@ def output_shapes(node: Node) -> Any:
     if isinstance(value, (list, tuple)):
         return [tuple(concrete(size) for size in v.shape) for v in value if isinstance(v, Tensor)]
     return None
-
-
-def concrete(size: int | torch.SymInt) -> int:
-    """The value that a size had on the example."""
-    if isinstance(size, torch.SymInt):
-        if size.node.hint is None:
-            raise TraceError("the model makes a tensor whose size depends on the values of its input")
-        return int(str(size.node.hint))
-    return size

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.labels import IntArray, along, canonical, core, kept, spread, varying
 from fastprune.graph.propagate import Call, Propagation, Weight
+from fastprune.graph.tracing import TraceError, concrete
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def apply_rule(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The labels of an operator's result."""
     if isinstance(context.node.target, torch._ops.HigherOrderOperator):
+        count_region(context)
         return give_up(context, args, kwargs)  # a graph of its own: cond, a region under autocast or no_grad
     if not isinstance(context.node.target, torch._ops.OpOverload):
         return context.node.target(*args, **kwargs)  # type: ignore[operator]  # arithmetic on sizes, getitem
@@ -75,6 +77,35 @@ def apply_rule(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if elementwise and isinstance(context.shape, tuple):
         return unite(context, tensors_in(context, args, kwargs))
     return give_up(context, args, kwargs)
+
+
+def count_region(context: Context) -> None:
+    """The MACs of layers in a region with a graph of its own; their channels stay, so their cost is fixed.
+
+    Raises:
+        TraceError: where the region does not say what size its tensors have.
+    """
+    owner = context.node.graph.owning_module
+    regions = [getattr(owner, str(n.target), None) for n in context.node.all_input_nodes if n.op == "get_attr"]
+    for node in (node for region in regions if isinstance(region, GraphModule) for node in region.graph.nodes):
+        name = str(node.target)
+        if not name.startswith(("aten.conv", "aten.linear")) or not context.record:
+            continue
+        found = [getattr(n, "meta", {}).get("val") for n in (node, *node.args[:2])]
+        values = [value for value in found if isinstance(value, Tensor)]
+        if len(values) != 3:
+            raise TraceError(
+                f"{context.reason} holds a layer of unknown size ({name}); trace the model without the region"
+            )
+        out, x, weight = (math.prod(concrete(n) for n in sizes) for sizes in region_sizes(name, *values))
+        context.state.fixed_macs += weight * (x if "transpose" in name else out) // context.batch
+
+
+def region_sizes(name: str, out: Tensor, x: Tensor, weight: Tensor) -> tuple[Any, Any, Any]:
+    """The sizes whose products are a layer's positions at its output and its input, and the elements of its weight."""
+    if name.startswith("aten.linear"):
+        return out.shape[:-1], x.shape[:-1], weight.shape
+    return (out.shape[0], *out.shape[2:]), (x.shape[0], *x.shape[2:]), weight.shape
 
 
 def tensors_in(context: Context, args: Any, kwargs: Any) -> list[Tensor]:

@@ -40,6 +40,7 @@ def as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
     Raises:
         TypeError: if it is neither a tensor nor a sequence of tensors.
+        ValueError: if the inputs differ in their first dimension, so that a cost per sample has no meaning.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs):
@@ -47,6 +48,9 @@ def as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
             "example_inputs: a tensor with a batch dimension or a tuple of them is needed, "
             f"got {type(example).__name__}"
         )
+    if len({x.shape[0] for x in inputs}) > 1:
+        sizes = ", ".join(str(x.shape[0]) for x in inputs)
+        raise ValueError(f"example_inputs: all inputs need the same batch size in dimension 0, got {sizes}")
     if all(x.shape[0] == 1 for x in inputs):
         inputs = tuple(torch.cat([x, x]) for x in inputs)
     return tuple(x.detach() for x in inputs)
@@ -112,3 +116,12 @@ def parameters_read(graph: GraphModule) -> set[str]:
     """The names of the parameters that the graph reads."""
     names = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr" and node.users}
     return {name for name, _ in graph.named_parameters(remove_duplicate=False) if name in names}
+
+
+def concrete(size: int | torch.SymInt) -> int:
+    """The value that a size had on the example."""
+    if isinstance(size, torch.SymInt):
+        if size.node.hint is None:
+            raise TraceError("the model makes a tensor whose size depends on the values of its input")
+        return int(str(size.node.hint))
+    return size

@@ -180,6 +180,27 @@ def test_a_model_that_cannot_be_exported_is_refused_by_name() -> None:
         fp.trace(Branchy(), torch.zeros(1, 3, 8, 8))
 
 
+def test_layers_in_a_region_without_gradient_are_counted() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+            self.last = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.second(self.first(x))
+            return self.last(x)
+
+    graph = fp.trace(Frozen(), torch.zeros(1, 3, 8, 8))
+    assert int(graph.cost().macs) == 64 * 8 * 27 + 16 * 8 * 72 + 16 * 8 * 4
+
+
+def test_inputs_of_different_batch_sizes_are_refused(tiny: nn.Module) -> None:
+    with pytest.raises(ValueError, match="the same batch size in dimension 0, got 2, 7"):
+        fp.trace(tiny, (torch.zeros(2, 3, 16, 16), torch.zeros(7, 5)))
+
+
 def test_inputs_that_are_no_tensors_are_refused(tiny: nn.Module) -> None:
     with pytest.raises(TypeError, match="example_inputs"):
         fp.trace(tiny, "3x16x16")
