@@ -24,6 +24,12 @@ class Block {
     __device__ __forceinline__ uint32_t fetch_add(uint32_t* counter, uint32_t value) const {
         return atomicAdd(counter, value);
     }
+    /// `value` of the thread whose rank differs in the bits `lanes`, a power of two below warp_size(). All threads of
+    /// the warp take part.
+    template <class T>
+    __device__ __forceinline__ T shuffle_xor(T value, int lanes) const {
+        return __shfl_xor_sync(0xffffffffu, value, lanes);
+    }
 };
 
 }  // namespace fastprune::cuda

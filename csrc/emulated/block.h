@@ -7,6 +7,7 @@
 #include <atomic>
 #include <barrier>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -15,7 +16,8 @@ namespace fastprune::emulated {
 
 /// What the threads of one block share.
 struct BlockState {
-    BlockState(int num_threads, int warp_size) : num_threads(num_threads), warp_size(warp_size), all(num_threads) {
+    BlockState(int num_threads, int warp_size)
+        : num_threads(num_threads), warp_size(warp_size), all(num_threads), exchange(num_threads) {
         for (int first = 0; first < num_threads; first += warp_size)
             warps.push_back(std::make_unique<std::barrier<>>(warp_size));
     }
@@ -24,6 +26,7 @@ struct BlockState {
     std::barrier<> all;
     std::vector<std::unique_ptr<std::barrier<>>> warps;
     std::atomic<bool> vote{false};
+    std::vector<uint64_t> exchange;  // what each thread lends to its warp
 };
 
 class Block {
@@ -45,6 +48,16 @@ class Block {
     }
     uint32_t fetch_add(uint32_t* counter, uint32_t value) const {
         return std::atomic_ref(*counter).fetch_add(value, std::memory_order_relaxed);
+    }
+    template <class T>
+    T shuffle_xor(T value, int lanes) const {
+        static_assert(sizeof(T) <= sizeof(uint64_t));
+        std::memcpy(&state_.exchange[rank_], &value, sizeof(T));
+        sync_warp();
+        T other;
+        std::memcpy(&other, &state_.exchange[rank_ ^ lanes], sizeof(T));
+        sync_warp();
+        return other;
     }
 
    private:
