@@ -22,14 +22,23 @@ const char* name_of(DType dtype) {
     switch (dtype) {
         case DType::float32: return "float32";
         case DType::float64: return "float64";
+        case DType::float16: return "float16";
+        case DType::bfloat16: return "bfloat16";
         case DType::int64: return "int64";
     }
     return "";
 }
 
 bool matches(dlpack::DataType type, DType dtype) {
-    const int code = dtype == DType::int64 ? dlpack::code_int : dlpack::code_float;
-    return type.lanes == 1 && type.code == code && type.bits == (dtype == DType::float32 ? 32 : 64);
+    const auto is = [&](int code, int bits) { return type.lanes == 1 && type.code == code && type.bits == bits; };
+    switch (dtype) {
+        case DType::float32: return is(dlpack::code_float, 32);
+        case DType::float64: return is(dlpack::code_float, 64);
+        case DType::float16: return is(dlpack::code_float, 16);
+        case DType::bfloat16: return is(dlpack::code_bfloat, 16);
+        case DType::int64: return is(dlpack::code_int, 64);
+    }
+    return false;
 }
 
 std::string describe(dlpack::DataType type) {
@@ -60,7 +69,7 @@ std::string describe(dlpack::Device device) {
 
 }  // namespace
 
-DType tensor(const Argument& argument, std::initializer_list<DType> allowed) {
+DType strided_tensor(const Argument& argument, std::initializer_list<DType> allowed) {
     const auto& [name, tensor] = argument;
     if (!tensor.problem().empty()) raise_type(name, tensor.problem(), "a tensor or array with memory (DLPack)");
     if (!tensor.on_cpu() && !tensor.on_cuda())
@@ -71,13 +80,18 @@ DType tensor(const Argument& argument, std::initializer_list<DType> allowed) {
             names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
             continue;
         }
-        if (!tensor.contiguous()) raise_value(name, "a strided view", "contiguous memory");
         if (reinterpret_cast<uintptr_t>(tensor.data()) % (tensor.dtype().bits / 8) != 0) {
             raise_value(name, "unaligned memory", "elements at multiples of their size");
         }
         return dtype;
     }
     raise_type(name, describe(tensor.dtype()), "dtype " + names);
+}
+
+DType tensor(const Argument& argument, std::initializer_list<DType> allowed) {
+    const DType dtype = strided_tensor(argument, allowed);
+    if (!argument.tensor.contiguous()) raise_value(argument.name, "a strided view", "contiguous memory");
+    return dtype;
 }
 
 void one_dimension(const Argument& argument) {

@@ -18,9 +18,12 @@ struct Argument {
     const Tensor& tensor;
 };
 
-enum class DType { float32, float64, int64 };
+enum class DType { float32, float64, float16, bfloat16, int64 };
 
 namespace check {
+
+/// It lends its memory, on the CPU or on CUDA, aligned; strides may be anything. Returns its dtype, one of `allowed`.
+DType strided_tensor(const Argument& argument, std::initializer_list<DType> allowed);
 
 /// It lends its memory, on the CPU or on CUDA, contiguous and aligned. Returns its dtype, one of `allowed`.
 DType tensor(const Argument& argument, std::initializer_list<DType> allowed);

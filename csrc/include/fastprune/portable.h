@@ -8,6 +8,7 @@
 #define FASTPRUNE_HD __host__ __device__ __forceinline__
 #define FASTPRUNE_DEVICE __device__ __forceinline__
 #else
-#define FASTPRUNE_HD inline
+// Always, as on the device: a function that stays out of line keeps a loop over it from being vectorised.
+#define FASTPRUNE_HD inline __attribute__((always_inline))
 #define FASTPRUNE_DEVICE inline
 #endif

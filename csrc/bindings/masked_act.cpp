@@ -1,0 +1,265 @@
+// Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+//
+// masked_act for Python: checks, then dispatch by dtype and device.
+#include "fastprune/masked_act.h"
+
+#include <omp.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "../build.h"
+#include "../checks.h"
+#include "channel_views.h"
+#include "masked_act.h"
+
+namespace py = pybind11;
+
+namespace fastprune {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+Activation activation_of(const std::string& name) {
+    constexpr std::array<std::pair<const char*, Activation>, 5> names{{{"identity", Activation::identity},
+                                                                       {"relu", Activation::relu},
+                                                                       {"relu6", Activation::relu6},
+                                                                       {"silu", Activation::silu},
+                                                                       {"hardswish", Activation::hardswish}}};
+    for (const auto& [known, activation] : names) {
+        if (name == known) return activation;
+    }
+    throw py::value_error("activation: got '" + name + "', needs identity, relu, relu6, silu or hardswish");
+}
+
+/// The tensor arguments of one call: [N, C, *spatial] ones, which share a layout, and vectors over the channels.
+class Arguments {
+   public:
+    using Place = std::optional<size_t>;
+
+    Place add(const char* name, const Tensor& tensor) {
+        views_.push_back({name, tensor});
+        return views_.size() - 1;
+    }
+    Place add(const char* name, const Optional& tensor) { return tensor ? add(name, *tensor) : std::nullopt; }
+    void add_vector(const char* name, const Optional& vector) {
+        if (vector) vectors_.push_back({name, *vector});
+    }
+    /// Everything but overlap. float64 vectors beside float64 tensors, else float32.
+    void check() {
+        dtype_ =
+            check::strided_tensor(views_.front(), {DType::float32, DType::float64, DType::float16, DType::bfloat16});
+        for (const Argument& view : views_) {
+            check::strided_tensor(view, {dtype_});
+            check::same_device(view, views_.front());
+        }
+        shared_ = channel_views(views_);
+        const DType real = dtype_ == DType::float64 ? DType::float64 : DType::float32;
+        for (const Argument& vector : vectors_) {
+            check::vector(vector, real, views_.front().tensor.size(1), "one for each channel");
+            check::same_device(vector, views_.front());
+        }
+    }
+    /// `output` may be the very memory of one of the first `num_inputs` views, and overlaps nothing else before it.
+    void check_output(Place output, size_t num_inputs) const {
+        if (!output) return;
+        check::writable(views_[*output]);
+        for (size_t i = 0; i < *output; ++i) check::disjoint_views(views_, shared_, *output, i, i < num_inputs);
+        for (const Argument& vector : vectors_) check::disjoint_vector(views_, shared_, *output, vector);
+    }
+    /// The vectors from number `first` on are outputs.
+    void check_output_vectors(size_t first) const {
+        for (size_t o = first; o < vectors_.size(); ++o) {
+            check::writable(vectors_[o]);
+            for (size_t i = 0; i < o; ++i) check::disjoint(vectors_[o], vectors_[i]);
+            for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, vectors_[o]);
+        }
+    }
+    size_t num_vectors() const { return vectors_.size(); }
+    DType dtype() const { return dtype_; }
+    const Argument& first() const { return views_.front(); }
+    const ChannelLayout& layout() const { return shared_.layout; }
+
+    template <class T>
+    ChannelView<T> view(Place place) const {
+        if (!place) return {nullptr, 0};
+        return {views_[*place].tensor.data_as<T>(), shared_.outer_strides[*place]};
+    }
+
+   private:
+    std::vector<Argument> views_, vectors_;
+    ChannelViews shared_;
+    DType dtype_{};
+};
+
+template <class T>
+T* data_of(const Optional& tensor) {
+    return tensor ? tensor->data_as<T>() : nullptr;
+}
+
+/// Calls body.template operator()<Storage>().
+template <class Body>
+void dispatch_storage(DType dtype, const Body& body) {
+    switch (dtype) {
+        case DType::float32: return body.template operator()<float>();
+        case DType::float64: return body.template operator()<double>();
+        case DType::float16: return body.template operator()<float16>();
+        case DType::bfloat16: return body.template operator()<bfloat16>();
+        case DType::int64: return;
+    }
+}
+
+/// A forward call, checked when constructed.
+struct Forward {
+    Forward(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& mask,
+            const std::string& activation_name, const Optional& y, const Optional& saved)
+        : activation(activation_of(activation_name)), scale(scale), shift(shift), mask(mask) {
+        x_place = arguments.add("x", x);
+        y_place = arguments.add("y", y);
+        saved_place = arguments.add("saved", saved);
+        arguments.add_vector("scale", scale);
+        arguments.add_vector("shift", shift);
+        arguments.add_vector("mask", mask);
+        arguments.check();
+        if (!y && !saved) throw py::value_error("y: got None, needs a tensor here or in saved");
+        arguments.check_output(y_place, 1);
+        arguments.check_output(saved_place, 1);
+    }
+    template <class Storage>
+    MaskedActArgs<Storage> of() const {
+        return {arguments.layout(),
+                activation,
+                arguments.view<const Storage>(x_place),
+                data_of<const Real<Storage>>(scale),
+                data_of<const Real<Storage>>(shift),
+                data_of<const Real<Storage>>(mask),
+                arguments.view<Storage>(y_place),
+                arguments.view<Storage>(saved_place)};
+    }
+    Arguments arguments;
+    Activation activation;
+    const Optional &scale, &shift, &mask;
+    Arguments::Place x_place, y_place, saved_place;
+};
+
+/// A backward call, checked when constructed.
+struct Backward {
+    Backward(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& mask, const Optional& scale,
+             const Optional& centre, const Optional& slope, const Optional& offset, const std::string& activation_name,
+             const Optional& dx, const Optional& dmask, const Optional& dshift, const Optional& dscale)
+        : activation(activation_of(activation_name)),
+          mask(mask),
+          scale(scale),
+          centre(centre),
+          slope(slope),
+          offset(offset),
+          dmask(dmask),
+          dshift(dshift),
+          dscale(dscale) {
+        dy_place = arguments.add("dy", dy);
+        saved_place = arguments.add("saved", saved);
+        x_place = arguments.add("x", x);
+        dx_place = arguments.add("dx", dx);
+        arguments.add_vector("mask", mask);
+        arguments.add_vector("scale", scale);
+        arguments.add_vector("centre", centre);
+        arguments.add_vector("slope", slope);
+        arguments.add_vector("offset", offset);
+        const size_t num_inputs = arguments.num_vectors();
+        arguments.add_vector("dmask", dmask);
+        arguments.add_vector("dshift", dshift);
+        arguments.add_vector("dscale", dscale);
+        arguments.check();
+        if (!dx && !dmask && !dshift && !dscale) {
+            throw py::value_error("dx: got None, needs a tensor here or in dmask, dshift or dscale");
+        }
+        if (slope.has_value() != offset.has_value()) {
+            throw py::value_error(std::string(slope ? "offset" : "slope") + ": got None, needs a vector beside " +
+                                  (slope ? "slope" : "offset"));
+        }
+        if (!x && (dscale || slope)) {
+            throw py::value_error(std::string("x: got None, needs a tensor for ") + (dscale ? "dscale" : "slope"));
+        }
+        arguments.check_output(dx_place, dx_place.value_or(0));
+        arguments.check_output_vectors(num_inputs);
+    }
+    template <class Storage>
+    MaskedActBackwardArgs<Storage> of() const {
+        using Value = Real<Storage>;
+        return {arguments.layout(),
+                activation,
+                arguments.view<const Storage>(dy_place),
+                arguments.view<const Storage>(saved_place),
+                arguments.view<const Storage>(x_place),
+                data_of<const Value>(mask),
+                data_of<const Value>(scale),
+                data_of<const Value>(centre),
+                data_of<const Value>(slope),
+                data_of<const Value>(offset),
+                arguments.view<Storage>(dx_place),
+                data_of<Value>(dmask),
+                data_of<Value>(dshift),
+                data_of<Value>(dscale)};
+    }
+    int num_sums() const { return dmask.has_value() + dshift.has_value() + dscale.has_value(); }
+
+    Arguments arguments;
+    Activation activation;
+    const Optional &mask, &scale, &centre, &slope, &offset, &dmask, &dshift, &dscale;
+    Arguments::Place dy_place, saved_place, x_place, dx_place;
+};
+
+int threads_of(int num_threads) { return num_threads > 0 ? num_threads : omp_get_max_threads(); }
+
+void refuse_cuda(const Argument& first) {
+    if (first.tensor.on_cuda()) {
+        throw py::value_error(std::string(first.name) +
+                              ": got a CUDA tensor, needs one on the CPU: this build of "
+                              "fastprune has no CUDA kernels");
+    }
+}
+
+void masked_act(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& mask,
+                const std::string& activation, const Optional& y, const Optional& saved, int num_threads) {
+    const Forward call(x, scale, shift, mask, activation, y, saved);
+    dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
+        const auto args = call.of<Storage>();
+        refuse_cuda(call.arguments.first());
+        const py::gil_scoped_release release;
+        cpu::masked_act(args, threads_of(num_threads));
+    });
+}
+
+void masked_act_backward(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& mask,
+                         const Optional& scale, const Optional& centre, const Optional& slope, const Optional& offset,
+                         const std::string& activation, const Optional& dx, const Optional& dmask,
+                         const Optional& dshift, const Optional& dscale, [[maybe_unused]] const Optional& partials,
+                         int num_threads) {
+    const Backward call(dy, saved, x, mask, scale, centre, slope, offset, activation, dx, dmask, dshift, dscale);
+    dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
+        const auto args = call.of<Storage>();
+        refuse_cuda(call.arguments.first());
+        const py::gil_scoped_release release;
+        cpu::masked_act_backward(args, threads_of(num_threads));
+    });
+}
+
+}  // namespace
+
+void bind_masked_act(py::module_& module) {
+    module.def("masked_act", &masked_act, py::arg("x"), py::arg("scale").none(true), py::arg("shift").none(true),
+               py::arg("mask").none(true), py::arg("activation"), py::arg("y").none(true), py::arg("saved").none(true),
+               py::arg("num_threads") = 0,
+               "Writes act(x scale + shift) mask into `y`, what backward needs into `saved`.");
+    module.def("masked_act_backward", &masked_act_backward, py::arg("dy"), py::arg("saved"), py::arg("x").none(true),
+               py::arg("mask").none(true), py::arg("scale").none(true), py::arg("centre").none(true),
+               py::arg("slope").none(true), py::arg("offset").none(true), py::arg("activation"),
+               py::arg("dx").none(true), py::arg("dmask").none(true), py::arg("dshift").none(true),
+               py::arg("dscale").none(true), py::arg("partials").none(true), py::arg("num_threads") = 0,
+               "Writes the wanted ones of dx, dmask, dshift and dscale. `partials`: float64, on CUDA for the sums.");
+}
+
+}  // namespace fastprune

@@ -1,0 +1,147 @@
+// Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+//
+// How CPU kernels walk a tensor [outer, channels, inner]: as tiles of lines, each line a run of at most tile_width
+// elements that a vectorised loop takes in one go, beside per-element coefficients of the same width.
+//
+//     rows, and planes of few elements   a line is some neighbouring channels of one index `outer`; each channel's
+//                                        coefficient is repeated `inner` times, which the other lines share
+//     long planes                        a line is a piece of a plane, all of one channel
+//
+// So one loop serves all layouts. Sums are kept for every element of a line and folded to channels at the end.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fastprune/channel_layout.h"
+#include "parallel.h"
+
+namespace fastprune::cpu {
+
+inline constexpr int64_t tile_width =
+    4096;  // two coefficients and a sum fit the L1 cache; shorter lines defeat prefetch
+inline constexpr int64_t short_plane = 256;
+inline constexpr int64_t plane_line = 128;       // of a long plane: repeating coefficients and folding has to pay off
+inline constexpr int64_t task_elements = 16384;  // enough to forget what starting a task costs
+inline constexpr int64_t line_grain = 4 * task_elements;  // fewer elements are not worth waking a second thread
+
+/// Lines of the same channels, whose sums belong to one chunk.
+struct LineTile {
+    int64_t outer, channel, inner;  // the first element
+    int64_t channels;
+    int64_t repeat;  // neighbouring elements of a line that belong to one channel
+    int64_t lines;   // full ones
+    int64_t rest;    // width of one more line, may be 0
+    bool gapless;    // lines follow each other; else each is of another index `outer`
+    int64_t chunk;   // index of the partial sums
+
+    int64_t width() const { return channels * repeat; }
+    /// Elements from one line to the next in a tensor of this outer stride.
+    int64_t pitch(int64_t outer_stride) const { return gapless ? repeat : outer_stride; }
+};
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool has_short_planes(const ChannelLayout& layout) { return layout.inner <= short_plane; }
+
+inline ChannelChunks chunks_of(const ChannelLayout& layout) {
+    if (layout.numel() == 0) return {1, 1, 0};
+    if (has_short_planes(layout)) {
+        const int64_t lines = 4 * task_elements / (layout.channels * layout.inner);
+        const int64_t outer = std::max<int64_t>(lines, 32);
+        return {outer, layout.inner, ceil_divide(layout.outer, outer)};
+    }
+    const int64_t pieces = ceil_divide(layout.inner, task_elements);
+    const int64_t inner = ceil_divide(ceil_divide(layout.inner, pieces), plane_line) * plane_line;
+    return {1, inner, layout.outer * ceil_divide(layout.inner, inner)};
+}
+
+/// Calls body(tile) for all tiles of the tensor, in any order, on at most `num_threads` threads.
+template <class Body>
+void for_each_tile(const ChannelLayout& layout, int num_threads, const Body& body) {
+    const ChannelChunks chunks = chunks_of(layout);
+    if (chunks.count == 0) return;
+    const int threads = threads_for(layout.numel(), line_grain, num_threads);
+    if (has_short_planes(layout)) {
+        const int64_t together = tile_width / layout.inner, tiles = ceil_divide(layout.channels, together);
+        parallel_for(chunks.count * tiles, threads, [&](int64_t task, int) {
+            const int64_t chunk = task / tiles, channel = task % tiles * together, first = chunk * chunks.outer;
+            body(LineTile{first, channel, 0, std::min(together, layout.channels - channel), layout.inner,
+                          std::min(chunks.outer, layout.outer - first), 0, false, chunk});
+        });
+        return;
+    }
+    const int64_t pieces = chunks.count / layout.outer, count = chunks.count * layout.channels;
+    const int64_t group = ceil_divide(task_elements, chunks.inner);
+    parallel_for(ceil_divide(count, group), threads, [&](int64_t task, int) {
+        for (int64_t i = task * group; i < std::min(count, (task + 1) * group); ++i) {
+            const int64_t plane = i / pieces, begin = i % pieces * chunks.inner;
+            const int64_t outer = plane / layout.channels, size = std::min(chunks.inner, layout.inner - begin);
+            body(LineTile{outer, plane % layout.channels, begin, 1, plane_line, size / plane_line, size % plane_line,
+                          true, outer * pieces + i % pieces});
+        }
+    });
+}
+
+/// Where a tile of a view begins.
+template <class T>
+T* first_of(const ChannelView<T>& view, const LineTile& tile, const ChannelLayout& layout) {
+    if (view.data == nullptr) return nullptr;
+    return view.data + tile.outer * view.outer_stride + tile.channel * layout.inner + tile.inner;
+}
+
+/// Coefficients of a line; `neutral` for a null vector.
+template <class Real>
+void fill_line(Real* line, const Real* vector, Real neutral, const LineTile& tile) {
+    if (vector == nullptr) {
+        std::fill_n(line, tile.width(), neutral);
+    } else if (tile.repeat == 1) {
+        std::copy_n(vector + tile.channel, tile.channels, line);
+    } else {
+        for (int64_t c = 0; c < tile.channels; ++c) {
+            std::fill_n(line + c * tile.repeat, tile.repeat, vector[tile.channel + c]);
+        }
+    }
+}
+
+/// The sum of values[0, count), which are overwritten: pairwise, hence as exact as it gets, and vectorised.
+template <class Real>
+Real fold(Real* values, int64_t count) {
+    while (count > 1) {
+        const int64_t half = (count + 1) / 2;
+#pragma omp simd
+        for (int64_t i = 0; i < count - half; ++i) values[i] += values[half + i];
+        count = half;
+    }
+    return values[0];
+}
+
+/// Adds the sums of a line to the partial sums [chunks, channels], and sets them back to 0. Nothing if those are null.
+template <class Real>
+void flush_line(Real* sums, const LineTile& tile, const ChannelLayout& layout, double* partials) {
+    if (partials == nullptr) return;
+    double* partial = partials + tile.chunk * layout.channels + tile.channel;
+    if (tile.repeat == 1) {
+        for (int64_t c = 0; c < tile.channels; ++c) partial[c] += sums[c];
+    } else {
+        for (int64_t c = 0; c < tile.channels; ++c) partial[c] += fold(sums + c * tile.repeat, tile.repeat);
+    }
+    std::fill_n(sums, tile.width(), Real{0});
+}
+
+/// totals[c] = the partial sums [chunks, channels] of channel c, added up in the order of the chunks.
+template <class Real>
+void combine_chunks(const double* partials, const ChannelLayout& layout, int64_t count, Real* totals) {
+    for (int64_t first = 0; first < layout.channels; first += tile_width) {
+        const int64_t width = std::min(tile_width, layout.channels - first);
+        double sums[tile_width];
+        std::fill_n(sums, width, 0.0);
+        for (int64_t chunk = 0; chunk < count; ++chunk) {
+            const double* partial = partials + chunk * layout.channels + first;
+            for (int64_t c = 0; c < width; ++c) sums[c] += partial[c];
+        }
+        for (int64_t c = 0; c < width; ++c) totals[first + c] = static_cast<Real>(sums[c]);
+    }
+}
+
+}  // namespace fastprune::cpu

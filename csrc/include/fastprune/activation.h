@@ -1,0 +1,128 @@
+// Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+//
+// The activations between a batch norm and a mask, and their derivatives. NaN goes through all of them; at the kinks
+// the derivatives are torch's.
+//
+//     identity  r = z
+//     relu      r = max(z, 0)             r' = 1[r > 0]
+//     relu6     r = min(max(z, 0), 6)     r' = 1[0 < r < 6]
+//     silu      r = z s(z)                r' = s (1 + z (1 - s)),  s(z) = 1 / (1 + exp(-z))
+//     hardswish r = z min(max(z + 3, 0), 6) / 6    r' = 0 up to -3, 1 from 3 on, z / 3 + 1/2 between
+#pragma once
+
+#include <cstdint>
+
+#include "fastprune/half.h"
+#include "fastprune/portable.h"
+
+namespace fastprune {
+
+enum class Activation : int32_t { identity, relu, relu6, silu, hardswish };
+
+/// What a backward pass needs of the forward pass: r = act(z) itself where r' is a function of r, else z.
+FASTPRUNE_HD constexpr bool saves_input(Activation activation) {
+    return activation == Activation::silu || activation == Activation::hardswish;
+}
+
+template <class Real>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+    using Integer = int32_t;
+    static constexpr int significand_bits = 23, bias = 127, degree = 7;
+    static constexpr float lowest = -87.0f;
+    static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+};
+template <>
+struct ExpConstants<double> {
+    using Integer = int64_t;
+    static constexpr int significand_bits = 52, bias = 1023, degree = 13;
+    static constexpr double lowest = -708.0;
+    static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+};
+
+template <int k>
+inline constexpr double inverse_factorial = inverse_factorial<k - 1> / k;
+template <>
+inline constexpr double inverse_factorial<0> = 1;
+
+/// The terms of exp(t) from t^k / k! on, over t^k.
+template <class Real, int k, int degree>
+FASTPRUNE_HD Real exp_series(Real t) {
+    constexpr Real coefficient = static_cast<Real>(inverse_factorial<k>);
+    if constexpr (k == degree) {
+        return coefficient;
+    } else {
+        return coefficient + t * exp_series<Real, k + 1, degree>(t);
+    }
+}
+
+/// exp(x) for x <= 0, 0 where it is nearly subnormal. Ours, since no compiler vectorises std::exp under IEEE rules, and
+/// so that CPU and CUDA agree on every bit: x = n ln 2 + t, |t| <= ln(2) / 2, and Taylor's series for exp(t), whose
+/// remainder is a tenth of a rounding error.
+template <class Real>
+FASTPRUNE_HD Real exp_of_negative(Real x) {
+    using Constants = ExpConstants<Real>;
+    using Integer = typename Constants::Integer;
+    const Real shifted = x * static_cast<Real>(1.44269504088896340736) + Constants::round;
+    const Real n = shifted - Constants::round;
+    const Real t = (x - n * Constants::ln2_high) - n * Constants::ln2_low;
+    const Integer exponent = bits_as<Integer>(shifted) - bits_as<Integer>(Constants::round) + Constants::bias;
+    const Real power = bits_as<Real>(static_cast<Integer>(exponent << Constants::significand_bits));
+    return x < Constants::lowest ? Real{0} : exp_series<Real, 0, Constants::degree>(t) * power;
+}
+
+template <class Real>
+FASTPRUNE_HD Real sigmoid(Real z) {
+    const Real e = exp_of_negative(z > 0 ? -z : z);  // e <= 1: nothing overflows
+    return (z > 0 ? Real{1} : e) / (1 + e);
+}
+
+/// r = act(z).
+template <class Real>
+FASTPRUNE_HD Real activate(Activation activation, Real z) {
+    const Real rectified = z < 0 ? Real{0} : z;
+    switch (activation) {
+        case Activation::identity: return z;
+        case Activation::relu: return rectified;
+        case Activation::relu6: return rectified > 6 ? Real{6} : rectified;
+        case Activation::silu: return z * sigmoid(z);
+        case Activation::hardswish: break;
+    }
+    const Real up = z + 3 < 0 ? Real{0} : z + 3;
+    return z * (up > 6 ? Real{6} : up) / 6;
+}
+
+/// What a backward pass makes of the saved value (see saves_input).
+template <class Real>
+struct Activated {
+    Real value;       // r
+    Real derivative;  // dr/dz
+};
+
+template <class Real>
+FASTPRUNE_HD Activated<Real> reactivate(Activation activation, Real saved) {
+    switch (activation) {
+        case Activation::identity: return {saved, Real{1}};
+        case Activation::relu: return {saved, saved <= 0 ? Real{0} : Real{1}};
+        case Activation::relu6: return {saved, saved <= 0 || saved >= 6 ? Real{0} : Real{1}};
+        case Activation::silu: {
+            const Real s = sigmoid(saved);
+            return {saved * s, s * (1 + saved * (1 - s))};
+        }
+        case Activation::hardswish: break;
+    }
+    const Real between = saved / 3 + static_cast<Real>(0.5);
+    const Real derivative = saved <= -3 ? Real{0} : saved >= 3 ? Real{1} : between;
+    return {activate(Activation::hardswish, saved), derivative};
+}
+
+/// dz = dy mask act'(z), where a derivative of 0 gives 0 even for an infinite dy, as in torch.
+template <class Real>
+FASTPRUNE_HD Real masked_gradient(Real dy, Real mask, Real derivative) {
+    return derivative == 0 ? Real{0} : dy * mask * derivative;
+}
+
+}  // namespace fastprune
