@@ -1,0 +1,188 @@
+"""Convolutions with frozen weights, as the libraries under torch compute them fastest.
+
+On the CPU that is oneDNN with bias, residual and activation as its post-ops; torch exposes them as
+``torch.ops.mkldnn._convolution_pointwise``, what its own compiler calls. Everything else goes through
+``torch.nn.functional``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish")
+
+_POST_OPS: dict[str, tuple[str, list[float]]] = {
+    "identity": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "silu": ("swish", []),
+    "hardswish": ("hardswish", []),
+}
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": torch.relu_,
+    "relu6": lambda z: z.clamp_(0, 6),
+    "silu": lambda z: F.silu(z, inplace=True),
+    "hardswish": lambda z: F.hardswish(z, inplace=True),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a 2-d convolution moves over its input."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, x: Tensor, weight: Tensor) -> list[int]:
+        """``[N, K, P, Q]`` for x ``[N, C, H, W]`` and weight ``[K, C / groups, R, S]``."""
+        spatial = [
+            (x.shape[2 + d] + 2 * self.padding[d] - self.dilation[d] * (weight.shape[2 + d] - 1) - 1) // self.stride[d] + 1
+            for d in (0, 1)
+        ]
+        return [x.shape[0], weight.shape[0], *spatial]
+
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """Whether every output pixel reads one input pixel, in order: a matrix product over the channels."""
+        same = self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+        return same and weight.shape[2:] == (1, 1)
+
+    def transposed(self, weight: Tensor) -> Geometry | None:
+        """The convolution that is this one's gradient with respect to x; None if only a transposed one is."""
+        padding = tuple(self.dilation[d] * (weight.shape[2 + d] - 1) - self.padding[d] for d in (0, 1))
+        if self.stride != (1, 1) or min(padding) < 0:
+            return None
+        return Geometry((1, 1), (padding[0], padding[1]), self.dilation, self.groups)
+
+
+def transposed_weight(weight: Tensor, groups: int) -> Tensor:
+    """The weight of ``Geometry.transposed``: channels exchanged within each group, kernels turned by 180 degrees."""
+    outputs, inputs, *kernel = weight.shape
+    grouped = weight.reshape(groups, outputs // groups, inputs, *kernel).transpose(1, 2).flip(3, 4)
+    return grouped.reshape(groups * inputs, outputs // groups, *kernel)
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """channels_last where the channels of x, or of the wider tensor that it is a view of, lie next to each other."""
+    return torch.channels_last if x.stride(1) == 1 and not x.is_contiguous() else torch.contiguous_format
+
+
+def library_takes(x: Tensor) -> bool:
+    """Whether oneDNN computes on tensors like x here."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
+        return False
+    if x.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.float32
+
+
+def weight_outweighs(weight: Tensor, rows: int) -> bool:
+    """Whether bringing the weight into oneDNN's layout costs more than that layout gains over a plain one.
+
+    Measured on AVX-512 with 7 x 7 to 56 x 56 pixels and batches of 8: the two meet at about 512 weights a row.
+    """
+    return weight.numel() > 512 * rows
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    geometry: Geometry,
+    activation: str = "identity",
+    residual: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """``act(conv(x, weight) + shift + residual)``, in memory of its own.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight: ``[K, C / groups, R, S]``.
+        shift: ``[K]``.
+        geometry: Stride, padding, dilation, groups.
+        activation: One of ``ACTIVATIONS``.
+        residual: Shaped like the result.
+        packed: ``weight`` in oneDNN's own layout, from ``pack``.
+    """
+    if not library_takes(x) or x.numel() == 0 or weight.numel() == 0:
+        result = F.conv2d(x, weight, shift, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        result = result if residual is None else result.add_(residual)
+        return _IN_PLACE[activation](result)
+    layout = layout_of(x)
+    if packed is None and layout == torch.contiguous_format:
+        weight = weight.contiguous()  # oneDNN's result is channels_last as soon as one of its inputs is
+    name, scalars = _POST_OPS[activation]
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    matrix_product = layout == torch.channels_last and residual is None and packed is None
+    if matrix_product and geometry.is_pointwise(weight) and weight_outweighs(weight, rows):
+        matrix = torch.ops.mkldnn._linear_pointwise(
+            x.permute(0, 2, 3, 1).reshape(rows, x.shape[1]), weight.reshape(weight.shape[:2]), shift, name, scalars, ""
+        )
+        return matrix.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+    moves: tuple[Any, ...] = (list(geometry.padding), list(geometry.stride), list(geometry.dilation), geometry.groups)
+    used = weight if packed is None else packed
+    if residual is None:
+        result = torch.ops.mkldnn._convolution_pointwise(x, used, shift, *moves, name, scalars, "")
+    elif x.dtype == torch.float32 and activation in ("identity", "relu"):  # what torch offers of oneDNN's sums
+        post = ("relu", [], "") if activation == "relu" else (None, [], None)
+        residual = residual.contiguous(memory_format=layout)
+        result = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, used, shift, *moves, "add", 1.0, *post)
+    else:
+        result = torch.ops.mkldnn._convolution_pointwise(x, used, shift, *moves, "none", [], "").add_(residual)
+        result = _IN_PLACE[activation](result)
+    return result.contiguous(memory_format=layout)  # type: ignore[no-any-return]
+
+
+def input_gradient(
+    dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, geometry: Geometry, packed: Tensor | None = None
+) -> Tensor:
+    """The gradient of ``conv(x, weight)`` with respect to x.
+
+    Args:
+        dz: ``[N, K, P, Q]``.
+        x_size: ``[N, C, H, W]``.
+        weight: ``[K, C / groups, R, S]``.
+        geometry: Stride, padding, dilation, groups.
+        packed: ``transposed_weight`` in oneDNN's own layout, from ``pack``.
+    """
+    transposed = geometry.transposed(weight)
+    if transposed is not None and library_takes(dz) and dz.numel() > 0 and weight.numel() > 0:
+        if packed is not None:
+            return convolve(dz, weight, None, transposed, packed=packed)
+        rows = dz.shape[0] * dz.shape[2] * dz.shape[3]
+        if geometry.is_pointwise(weight) or not weight_outweighs(weight, rows):
+            return convolve(dz, transposed_weight(weight, geometry.groups), None, transposed)
+    # Only the shape and the layout of x matter; on the CPU memory that nobody touches costs nothing.
+    layout = layout_of(dz)
+    if dz.device.type == "cpu":
+        x = torch.empty(x_size, dtype=dz.dtype, memory_format=layout)
+    else:
+        x = dz.new_empty(()).expand(x_size)
+    weight = weight.contiguous(memory_format=layout)
+    return torch.ops.aten.convolution_backward(
+        dz, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+        (True, False, False),
+    )[0]  # type: ignore[no-any-return]
+
+
+def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of ``conv(x, weight)`` with respect to the weight."""
+    return torch.ops.aten.convolution_backward(
+        dz, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+        (False, True, False),
+    )[1]  # type: ignore[no-any-return]
+
+
+def pack(weight: Tensor, geometry: Geometry, x_size: torch.Size | list[int]) -> Tensor:
+    """``weight`` in the layout that oneDNN wants for inputs of ``x_size``: bringing it there costs a pass over it."""
+    return torch.ops.mkldnn._reorder_convolution_weight(  # type: ignore[no-any-return]
+        weight, list(geometry.padding), list(geometry.stride), list(geometry.dilation), geometry.groups, list(x_size)
+    )

@@ -1,0 +1,191 @@
+"""Convolutions whose weights stay as they are for a whole search: folded with their batch norm and packed once.
+
+What ``masked_conv_bn_act`` does anew in every call is done here when the object is made. The price is a promise: the
+weights do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastprune.ops.conv_arguments import (
+    check_activation,
+    check_images,
+    check_residual,
+    count,
+    frozen_affine,
+    geometry_of,
+    vector,
+)
+from fastprune.ops.convolution import convolve, layout_of, library_takes, pack, transposed_weight
+from fastprune.ops.masked_act import masked_act, masked_act_backward
+from fastprune.ops.masked_conv_bn_act import DIFFERENTIABLE_BY_VALUE, BatchNorm, closed_mask_gradient
+from fastprune.ops.open_channels import convolve_open, fold, input_gradient_of_open, open_outputs, widened
+
+
+class FrozenConv:
+    """``masked_conv_bn_act`` with the arguments that do not change in a search given in advance.
+
+    Args:
+        weight: ``[K, C / groups, R, S]``. Copied: later changes of it are not seen.
+        bn: ``(weight, bias, running_mean, running_var)`` or None.
+        bias: ``[K]``.
+        stride: As in :func:`fastprune.ops.masked_conv_bn_act`, like the rest.
+        padding: …
+        dilation: …
+        groups: …
+        activation: …
+        eps: …
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bn: BatchNorm | None = None,
+        *,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        activation: str = "relu",
+        eps: float = 1e-5,
+    ) -> None:
+        check_activation(activation)
+        self.geometry = geometry_of(stride, padding, dilation, groups)
+        self.activation = activation
+        with torch.no_grad():
+            scale, self.shift = frozen_affine(bn, bias, eps, weight.shape[0], weight)
+            self.weight = fold(weight, scale).clone(memory_format=torch.channels_last)
+        self._packed: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        input_mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        open_in: int | None = None,
+        open_out: int | None = None,
+        deferred: bool = False,
+    ) -> Tensor:
+        """``mask * act(conv(x) + residual)``.
+
+        A gate between two convolutions needs no pass over the activation. With ``deferred`` the result is what comes
+        *before* the mask, though its gradient is that of the masked one; who reads it has to pass the same mask as
+        ``input_mask`` (multiplied into the weight's columns, and without a gradient, which the first convolution's
+        mask receives) or, if the mask is 1 in a prefix and 0 behind, the length of the prefix as ``open_in``. Where
+        nobody asks for gradients such a result lacks the closed channels: ``[N, open_out, P, Q]``.
+
+        Args:
+            x: ``[N, C, H, W]``, or its first ``open_in`` channels alone.
+            mask: ``[K]``.
+            input_mask: ``[C]``, the mask that x owes.
+            residual: Shaped like the result.
+            open_in: How many channels of x may be open.
+            open_out: How many channels of the result may be open.
+            deferred: Leave the mask to the reader.
+        """
+        outputs, inputs = self.weight.shape[0], self.weight.shape[1] * self.geometry.groups
+        check_images(x, self.weight, self.geometry, open_in)
+        if residual is not None:
+            check_residual(residual, x, self.geometry.output_size(x, self.weight))
+        mask = None if mask is None else vector("mask", mask, outputs, x)
+        open_in, open_out = count("open_in", open_in, inputs), count("open_out", open_out, outputs)
+        if open_out < outputs and mask is None:
+            raise ValueError(f"open_out: got {open_out} without a mask, needs the mask that closes the rest")
+        if input_mask is not None:
+            if self.geometry.groups > 1:
+                raise ValueError("input_mask: got one for a grouped convolution, needs groups = 1; pass a masked x")
+            input_mask = vector("input_mask", input_mask, inputs, x).detach()
+        y: Tensor = _FrozenConv.apply(x, mask, residual, input_mask, self, open_in, open_out, deferred)
+        return y
+
+    def packed(self, x: Tensor) -> Tensor | None:
+        """The weight in the layout that the library wants for x, if it wants one."""
+        if not library_takes(x) or x.numel() == 0:
+            return None
+        key = (0, *x.shape)
+        if key not in self._packed:
+            self._packed[key] = pack(self.weight, self.geometry, x.shape)
+        return self._packed[key]
+
+    def packed_transposed(self, dz: Tensor) -> Tensor | None:
+        """The same for the gradient of x."""
+        transposed = self.geometry.transposed(self.weight)
+        if transposed is None or not library_takes(dz) or dz.numel() == 0:
+            return None
+        key = (1, *dz.shape)
+        if key not in self._packed:
+            self._packed[key] = pack(transposed_weight(self.weight, self.geometry.groups), transposed, dz.shape)
+        return self._packed[key]
+
+
+class _FrozenConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        input_mask: Tensor | None,
+        conv: FrozenConv,
+        open_in: int,
+        open_out: int,
+        deferred: bool,
+    ) -> Tensor:
+        weight, shift, geometry = conv.weight, conv.shift, conv.geometry
+        outputs = weight.shape[0]
+        if input_mask is not None:
+            weight = (weight * input_mask.view(-1, 1, 1)).to(weight.dtype)
+        if not any(ctx.needs_input_grad):
+            mask = None if deferred else mask
+            y = open_outputs(x, weight, None, shift, mask, residual, geometry, conv.activation, open_in, open_out)
+            return y if deferred else widened(y, outputs)
+        by_value = conv.activation in DIFFERENTIABLE_BY_VALUE
+        before = conv.activation if by_value else "identity"
+        if open_in == weight.shape[1] * geometry.groups and input_mask is None and layout_of(x) == torch.channels_last:
+            flat_shift = None if shift is None else shift.to(x.dtype)
+            saved = convolve(x, weight, flat_shift, geometry, before, residual, conv.packed(x))
+        else:
+            saved = convolve_open(x, weight, None, shift, residual, geometry, before, open_in, outputs)
+        ctx.save_for_backward(mask, saved)
+        ctx.conv, ctx.x_size, ctx.open_out = conv, list(x.shape), open_out
+        if by_value and (deferred or mask is None):
+            return saved
+        kept = None if deferred else mask
+        if kept is not None and open_out < outputs:
+            kept = torch.nn.functional.pad(kept[:open_out], (0, outputs - open_out))
+        return masked_act(saved, mask=kept, activation="identity" if by_value else conv.activation)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        mask, saved = ctx.saved_tensors
+        dy = grad_outputs[0].contiguous(memory_format=layout_of(saved))
+        conv: FrozenConv = ctx.conv
+        open_out, outputs = ctx.open_out, conv.weight.shape[0]
+        for_x, for_mask, for_residual = ctx.needs_input_grad[:3]
+        dz, dmask, _, _ = masked_act_backward(
+            dy[:, :open_out],
+            saved[:, :open_out],
+            mask=None if mask is None else mask[:open_out],
+            activation=conv.activation,
+            want_dx=for_x or for_residual,
+            want_dmask=for_mask,
+        )
+        if dmask is not None:
+            dmask = torch.cat([dmask, closed_mask_gradient(dy, saved, conv.activation, open_out)])
+        dx = residual = None
+        if for_x and dz is not None:
+            packed = conv.packed_transposed(dz) if open_out == outputs else None
+            dx = input_gradient_of_open(dz, ctx.x_size, conv.weight, conv.geometry, packed)
+        if for_residual and dz is not None:
+            residual = widened(dz, outputs)
+        return dx, dmask, residual, None, None, None, None, None

@@ -1,0 +1,59 @@
+"""A frozen convolution, its batch norm, activation and mask, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastprune.reference.topk_mask import straight_through
+
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
+def masked_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn: tuple[Tensor | None, Tensor | None, Tensor, Tensor] | None,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    eps: float = 1e-5,
+    open_in: int | None = None,
+    open_out: int | None = None,
+) -> Tensor:
+    """What :func:`fastprune.ops.masked_conv_bn_act` computes, with the same arguments and gradients.
+
+    Computes in the dtype of ``x`` and checks nothing.
+    """
+    if open_in is not None:
+        x = first_alone(x, open_in, dim=1)
+    bias = None if bias is None else bias.to(x.dtype)
+    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if bn is not None:
+        gamma, beta, mean, variance = (None if tensor is None else tensor.to(z.dtype) for tensor in bn)
+        z = F.batch_norm(z, mean, variance, gamma, beta, training=False, eps=eps)
+    r = ACTIVATION[activation](z if residual is None else z + residual)
+    if open_out is not None:
+        mask = first_alone(r.new_ones(r.shape[1]) if mask is None else mask, open_out, dim=0)
+    return r if mask is None else r * mask.to(r.dtype).view(-1, 1, 1)
+
+
+def first_alone(values: Tensor, count: int, dim: int) -> Tensor:
+    """Zeros behind the first ``count`` places of ``dim``; the gradient passes everywhere."""
+    kept = values.detach().clone()
+    kept.narrow(dim, count, values.shape[dim] - count).zero_()
+    return straight_through(kept, values)
