@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bindings/masked_act.h"
+#include "bindings/masked_conv.h"
 #include "bindings/topk_mask.h"
 #include "build.h"
 #include "cuda/runtime.h"
@@ -56,5 +57,6 @@ PYBIND11_MODULE(_C, module) {
         "cuda_available", [] { return cuda_device_count() > 0; },
         "Whether this build has CUDA kernels and a device for them.");
     bind_masked_act(module);
+    bind_masked_conv(module);
     bind_topk_mask(module);
 }

@@ -41,26 +41,6 @@ std::optional<int64_t> planes_stride(const Tensor& tensor) {
     return tensor.stride(0);
 }
 
-/// The outer stride as rows: channels are neighbours, and batch and space are one dimension.
-std::optional<int64_t> rows_stride(const Tensor& tensor) {
-    const int64_t channels = tensor.size(1);
-    if (channels != 1 && tensor.stride(1) != 1) return std::nullopt;
-    std::optional<int64_t> row;
-    int64_t expected = 0;
-    for (int d = tensor.ndim() - 1; d >= 0; --d) {
-        if (d == 1 || tensor.size(d) == 1) continue;
-        if (!row) {
-            row = expected = tensor.stride(d);
-        } else if (tensor.stride(d) != expected) {
-            return std::nullopt;
-        }
-        expected *= tensor.size(d);
-    }
-    if (!row) return channels;
-    if (*row < channels) return std::nullopt;
-    return row;
-}
-
 bool same_shape(const Tensor& a, const Tensor& b) {
     if (a.ndim() != b.ndim()) return false;
     for (int d = 0; d < a.ndim(); ++d) {
@@ -100,6 +80,25 @@ bool interleaved(const Extent& a, const Extent& b, int64_t row_bytes, int64_t st
 }
 
 }  // namespace
+
+std::optional<int64_t> rows_stride(const Tensor& tensor) {
+    const int64_t channels = tensor.size(1);
+    if (channels != 1 && tensor.stride(1) != 1) return std::nullopt;
+    std::optional<int64_t> row;
+    int64_t expected = 0;
+    for (int d = tensor.ndim() - 1; d >= 0; --d) {
+        if (d == 1 || tensor.size(d) == 1) continue;
+        if (!row) {
+            row = expected = tensor.stride(d);
+        } else if (tensor.stride(d) != expected) {
+            return std::nullopt;
+        }
+        expected *= tensor.size(d);
+    }
+    if (!row) return channels;
+    if (*row < channels) return std::nullopt;
+    return row;
+}
 
 ChannelViews channel_views(const std::vector<Argument>& arguments) {
     const Argument& first = arguments.front();

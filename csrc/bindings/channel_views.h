@@ -3,12 +3,17 @@
 // From tensors [N, C, *spatial] with strides to the [outer, channels, inner] that kernels see (channel_layout.h).
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "../checks.h"
 #include "fastprune/channel_layout.h"
 
 namespace fastprune {
+
+/// The distance from pixel to pixel of a channels_last tensor [N, C, *spatial], or of some neighbouring channels of a
+/// wider one: its outer stride as "rows". None if it is neither.
+std::optional<int64_t> rows_stride(const Tensor& tensor);
 
 /// The layout that all tensors of a call share, and the outer stride of each.
 struct ChannelViews {

@@ -1,0 +1,86 @@
+// Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+//
+// masked_conv: a dense convolution with frozen weights on the CPU, float32 and channels_last, with everything that
+// stands behind it in its epilogue:
+//
+//     z = conv(x, W) + shift + residual,  r = min(max(z, lowest), highest),  y = r * mask
+//
+// Skipping: `channels` and `rows` may be fewer than the weight was packed for. The first `channels` inputs are then the
+// only ones that are read, the first `rows` outputs the only ones that are computed: a prefix needs no copy, neither of
+// x nor of the weight, since pixels have a pitch and weights are packed channel after channel.
+//
+// Two algorithms. `direct` multiplies the pixels that a tap reads with the tap's weights, registers full of sums; a 1x1
+// convolution is one tap. `winograd` is F(2x2, 3x3) (Lavin and Gray, CVPR 2016): 16 products where the direct one has
+// 36, for 3x3 kernels with stride and dilation 1; its rounding error is about that of the direct one (see
+// docs/decisions.md).
+#pragma once
+
+#include <cstdint>
+
+#include "fastprune/status.h"
+
+namespace fastprune {
+
+struct ConvGeometry {
+    int64_t kernel[2];  // vertical, horizontal, as everywhere below
+    int64_t stride[2];
+    int64_t padding[2];  // less than what the dilated kernel spans
+    int64_t dilation[2];
+};
+
+/// NHWC: the channels of a pixel are neighbours, the next pixel begins `pitch` elements behind.
+struct Pixels {
+    const float* data;
+    int64_t pitch;
+};
+struct MutablePixels {
+    float* data;
+    int64_t pitch;
+};
+
+/// Borrowed for the call. Outputs overlap nothing else.
+struct MaskedConvArgs {
+    int64_t batch, height, width;       // of x
+    int64_t out_height, out_width;      // of y
+    int64_t channels, packed_channels;  // how many inputs are read, of how many that the weight was packed for
+    int64_t rows, packed_rows;          // how many outputs are computed, of how many …
+    ConvGeometry geometry;
+    Pixels x;
+    const float* packed;  // from pack_masked_conv, for the same algorithm
+    const float* shift;   // [rows], or null: 0
+    const float* mask;    // [rows], or null: 1
+    Pixels residual;      // like y; or null: 0
+    float lowest, highest;
+    MutablePixels y;      // or null: not wanted; not both
+    MutablePixels saved;  // r; or null
+};
+
+enum class ConvAlgorithm : int32_t { direct, winograd };
+/// What the kernels are written for. The layout of packed weights depends on it.
+enum class Instructions : int32_t { avx2, avx512 };
+
+struct ConvKernel {
+    ConvAlgorithm algorithm;
+    Instructions instructions;
+};
+
+namespace cpu {
+
+/// Whether this processor has the instructions: AVX2 with FMA, or AVX-512F.
+bool has_instructions(Instructions instructions);
+/// Whether `algorithm` computes convolutions of this geometry.
+bool masked_conv_supports(ConvAlgorithm algorithm, const ConvGeometry& geometry);
+
+/// How many floats the packed weight has.
+int64_t packed_conv_size(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels);
+/// Packs weight[k, c, r, s], at strides[4] (in elements, negative ones allowed), with row k times scale[k] (null: 1).
+void pack_masked_conv(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels,
+                      const float* weight, const int64_t* strides, const float* scale, float* packed, int num_threads);
+
+/// Deterministic: the same bits on every run and for every number of threads, though not for other instructions.
+/// At most `num_threads` OpenMP threads, each of which keeps a few MiB of intermediate results from call to call; may
+/// throw std::bad_alloc. `kernel` must be one that this processor has and that supports the geometry.
+Status masked_conv(const ConvKernel& kernel, const MaskedConvArgs& args, int num_threads);
+
+}  // namespace cpu
+}  // namespace fastprune
