@@ -1,4 +1,4 @@
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 class SupportsDLPack(Protocol):
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -24,3 +24,48 @@ def emulated_topk_mask(
     warp_size: int = 4,
     capacity: int = 8192,
 ) -> None: ...
+def bernoulli_gate(
+    theta: SupportsDLPack,
+    seed: int,
+    step: int | SupportsDLPack,
+    gate: SupportsDLPack,
+    slope: SupportsDLPack,
+    num_threads: int = 0,
+) -> None: ...
+def emulated_bernoulli_gate(
+    theta: SupportsDLPack,
+    seed: int,
+    step: int | SupportsDLPack,
+    gate: SupportsDLPack,
+    slope: SupportsDLPack,
+    num_threads: int = 4,
+    num_blocks: int = 3,
+) -> None: ...
+def gumbel_gate(
+    logits: SupportsDLPack,
+    seed: int,
+    step: int | SupportsDLPack,
+    temperature: float,
+    base: float,
+    hard: bool,
+    noise: Literal["gumbel", "logistic", "none"],
+    gate: SupportsDLPack,
+    slope: SupportsDLPack,
+    num_threads: int = 0,
+) -> None: ...
+def emulated_gumbel_gate(
+    logits: SupportsDLPack,
+    seed: int,
+    step: int | SupportsDLPack,
+    temperature: float,
+    base: float,
+    hard: bool,
+    noise: Literal["gumbel", "logistic", "none"],
+    gate: SupportsDLPack,
+    slope: SupportsDLPack,
+    num_threads: int = 4,
+    num_blocks: int = 3,
+) -> None: ...
+def philox4x32(counter: list[int], key: list[int]) -> list[int]: ...
+def natural_log(x: float) -> float: ...
+def exponential(x: float) -> float: ...

@@ -3,6 +3,8 @@
 Each has a namesake in :mod:`fastprune.reference`: the same function in plain torch.
 """
 
+from fastprune.ops.bernoulli_gate import bernoulli_gate
+from fastprune.ops.gumbel_gate import gumbel_gate
 from fastprune.ops.topk_mask import topk_mask
 
-__all__ = ["topk_mask"]
+__all__ = ["bernoulli_gate", "gumbel_gate", "topk_mask"]

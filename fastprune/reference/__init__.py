@@ -1,5 +1,7 @@
 """The operators of :mod:`fastprune.ops` in plain torch: readable, any dtype, what the tests compare with."""
 
+from fastprune.reference.bernoulli_gate import bernoulli_gate
+from fastprune.reference.gumbel_gate import gumbel_gate
 from fastprune.reference.topk_mask import topk_mask
 
-__all__ = ["topk_mask"]
+__all__ = ["bernoulli_gate", "gumbel_gate", "topk_mask"]
