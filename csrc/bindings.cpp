@@ -9,6 +9,7 @@
 
 #include "bindings/bernoulli_gate.h"
 #include "bindings/gumbel_gate.h"
+#include "bindings/instruction_set.h"
 #include "bindings/random.h"
 #include "bindings/topk_mask.h"
 #include "build.h"
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_C, module) {
         "Whether this build has CUDA kernels and a device for them.");
     bind_bernoulli_gate(module);
     bind_gumbel_gate(module);
+    bind_instruction_set(module);
     bind_random(module);
     bind_topk_mask(module);
 }

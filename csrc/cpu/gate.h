@@ -10,9 +10,12 @@
 
 #include "fastprune/gate.h"
 #include "fastprune/philox.h"
+#include "instruction_set.h"
 #include "parallel.h"
 
 namespace fastprune::cpu {
+
+inline constexpr int64_t chunk_units = 1024;
 
 /// The first NaN of `values`, or -1.
 template <class Real>
@@ -36,30 +39,35 @@ inline void draw_bits(const Draw& draw, int64_t first_quad, int64_t quads, uint3
     }
 }
 
-/// gate, slope = formula(input, bits) of every unit. A thread has at least `grain` units.
+/// The chunk of `size` units from unit `begin` on.
+template <class Real, class Formula>
+void draw_chunk(const GateArgs<Real>& args, const Formula& formula, int64_t begin, int64_t size) {
+    double noise[chunk_units];
+    if constexpr (Formula::draws) {
+        uint32_t bits[chunk_units];
+        draw_bits(args.draw, begin / Philox4x32::words, (size + Philox4x32::words - 1) / Philox4x32::words, bits);
+        for (int64_t i = 0; i < size; ++i) noise[i] = Formula::sample(bits[i]);
+    } else {
+        std::fill_n(noise, size, 0.0);
+    }
+    const Real* input = args.input + begin;
+    Real* gate = args.gate + begin;
+    Real* slope = args.slope + begin;
+    const Formula local = formula;  // the compiler cannot know that gate does not point into `formula`
+    for (int64_t i = 0; i < size; ++i) {
+        const Gate<Real> result = local(input[i], noise[i]);
+        gate[i] = result.value;
+        slope[i] = result.slope;
+    }
+}
+
+/// gate, slope = formula(input, noise) of every unit. A thread has at least `grain` units.
 template <class Real, class Formula>
 void draw_gates(const GateArgs<Real>& args, const Formula& formula, int64_t grain, int num_threads) {
-    constexpr int64_t chunk_units = 1024;
     const int64_t chunks = args.num_units / chunk_units + (args.num_units % chunk_units != 0);
     parallel_for(chunks, threads_for(args.num_units, grain, num_threads), [&](int64_t chunk, int) {
-        const int64_t begin = chunk * chunk_units, size = std::min(chunk_units, args.num_units - begin);
-        double noise[chunk_units];
-        if constexpr (Formula::draws) {
-            uint32_t bits[chunk_units];
-            draw_bits(args.draw, begin / Philox4x32::words, (size + Philox4x32::words - 1) / Philox4x32::words, bits);
-            for (int64_t i = 0; i < size; ++i) noise[i] = Formula::sample(bits[i]);
-        } else {
-            std::fill_n(noise, size, 0.0);
-        }
-        const Real* input = args.input + begin;
-        Real* gate = args.gate + begin;
-        Real* slope = args.slope + begin;
-        const Formula local = formula;  // the compiler cannot know that gate does not point into `formula`
-        for (int64_t i = 0; i < size; ++i) {
-            const Gate<Real> result = local(input[i], noise[i]);
-            gate[i] = result.value;
-            slope[i] = result.slope;
-        }
+        const int64_t begin = chunk * chunk_units;
+        run_vectorised([&] { draw_chunk(args, formula, begin, std::min(chunk_units, args.num_units - begin)); });
     });
 }
 
