@@ -67,10 +67,11 @@ def bernoulli_gate(theta: Tensor, *, seed: int, step: int | Tensor) -> Tensor:
         theta: Probabilities, any shape, float32 or float64 (float16 and bfloat16 are computed in float32). Below 0 a
             gate never opens, above 1 always; 0 and 1 are never and always, too.
         seed: Of the run, in [0, 2^63).
-        step: Counts the draws, in [0, 2^63). A tensor without dimensions, int64 and on the device of ``theta``, is read
-            where it is: a captured CUDA graph then draws anew whenever the tensor has changed, and a program from
-            ``torch.export`` takes it as an input. Under ``torch.compile`` neither an int nor a tensor recompiles for
-            every step (an int does so at most twice, to find out that it changes).
+        step: Counts the draws, in [0, 2^63). A tensor without dimensions, int64 and on the device of ``theta``, is
+            read where it is: a captured CUDA graph then draws anew whenever the tensor has changed, and a program from
+            ``torch.export`` takes it as an input. Neither recompiles for every step under ``torch.compile``: an int
+            does so once, when it is seen to change. (As an attribute of a module it does so every time: torch takes
+            such ints for constants. Keep the step in a buffer there.)
 
     Returns:
         0 or 1, shape, dtype and device of ``theta``, contiguous.

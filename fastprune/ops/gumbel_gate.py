@@ -110,9 +110,10 @@ def gumbel_gate(
         seed: Of the run, in [0, 2^63).
         step: Counts the draws, in [0, 2^63). A tensor without dimensions, int64 and on the device of ``logits``, is
             read where it is: a captured CUDA graph then draws anew whenever the tensor has changed, and a program from
-            ``torch.export`` takes it as an input. Under ``torch.compile`` neither an int nor a tensor recompiles for
-            every step (an int does so at most twice, to find out that it changes).
-        temperature: :math:`T > 0`.
+            ``torch.export`` takes it as an input. Neither recompiles for every step under ``torch.compile``: an int
+            does so once, when it is seen to change. (As an attribute of a module it does so every time: torch takes
+            such ints for constants. Keep the step in a buffer there.)
+        temperature: :math:`T > 0`. A constant for ``torch.compile``: every value makes a program of its own.
         base: :math:`b`, added to every logit: how far open the gates begin.
         hard: Whether gates are 0 or 1, or soft.
         noise: See above.
