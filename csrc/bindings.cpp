@@ -7,8 +7,12 @@
 #include <sstream>
 #include <string>
 
+#include "bindings/bernoulli_gate.h"
+#include "bindings/gumbel_gate.h"
+#include "bindings/instruction_set.h"
 #include "bindings/masked_act.h"
 #include "bindings/masked_conv.h"
+#include "bindings/random.h"
 #include "bindings/topk_mask.h"
 #include "build.h"
 #include "cuda/runtime.h"
@@ -56,7 +60,11 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "cuda_available", [] { return cuda_device_count() > 0; },
         "Whether this build has CUDA kernels and a device for them.");
+    bind_bernoulli_gate(module);
+    bind_gumbel_gate(module);
+    bind_instruction_set(module);
     bind_masked_act(module);
     bind_masked_conv(module);
+    bind_random(module);
     bind_topk_mask(module);
 }

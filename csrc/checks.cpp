@@ -106,6 +106,12 @@ void vector(const Argument& argument, DType dtype, int64_t length, const char* m
     }
 }
 
+void same_shape(const Argument& argument, DType dtype, const Argument& as) {
+    tensor(argument, {dtype});
+    const std::string shape = describe_shape(argument.tensor), needed = describe_shape(as.tensor);
+    if (shape != needed) raise_value(argument.name, shape, needed + ", that of " + as.name);
+}
+
 void same_device(const Argument& argument, const Argument& as) {
     const bool same = argument.tensor.on_cpu()
                           ? as.tensor.on_cpu()

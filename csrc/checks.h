@@ -32,6 +32,10 @@ DType tensor(const Argument& argument, std::initializer_list<DType> allowed);
 void vector(const Argument& argument, DType dtype, int64_t length, const char* meaning);
 
 void one_dimension(const Argument& argument);
+
+/// A tensor as above, any number of dimensions, those of `as`.
+void same_shape(const Argument& argument, DType dtype, const Argument& as);
+
 void same_device(const Argument& argument, const Argument& as);
 void writable(const Argument& argument);
 void disjoint(const Argument& output, const Argument& input);

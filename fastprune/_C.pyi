@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 class SupportsDLPack(Protocol):
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -54,3 +54,50 @@ def masked_conv(
     saved: SupportsDLPack | None,
     num_threads: int = 0,
 ) -> None: ...
+def bernoulli_gate(
+    theta: SupportsDLPack,
+    seed: int,
+    step: int | SupportsDLPack,
+    gate: SupportsDLPack,
+    slope: SupportsDLPack,
+    num_threads: int = 0,
+) -> None: ...
+def emulated_bernoulli_gate(
+    theta: SupportsDLPack,
+    seed: int,
+    step: int | SupportsDLPack,
+    gate: SupportsDLPack,
+    slope: SupportsDLPack,
+    num_threads: int = 4,
+    num_blocks: int = 3,
+) -> None: ...
+def gumbel_gate(
+    logits: SupportsDLPack,
+    seed: int,
+    step: int | SupportsDLPack,
+    temperature: float,
+    base: float,
+    hard: bool,
+    noise: Literal["gumbel", "logistic", "none"],
+    gate: SupportsDLPack,
+    slope: SupportsDLPack,
+    num_threads: int = 0,
+) -> None: ...
+def emulated_gumbel_gate(
+    logits: SupportsDLPack,
+    seed: int,
+    step: int | SupportsDLPack,
+    temperature: float,
+    base: float,
+    hard: bool,
+    noise: Literal["gumbel", "logistic", "none"],
+    gate: SupportsDLPack,
+    slope: SupportsDLPack,
+    num_threads: int = 4,
+    num_blocks: int = 3,
+) -> None: ...
+def philox4x32(counter: list[int], key: list[int]) -> list[int]: ...
+def natural_log(x: float) -> float: ...
+def exponential(x: float) -> float: ...
+def instruction_set() -> Literal["baseline", "avx2", "avx512"]: ...
+def limit_instruction_set(highest: Literal["baseline", "avx2", "avx512"]) -> bool: ...

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from fastprune.budget import fit
 from fastprune.methods.contract import Method, Metrics, Phase, Task
 from fastprune.methods.filters import unit_norms
-from fastprune.methods.gates import bernoulli_gate, deterministic_gate
+from fastprune.methods.gates import deterministic_gate
 from fastprune.methods.interior import gated_units, prunable_cost
 from fastprune.methods.options import option
 from fastprune.methods.ranking import across_groups, rank_of
+from fastprune.ops import bernoulli_gate
 from fastprune.plan import PruningPlan
 
 log = logging.getLogger(__name__)

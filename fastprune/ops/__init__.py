@@ -3,7 +3,9 @@
 Each has a namesake in :mod:`fastprune.reference`: the same function in plain torch.
 """
 
+from fastprune.ops.bernoulli_gate import bernoulli_gate
+from fastprune.ops.gumbel_gate import gumbel_gate
 from fastprune.ops.masked_conv_bn_act import masked_conv_bn_act
 from fastprune.ops.topk_mask import topk_mask
 
-__all__ = ["masked_conv_bn_act", "topk_mask"]
+__all__ = ["bernoulli_gate", "gumbel_gate", "masked_conv_bn_act", "topk_mask"]

@@ -44,10 +44,8 @@ class Geometry:
 
     def output_size(self, x: Tensor, weight: Tensor) -> list[int]:
         """``[N, K, P, Q]`` for x ``[N, C, H, W]`` and weight ``[K, C / groups, R, S]``."""
-        spatial = [
-            (x.shape[2 + d] + 2 * self.padding[d] - self.dilation[d] * (weight.shape[2 + d] - 1) - 1) // self.stride[d] + 1
-            for d in (0, 1)
-        ]
+        spans = (self.dilation[d] * (weight.shape[2 + d] - 1) + 1 for d in (0, 1))
+        spatial = [(x.shape[2 + d] + 2 * self.padding[d] - span) // self.stride[d] + 1 for d, span in enumerate(spans)]
         return [x.shape[0], weight.shape[0], *spatial]
 
     def is_pointwise(self, weight: Tensor) -> bool:
@@ -168,7 +166,16 @@ def input_gradient(
         x = dz.new_empty(()).expand(x_size)
     weight = weight.contiguous(memory_format=layout)
     return torch.ops.aten.convolution_backward(
-        dz, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+        dz,
+        x,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        (0, 0),
+        geometry.groups,
         (True, False, False),
     )[0]  # type: ignore[no-any-return]
 
@@ -176,7 +183,16 @@ def input_gradient(
 def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of ``conv(x, weight)`` with respect to the weight."""
     return torch.ops.aten.convolution_backward(
-        dz, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+        dz,
+        x,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        (0, 0),
+        geometry.groups,
         (False, True, False),
     )[1]  # type: ignore[no-any-return]
 

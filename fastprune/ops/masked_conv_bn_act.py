@@ -156,7 +156,16 @@ class _MaskedConv(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, mask, saved = ctx.saved_tensors
         gradients = torch.ops.fastprune._masked_conv_backward(
-            grad_outputs[0], x, weight, scale, mask, saved, ctx.x_size, *ctx.moves, ctx.activation, *ctx.open,
+            grad_outputs[0],
+            x,
+            weight,
+            scale,
+            mask,
+            saved,
+            ctx.x_size,
+            *ctx.moves,
+            ctx.activation,
+            *ctx.open,
             list(ctx.needs_input_grad[:6]),
         )
         wanted = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False))

@@ -81,7 +81,7 @@ def folds(mask: Tensor, activation: str) -> bool:
 def input_gradient_of_open(
     dz: Tensor, x_size: list[int], weight: Tensor, geometry: Geometry, packed: Tensor | None = None
 ) -> Tensor:
-    """The gradient of ``conv(x, weight)`` for all of x, that of the outputs behind ``dz`` ``[N, open, P, Q]`` being 0."""
+    """The gradient of ``conv(x, weight)`` for all of x; that of the outputs behind ``dz`` ``[N, open, P, Q]`` is 0."""
     outputs, groups = weight.shape[0], geometry.groups
     if dz.shape[1] == outputs:
         return input_gradient(dz, x_size, weight, geometry, packed)

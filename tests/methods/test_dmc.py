@@ -12,10 +12,11 @@ from fastprune.graph import trace
 from fastprune.masking import MaskedNetwork
 from fastprune.methods import Task, interior_units
 from fastprune.methods.dmc import DMC, DMCConfig, log_distance, symmetric_decay_
-from fastprune.methods.gates import bernoulli_gate, deterministic_gate
+from fastprune.methods.gates import deterministic_gate
 from fastprune.methods.interior import prunable_cost
 from fastprune.methods.magnitude import Random
 from fastprune.methods.ranking import RankingConfig
+from fastprune.ops import bernoulli_gate
 from fastprune.testing import check_method, network, photograph, sample_data, traced
 
 QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}
@@ -41,33 +42,11 @@ def test_deterministic_gate_opens_from_one_half():
     assert deterministic_gate(theta).tolist() == [0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("gate", [deterministic_gate, lambda theta: bernoulli_gate(theta, seed=0, step=0)])
-def test_straight_through_on_the_closed_interval(gate):
+def test_deterministic_gate_is_straight_through_on_the_closed_interval():
     theta = torch.tensor([-0.1, 0.0, 0.3, 0.5, 0.9, 1.0, 1.1], requires_grad=True)
     weights = torch.arange(1.0, 8.0)
-    (gradient,) = torch.autograd.grad((gate(theta) * weights).sum(), theta)
+    (gradient,) = torch.autograd.grad((deterministic_gate(theta) * weights).sum(), theta)
     assert gradient.tolist() == [0, 2, 3, 4, 5, 6, 0]
-
-
-def test_bernoulli_gate_has_mean_theta_and_never_misses_the_ends():
-    theta = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]).repeat_interleave(2000)
-    gates = torch.stack([bernoulli_gate(theta, seed=3, step=step) for step in range(20)])
-    assert bool(((gates == 0) | (gates == 1)).all())
-    means = gates.reshape(20, 5, 2000).mean((0, 2))
-    for mean, probability in zip(means.tolist(), [0.0, 0.1, 0.5, 0.9, 1.0], strict=True):
-        assert abs(mean - probability) <= 5 * math.sqrt(probability * (1 - probability) / 40000)
-
-
-def test_bernoulli_gate_depends_on_seed_and_step_only():
-    theta = torch.full((500,), 0.5)
-    first = bernoulli_gate(theta, seed=1, step=2)
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    assert torch.equal(first, bernoulli_gate(theta, seed=1, step=2))
-    assert torch.equal(state, torch.get_rng_state())
-    for seed, step in [(1, 3), (2, 2), (2, 1), (-1, 2)]:
-        other = bernoulli_gate(theta, seed=seed, step=step)
-        assert 0.4 < float((first == other).float().mean()) < 0.6
 
 
 def test_network_gradient_is_that_of_the_gates():

@@ -1,11 +1,13 @@
 """Cases for the operators on ragged channel groups."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from fastprune import reference
 
@@ -83,3 +85,22 @@ def make_topk_case() -> MakeTopkCase:
         return TopkCase(_scores(kind, sum(sizes), random), keep, offsets, window).to(dtype)
 
     return make
+
+
+@pytest.fixture
+def count_programs() -> Callable[[Callable[..., Tensor]], tuple[Callable[..., Tensor], list[torch.fx.GraphModule]]]:
+    """A function that compiles another one, and a list that gets a graph whenever that happens."""
+
+    def compile_counted(
+        function: Callable[..., Tensor],
+    ) -> tuple[Callable[..., Tensor], list[torch.fx.GraphModule]]:
+        torch._dynamo.reset()
+        programs: list[torch.fx.GraphModule] = []
+
+        def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
+            programs.append(module)
+            return aot_eager(module, inputs)
+
+        return torch.compile(function, fullgraph=True, backend=backend), programs
+
+    return compile_counted

@@ -1,0 +1,45 @@
+"""The CPU kernels give the same bits whatever instruction set they are vectorised for."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastprune import _C, ops
+
+WIDEST = _C.instruction_set()
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def limited(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not _C.limit_instruction_set(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    assert _C.instruction_set() == request.param
+    yield
+    assert _C.limit_instruction_set(WIDEST)
+
+
+def gates() -> list[torch.Tensor]:
+    values = torch.randn(20_003, generator=torch.Generator().manual_seed(0)) * 6 - 2
+    values[::50] = torch.inf
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = values.to(dtype).requires_grad_()
+        results.append(ops.bernoulli_gate(leaf, seed=1, step=2))
+        for noise in ("gumbel", "logistic", "none"):
+            soft = ops.gumbel_gate(leaf, seed=1, step=2, hard=False, noise=noise)
+            results += [soft, *torch.autograd.grad(soft.sum(), leaf)]
+    return results
+
+
+WITH_WIDEST = gates()
+
+
+def test_gates(limited):
+    for gate, expected in zip(gates(), WITH_WIDEST, strict=True):
+        assert torch.equal(gate, expected)
+
+
+def test_unknown_sets_are_refused():
+    with pytest.raises(ValueError, match="highest: got 'sse', needs 'baseline', 'avx2' or 'avx512'"):
+        _C.limit_instruction_set("sse")
