@@ -14,6 +14,7 @@ import torch
 from fastprune.bench.timing import Clock
 
 REPEATS = 7
+LARGEST_COPY = 1 << 30  # bytes; some servers' caches are a gigabyte together
 PRECISIONS = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -82,8 +83,9 @@ def last_cache(device: torch.device) -> int:
 
 
 def copy_bandwidth(device: torch.device, cache_bytes: int) -> float:
-    """The best of two sizes beyond the cache, each copied several times."""
-    return max(2 * size / best_seconds(device, *copying(device, size)) for size in (4 * cache_bytes, 8 * cache_bytes))
+    """The best of three sizes beyond the cache, each copied several times."""
+    sizes = {min(factor * cache_bytes, LARGEST_COPY) for factor in (4, 8, 16)}
+    return max(2 * size / best_seconds(device, *copying(device, size)) for size in sizes)
 
 
 def copying(device: torch.device, size: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -20,7 +20,7 @@ from fastprune import _C
 from fastprune.bench.case import OURS
 from fastprune.bench.ceilings import Ceilings
 
-NARROWEST = 120  # characters that a table needs, also where the output is a file
+WIDEST = 1000  # characters: a narrow terminal breaks lines, which is better than digits that are not shown
 
 
 def document(results: Mapping[str, Mapping[str, Any]], ceilings: Ceilings, *, quick: bool) -> dict[str, Any]:
@@ -67,9 +67,7 @@ def geometric_means(cases: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, f
 
 def show(name: str, document: Mapping[str, Any]) -> None:
     """Print one kernel's table, what it was made on, and what is missing from it."""
-    console = Console(markup=False, highlight=False)
-    if console.width < NARROWEST:
-        console = Console(markup=False, highlight=False, width=NARROWEST)
+    console = Console(markup=False, highlight=False, width=WIDEST)
     kernel = document["kernels"][name]
     console.print(heading(name, document), soft_wrap=True)
     if kernel["cases"]:
@@ -114,7 +112,7 @@ def table(kernel: Mapping[str, Any]) -> Table:
         result.add_row(Text(case["name"]), *(cell(case, name) for name in names), *[units] * with_units, share)
     result.add_section()
     means = kernel["geometric_means"]
-    texts = [f"{means[name]['ratio']:.2f}x of {means[name]['cases']}" if name in means else "" for name in names]
+    texts = [f"{times(means[name]['ratio'])}x of {means[name]['cases']}" if name in means else "" for name in names]
     result.add_row("geometric mean", *texts, *[""] * with_units, "")
     return result
 
@@ -129,7 +127,12 @@ def cell(case: Mapping[str, Any], name: str) -> str:
     if name not in case["ratios"]:
         return median
     found = case["ratios"][name]
-    return f"{median}\n{found['ratio']:.2f}x ({'–'.join(f'{value:.2f}' for value in found['quartiles'])})"
+    return f"{median}\n{times(found['ratio'])}x ({'–'.join(map(times, found['quartiles']))})"
+
+
+def times(ratio: float) -> str:
+    """A ratio with three digits."""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 def microseconds(seconds: float) -> str:
