@@ -54,7 +54,8 @@ class Case:
             than the cache.
         cold: write over the cache before each call.
         clock: "wall", from the call until the result is there; "events", on CUDA the device's own time.
-        rounds: how many at most; fewer where they take long.
+        rounds: how many at most.
+        seconds: after these no further round begins, once there are five.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Case:
     cold: bool = False
     clock: Literal["wall", "events"] = "wall"
     rounds: int = 200
+    seconds: float = 5.0
 
     def __post_init__(self) -> None:
         if OURS not in self.variants or len(self.variants) < 2:

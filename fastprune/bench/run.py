@@ -20,7 +20,6 @@ from fastprune.bench.timing import Clock, Timing, interleaved, rotating
 from fastprune.engine import choose_device
 from fastprune.settings import check_seed, setting
 
-SECONDS_PER_CASE = 5.0
 QUICK_ROUNDS = 5
 ONLY = f"kernels to time, of {', '.join(KERNELS)}; all without it"
 
@@ -66,10 +65,9 @@ def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
     ceilings = Ceilings.measured(device, quick=settings.quick)
     names = settings.only or tuple(KERNELS)
     results = {}
+    generators = [device] if device.type == "cuda" else []
     for name in names:
-        with torch.random.fork_rng(
-            devices=[device] if device.type == "cuda" else []
-        ):  # the same inputs in every company
+        with torch.random.fork_rng(devices=generators):  # the same inputs, whichever kernels ran before
             results[name] = bench_kernel(
                 KERNELS[name](device, quick=settings.quick), ceilings, quick=settings.quick, seconds=settings.seconds
             )
@@ -121,7 +119,7 @@ def bench_case(case: Case, ceilings: Ceilings, *, quick: bool = False) -> dict[s
         case.draw if case.fresh else rotating(case.draw, cache),
         Clock(ceilings.device, events=case.clock == "events", flush=2 * cache if case.cold else 0),
         rounds=QUICK_ROUNDS if quick else case.rounds,
-        seconds=SECONDS_PER_CASE,
+        seconds=case.seconds,
     )
     return described(case, ceilings, timings, failures)
 
