@@ -40,6 +40,7 @@ py::dict build_info() {
     info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
     info["cuda"] = build::has_cuda ? py::object(py::str(build::cuda_toolkit)) : py::none();
     info["cuda_architectures"] = split(build::cuda_architectures);
+    info["sanitizers"] = split(build::sanitizers);
     return info;
 }
 

@@ -9,6 +9,7 @@ inline constexpr bool has_cuda = FASTPRUNE_HAS_CUDA;
 inline constexpr const char* version = FASTPRUNE_VERSION;
 inline constexpr const char* compiler = FASTPRUNE_COMPILER;
 inline constexpr const char* build_type = FASTPRUNE_BUILD_TYPE;
+inline constexpr const char* sanitizers = FASTPRUNE_SANITIZERS;
 inline constexpr const char* cuda_toolkit = FASTPRUNE_CUDA_TOOLKIT;
 inline constexpr const char* cuda_architectures = FASTPRUNE_CUDA_ARCHITECTURES;
 

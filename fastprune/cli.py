@@ -43,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parser = build_parser(method_in(given))
         parsed = parser.parse_args(given or ["--help"])
-        settings = parsed[parsed.command].as_dict()
-        return commands.COMMANDS[parsed.command].run(settings, overridden(given))
+        own = parsed[parsed.command]
+        settings = (own[own.command] if parsed.command in commands.FAMILIES else own).as_dict()
+        return commands.COMMANDS[command_in(given)].run(settings, overridden(given))
     except Interrupted as stopped:
-        print(f"fastprune: {stopped}{how_to_go_on(given[0], settings)}", file=sys.stderr)
+        print(f"fastprune: {stopped}{how_to_go_on(command_in(given), settings)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -77,9 +78,21 @@ def build_parser(method: str | None) -> ArgumentParser:
     parser = ArgumentParser(prog="fastprune", description="Channel pruning of convolutional networks.", **PARSING)
     parser.add_argument("--version", action="version", version=f"fastprune {version('fastprune')}")
     subcommands = parser.add_subcommands(required=True, dest="command")
+    places = {"": subcommands}
     for name, command in commands.COMMANDS.items():
-        subcommands.add_subcommand(name, command_parser(name, method), help=command.help)
+        family, _, member = name.rpartition(" ")
+        if family not in places:
+            text = commands.FAMILIES[family]
+            branch = ArgumentParser(prog=f"fastprune {family}", description=text, **PARSING)
+            subcommands.add_subcommand(family, branch, help=text)
+            places[family] = branch.add_subcommands(required=True, dest="command")
+        places[family].add_subcommand(member, command_parser(name, method), help=command.help)
     return parser
+
+
+def command_in(arguments: Sequence[str]) -> str:
+    """The name of the command that the arguments begin with: one word, or two for a member of a family."""
+    return " ".join(arguments[: 2 if arguments[0] in commands.FAMILIES else 1])
 
 
 def command_parser(name: str, method: str | None) -> ArgumentParser:
@@ -90,7 +103,8 @@ def command_parser(name: str, method: str | None) -> ArgumentParser:
         add_settings(parser, settings)
     if command.resumes:
         parser.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
+    if not any(f.name == "json" for settings in command.settings for f in fields(settings)):
+        parser.add_argument("--json", action="store_true", help="print the result as JSON, for programs")
     if command.takes_method:
         parser.add_argument("--config", action="config", help="YAML file with any of these settings")
         if method is not None:
@@ -100,7 +114,11 @@ def command_parser(name: str, method: str | None) -> ArgumentParser:
 
 def add_settings(parser: ArgumentParser, settings: type[Any], key: str | None = None) -> None:
     """Make a dataclass' fields flags, under ``key.`` where given, with the help of their metadata."""
-    parser.add_class_arguments(settings, key)
+    special = {f.name: f for f in fields(settings) if f.metadata.get("flag")}
+    parser.add_class_arguments(settings, key, skip=set(special))
+    for name, f in special.items():
+        text, flag = f.metadata["help"], f.metadata["flag"]
+        parser.add_argument(f"--{key}.{name}" if key else f"--{name}", default=f.default, help=text, **flag)
     texts = {f"{key}.{f.name}" if key else f.name: f.metadata.get("help") for f in fields(settings)}
     for action in parser._actions:
         if texts.get(action.dest):
@@ -172,7 +190,7 @@ def explained(error: ArgumentError, arguments: Sequence[str]) -> str:
     name = unknown[1].removeprefix("--")
     if "--resume" in arguments:
         return f"--resume takes its settings from the run's directory; leave out --{name}"
-    command, method = arguments[0], method_in(arguments)
+    command, method = command_in(arguments), method_in(arguments)
     known = known_options(command, method)
     near = difflib.get_close_matches(name, known, n=1) or [k for k in known if k == name.replace("-", "_")]
     hint = f"did you mean --{near[0]}?" if near else f"see fastprune {command} --help"

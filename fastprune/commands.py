@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ import yaml
 from torch import Tensor, nn
 
 from fastprune import atomic, models
+from fastprune.bench.case import BenchmarkError
+from fastprune.bench.run import KernelBenchSettings, bench_kernels
 from fastprune.budget import Budget
 from fastprune.demo import DemoSettings, demo
 from fastprune.distributed import Distributed
@@ -332,6 +335,16 @@ def run_demo(values: dict[str, Any], given: set[str]) -> int:
     return 0
 
 
+def run_bench_kernels(values: dict[str, Any], given: set[str]) -> int:
+    """Time the kernels beside their peers."""
+    try:
+        bench_kernels(pick(KernelBenchSettings, values))
+    except BenchmarkError as error:
+        print(f"fastprune: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 # --- shared pieces --------------------------------------------------------------------------------------------------
 
 
@@ -426,7 +439,7 @@ def described(graph: ChannelGraph, seconds: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its settings become flags, ``switches`` are flags without a value."""
+    """One command; its settings become flags."""
 
     run: Callable[[dict[str, Any], set[str]], int]
     settings: tuple[type[Any], ...] = ()
@@ -439,6 +452,9 @@ class Command:
         return str(self.run.__doc__).strip()
 
 
+FAMILIES = {"bench": "Measure how fast things are."}
+"""First words of commands that have two."""
+
 COMMANDS: dict[str, Command] = {
     "train": Command(run_train, (NetworkSettings, TrainConfig), resumes=True),
     "methods": Command(run_methods),
@@ -446,6 +462,7 @@ COMMANDS: dict[str, Command] = {
     "prune": Command(run_prune, (PruneSettings,), takes_method=True, resumes=True),
     "finetune": Command(run_finetune, (FinetuneSettings, FinetuneConfig), resumes=True),
     "evaluate": Command(run_evaluate, (EvaluateSettings,)),
+    "bench kernels": Command(run_bench_kernels, (KernelBenchSettings,)),
     "doctor": Command(run_doctor),
     "demo": Command(run_demo, (DemoSettings,)),
 }

@@ -14,9 +14,9 @@ from fastprune.methods.options import convert
 LARGEST_SEED = 2**63 - 1  # what torch's generators take
 
 
-def setting(default: Any, text: str) -> Any:
-    """A field that becomes a flag."""
-    return field(default=default, metadata={"help": text})
+def setting(default: Any, text: str, **flag: Any) -> Any:
+    """A field that becomes a flag; ``flag`` are what argparse is told of one that is no ``--name VALUE``."""
+    return field(default=default, metadata={"help": text, "flag": flag})
 
 
 def check_seed(seed: int) -> None:

@@ -39,6 +39,7 @@ def test_build_info():
     assert info["cpp_standard"] >= 202002
     assert info["openmp"] >= 201511
     assert (info["cuda"] is None) == (info["cuda_architectures"] == [])
+    assert info["sanitizers"] == []
     if info["cuda"] is None:
         assert not _C.cuda_available()
     assert _C.cuda_available() == (_C.cuda_device_count() > 0)

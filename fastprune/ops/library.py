@@ -26,3 +26,18 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     LIBRARY.impl(name, kernel, "CPU")
     LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"fastprune::{name}", fake, lib=LIBRARY)
+
+
+def refuse_transforms(name: str) -> None:
+    """Say what to do under vmap, torch.func.grad and their like, where torch would tell the user to change our code.
+
+    The form of autograd.Function that they need costs 12 us more a call.
+
+    Raises:
+        RuntimeError: Inside such a transform.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name}: got a call under a transform of torch.func (vmap, grad, jvp, ...), needs plain autograd: "
+            "torch.autograd.grad or backward(), and one call for each sample"
+        )

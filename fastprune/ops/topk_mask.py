@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastprune import _C
-from fastprune.ops.library import register
+from fastprune.ops.library import refuse_transforms, register
 
 
 def _kernel(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | None) -> Tensor:
@@ -55,7 +55,7 @@ def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | No
     on the CPU and on CUDA.
 
     The gradient is straight-through: ``scores`` receives the gradient of the mask unchanged; ``keep``, ``offsets`` and
-    ``window`` receive none.
+    ``window`` receive none. Gradients of gradients follow; transforms of ``torch.func`` are refused.
 
     Args:
         scores: Importance of every unit, ``[U]``, float32 or float64 (float16 and bfloat16 are computed in float32).
@@ -74,6 +74,7 @@ def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | No
         ValueError: Shapes or devices that do not fit; on the CPU also NaN scores, ``keep`` outside of [0, 1], a
             negative ``window`` and malformed ``offsets``. On CUDA values cannot be refused without waiting for the
             device: there a group with such a value gets a mask of NaN, and malformed ``offsets`` give NaN everywhere.
+        RuntimeError: Under ``torch.func`` (``vmap``, ``grad`` and their like).
 
     Source: DDNP (Gao et al., ECCV 2022), eq. 7, mirrored as in its Fig. 2, with half-integer ranks so that the mask
     sums to :math:`Ck`.
@@ -92,5 +93,9 @@ def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | No
         # Exact and order-preserving, so that ranks stay what they are; one rounding at the end.
         wide_window = None if window is None else window.float()
         return topk_mask(scores.float(), keep.float(), offsets, wide_window).to(scores.dtype)
+    refuse_transforms("topk_mask")
+    # They receive no gradient, so they must not make the mask ask for one: backward() would run and do nothing.
+    keep = keep.detach() if keep.requires_grad else keep
+    window = window.detach() if window is not None and window.requires_grad else window
     mask: Tensor = _TopkMask.apply(scores, keep, offsets, window)
     return mask

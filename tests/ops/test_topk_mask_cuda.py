@@ -20,12 +20,16 @@ def test_one_launch_for_all_groups(make_topk_case):
 
 
 def test_no_synchronisation(make_topk_case):
-    case = make_topk_case([64, 2048], seed=1).to("cuda")
+    case = make_topk_case([64, 2048], seed=1)
+    args = case.to("cuda").args
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.topk_mask(*case.args)
+        mask = ops.topk_mask(*args)
+        with pytest.raises(RuntimeError, match="synchroniz"):  # or else the mode would prove nothing
+            mask.sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(mask.cpu(), ops.topk_mask(*case.args))
 
 
 def test_graph_capture(make_topk_case):

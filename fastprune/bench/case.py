@@ -1,0 +1,124 @@
+"""One workload of a benchmark and the ways to compute it, which have to agree before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+OURS = "fastprune"
+"""The variant that the others are compared with."""
+
+
+class BenchmarkError(RuntimeError):
+    """A benchmark that would show nothing: variants that compute different things, or one that fails."""
+
+
+class Compiled:
+    """A function under ``torch.compile``, the peer that may fail: a benchmark then says so and goes on.
+
+    On the CPU in the default mode, on CUDA with max-autotune. Sizes are constants (``dynamic=False``), as for our
+    kernels' peers they always are.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        mode = "max-autotune" if device.type == "cuda" else "default"
+        self.function = torch.compile(function, mode=mode, dynamic=False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the compiled function."""
+        return self.function(*arguments)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a benchmark.
+
+    Args:
+        name: what the row is called.
+        draw: makes the inputs of one call, as a tuple. Whatever it makes is not charged to anybody.
+        variants: functions of these inputs, by name; one is "fastprune". The first is what the others have to agree
+            with. Each returns a tensor or a tuple of tensors: everything that the operator is for (gradients, say).
+        bytes: the least that has to be read and written for the result.
+        flops: the least floating-point operations, two for each multiply-accumulate.
+        precision: of the arithmetic: float32, tf32, bfloat16, float16 or float64.
+        shape: the workload, for programs.
+        units: channels in all; a table then says nanoseconds for each.
+        rtol: how far variants may differ, relative to the first one's result.
+        atol: how far they may differ on top of that.
+        fresh: draw anew for each call. Needed where a variant changes its inputs, or its speed depends on their
+            values (branches that a CPU learns). Otherwise calls take turns through inputs that together are larger
+            than the cache.
+        cold: write over the cache before each call.
+        clock: "wall", from the call until the result is there; "events", on CUDA the device's own time.
+        rounds: how many at most.
+        seconds: after these no further round begins, once there are five.
+    """
+
+    name: str
+    draw: Callable[[], tuple[Any, ...]]
+    variants: Mapping[str, Callable[..., Any]]
+    bytes: float
+    flops: float = 0.0
+    precision: str = "float32"
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    units: int | None = None
+    rtol: float = 1e-4
+    atol: float = 1e-5
+    fresh: bool = True
+    cold: bool = False
+    clock: Literal["wall", "events"] = "wall"
+    rounds: int = 200
+    seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if OURS not in self.variants or len(self.variants) < 2:
+            raise ValueError(f"{self.name}: got variants {list(self.variants)}, needs {OURS!r} and one to compare with")
+        if not (self.bytes > 0 or self.flops > 0):
+            raise ValueError(f"{self.name}: got no bytes and no flops, needs the least work of the result")
+
+
+def check_agreement(case: Case) -> dict[str, str]:
+    """Call every variant once on the same inputs and compare what they return.
+
+    This also compiles what is to be compiled, so that no compilation is timed.
+
+    Returns:
+        Why a compiled variant cannot be timed, by name; mostly empty.
+
+    Raises:
+        BenchmarkError: where a variant fails, or computes something else than the first.
+    """
+    failures: dict[str, str] = {}
+    inputs = case.draw()
+    expected = None
+    for name, variant in case.variants.items():
+        try:
+            result = variant(*(copied(value) for value in inputs))
+        except Exception as error:  # of every kind: torch.compile has its own, and its compilers' have theirs
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if not isinstance(variant, Compiled):
+                raise BenchmarkError(f"{case.name}: {name} fails: {reason}") from error
+            failures[name] = reason
+            continue
+        if expected is None:
+            expected = copied(result)  # a CUDA graph's result is overwritten by its next run
+        try:
+            torch.testing.assert_close(result, expected, rtol=case.rtol, atol=case.atol)
+        except AssertionError as error:
+            first = next(iter(case.variants))
+            difference = " ".join(str(error).split())[:300]
+            raise BenchmarkError(f"{case.name}: {name} computes something else than {first}: {difference}") from error
+    return failures
+
+
+def copied(value: Any) -> Any:
+    """A tensor's copy, with its strides and whether it takes a gradient; of a tuple or list, its elements' copies."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, (tuple, list)):
+        return type(value)(copied(element) for element in value)
+    return value

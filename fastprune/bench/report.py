@@ -1,0 +1,141 @@
+"""What a benchmark found: tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastprune import _C
+from fastprune.bench.case import OURS
+from fastprune.bench.ceilings import Ceilings
+
+WIDEST = 1000  # characters: a narrow terminal breaks lines, which is better than digits that are not shown
+
+
+def document(results: Mapping[str, Mapping[str, Any]], ceilings: Ceilings, *, quick: bool) -> dict[str, Any]:
+    """Everything that is needed to read the numbers later, and the numbers by kernel."""
+    return {
+        "device": ceilings.device.type,
+        "machine": machine(ceilings.device),
+        "threads": torch.get_num_threads(),
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "fastprune": version("fastprune"),
+        "build": _C.build_info(),
+        "quick": quick,
+        "ceilings": ceilings.describe(),
+        "kernels": dict(results),
+    }
+
+
+def machine(device: torch.device) -> str:
+    """The name of the processor or of the GPU."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def geometric_means(cases: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """By peer: the geometric mean of its ratios, and over how many cases."""
+    ratios: dict[str, list[float]] = {}
+    for case in cases:
+        for name, found in case["ratios"].items():
+            ratios.setdefault(name, []).append(found["ratio"])
+    return {
+        name: {"ratio": math.exp(math.fsum(map(math.log, values)) / len(values)), "cases": len(values)}
+        for name, values in ratios.items()
+    }
+
+
+def show(name: str, document: Mapping[str, Any]) -> None:
+    """Print one kernel's table, what it was made on, and what is missing from it."""
+    console = Console(markup=False, highlight=False, width=WIDEST)
+    kernel = document["kernels"][name]
+    console.print(heading(name, document), soft_wrap=True)
+    if kernel["cases"]:
+        console.print(table(kernel))
+    for case in kernel["cases"]:
+        for variant, reason in case["failures"].items():
+            console.print(f"{case['name']}: {variant} fails: {reason}", soft_wrap=True)
+    for text in kernel["left_out"]:
+        console.print(f"left out: {text}", soft_wrap=True)
+
+
+def heading(name: str, document: Mapping[str, Any]) -> str:
+    """What the numbers were made on, and the ceilings that they are compared with."""
+    ceilings = document["ceilings"]
+    threads = f", {document['threads']} thread(s)" if document["device"] == "cpu" else ""
+    rates = [f"{rate / 1e9:,.0f} GFLOP/s {kind}" for kind, rate in ceilings["matmul_flops_per_second"].items()]
+    measured = [f"copy {ceilings['copy_bytes_per_second'] / 1e9:,.1f} GB/s", *rates]
+    measured.append(f"call {ceilings['call_seconds'] * 1e6:.1f} µs")
+    lines = [
+        f"{name} on {document['machine']}{threads}, torch {document['torch']}, fastprune {document['fastprune']}",
+        f"ceilings: {', '.join(measured)}",
+    ]
+    if document["quick"]:
+        lines.append("quick: the numbers mean little")
+    return "\n".join(lines)
+
+
+def table(kernel: Mapping[str, Any]) -> Table:
+    """Medians, below them how many times ours each peer takes (with quartiles), and our share of the roofline."""
+    cases = kernel["cases"]
+    names = list(dict.fromkeys(name for case in cases for name in (*case["variants"], *case["failures"])))
+    names.sort(key=lambda name: name == OURS)  # ours last, the peers as they come
+    with_units = any(case["units"] for case in cases)
+    result = Table(box=box.SIMPLE_HEAD)
+    result.add_column("case", no_wrap=True)
+    for heading in (*names, *["ns/unit"] * with_units, "of roofline"):
+        result.add_column(Text(heading), justify="right", no_wrap=True)
+    for case in cases:
+        ours = case["variants"][OURS]
+        units = f"{ours['median_seconds'] / case['units'] * 1e9:.1f}" if case["units"] else ""
+        share = f"{100 * ours['share_of_roofline']:.1f} %"
+        result.add_row(Text(case["name"]), *(cell(case, name) for name in names), *[units] * with_units, share)
+    result.add_section()
+    means = kernel["geometric_means"]
+    texts = [f"{times(means[name]['ratio'])}x of {means[name]['cases']}" if name in means else "" for name in names]
+    result.add_row("geometric mean", *texts, *[""] * with_units, "")
+    return result
+
+
+def cell(case: Mapping[str, Any], name: str) -> str:
+    """One variant's time in one case."""
+    if name in case["failures"]:
+        return "fails"
+    if name not in case["variants"]:
+        return ""
+    median = microseconds(case["variants"][name]["median_seconds"])
+    if name not in case["ratios"]:
+        return median
+    found = case["ratios"][name]
+    return f"{median}\n{times(found['ratio'])}x ({'–'.join(map(times, found['quartiles']))})"
+
+
+def times(ratio: float) -> str:
+    """A ratio with three digits."""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}"
+
+
+def microseconds(seconds: float) -> str:
+    """A time with three digits or more."""
+    value = seconds * 1e6
+    return f"{value:,.0f} µs" if value >= 100 else f"{value:.1f} µs"

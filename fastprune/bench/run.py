@@ -1,0 +1,166 @@
+"""Benchmarks from their cases to tables and a JSON document."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprune import atomic
+from fastprune.bench import KERNELS, report
+from fastprune.bench.case import OURS, Case, Compiled, check_agreement
+from fastprune.bench.ceilings import Ceilings
+from fastprune.bench.timing import Clock, Timing, interleaved, rotating
+from fastprune.engine import choose_device
+from fastprune.settings import check_seed, setting
+
+QUICK_ROUNDS = 5
+ONLY = f"kernels to time, of {', '.join(KERNELS)}; all without it"
+
+
+@dataclass
+class KernelBenchSettings:
+    """Time the kernels."""
+
+    device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
+    only: tuple[str, ...] = setting((), ONLY, nargs="+")
+    quick: bool = setting(
+        False, "a few rounds of a small case, to see that it runs; the numbers mean little", action="store_true"
+    )
+    seconds: float | None = setting(
+        None, "a case does not begin when its kernel has taken so many; they are then named"
+    )
+    seed: int = setting(0, "of the inputs")
+    json: str | None = setting(None, "file to write the numbers to, too")
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        unknown = sorted(set(self.only) - set(KERNELS))
+        if unknown:
+            raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(KERNELS)}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds {self.seconds}: it must be above 0")
+        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
+            raise ValueError(f"json {self.json!r}: there is no such folder")
+
+
+def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
+    """Time kernels, print a table for each, and write the document where one is asked for.
+
+    Returns:
+        The document, see ``report.document``.
+
+    Raises:
+        ValueError: for a device that is not there.
+        BenchmarkError: where variants of a case do not agree.
+    """
+    device = choose_device(settings.device)
+    torch.manual_seed(settings.seed)
+    ceilings = Ceilings.measured(device, quick=settings.quick)
+    names = settings.only or tuple(KERNELS)
+    results = {}
+    generators = [device] if device.type == "cuda" else []
+    for name in names:
+        with torch.random.fork_rng(devices=generators):  # the same inputs, whichever kernels ran before
+            results[name] = bench_kernel(
+                KERNELS[name](device, quick=settings.quick), ceilings, quick=settings.quick, seconds=settings.seconds
+            )
+        document = report.document(results, ceilings, quick=settings.quick)
+        if settings.json is not None:  # after each kernel: what is measured is not lost where the next one fails
+            atomic.write_text(Path(settings.json), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        report.show(name, document)
+    return document
+
+
+def bench_kernel(
+    cases: Iterable[Case], ceilings: Ceilings, *, quick: bool = False, seconds: float | None = None
+) -> dict[str, Any]:
+    """Time one kernel's cases.
+
+    Args:
+        cases: what to time.
+        ceilings: of the device that the cases are on.
+        quick: a few rounds only.
+        seconds: no case begins after these.
+
+    Returns:
+        ``cases``, ``geometric_means`` of the ratios by peer, and what is ``left_out`` with the reason.
+    """
+    begin = time.perf_counter()
+    measured: list[dict[str, Any]] = []
+    left_out = []
+    try:
+        for case in cases:
+            if seconds is not None and time.perf_counter() - begin > seconds:
+                left_out.append(f"{case.name}: {seconds:g} seconds were over")
+            else:
+                measured.append(bench_case(case, ceilings, quick=quick))
+    except ModuleNotFoundError as error:  # the rest's networks are another package's
+        left_out.append(str(error))
+    return {"cases": measured, "geometric_means": report.geometric_means(measured), "left_out": left_out}
+
+
+def bench_case(case: Case, ceilings: Ceilings, *, quick: bool = False) -> dict[str, Any]:
+    """Check that the variants of a case agree, time them, and say what the times mean."""
+    if any(isinstance(variant, Compiled) for variant in case.variants.values()):
+        # Or else torch.compile would take this case for a new size of the last one and, after eight, stop compiling.
+        torch.compiler.reset()
+    failures = check_agreement(case)
+    variants = {name: variant for name, variant in case.variants.items() if name not in failures}
+    cache = ceilings.cache_bytes
+    timings = interleaved(
+        variants,
+        case.draw if case.fresh else rotating(case.draw, cache),
+        Clock(ceilings.device, events=case.clock == "events", flush=2 * cache if case.cold else 0),
+        rounds=QUICK_ROUNDS if quick else case.rounds,
+        seconds=case.seconds,
+    )
+    return described(case, ceilings, timings, failures)
+
+
+def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failures: dict[str, str]) -> dict[str, Any]:
+    """One case for programs."""
+    least = ceilings.least_seconds(case.bytes, case.flops, case.precision)
+    ours = timings[OURS]
+    return {
+        "name": case.name,
+        "shape": dict(case.shape),
+        "precision": case.precision,
+        "clock": case.clock if ceilings.device.type == "cuda" else "wall",
+        "cache": "cold" if case.cold else "fresh inputs" if case.fresh else "rotating inputs",
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "units": case.units,
+        "roofline_seconds": least,
+        "rounds": len(ours.seconds),
+        "variants": {
+            name: {
+                "median_seconds": timing.median,
+                "quartiles_seconds": timing.quartiles,
+                "share_of_roofline": least / timing.median,
+            }
+            for name, timing in timings.items()
+        },
+        "ratios": {
+            name: {"ratio": timing.median / ours.median, "quartiles": timing.spread_over(ours)}
+            for name, timing in timings.items()
+            if name != OURS
+        },
+        "failures": failures,
+    }
+
+
+def main(kernel: str) -> None:
+    """One kernel's benchmark as a program. Plain argparse: on a bare GPU machine there is little more than torch."""
+    parser = argparse.ArgumentParser(description=f"Time {kernel} beside its peers.")
+    for f in fields(KernelBenchSettings):
+        if f.name != "only":
+            flag = f.metadata["flag"] or {"type": {"seed": int, "seconds": float}.get(f.name, str)}
+            parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **flag)
+    bench_kernels(KernelBenchSettings(only=(kernel,), **vars(parser.parse_args())))

@@ -1,0 +1,157 @@
+"""The command, the program and the document: numbers that hang together."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastprune import _C
+from fastprune.bench import KERNELS, OURS, Case, Compiled, report
+from fastprune.bench.ceilings import Ceilings
+from fastprune.bench.run import bench_case, bench_kernel
+from fastprune.cli import main
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ceilings() -> Ceilings:
+    return Ceilings.measured(CPU, quick=True)
+
+
+def check(kernel: dict[str, Any]) -> None:
+    """What holds for every result."""
+    assert kernel["cases"]
+    for case in kernel["cases"]:
+        medians = {name: found["median_seconds"] for name, found in case["variants"].items()}
+        assert OURS in medians
+        for name, found in case["variants"].items():
+            low, high = found["quartiles_seconds"]
+            assert 0 < low <= medians[name] <= high
+            assert 0 < found["share_of_roofline"] <= 1.5
+            assert math.isclose(found["share_of_roofline"] * medians[name], case["roofline_seconds"])
+        assert set(case["ratios"]) == set(medians) - {OURS}
+        for name, found in case["ratios"].items():
+            assert math.isclose(found["ratio"], medians[name] / medians[OURS])
+            assert 0 < found["quartiles"][0] <= found["quartiles"][1]
+        assert case["rounds"] >= 5
+    for name, mean in kernel["geometric_means"].items():
+        ratios = [case["ratios"][name]["ratio"] for case in kernel["cases"] if name in case["ratios"]]
+        assert mean["cases"] == len(ratios)
+        assert math.isclose(mean["ratio"] ** len(ratios), math.prod(ratios), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_kernel(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "numbers.json"
+    assert main(["bench", "kernels", "--quick", "--device", device, "--json", str(file)]) == 0
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert list(document["kernels"]) == list(KERNELS)
+    for kernel in document["kernels"].values():
+        check(kernel)
+        assert kernel["left_out"] == []
+    assert document["device"] == device
+    assert document["threads"] == torch.get_num_threads()
+    assert document["torch"] == torch.__version__
+    assert document["build"] == _C.build_info()
+    assert document["quick"] is True
+    assert min(document["ceilings"]["matmul_flops_per_second"].values()) > 0
+    out = capsys.readouterr().out
+    for name in KERNELS:
+        assert f"{name} on {document['machine']}" in out
+    assert "geometric mean" in out
+    assert "GFLOP/s float32" in out
+    assert "of roofline" in out
+
+
+def test_only_some(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--quick", "--only", "topk_mask"]) == 0
+    assert capsys.readouterr().out.count("geometric mean") == 1
+
+
+@pytest.mark.parametrize("program", sorted((ROOT / "bench").glob("bench_*.py")), ids=lambda path: path.stem)
+def test_every_program(program: Path, tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--quick", "--seconds", "60", "--json", str(tmp_path / "numbers.json")]
+    # As on a bare GPU machine, where the command line's own dependencies are missing.
+    code = (
+        f"import runpy, sys; sys.modules['jsonargparse'] = None; runpy.run_path({str(program)!r}, run_name='__main__')"
+    )
+    subprocess.run([sys.executable, "-c", code, *options], check=True, capture_output=True)
+    document = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
+    assert list(document["kernels"]) == [program.stem.removeprefix("bench_")]
+
+
+def test_a_variant_that_computes_something_else_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+        yield Case("wrong", lambda: (torch.ones(3),), {"eager": torch.neg, "fastprune": torch.abs}, bytes=24)
+
+    monkeypatch.setitem(KERNELS, "topk_mask", cases)
+    assert main(["bench", "kernels", "--quick", "--only", "topk_mask"]) == 1
+    assert capsys.readouterr().err.startswith("fastprune: error: wrong: fastprune computes something else than eager")
+
+
+def copies(name: str, **options: Any) -> Case:
+    variants = options.pop("variants", {"eager": lambda x: x + 0, "fastprune": lambda x: x.clone()})
+    return Case(name, lambda: (torch.rand(1 << 20),), variants, bytes=8 << 20, rounds=9, **options)
+
+
+def test_a_copy_is_near_the_ceiling(ceilings: Ceilings) -> None:
+    slow = {"eager": lambda x: [x.clone() for _ in range(20)][-1], "fastprune": lambda x: x.clone()}
+    for options in ({}, {"fresh": False}, {"cold": True}):
+        found = bench_case(copies("copy", variants=slow, **options), ceilings)
+        assert found["ratios"]["eager"]["ratio"] > 4  # 20 where nothing disturbs
+        assert 0.001 < found["variants"][OURS]["share_of_roofline"] < 1.5
+
+
+def test_compilation_is_not_timed_and_its_failure_is_told(
+    ceilings: Ceilings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cannot(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("not to be compiled")
+
+    variants = {"eager": lambda x: x + 0, "compiled": Compiled(cannot, CPU), "fastprune": lambda x: x.clone()}
+    kernel = bench_kernel([copies("one", variants=variants), copies("two")], ceilings, quick=True)
+    check(kernel)
+    assert list(kernel["cases"][0]["failures"]) == ["compiled"]
+    report.show("copying", report.document({"copying": kernel}, ceilings, quick=True))
+    out = capsys.readouterr().out
+    assert "fails" in out
+    assert "one: compiled fails:" in out
+    assert "not to be compiled" in out
+
+
+@pytest.mark.slow
+def test_a_compiled_peer_is_timed_without_its_compilation(ceilings: Ceilings) -> None:
+    variants = {"eager": lambda x: x + 0, "compiled": Compiled(lambda x: x + 0, CPU), "fastprune": lambda x: x.clone()}
+    found = bench_case(copies("one", variants=variants), ceilings, quick=True)
+    assert found["failures"] == {}
+    assert found["variants"]["compiled"]["quartiles_seconds"][1] < 0.5  # compiling takes seconds
+
+
+def test_what_does_not_fit_in_the_time_is_named(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel = bench_kernel([copies("one"), copies("two"), copies("three")], ceilings, quick=True, seconds=1e-9)
+    assert kernel["cases"] == []
+    assert kernel["left_out"] == [f"{name}: 1e-09 seconds were over" for name in ("one", "two", "three")]
+    report.show("copying", report.document({"copying": kernel}, ceilings, quick=True))
+    assert "left out: two: 1e-09 seconds were over" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_named(ceilings: Ceilings) -> None:
+    def cases() -> Iterator[Case]:
+        yield copies("one")
+        raise ModuleNotFoundError("ResNet-50 is torchvision's: pip install 'fastprune[vision]'")
+
+    kernel = bench_kernel(cases(), ceilings, quick=True)
+    check(kernel)
+    assert kernel["left_out"] == ["ResNet-50 is torchvision's: pip install 'fastprune[vision]'"]
