@@ -105,19 +105,9 @@ def malformed(choose: random.Random) -> object:
 def fuzz(rounds: int) -> tuple[int, int]:
     """How many calls were refused, and how many computed something."""
     choose = random.Random(0)
-    names = (
-        *good(),
-        "bias",
-        "residual",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "activation",
-        "open_in",
-        "open_out",
-    )
-    refused = 0
+    moves = ("stride", "padding", "dilation", "groups", "activation", "open_in", "open_out")
+    names = (*good(), "bias", "residual", *moves)
+    messages: list[str] = []
     for _ in range(rounds):
         changes = {name: malformed(choose) for name in choose.sample(names, choose.randint(1, 2))}
         try:
