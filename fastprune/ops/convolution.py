@@ -97,7 +97,6 @@ def convolve(
     geometry: Geometry,
     activation: str = "identity",
     residual: Tensor | None = None,
-    packed: Tensor | None = None,
 ) -> Tensor:
     """``act(conv(x, weight) + shift + residual)``, in memory of its own.
 
@@ -108,40 +107,36 @@ def convolve(
         geometry: Stride, padding, dilation, groups.
         activation: One of ``ACTIVATIONS``.
         residual: Shaped like the result.
-        packed: ``weight`` in oneDNN's own layout, from ``pack``.
     """
     if not library_takes(x) or x.numel() == 0 or weight.numel() == 0:
         result = F.conv2d(x, weight, shift, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
         result = result if residual is None else result.add_(residual)
         return _IN_PLACE[activation](result)
     layout = layout_of(x)
-    if packed is None and layout == torch.contiguous_format:
+    if layout == torch.contiguous_format:
         weight = weight.contiguous()  # oneDNN's result is channels_last as soon as one of its inputs is
     name, scalars = _POST_OPS[activation]
     rows = x.shape[0] * x.shape[2] * x.shape[3]
-    matrix_product = layout == torch.channels_last and residual is None and packed is None
+    matrix_product = layout == torch.channels_last and residual is None
     if matrix_product and geometry.is_pointwise(weight) and weight_outweighs(weight, rows):
         matrix = torch.ops.mkldnn._linear_pointwise(
             x.permute(0, 2, 3, 1).reshape(rows, x.shape[1]), weight.reshape(weight.shape[:2]), shift, name, scalars, ""
         )
         return matrix.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
     moves: tuple[Any, ...] = (list(geometry.padding), list(geometry.stride), list(geometry.dilation), geometry.groups)
-    used = weight if packed is None else packed
     if residual is None:
-        result = torch.ops.mkldnn._convolution_pointwise(x, used, shift, *moves, name, scalars, "")
+        result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *moves, name, scalars, "")
     elif x.dtype == torch.float32 and activation in ("identity", "relu"):  # what torch offers of oneDNN's sums
         post = ("relu", [], "") if activation == "relu" else (None, [], None)
         residual = residual.contiguous(memory_format=layout)
-        result = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, used, shift, *moves, "add", 1.0, *post)
+        result = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, shift, *moves, "add", 1.0, *post)
     else:
-        result = torch.ops.mkldnn._convolution_pointwise(x, used, shift, *moves, "none", [], "").add_(residual)
+        result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *moves, "none", [], "").add_(residual)
         result = _IN_PLACE[activation](result)
     return result.contiguous(memory_format=layout)  # type: ignore[no-any-return]
 
 
-def input_gradient(
-    dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, geometry: Geometry, packed: Tensor | None = None
-) -> Tensor:
+def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of ``conv(x, weight)`` with respect to x.
 
     Args:
@@ -149,12 +144,9 @@ def input_gradient(
         x_size: ``[N, C, H, W]``.
         weight: ``[K, C / groups, R, S]``.
         geometry: Stride, padding, dilation, groups.
-        packed: ``transposed_weight`` in oneDNN's own layout, from ``pack``.
     """
     transposed = geometry.transposed(weight)
     if transposed is not None and library_takes(dz) and dz.numel() > 0 and weight.numel() > 0:
-        if packed is not None:
-            return convolve(dz, weight, None, transposed, packed=packed)
         rows = dz.shape[0] * dz.shape[2] * dz.shape[3]
         if geometry.is_pointwise(weight) or not weight_outweighs(weight, rows):
             return convolve(dz, transposed_weight(weight, geometry.groups), None, transposed)
@@ -177,7 +169,7 @@ def input_gradient(
         (0, 0),
         geometry.groups,
         (True, False, False),
-    )[0]  # type: ignore[no-any-return]
+    )[0]
 
 
 def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -194,11 +186,4 @@ def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -
         (0, 0),
         geometry.groups,
         (False, True, False),
-    )[1]  # type: ignore[no-any-return]
-
-
-def pack(weight: Tensor, geometry: Geometry, x_size: torch.Size | list[int]) -> Tensor:
-    """``weight`` in the layout that oneDNN wants for inputs of ``x_size``: bringing it there costs a pass over it."""
-    return torch.ops.mkldnn._reorder_convolution_weight(  # type: ignore[no-any-return]
-        weight, list(geometry.padding), list(geometry.stride), list(geometry.dilation), geometry.groups, list(x_size)
-    )
+    )[1]

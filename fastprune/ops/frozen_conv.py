@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastprune.ops import packed_conv
 from fastprune.ops.conv_arguments import (
     check_activation,
     check_images,
@@ -22,10 +23,15 @@ from fastprune.ops.conv_arguments import (
     geometry_of,
     vector,
 )
-from fastprune.ops.convolution import convolve, layout_of, library_takes, pack, transposed_weight
-from fastprune.ops.masked_act import masked_act, masked_act_backward
-from fastprune.ops.masked_conv_bn_act import DIFFERENTIABLE_BY_VALUE, BatchNorm, closed_mask_gradient
-from fastprune.ops.open_channels import convolve_open, fold, input_gradient_of_open, open_outputs, widened
+from fastprune.ops.convolution import layout_of
+from fastprune.ops.masked_act import masked_act_backward
+from fastprune.ops.masked_conv_bn_act import (
+    BatchNorm,
+    closed_mask_gradient,
+    forward_for_training,
+)
+from fastprune.ops.open_channels import fold, input_gradient_of_open, open_outputs, widened
+from fastprune.ops.packed_conv import PackedWeight
 
 
 class FrozenConv:
@@ -62,7 +68,8 @@ class FrozenConv:
         with torch.no_grad():
             scale, self.shift = frozen_affine(bn, bias, eps, weight.shape[0], weight)
             self.weight = fold(weight, scale).clone(memory_format=torch.channels_last)
-        self._packed: dict[tuple[int, ...], Tensor] = {}
+        self._packed: PackedWeight | None = None
+        self._packed_transposed: PackedWeight | None = None
 
     def __call__(
         self,
@@ -107,24 +114,22 @@ class FrozenConv:
         y: Tensor = _FrozenConv.apply(x, mask, residual, input_mask, self, open_in, open_out, deferred)
         return y
 
-    def packed(self, x: Tensor) -> Tensor | None:
-        """The weight in the layout that the library wants for x, if it wants one."""
-        if not library_takes(x) or x.numel() == 0:
+    def packed(self, x: Tensor) -> PackedWeight | None:
+        """The weight packed for our kernel, if it is what computes x."""
+        if not packed_conv.computes(x, self.weight, self.geometry):
             return None
-        key = (0, *x.shape)
-        if key not in self._packed:
-            self._packed[key] = pack(self.weight, self.geometry, x.shape)
-        return self._packed[key]
+        if self._packed is None:
+            self._packed = packed_conv.pack(self.weight, self.geometry)
+        return self._packed
 
-    def packed_transposed(self, dz: Tensor) -> Tensor | None:
+    def packed_transposed(self, dz: Tensor) -> PackedWeight | None:
         """The same for the gradient of x."""
         transposed = self.geometry.transposed(self.weight)
-        if transposed is None or not library_takes(dz) or dz.numel() == 0:
+        if transposed is None or not packed_conv.computes(dz, self.weight, transposed):
             return None
-        key = (1, *dz.shape)
-        if key not in self._packed:
-            self._packed[key] = pack(transposed_weight(self.weight, self.geometry.groups), transposed, dz.shape)
-        return self._packed[key]
+        if self._packed_transposed is None:
+            self._packed_transposed = packed_conv.pack(self.weight, transposed, transposed=True)
+        return self._packed_transposed
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -140,29 +145,20 @@ class _FrozenConv(torch.autograd.Function):
         open_out: int,
         deferred: bool,
     ) -> Tensor:
-        weight, shift, geometry = conv.weight, conv.shift, conv.geometry
-        outputs = weight.shape[0]
+        trains = any(ctx.needs_input_grad)
+        packed = conv.packed(x)
+        weight = conv.weight
         if input_mask is not None:
             weight = (weight * input_mask.view(-1, 1, 1)).to(weight.dtype)
-        if not any(ctx.needs_input_grad):
-            mask = None if deferred else mask
-            y = open_outputs(x, weight, None, shift, mask, residual, geometry, conv.activation, open_in, open_out)
-            return y if deferred else widened(y, outputs)
-        by_value = conv.activation in DIFFERENTIABLE_BY_VALUE
-        before = conv.activation if by_value else "identity"
-        if open_in == weight.shape[1] * geometry.groups and input_mask is None and layout_of(x) == torch.channels_last:
-            flat_shift = None if shift is None else shift.to(x.dtype)
-            saved = convolve(x, weight, flat_shift, geometry, before, residual, conv.packed(x))
-        else:
-            saved = convolve_open(x, weight, None, shift, residual, geometry, before, open_in, outputs)
-        ctx.save_for_backward(mask, saved)
-        ctx.conv, ctx.x_size, ctx.open_out = conv, list(x.shape), open_out
-        if by_value and (deferred or mask is None):
-            return saved
-        kept = None if deferred else mask
-        if kept is not None and open_out < outputs:
-            kept = torch.nn.functional.pad(kept[:open_out], (0, outputs - open_out))
-        return masked_act(saved, mask=kept, activation="identity" if by_value else conv.activation)[0]
+            packed = None if packed is None else packed_conv.pack(weight, conv.geometry)
+        arguments = (x, weight, None, conv.shift, None if deferred else mask, residual, conv.geometry, conv.activation)
+        if trains:
+            y, saved = forward_for_training(*arguments, open_in, open_out, packed)
+            ctx.save_for_backward(mask, y if saved is None else saved)
+            ctx.conv, ctx.x_size, ctx.open_out = conv, list(x.shape), open_out
+            return y
+        y = open_outputs(*arguments, open_in, open_out, packed)
+        return y[:, :open_out] if deferred else widened(y, conv.weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -184,8 +180,7 @@ class _FrozenConv(torch.autograd.Function):
             dmask = torch.cat([dmask, closed_mask_gradient(dy, saved, conv.activation, open_out)])
         dx = residual = None
         if for_x and dz is not None:
-            packed = conv.packed_transposed(dz) if open_out == outputs else None
-            dx = input_gradient_of_open(dz, ctx.x_size, conv.weight, conv.geometry, packed)
+            dx = input_gradient_of_open(dz, ctx.x_size, conv.weight, conv.geometry, conv.packed_transposed(dz))
         if for_residual and dz is not None:
             residual = widened(dz, outputs)
         return dx, dmask, residual, None, None, None, None, None

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fastprune.ops import packed_conv
 from fastprune.ops.conv_arguments import (
     check_activation,
     check_images,
@@ -27,9 +28,11 @@ from fastprune.ops.open_channels import (
     fold,
     input_gradient_of_open,
     open_outputs,
+    packed_once,
     weight_gradient_of_open,
     widened,
 )
+from fastprune.ops.packed_conv import PackedWeight
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 
@@ -192,16 +195,42 @@ def _forward(
     geometry = geometry_of(stride, padding, dilation, groups)
     outputs, nothing = weight.shape[0], x.new_empty(0)
     if not trains:
-        y = open_outputs(x, weight, scale, shift, mask, residual, geometry, activation, open_in, open_out)
+        packed = packed_once(x, weight, scale, geometry)
+        y = open_outputs(x, weight, scale, shift, mask, residual, geometry, activation, open_in, open_out, packed)
         return widened(y, outputs), nothing
-    saves_value = activation in DIFFERENTIABLE_BY_VALUE
-    before = activation if saves_value else "identity"
-    saved = convolve_open(x, weight, scale, shift, residual, geometry, before, open_in, outputs)
-    if mask is None and saves_value:
-        return saved, nothing
+    y, saved = forward_for_training(x, weight, scale, shift, mask, residual, geometry, activation, open_in, open_out)
+    return y, nothing if saved is None else saved
+
+
+def forward_for_training(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    activation: str,
+    open_in: int,
+    open_out: int,
+    packed: PackedWeight | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and what the backward pass needs where that is not y itself."""
+    outputs, by_value = weight.shape[0], activation in DIFFERENTIABLE_BY_VALUE
     if mask is not None and open_out < outputs:
         mask = F.pad(mask[:open_out], (0, outputs - open_out))
-    return masked_act(saved, mask=mask, activation="identity" if saves_value else activation)[0], saved
+    packed = packed_once(x, weight, scale, geometry) if packed is None else packed
+    if packed is not None and open_in > 0 and by_value:
+        channels = x[:, :open_in]
+        return packed_conv.convolve(
+            channels, packed, outputs, shift=shift, mask=mask, residual=residual, activation=activation,
+            saves=mask is not None,
+        )  # fmt: skip
+    before = activation if by_value else "identity"
+    saved = convolve_open(x, weight, scale, shift, residual, geometry, before, open_in, outputs, packed)
+    if mask is None and by_value:
+        return saved, None
+    return masked_act(saved, mask=mask, activation="identity" if by_value else activation)[0], saved
 
 
 def _backward(
@@ -242,8 +271,8 @@ def _backward(
         gradients[0] = input_gradient_of_open(dz, x_size, weight if into_dz else fold(weight, scale), geometry)
     if (for_weight or for_scale) and x is not None and dz is not None:
         if for_scale:  # a sum over the whole kernel, in which the roundings of half precision would pile up
-            wide = (tensor.to(vector_dtype(x)) for tensor in (dz, x, weight))
-            per_weight = weight_gradient_of_open(*wide, geometry, open_in)
+            wide_dz, wide_x, wide_weight = (tensor.to(vector_dtype(x)) for tensor in (dz, x, weight))
+            per_weight = weight_gradient_of_open(wide_dz, wide_x, wide_weight, geometry, open_in)
             gradients[2] = (per_weight * weight).sum((1, 2, 3))
         else:
             per_weight = weight_gradient_of_open(dz, x, weight, geometry, open_in)

@@ -11,8 +11,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastprune.ops.convolution import Geometry, convolve, input_gradient, layout_of, weight_gradient
+from fastprune.ops.convolution import (
+    Geometry,
+    convolve,
+    input_gradient,
+    layout_of,
+    weight_gradient,
+    weight_outweighs,
+)
 from fastprune.ops.masked_act import masked_act
+from fastprune.ops.packed_conv import BOUNDS, PackedWeight, computes, pack
+from fastprune.ops.packed_conv import convolve as packed_convolve
 
 
 def convolve_open(
@@ -25,11 +34,16 @@ def convolve_open(
     activation: str,
     open_in: int,
     rows: int,
+    packed: PackedWeight | None = None,
 ) -> Tensor:
     """The first ``rows`` channels of ``act(scale * conv(x, weight) + shift + residual)``.
 
-    Of x only the first ``open_in`` channels are read; vectors and residual may be longer than ``rows``.
+    Of x only the first ``open_in`` channels are read; vectors and residual may be longer than ``rows``. With the weight
+    packed (its scale included) the result has all channels, zeros behind ``rows``.
     """
+    if packed is not None and open_in > 0 and activation in BOUNDS:
+        x = x[:, :open_in]
+        return packed_convolve(x, packed, rows, shift=shift, residual=residual, activation=activation)[0]
     size = geometry.output_size(x, weight)
     x, weight, geometry, computed = open_part(x, weight, geometry, open_in, rows)
     weight = fold(weight, None if scale is None else scale[: weight.shape[0]])
@@ -57,14 +71,32 @@ def open_outputs(
     activation: str,
     open_in: int,
     open_out: int,
+    packed: PackedWeight | None = None,
 ) -> Tensor:
-    """The first ``open_out`` channels of ``mask * act(scale * conv(x, weight) + shift + residual)``."""
-    if mask is not None and residual is None and folds(mask, activation):
+    """The first ``open_out`` channels of ``mask * act(scale * conv(x, weight) + shift + residual)``.
+
+    There may be more, which are 0.
+    """
+    if packed is not None and open_in > 0 and activation in BOUNDS:
+        x = x[:, :open_in]
+        return packed_convolve(x, packed, open_out, shift=shift, mask=mask, residual=residual, activation=activation)[0]
+    if mask is not None and residual is None and packed is None and folds(mask, activation):
         scale = mask if scale is None else scale * mask
         shift = None if shift is None else shift * mask
         mask = None
+    if packed is not None and activation not in BOUNDS:
+        z = convolve_open(x, weight, scale, shift, residual, geometry, "identity", open_in, open_out, packed)
+        return masked_act(z[:, :open_out], mask=None if mask is None else mask[:open_out], activation=activation)[0]
     r = convolve_open(x, weight, scale, shift, residual, geometry, activation, open_in, open_out)
     return r if mask is None else masked_act(r, mask=mask[:open_out], activation="identity")[0]
+
+
+def packed_once(x: Tensor, weight: Tensor, scale: Tensor | None, geometry: Geometry) -> PackedWeight | None:
+    """The weight packed for a single call, where our kernel computes it and packing is not what takes the time."""
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    if not computes(x, weight, geometry) or weight_outweighs(weight, rows):
+        return None
+    return pack(weight, geometry, scale=scale)
 
 
 def folds(mask: Tensor, activation: str) -> bool:
@@ -79,12 +111,19 @@ def folds(mask: Tensor, activation: str) -> bool:
 
 
 def input_gradient_of_open(
-    dz: Tensor, x_size: list[int], weight: Tensor, geometry: Geometry, packed: Tensor | None = None
+    dz: Tensor, x_size: list[int], weight: Tensor, geometry: Geometry, packed: PackedWeight | None = None
 ) -> Tensor:
     """The gradient of ``conv(x, weight)`` for all of x; that of the outputs behind ``dz`` ``[N, open, P, Q]`` is 0."""
     outputs, groups = weight.shape[0], geometry.groups
+    transposed = geometry.transposed(weight)
+    pixels = dz.shape[0] * dz.shape[2] * dz.shape[3]
+    once = packed is None and transposed is not None and not weight_outweighs(weight, pixels)
+    if once and transposed is not None and computes(dz, weight, transposed):
+        packed = pack(weight, transposed, transposed=True)
+    if packed is not None and dz.shape[1] > 0:
+        return packed_convolve(dz, packed, x_size[1])[0]
     if dz.shape[1] == outputs:
-        return input_gradient(dz, x_size, weight, geometry, packed)
+        return input_gradient(dz, x_size, weight, geometry)
     if dz.shape[1] == 0:
         return widened(dz.new_empty([x_size[0], 0, *x_size[2:]]).contiguous(memory_format=layout_of(dz)), x_size[1])
     if groups == 1:

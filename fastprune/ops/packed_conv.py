@@ -1,0 +1,121 @@
+"""Our own convolution on the CPU: float32, channels_last, weights packed for it.
+
+It beats the library where it saves work: 3x3 kernels by Winograd's F(2x2, 3x3), open channels as prefixes that are
+read and written in place, the mask and both results in one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastprune import _C
+from fastprune.ops.convolution import Geometry, layout_of
+
+INSTRUCTIONS = next(iter(_C.masked_conv_instructions()), None)
+"""What the kernels use on this processor; None where they are not written for it."""
+
+BOUNDS = {"identity": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+"""Activations that only bound their argument."""
+
+WINOGRAD_CHANNELS = 16
+"""With fewer, transforming costs more than multiplying saves (measured on AVX-512: 3 channels 1.7x slower, 16 1.15x
+faster, 64 to 512 1.5x to 1.8x faster)."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight ``[K, C, R, S]`` in the order that the kernel reads it."""
+
+    data: Tensor
+    size: tuple[int, ...]
+    geometry: Geometry
+    algorithm: str
+    instructions: str
+
+
+def computes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether this convolution is one of ours."""
+    return (
+        INSTRUCTIONS is not None
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and layout_of(x) == torch.channels_last
+        and x.numel() > 0
+        and geometry.groups == 1
+        and all(geometry.padding[d] <= geometry.dilation[d] * (weight.shape[2 + d] - 1) for d in (0, 1))
+    )
+
+
+def pack(
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    scale: Tensor | None = None,
+    transposed: bool = False,
+    algorithm: str | None = None,
+    instructions: str | None = INSTRUCTIONS,
+) -> PackedWeight:
+    """Pack ``scale * weight``; ``transposed``: the weight of ``Geometry.transposed``, whose geometry is then given."""
+    outputs, inputs, *kernel = weight.shape
+    size = (inputs, outputs, *kernel) if transposed else (outputs, inputs, *kernel)
+    if algorithm is None:
+        square = (geometry.stride, geometry.dilation, tuple(kernel)) == ((1, 1), (1, 1), (3, 3))
+        algorithm = "winograd" if square and min(outputs, inputs) >= WINOGRAD_CHANNELS else "direct"
+    if instructions is None:
+        raise ValueError("instructions: got None, needs those of a processor that the kernels are written for")
+    data = weight.new_empty(_C.packed_conv_size(algorithm, instructions, size))
+    _C.pack_masked_conv(algorithm, instructions, weight, scale, transposed, data, torch.get_num_threads())
+    return PackedWeight(data, size, geometry, algorithm, instructions)
+
+
+def convolve(
+    x: Tensor,
+    packed: PackedWeight,
+    rows: int,
+    *,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    saves: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``mask * act(conv(x) + shift + residual)`` and, if ``saves``, the same without the mask.
+
+    Args:
+        x: ``[N, c, H, W]`` with the first ``c`` channels of those that the weight has, a view of a wider tensor or not.
+        packed: The weight ``[K, C, R, S]``.
+        rows: How many outputs are computed; the results are ``[N, K, P, Q]`` with zeros behind these.
+        shift: At least ``[rows]``, like the mask.
+        mask: Of the outputs.
+        residual: Added before the activation.
+        activation: One of ``BOUNDS``.
+        saves: Whether the second result is wanted.
+    """
+    lowest, highest = BOUNDS[activation]
+    size = packed.geometry.output_size(x, torch.empty(packed.size, device="meta"))
+    results = [empty_channels_last(size) for _ in range(1 + saves)]
+    for result in results:
+        result[:, rows:] = 0
+    if rows > 0:
+        views = [result[:, :rows] for result in results]
+        shift, mask = (None if vector is None else vector[:rows].contiguous() for vector in (shift, mask))
+        moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
+        kernel = (packed.algorithm, packed.instructions)
+        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)[:, :rows]
+        y, saved = views[0], views[1] if saves else None
+        _C.masked_conv(
+            *kernel, x, packed.data, packed.size, *moves, shift, mask, residual, lowest, highest, y, saved,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return results[0], results[1] if saves else None
+
+
+def empty_channels_last(size: list[int]) -> Tensor:
+    """Uninitialised memory ``[N, C, H, W]``, channels next to each other also where one of the sizes is 1."""
+    batch, channels, height, width = size
+    strides = (channels * height * width, 1, channels * width, channels)
+    return torch.empty_strided((batch, channels, height, width), strides, dtype=torch.float32)
