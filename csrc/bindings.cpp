@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 
+#include "bindings/group_prox.h"
 #include "bindings/topk_mask.h"
 #include "build.h"
 #include "cuda/runtime.h"
@@ -54,5 +55,6 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "cuda_available", [] { return cuda_device_count() > 0; },
         "Whether this build has CUDA kernels and a device for them.");
+    bind_group_prox(module);
     bind_topk_mask(module);
 }

@@ -61,6 +61,12 @@ std::string describe(dlpack::Device device) {
 }  // namespace
 
 DType tensor(const Argument& argument, std::initializer_list<DType> allowed) {
+    const DType dtype = strided_tensor(argument, allowed);
+    if (!argument.tensor.contiguous()) raise_value(argument.name, "a strided view", "contiguous memory");
+    return dtype;
+}
+
+DType strided_tensor(const Argument& argument, std::initializer_list<DType> allowed) {
     const auto& [name, tensor] = argument;
     if (!tensor.problem().empty()) raise_type(name, tensor.problem(), "a tensor or array with memory (DLPack)");
     if (!tensor.on_cpu() && !tensor.on_cuda())
@@ -71,7 +77,6 @@ DType tensor(const Argument& argument, std::initializer_list<DType> allowed) {
             names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
             continue;
         }
-        if (!tensor.contiguous()) raise_value(name, "a strided view", "contiguous memory");
         if (reinterpret_cast<uintptr_t>(tensor.data()) % (tensor.dtype().bits / 8) != 0) {
             raise_value(name, "unaligned memory", "elements at multiples of their size");
         }

@@ -25,6 +25,9 @@ namespace check {
 /// It lends its memory, on the CPU or on CUDA, contiguous and aligned. Returns its dtype, one of `allowed`.
 DType tensor(const Argument& argument, std::initializer_list<DType> allowed);
 
+/// The same for a tensor of any strides.
+DType strided_tensor(const Argument& argument, std::initializer_list<DType> allowed);
+
 /// A tensor as above with one dimension of `length` elements; `meaning` says where the length comes from.
 void vector(const Argument& argument, DType dtype, int64_t length, const char* meaning);
 
