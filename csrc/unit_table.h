@@ -29,8 +29,9 @@ class UnitTable {
     /// One access at a time: calls share the scratch memory.
     std::mutex& mutex() { return mutex_; }
 
-    /// Borrows every tensor again and raises unless it still lies where it lay. Returns the first one.
-    Tensor check_tensors() const;
+    /// Raises unless every tensor still lies where it lay.
+    void check_tensors() const;
+    Tensor first_tensor() const { return Tensor::borrow(slices_[0].object); }
     /// Raises if `argument` overlaps one of the tensors.
     void check_disjoint(const Argument& argument) const;
 
@@ -51,10 +52,11 @@ class UnitTable {
    private:
     struct Slice {
         pybind11::object object;
-        const void* data;
-        dlpack::Device device;
-        dlpack::DataType dtype;
+        const dlpack::ExchangeApi* api;
+        dlpack::Tensor view;          // as it was when the table was built; its sizes and strides are gone
         std::vector<int64_t> layout;  // sizes, then strides
+
+        bool unmoved() const;
     };
     struct Interval {
         const char *begin, *end;

@@ -21,7 +21,8 @@ namespace fastprune {
 namespace {
 
 void check_arguments(const UnitTable& table, const std::optional<Tensor>& threshold, const Tensor& norms) {
-    const Tensor first = table.check_tensors();
+    table.check_tensors();
+    const Tensor first = table.first_tensor();
     check::vector({"norms", norms}, table.dtype(), table.num_units(), "one norm for each unit of the table");
     check::writable({"norms", norms});
     check::same_device({"norms", norms}, {"slices[0]", first});
