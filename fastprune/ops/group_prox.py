@@ -1,12 +1,25 @@
 """The proximal operator of the group norm, for all units of a table in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastprune import _C
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _outside_of_graphs(function: _Function) -> _Function:
+    """Runs ``function`` eagerly within ``torch.compile``, 0.2 us a call.
+
+    An operator whose schema lists the tensors as mutable would need no graph break, but 34 us a call for the 160
+    tensors of a ResNet-50, three times what it takes to see that none of them has moved.
+    """
+    reason = "the tensors of a UnitTable are read and changed behind the back of torch.compile"
+    return cast(_Function, torch.compiler.disable(function, reason=reason))
 
 
 class UnitTable:
@@ -18,7 +31,8 @@ class UnitTable:
 
     The table is compiled once and holds on to the tensors. A step that follows costs little besides memory traffic, but
     it needs the tensors where they were: after ``tensor.data = ...``, ``module.to(...)`` or ``resize_`` every call
-    raises, and a new table has to be built. Changing values in place, as optimisers and ``load_state_dict`` do, is fine.
+    raises, and a new table has to be built. Changes of values in place, as by optimisers and ``load_state_dict``, are
+    fine.
 
     Args:
         slices: ``(tensor, dim, units)`` each. ``tensor`` is float32 or float64, all of one dtype and on one device, in
@@ -67,7 +81,7 @@ class UnitTable:
             f"{self.dtype}, {self.device})"
         )
 
-    @torch.compiler.disable(reason="the tensors of a UnitTable are read behind the back of torch.compile")
+    @_outside_of_graphs
     def norms(self) -> Tensor:
         """The Euclidean norm of every unit, ``[U]`` in the dtype and on the device of the table.
 
@@ -86,7 +100,7 @@ def _units_on_the_cpu(slice_: tuple[Tensor, int, Tensor]) -> tuple[Tensor, int, 
     return slice_
 
 
-@torch.compiler.disable(reason="the tensors of a UnitTable change behind the back of torch.compile")
+@_outside_of_graphs
 def group_prox_(table: UnitTable, threshold: Tensor) -> Tensor:
     r"""Shrinks the norm of every unit by its threshold, in place.
 

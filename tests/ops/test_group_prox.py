@@ -226,9 +226,7 @@ def test_nothing_near_the_result_has_a_smaller_objective(make_prox_case, seed, n
     best = objective(after.tensors)
     for size in (1e-6, 1e-3, 1e-1):
         for _ in range(5):
-            moved = [
-                w + size * torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in after.tensors
-            ]
+            moved = [w + size * torch.randn(w.shape, generator=generator, dtype=torch.float64) for w in after.tensors]
             assert objective(moved) >= best - 1e-12 * abs(best)
 
 
@@ -292,7 +290,9 @@ def test_units_that_own_nothing(device):
 
 
 def test_the_table_tells_what_it_holds():
-    table = ops.UnitTable([(torch.zeros(3, 4), 1, torch.tensor([0, 2, 2, -1])), (torch.zeros(2), 0, torch.arange(2))], 4)
+    table = ops.UnitTable(
+        [(torch.zeros(3, 4), 1, torch.tensor([0, 2, 2, -1])), (torch.zeros(2), 0, torch.arange(2))], 4
+    )
     assert table.num_units == 4
     assert table.sizes.tolist() == [4, 1, 6, 0]
     assert repr(table) == "UnitTable(4 units, 2 slices, 11 elements, torch.float32, cpu)"
