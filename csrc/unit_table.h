@@ -44,7 +44,8 @@ class UnitTable {
     /// What a kernel needs for a call: on the device of the tensors.
     struct Workspace {
         UnitPlan plan;
-        double *partial_sums, *factors;
+        double* partial_sums;
+        void* factors;
         uint32_t* arrived;
     };
     Workspace workspace();

@@ -37,9 +37,12 @@ void check_arguments(const UnitTable& table, const std::optional<Tensor>& thresh
 template <class T>
 GroupProxArgs<T> arguments(UnitTable& table, const std::optional<Tensor>& threshold, const Tensor& norms) {
     const UnitTable::Workspace workspace = table.workspace();
-    return {workspace.plan,     threshold ? threshold->data_as<const T>() : nullptr,
-            norms.data_as<T>(), workspace.partial_sums,
-            workspace.factors,  workspace.arrived};
+    return {workspace.plan,
+            threshold ? threshold->data_as<const T>() : nullptr,
+            norms.data_as<T>(),
+            workspace.partial_sums,
+            static_cast<T*>(workspace.factors),
+            workspace.arrived};
 }
 
 template <class T>

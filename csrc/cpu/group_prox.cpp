@@ -55,6 +55,7 @@ FASTPRUNE_INTO_CLONES void add_squares(const T* x, int64_t size, LongSum& total)
         x += block;
         size -= block;
     }
+    if (size == 0) return;
     double rest = 0;
     for (int64_t i = 0; i < size; ++i) rest += square(x[i]);
     total.add(rest);
@@ -62,11 +63,11 @@ FASTPRUNE_INTO_CLONES void add_squares(const T* x, int64_t size, LongSum& total)
 
 /// `factor` is not 1.
 template <class T>
-FASTPRUNE_INTO_CLONES void scale(T* x, int64_t size, double factor) {
+FASTPRUNE_INTO_CLONES void scale(T* x, int64_t size, T factor) {
     if (factor == 0) {
         std::fill_n(x, size, T{0});
     } else {
-        for (int64_t i = 0; i < size; ++i) x[i] = static_cast<T>(static_cast<double>(x[i]) * factor);
+        for (int64_t i = 0; i < size; ++i) x[i] *= factor;
     }
 }
 
@@ -107,26 +108,45 @@ FASTPRUNE_INTO_CLONES void process_scalar_units(const GroupProxArgs<T>& args, co
     }
 }
 
+/// Calls body(x, run) for every run of unit k of the bundle.
+template <class T, class Body>
+FASTPRUNE_INTO_CLONES void for_each_run(const UnitPlan& plan, const Bundle& bundle, int64_t k, const Body& body) {
+    for (int64_t s = bundle.first_stretch; s < bundle.first_stretch + bundle.num_stretches; ++s) {
+        const Stretch& stretch = plan.stretches[s];
+        T* x = stretch.data<T>() + k * stretch.run;
+        for (int64_t row = 0; row < stretch.rows; ++row, x += stretch.row_stride) body(x, stretch.run);
+    }
+}
+
 template <class T>
 FASTPRUNE_INTO_CLONES void process_whole_units(const GroupProxArgs<T>& args, const WorkItem& item) {
     const Bundle& bundle = args.plan.bundles[item.index];
-    const Stretch* stretches = args.plan.stretches + bundle.first_stretch;
-    for (int64_t k = item.first; k < item.first + item.count; ++k) {
-        const auto for_each_run = [&](const auto& body) __attribute__((always_inline)) {
-            for (int64_t s = 0; s < bundle.num_stretches; ++s) {
-                T* x = stretches[s].data<T>() + k * stretches[s].run;
-                for (int64_t row = 0; row < stretches[s].rows; ++row, x += stretches[s].row_stride) {
-                    body(x, stretches[s].run);
-                }
-            }
-        };
-        LongSum sum;
-        for_each_run([&](const T* x, int64_t run) __attribute__((always_inline)) { add_squares(x, run, sum); });
-        const int64_t unit = args.plan.unit_of[bundle.first_rank + k];
-        const auto shrinkage = shrinkage_of(args, sum.result(), unit);
-        args.norms[unit] = shrinkage.norm;
-        if (shrinkage.factor == 1) continue;
-        for_each_run([&](T* x, int64_t run) __attribute__((always_inline)) { scale(x, run, shrinkage.factor); });
+    const int32_t* units = args.plan.unit_of + bundle.first_rank;
+    int64_t size = 0;
+    for_each_run<T>(args.plan, bundle, 0, [&](const T*, int64_t run) __attribute__((always_inline)) { size += run; });
+    // Many small units at once: one after the other each would wait for its own square root and quotient.
+    constexpr int64_t most = 64;
+    const int64_t at_once = std::clamp<int64_t>(8192 / size, 1, most);
+    for (int64_t first = item.first; first < item.first + item.count; first += at_once) {
+        const int64_t count = std::min(at_once, item.first + item.count - first);
+        double sums[most];
+        T factors[most];
+        for (int64_t k = 0; k < count; ++k) {
+            LongSum sum;
+            for_each_run<T>(args.plan, bundle, first + k,
+                            [&](const T* x, int64_t run) __attribute__((always_inline)) { add_squares(x, run, sum); });
+            sums[k] = sum.result();
+        }
+        for (int64_t k = 0; k < count; ++k) {
+            const auto shrinkage = shrinkage_of(args, sums[k], units[first + k]);
+            args.norms[units[first + k]] = shrinkage.norm;
+            factors[k] = shrinkage.factor;
+        }
+        for (int64_t k = 0; k < count; ++k) {
+            if (factors[k] == 1) continue;
+            for_each_run<T>(args.plan, bundle, first + k,
+                            [&](T* x, int64_t run) __attribute__((always_inline)) { scale(x, run, factors[k]); });
+        }
     }
 }
 
@@ -195,10 +215,10 @@ FASTPRUNE_INTO_CLONES void combine(const GroupProxArgs<T>& args, int64_t first, 
 template <class T>
 struct LineFactors {
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    double factors[max_tile_width];
+    T factors[max_tile_width];
     Bits kept[max_tile_width], changed[max_tile_width];
 
-    FASTPRUNE_INTO_CLONES LineFactors(const Tile& tile, const double* by_unit) {
+    FASTPRUNE_INTO_CLONES LineFactors(const Tile& tile, const T* by_unit) {
         for (int64_t k = 0; k < tile.count; ++k) {
             for (int64_t i = k * tile.part.run; i < (k + 1) * tile.part.run; ++i) {
                 factors[i] = by_unit[k];
@@ -209,13 +229,13 @@ struct LineFactors {
     }
 
     FASTPRUNE_INTO_CLONES T operator()(T value, int64_t i) const {
-        const T product = static_cast<T>(static_cast<double>(value) * factors[i]);
-        return std::bit_cast<T>((std::bit_cast<Bits>(value) & kept[i]) | (std::bit_cast<Bits>(product) & changed[i]));
+        const auto product = std::bit_cast<Bits>(value * factors[i]);
+        return std::bit_cast<T>((std::bit_cast<Bits>(value) & kept[i]) | (product & changed[i]));
     }
 };
 
 template <class T>
-FASTPRUNE_INTO_CLONES void scale_lines(const Tile& tile, const double* by_unit) {
+FASTPRUNE_INTO_CLONES void scale_lines(const Tile& tile, const T* by_unit) {
     const LineFactors<T> scaled_at(tile, by_unit);
     const int64_t width = tile.count * tile.part.run, stride = tile.part.row_stride;
     T* lines = tile.part.data<T>();
@@ -233,8 +253,8 @@ FASTPRUNE_INTO_CLONES void scale_lines(const Tile& tile, const double* by_unit) 
 
 template <class T>
 FASTPRUNE_INTO_CLONES void scale_tile(const GroupProxArgs<T>& args, const Tile& tile) {
-    const double* factors = args.factors + tile.first_rank - args.plan.first_shared;
-    if (std::all_of(factors, factors + tile.count, [](double factor) { return factor == 1; })) return;
+    const T* factors = args.factors + tile.first_rank - args.plan.first_shared;
+    if (std::all_of(factors, factors + tile.count, [](T factor) { return factor == 1; })) return;
     if (tile.count > 1) return scale_lines<T>(tile, factors);
     T* x = tile.part.data<T>();
     for (int64_t row = 0; row < tile.part.rows; ++row) scale(x + row * tile.part.row_stride, tile.part.run, factors[0]);

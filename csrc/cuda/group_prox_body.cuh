@@ -44,7 +44,7 @@ FASTPRUNE_DEVICE double strided_squares(const T* x, int64_t size, int64_t first,
 
 /// Scales the same elements. `factor` is not 1.
 template <class T>
-FASTPRUNE_DEVICE void strided_scale(T* x, int64_t size, int64_t first, int64_t step, int64_t stride, double factor) {
+FASTPRUNE_DEVICE void strided_scale(T* x, int64_t size, int64_t first, int64_t step, int64_t stride, T factor) {
     int64_t i = first;
     for (; i + (loads_in_flight - 1) * step < size; i += loads_in_flight * step) {
         T values[loads_in_flight];
@@ -221,7 +221,7 @@ FASTPRUNE_DEVICE void group_prox_items(const Block& block, const GroupProxArgs<T
 template <class Block, class T>
 FASTPRUNE_DEVICE void group_prox_tile(const Block& block, const GroupProxArgs<T>& args, int64_t index) {
     const Tile tile = args.plan.tiles[index];
-    const double* factors = args.factors + tile.first_rank - args.plan.first_shared;
+    const T* factors = args.factors + tile.first_rank - args.plan.first_shared;
     if (has_long_line(block, tile)) {
         if (factors[0] == 1) return;
         for (int64_t row = 0; row < tile.part.rows; ++row) {
@@ -233,7 +233,7 @@ FASTPRUNE_DEVICE void group_prox_tile(const Block& block, const GroupProxArgs<T>
     const TileShape shape = TileShape::of(block, tile);
     for (int64_t place = block.rank(); place < shape.lines * shape.width; place += block.size()) {
         const int64_t column = place % shape.width;
-        const double factor = factors[column / tile.part.run];
+        const T factor = factors[column / tile.part.run];
         if (factor == 1) continue;
         strided_scale(tile.part.data<T>() + column, tile.part.rows, place / shape.width, shape.lines,
                       tile.part.row_stride, factor);

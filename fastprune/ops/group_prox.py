@@ -19,7 +19,7 @@ def _outside_of_graphs(function: _Function) -> _Function:
     tensors of a ResNet-50, three times what it takes to see that none of them has moved.
     """
     reason = "the tensors of a UnitTable are read and changed behind the back of torch.compile"
-    return cast(_Function, torch.compiler.disable(function, reason=reason))
+    return cast("_Function", torch.compiler.disable(function, reason=reason))
 
 
 class UnitTable:

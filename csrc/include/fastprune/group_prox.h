@@ -24,7 +24,7 @@ struct GroupProxArgs {
     const T* threshold;    // [U], >= 0, inf allowed; or null: norms alone, nothing else is written
     T* norms;              // [U], the norms before; written completely, 0 for a unit without elements
     double* partial_sums;  // [plan.num_slots], scratch
-    double* factors;       // [plan.num_shared()], scratch
+    T* factors;            // [plan.num_shared()], scratch
     uint32_t* arrived;     // [plan.num_shared()], scratch of CUDA: all 0 before and after
 };
 
