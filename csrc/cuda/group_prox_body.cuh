@@ -213,7 +213,8 @@ FASTPRUNE_DEVICE void group_prox_items(const Block& block, const GroupProxArgs<T
     } else if (item.kind == WorkItem::whole) {
         process_whole_units(block, args, item);
     } else {
-        sum_tile(block, args, args.plan.tiles[item.index], scratch);
+        const Tile tile = args.plan.tiles[item.index];
+        sum_tile(block, args, tile, scratch);
     }
 }
 
