@@ -37,6 +37,10 @@ class Tensor {
         return static_cast<T*>(data());
     }
 
+    /// How the object lends its memory, for callers who ask it again and again; null: through capsules.
+    const dlpack::ExchangeApi* exchange_api() const { return api_; }
+    const dlpack::Tensor& view() const { return view_; }
+
     /// The stream that the producer's framework is working on now; the legacy default stream if it does not tell.
     void* current_stream() const;
 

@@ -18,6 +18,8 @@ class Block {
     __device__ __forceinline__ void sync() const { __syncthreads(); }
     /// The same among `warp_size()` neighbouring ranks.
     __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
+    /// What this thread wrote to global memory before is seen by other blocks before what it writes after.
+    __device__ __forceinline__ void fence() const { __threadfence(); }
     /// Whether `condition` holds for any thread of the block. Synchronises like sync().
     __device__ __forceinline__ bool any(bool condition) const { return __syncthreads_or(condition) != 0; }
     /// Integers only: their sum does not depend on the order of the threads.

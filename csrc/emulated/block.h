@@ -37,6 +37,7 @@ class Block {
     int size() const { return state_.num_threads; }
     void sync() const { state_.all.arrive_and_wait(); }
     void sync_warp() const { state_.warps[rank_ / state_.warp_size]->arrive_and_wait(); }
+    void fence() const {}  // blocks run one after the other
     bool any(bool condition) const {
         if (condition) state_.vote = true;
         sync();

@@ -1,5 +1,6 @@
-"""Cases for the operators on ragged channel groups."""
+"""Cases for the operators on ragged channel groups and on tables of units."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from fastprune import reference
+from fastprune import ops, reference
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,100 @@ def count_programs() -> Callable[[Callable[..., Tensor]], tuple[Callable[..., Te
         return torch.compile(function, fullgraph=True, backend=backend), programs
 
     return compile_counted
+
+
+@dataclass(frozen=True)
+class ProxCase:
+    slices: list[tuple[Tensor, int, Tensor]]
+    threshold: Tensor  # [U]
+
+    @property
+    def num_units(self) -> int:
+        return self.threshold.numel()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor, _, _ in self.slices]
+
+    def table(self) -> ops.UnitTable:
+        return ops.UnitTable(self.slices, self.num_units)
+
+    def to(self, target: torch.dtype | str) -> "ProxCase":
+        """Copies in the same layouts, in a dtype or on a device."""
+        slices = [(tensor.clone().to(target), dim, units) for tensor, dim, units in self.slices]
+        return ProxCase(slices, self.threshold.to(target))
+
+    def copy(self) -> "ProxCase":
+        return self.to(self.threshold.dtype)
+
+    def reference(self, dtype: torch.dtype = torch.float64) -> tuple["ProxCase", Tensor]:
+        """A copy after the step, and the norms before."""
+        case = self.to(dtype)
+        table = reference.UnitTable(case.slices, case.num_units)
+        return case, reference.group_prox_(table, case.threshold)
+
+    def check(self, after: "ProxCase", norms: Tensor) -> None:
+        """`after` and `norms` are this case's results: at most twice as far from float64 as plain torch in its dtype.
+
+        Or one unit in the last place of the largest element, where torch happens to be closer; 8 of float64 itself.
+        """
+        exact_case, exact_norms = self.reference()
+        plain_case, plain_norms = self.reference(self.threshold.dtype)
+        spacing = 2.0**-23 if self.threshold.dtype == torch.float32 else 2.0**-49
+        results = zip(
+            [*after.tensors, norms],
+            [*plain_case.tensors, plain_norms],
+            [*exact_case.tensors, exact_norms],
+            [*self.tensors, exact_norms],
+            strict=True,
+        )
+        for ours, plain, exact, before in results:
+            if exact.numel() == 0:
+                continue
+            allowed = 2 * (plain.double() - exact).abs().max().item()
+            error = (ours.cpu().double() - exact).abs().max().item()
+            assert error <= max(allowed, spacing * before.double().abs().max().item())
+
+
+class MakeProxCase(Protocol):
+    def __call__(self, seed: int, num_units: int = ..., dtype: torch.dtype = ...) -> ProxCase: ...
+
+
+def _random_units(choose: random.Random, size: int, num_units: int) -> Tensor:
+    start = choose.randrange(num_units)
+    units = {
+        "neighbours": lambda: (start + torch.arange(size)) % num_units,
+        "jumping": lambda: torch.randint(-1, num_units, (size,)),
+        "repeated": lambda: torch.div(torch.arange(size), choose.randint(1, 4), rounding_mode="floor") % num_units,
+        "alternating": lambda: torch.arange(size) % min(num_units, 2),
+        "one": lambda: torch.full((size,), start),
+        "none": lambda: torch.full((size,), -1),
+    }[choose.choice(["neighbours"] * 3 + ["jumping", "repeated", "alternating", "one", "none"])]()
+    holes = torch.rand(size) < choose.choice([0.0, 0.0, 0.3])
+    return torch.where(holes, -1, units)
+
+
+@pytest.fixture(scope="session")
+def make_prox_case() -> MakeProxCase:
+    """Random tensors in random dense layouts, along random dimensions."""
+
+    def make(seed: int, num_units: int = 12, dtype: torch.dtype = torch.float32) -> ProxCase:
+        choose = random.Random(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            slices = []
+            for _ in range(choose.randint(1, 5)):
+                rank = choose.randint(1, 5)
+                shape = [choose.choice([1, 1, 2, 3, 5, 17]) for _ in range(rank)]
+                shape[choose.randrange(rank)] = choose.choice([0, 1, num_units, 40])
+                order = sorted(range(rank), key=lambda _: choose.random()) if choose.random() < 0.5 else [*range(rank)]
+                tensor = torch.randn([shape[d] for d in order]).to(dtype)
+                tensor = tensor.permute([order.index(d) for d in range(rank)])
+                dim = choose.randrange(-rank, rank)
+                slices.append((tensor, dim, _random_units(choose, tensor.size(dim), num_units)))
+            norms = reference.UnitTable(slices, num_units).norms()
+            factor = torch.tensor([choose.choice([0.0, 0.01, 0.5, 0.999, 1.0, 1.5, torch.inf]) for _ in norms])
+            threshold = torch.where(norms > 0, norms * factor.to(dtype), factor.to(dtype))
+        return ProxCase(slices, threshold)
+
+    return make
