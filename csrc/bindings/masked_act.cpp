@@ -78,6 +78,11 @@ class Arguments {
             for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, vectors_[o]);
         }
     }
+    /// `scratch` shares memory with no view and no vector.
+    void check_apart(const Argument& scratch) const {
+        for (const Argument& vector : vectors_) check::disjoint(scratch, vector);
+        for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, scratch);
+    }
     size_t num_vectors() const { return vectors_.size(); }
     DType dtype() const { return dtype_; }
     const Argument& first() const { return views_.front(); }
@@ -214,12 +219,38 @@ struct Backward {
 
 int threads_of(int num_threads) { return num_threads > 0 ? num_threads : omp_get_max_threads(); }
 
-void refuse_cuda(const Argument& first) {
-    if (first.tensor.on_cuda()) {
+/// How many doubles a backward call on CUDA needs for its sums.
+int64_t num_partials(const Backward& call) {
+    if constexpr (build::has_cuda) return call.num_sums() * cuda::masked_act_partials(call.arguments.layout());
+    return 0;
+}
+
+void check_partials(const Backward& call, const Optional& partials) {
+    const int64_t count = num_partials(call);
+    if (count == 0) return;
+    if (!partials) throw py::value_error("partials: got None, needs " + std::to_string(count) + " float64 elements");
+    check::vector({"partials", *partials}, DType::float64, count, "as masked_act_partials tells");
+    check::writable({"partials", *partials});
+    check::same_device({"partials", *partials}, call.arguments.first());
+    call.arguments.check_apart({"partials", *partials});
+}
+
+/// Runs on_cuda(stream) or on_cpu() without the GIL, and raises what they report.
+template <class OnCpu, class OnCuda>
+void run(const Argument& first, const OnCpu& on_cpu, [[maybe_unused]] const OnCuda& on_cuda) {
+    Status status;
+    if (first.tensor.on_cpu()) {
+        const py::gil_scoped_release release;
+        status = on_cpu();
+    } else if constexpr (build::has_cuda) {
+        void* stream = first.tensor.current_stream();
+        const py::gil_scoped_release release;
+        status = on_cuda(stream);
+    } else {
         throw py::value_error(std::string(first.name) +
-                              ": got a CUDA tensor, needs one on the CPU: this build of "
-                              "fastprune has no CUDA kernels");
+                              ": got a CUDA tensor, needs one on the CPU: this build of fastprune has no CUDA kernels");
     }
+    check::status(status);
 }
 
 void masked_act(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& mask,
@@ -227,23 +258,79 @@ void masked_act(const Tensor& x, const Optional& scale, const Optional& shift, c
     const Forward call(x, scale, shift, mask, activation, y, saved);
     dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
         const auto args = call.of<Storage>();
-        refuse_cuda(call.arguments.first());
-        const py::gil_scoped_release release;
-        cpu::masked_act(args, threads_of(num_threads));
+        run(
+            call.arguments.first(), [&] { return cpu::masked_act(args, threads_of(num_threads)); },
+            [&]([[maybe_unused]] void* stream) {
+                if constexpr (build::has_cuda) return cuda::masked_act(args, x.device().id, stream);
+                return Status{};
+            });
     });
 }
 
 void masked_act_backward(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& mask,
                          const Optional& scale, const Optional& centre, const Optional& slope, const Optional& offset,
                          const std::string& activation, const Optional& dx, const Optional& dmask,
-                         const Optional& dshift, const Optional& dscale, [[maybe_unused]] const Optional& partials,
-                         int num_threads) {
+                         const Optional& dshift, const Optional& dscale, const Optional& partials, int num_threads) {
     const Backward call(dy, saved, x, mask, scale, centre, slope, offset, activation, dx, dmask, dshift, dscale);
+    if (dy.on_cuda()) check_partials(call, partials);
     dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
         const auto args = call.of<Storage>();
-        refuse_cuda(call.arguments.first());
+        run(
+            call.arguments.first(), [&] { return cpu::masked_act_backward(args, threads_of(num_threads)); },
+            [&]([[maybe_unused]] void* stream) {
+                if constexpr (build::has_cuda) {
+                    auto* memory = data_of<double>(partials);
+                    return cuda::masked_act_backward(args, memory, dy.device().id, stream);
+                }
+                return Status{};
+            });
+    });
+}
+
+/// For one sum over tensors of this layout; `others` may decide whether the layout is that of one long plane.
+int64_t masked_act_partials(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& dx) {
+    Arguments arguments;
+    arguments.add("dy", dy);
+    arguments.add("saved", saved);
+    arguments.add("x", x);
+    arguments.add("dx", dx);
+    arguments.check();
+    if constexpr (build::has_cuda) return cuda::masked_act_partials(arguments.layout());
+    return 0;
+}
+
+void check_block(const Argument& first, int num_threads, int warp_size) {
+    if (!first.tensor.on_cpu()) {
+        throw py::value_error(std::string(first.name) +
+                              ": got a CUDA tensor, needs one on the CPU: this is the emulation");
+    }
+    const auto power_of_two = [](int value) { return value > 0 && (value & (value - 1)) == 0; };
+    if (!power_of_two(warp_size) || num_threads <= 0 || num_threads > 1024 || num_threads % warp_size != 0) {
+        throw py::value_error("warp_size: needs a power of two that divides num_threads, which is at most 1024");
+    }
+}
+
+void emulated_masked_act(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& mask,
+                         const std::string& activation, const Optional& y, const Optional& saved, int num_threads,
+                         int warp_size) {
+    const Forward call(x, scale, shift, mask, activation, y, saved);
+    check_block(call.arguments.first(), num_threads, warp_size);
+    dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
         const py::gil_scoped_release release;
-        cpu::masked_act_backward(args, threads_of(num_threads));
+        emulated::masked_act(call.of<Storage>(), num_threads, warp_size);
+    });
+}
+
+void emulated_masked_act_backward(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& mask,
+                                  const Optional& scale, const Optional& centre, const Optional& slope,
+                                  const Optional& offset, const std::string& activation, const Optional& dx,
+                                  const Optional& dmask, const Optional& dshift, const Optional& dscale,
+                                  int num_threads, int warp_size) {
+    const Backward call(dy, saved, x, mask, scale, centre, slope, offset, activation, dx, dmask, dshift, dscale);
+    check_block(call.arguments.first(), num_threads, warp_size);
+    dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
+        const py::gil_scoped_release release;
+        emulated::masked_act_backward(call.of<Storage>(), num_threads, warp_size);
     });
 }
 
@@ -260,6 +347,18 @@ void bind_masked_act(py::module_& module) {
                py::arg("dx").none(true), py::arg("dmask").none(true), py::arg("dshift").none(true),
                py::arg("dscale").none(true), py::arg("partials").none(true), py::arg("num_threads") = 0,
                "Writes the wanted ones of dx, dmask, dshift and dscale. `partials`: float64, on CUDA for the sums.");
+    module.def("masked_act_partials", &masked_act_partials, py::arg("dy"), py::arg("saved"), py::arg("x").none(true),
+               py::arg("dx").none(true), "How many elements `partials` needs for each wanted sum.");
+    module.def("emulated_masked_act", &emulated_masked_act, py::arg("x"), py::arg("scale").none(true),
+               py::arg("shift").none(true), py::arg("mask").none(true), py::arg("activation"), py::arg("y").none(true),
+               py::arg("saved").none(true), py::arg("num_threads") = 8, py::arg("warp_size") = 4,
+               "The device body of masked_act on host threads, for tests without a GPU.");
+    module.def("emulated_masked_act_backward", &emulated_masked_act_backward, py::arg("dy"), py::arg("saved"),
+               py::arg("x").none(true), py::arg("mask").none(true), py::arg("scale").none(true),
+               py::arg("centre").none(true), py::arg("slope").none(true), py::arg("offset").none(true),
+               py::arg("activation"), py::arg("dx").none(true), py::arg("dmask").none(true),
+               py::arg("dshift").none(true), py::arg("dscale").none(true), py::arg("num_threads") = 8,
+               py::arg("warp_size") = 4, "The device body of masked_act_backward on host threads.");
 }
 
 }  // namespace fastprune
