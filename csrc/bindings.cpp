@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 
+#include "bindings/channel_moments.h"
 #include "bindings/masked_act.h"
 #include "bindings/topk_mask.h"
 #include "build.h"
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "cuda_available", [] { return cuda_device_count() > 0; },
         "Whether this build has CUDA kernels and a device for them.");
+    bind_channel_moments(module);
     bind_masked_act(module);
     bind_topk_mask(module);
 }

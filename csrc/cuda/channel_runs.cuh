@@ -140,6 +140,16 @@ inline bool divides(const ChannelLayout& layout, int size) {
     return (layout.inner == 1 ? layout.channels : layout.inner) % size == 0;
 }
 
+/// Calls body.template operator()<vector, rows>(), on the host.
+template <class Storage, class Body>
+auto dispatch_vector(const ChannelTasks& tasks, const Body& body) {
+    constexpr int wide = widest_vector<Storage>;
+    if (tasks.layout.inner == 1) {
+        return tasks.vector == wide ? body.template operator()<wide, true>() : body.template operator()<1, true>();
+    }
+    return tasks.vector == wide ? body.template operator()<wide, false>() : body.template operator()<1, false>();
+}
+
 /// Coefficients of the channels of a run, in registers: one for each element of a vector, or one for all of them.
 template <class Real, int count>
 struct Coefficients {

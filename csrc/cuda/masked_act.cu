@@ -1,18 +1,14 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
 // masked_act on CUDA: one launch forward; backward a second one where partial sums are to be combined.
-#include <cuda_runtime_api.h>
-
 #include "block.cuh"
 #include "device_guard.h"
 #include "fastprune/masked_act.h"
+#include "launch.h"
 #include "masked_act_body.cuh"
 
 namespace fastprune::cuda {
 namespace {
-
-constexpr int block_threads = 256, warp_threads = 32;
-constexpr int64_t most_blocks = 2147483647;
 
 template <class Storage, int vector, bool rows>
 __global__ void __launch_bounds__(block_threads)
@@ -34,26 +30,6 @@ __global__ void __launch_bounds__(block_threads)
     device::combine_sums(Block{}, args, partials, num_chunks, blockIdx.x, scratch);
 }
 
-template <class... Parameters, class... Arguments>
-Status launch(void (*kernel)(Parameters...), int64_t blocks, void* stream, Arguments... arguments) {
-    if (blocks > most_blocks) return Status::failed("a tensor of more than 2^31 blocks");
-    void* parameters[] = {&arguments...};
-    const cudaError_t error =
-        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                         dim3(block_threads), parameters, 0, static_cast<cudaStream_t>(stream));
-    return error == cudaSuccess ? Status{} : Status::failed(cudaGetErrorString(error));
-}
-
-/// Calls body.template operator()<vector, rows>().
-template <class Storage, class Body>
-Status dispatch_vector(const ChannelLayout& layout, int vector, const Body& body) {
-    constexpr int wide = device::widest_vector<Storage>;
-    if (layout.inner == 1) {
-        return vector == wide ? body.template operator()<wide, true>() : body.template operator()<1, true>();
-    }
-    return vector == wide ? body.template operator()<wide, false>() : body.template operator()<1, false>();
-}
-
 }  // namespace
 
 template <class Storage>
@@ -62,7 +38,7 @@ Status masked_act(const MaskedActArgs<Storage>& args, int device, void* stream) 
     const DeviceGuard guard(device);
     if (!guard.status().ok()) return guard.status();
     const auto tasks = device::ChannelTasks::of(args.layout, device::vector_for(args), block_threads, warp_threads);
-    return dispatch_vector<Storage>(args.layout, tasks.vector, [&]<int vector, bool rows>() {
+    return device::dispatch_vector<Storage>(tasks, [&]<int vector, bool rows>() {
         return launch(&forward_kernel<Storage, vector, rows>, tasks.count, stream, args, tasks);
     });
 }
@@ -77,7 +53,7 @@ Status masked_act_backward(const MaskedActBackwardArgs<Storage>& args, double* m
     const auto partials = device::partials_of(args, memory, masked_act_partials(args.layout));
     const device::Sums wanted = device::sums_of(args);
     if (tasks.count > 0) {
-        const Status status = dispatch_vector<Storage>(args.layout, tasks.vector, [&]<int vector, bool rows>() {
+        const Status status = device::dispatch_vector<Storage>(tasks, [&]<int vector, bool rows>() {
             const auto run = [&]<device::Sums sums>() {
                 return launch(&backward_kernel<Storage, vector, rows, sums>, tasks.count, stream, args, tasks,
                               partials);

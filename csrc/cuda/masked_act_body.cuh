@@ -26,7 +26,7 @@ FASTPRUNE_DEVICE void masked_act(const Block& block, const MaskedActArgs<Storage
     const Storage* x = run.first(args.x, args.layout);
     const int64_t x_step = run.step(args.x), y_step = run.step(args.y), saved_step = run.step(args.saved);
     for (int64_t k = 0; k < run.count; k += in_flight) {
-        Vector<Storage, vector> loaded[in_flight];
+        Vector<Storage, vector> loaded[in_flight] = {};
         FASTPRUNE_UNROLL
         for (int j = 0; j < in_flight; ++j) {
             if (k + j < run.count) loaded[j] = load<Storage, vector>(x + (k + j) * x_step);

@@ -9,25 +9,11 @@
 #include "block.h"
 
 namespace fastprune::emulated {
-namespace {
-
-/// Calls body.template operator()<vector, rows>().
-template <class Storage, class Body>
-void dispatch_vector(const ChannelLayout& layout, int vector, const Body& body) {
-    constexpr int wide = device::widest_vector<Storage>;
-    if (layout.inner == 1) {
-        vector == wide ? body.template operator()<wide, true>() : body.template operator()<1, true>();
-    } else {
-        vector == wide ? body.template operator()<wide, false>() : body.template operator()<1, false>();
-    }
-}
-
-}  // namespace
 
 template <class Storage>
 Status masked_act(const MaskedActArgs<Storage>& args, int num_threads, int warp_size) {
     const auto tasks = device::ChannelTasks::of(args.layout, device::vector_for(args), num_threads, warp_size);
-    dispatch_vector<Storage>(args.layout, tasks.vector, [&]<int vector, bool rows>() {
+    device::dispatch_vector<Storage>(tasks, [&]<int vector, bool rows>() {
         for (int64_t task = 0; task < tasks.count; ++task) {
             run_block(num_threads, warp_size,
                       [&](const Block& block) { device::masked_act<Storage, vector, rows>(block, args, tasks, task); });
@@ -42,7 +28,7 @@ Status masked_act_backward(const MaskedActBackwardArgs<Storage>& args, int num_t
     const int64_t each = tasks.chunks.count * args.layout.channels;
     std::vector<double> memory(3 * each);
     const auto partials = device::partials_of(args, memory.data(), each);
-    dispatch_vector<Storage>(args.layout, tasks.vector, [&]<int vector, bool rows>() {
+    device::dispatch_vector<Storage>(tasks, [&]<int vector, bool rows>() {
         std::vector<Real<Storage>> scratch(num_threads * vector);
         const auto run = [&]<device::Sums sums>() {
             for (int64_t task = 0; task < tasks.count; ++task) {
@@ -53,10 +39,11 @@ Status masked_act_backward(const MaskedActBackwardArgs<Storage>& args, int num_t
             }
         };
         switch (device::sums_of(args)) {
-            case device::Sums::none: return run.template operator()<device::Sums::none>();
-            case device::Sums::mask: return run.template operator()<device::Sums::mask>();
-            case device::Sums::all: return run.template operator()<device::Sums::all>();
+            case device::Sums::none: run.template operator()<device::Sums::none>(); break;
+            case device::Sums::mask: run.template operator()<device::Sums::mask>(); break;
+            case device::Sums::all: run.template operator()<device::Sums::all>(); break;
         }
+        return Status{};
     });
     constexpr int combining_threads = 2 * device::combined_channels;
     std::vector<double> scratch(combining_threads);

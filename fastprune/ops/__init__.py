@@ -3,6 +3,7 @@
 Each has a namesake in :mod:`fastprune.reference`: the same function in plain torch.
 """
 
+from fastprune.ops.masked_bn_act import masked_bn_act
 from fastprune.ops.topk_mask import topk_mask
 
-__all__ = ["topk_mask"]
+__all__ = ["masked_bn_act", "topk_mask"]
