@@ -79,7 +79,9 @@ def emulated_masked_act_backward(
     num_threads: int = 8,
     warp_size: int = 4,
 ) -> None: ...
-def masked_act_partials(dy: SupportsDLPack, saved: SupportsDLPack, x: SupportsDLPack | None, dx: SupportsDLPack | None) -> int: ...
+def masked_act_partials(
+    dy: SupportsDLPack, saved: SupportsDLPack, x: SupportsDLPack | None, dx: SupportsDLPack | None
+) -> int: ...
 def channel_moments(
     x: SupportsDLPack,
     mean: SupportsDLPack,

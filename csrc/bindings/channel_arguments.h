@@ -52,14 +52,14 @@ class ChannelArguments {
         if (!output) return;
         check::writable(views_[*output]);
         for (size_t i = 0; i < *output; ++i) check::disjoint_views(views_, shared_, *output, i, i < num_inputs);
-        for (const Argument& vector : vectors_) check::disjoint_vector(views_, shared_, *output, vector);
+        for (const Argument& vector : vectors_) check::disjoint_vector(views_, shared_, *output, vector, false);
     }
     /// The vectors from number `first` on are outputs.
     void check_output_vectors(size_t first) const {
         for (size_t o = first; o < vectors_.size(); ++o) {
             check::writable(vectors_[o]);
             for (size_t i = 0; i < o; ++i) check::disjoint(vectors_[o], vectors_[i]);
-            for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, vectors_[o]);
+            for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, vectors_[o], true);
         }
     }
     /// Scratch memory on CUDA: `count` float64 elements that share memory with nothing else.
@@ -73,7 +73,7 @@ class ChannelArguments {
         check::writable(scratch);
         check::same_device(scratch, views_.front());
         for (const Argument& vector : vectors_) check::disjoint(scratch, vector);
-        for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, scratch);
+        for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, scratch, true);
     }
     size_t num_vectors() const { return vectors_.size(); }
     DType dtype() const { return dtype_; }

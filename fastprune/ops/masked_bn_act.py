@@ -49,7 +49,7 @@ class _MaskedBNAct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved, x, mask, scale, mean, inverse_deviation = ctx.saved_tensors
         want_dx, want_dweight, want_dbias, _, _, want_dmask, *_ = ctx.needs_input_grad
         through_statistics = ctx.training and want_dx
@@ -91,6 +91,8 @@ def _as_real(name: str, vector: Tensor | None, x: Tensor) -> Tensor | None:
     if vector is None:
         return None
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if vector.dtype == real and vector.shape == x.shape[1:2]:
+        return vector
     if vector.dtype not in (real, x.dtype):
         allowed = str(real) if real == x.dtype else f"{real} or {x.dtype}"
         raise TypeError(f"{name}: got {vector.dtype}, needs {allowed} beside an x of {x.dtype}")

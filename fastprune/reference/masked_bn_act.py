@@ -1,11 +1,12 @@
 """Batch norm, activation and mask, one after the other."""
 
-import torch
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
-    "identity": torch.Tensor.clone,
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": Tensor.clone,
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,

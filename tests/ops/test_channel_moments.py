@@ -28,7 +28,7 @@ def moments_of(x):
 def test_values_are_rounded_once(shape, rows, dtype, device):
     x = draw(shape, dtype, rows).to(device)
     for ours, exact in zip(channel_moments(x), moments_of(x), strict=True):
-        tolerance = 1e-14 if dtype == torch.float64 else 2.0**-23
+        tolerance = 1e-12 if dtype == torch.float64 else 2.0**-23
         torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance * 1e-3)
 
 
@@ -105,5 +105,5 @@ def test_results_share_no_memory():
     x, both = np.ones((4, 3, 2), np.float32), np.zeros(4, np.float32)
     with pytest.raises(ValueError, match="variance: got memory that overlaps mean"):
         _C.channel_moments(x, both[:3], both[1:], None)
-    with pytest.raises(ValueError, match="x: got memory that overlaps mean|mean: got memory that overlaps x"):
+    with pytest.raises(ValueError, match="mean: got memory that overlaps x"):
         _C.channel_moments(x, x[0].reshape(-1)[:3], both[:3], None)

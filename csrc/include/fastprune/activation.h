@@ -92,8 +92,8 @@ FASTPRUNE_HD Real activate(Activation activation, Real z) {
         case Activation::silu: return z * sigmoid(z);
         case Activation::hardswish: break;
     }
-    const Real up = z + 3 < 0 ? Real{0} : z + 3;
-    return z * (up > 6 ? Real{6} : up) / 6;
+    const Real part = z * (z + 3 < 0 ? Real{0} : z + 3) / 6;
+    return z >= 3 ? z : part;  // not z * 6 / 6, which may overflow
 }
 
 /// What a backward pass makes of the saved value (see saves_input).
