@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bindings/bernoulli_gate.h"
+#include "bindings/channel_moments.h"
 #include "bindings/group_prox.h"
 #include "bindings/gumbel_gate.h"
 #include "bindings/instruction_set.h"
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, module) {
         "cuda_available", [] { return cuda_device_count() > 0; },
         "Whether this build has CUDA kernels and a device for them.");
     bind_bernoulli_gate(module);
+    bind_channel_moments(module);
     bind_group_prox(module);
     bind_gumbel_gate(module);
     bind_instruction_set(module);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -156,15 +157,16 @@ void disjoint_views(const std::vector<Argument>& arguments, const ChannelViews& 
                           ", needs memory of its own" + (may_be_same ? " or exactly the same" : ""));
 }
 
-void disjoint_vector(const std::vector<Argument>& arguments, const ChannelViews& views, size_t o,
-                     const Argument& vector) {
-    const Tensor& output = arguments[o].tensor;
-    if (output.numel() == 0) return;
-    const Extent a = extent_of(output, views.layout, views.outer_strides[o]);
+void disjoint_vector(const std::vector<Argument>& arguments, const ChannelViews& views, size_t v,
+                     const Argument& vector, bool vector_is_output) {
+    const Argument& view = arguments[v];
+    if (view.tensor.numel() == 0) return;
+    const Extent a = extent_of(view.tensor, views.layout, views.outer_strides[v]);
     const auto* begin = vector.tensor.data_as<const char>();
     if (a.end <= begin || begin + vector.tensor.num_bytes() <= a.begin) return;
-    throw py::value_error(std::string(arguments[o].name) + ": got memory that overlaps " + vector.name +
-                          ", needs memory of its own");
+    const auto& [output, input] =
+        vector_is_output ? std::pair(vector.name, view.name) : std::pair(view.name, vector.name);
+    throw py::value_error(std::string(output) + ": got memory that overlaps " + input + ", needs memory of its own");
 }
 
 }  // namespace check

@@ -32,8 +32,9 @@ namespace check {
 /// `may_be_same`. Views of different channels of one wider tensor are disjoint.
 void disjoint_views(const std::vector<Argument>& arguments, const ChannelViews& views, size_t o, size_t i,
                     bool may_be_same);
-void disjoint_vector(const std::vector<Argument>& arguments, const ChannelViews& views, size_t o,
-                     const Argument& vector);
+/// The same for view number `v` and a contiguous tensor; the error is that of the one which is written.
+void disjoint_vector(const std::vector<Argument>& arguments, const ChannelViews& views, size_t v,
+                     const Argument& vector, bool vector_is_output);
 
 }  // namespace check
 }  // namespace fastprune

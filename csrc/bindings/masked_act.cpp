@@ -3,25 +3,20 @@
 // masked_act for Python: checks, then dispatch by dtype and device.
 #include "fastprune/masked_act.h"
 
-#include <omp.h>
 #include <pybind11/stl.h>
 
 #include <array>
-#include <optional>
 #include <string>
 #include <utility>
 
 #include "../build.h"
-#include "../checks.h"
-#include "channel_views.h"
+#include "channel_arguments.h"
 #include "masked_act.h"
 
 namespace py = pybind11;
 
 namespace fastprune {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 Activation activation_of(const std::string& name) {
     constexpr std::array<std::pair<const char*, Activation>, 5> names{{{"identity", Activation::identity},
@@ -33,83 +28,6 @@ Activation activation_of(const std::string& name) {
         if (name == known) return activation;
     }
     throw py::value_error("activation: got '" + name + "', needs identity, relu, relu6, silu or hardswish");
-}
-
-/// The tensor arguments of one call: [N, C, *spatial] ones, which share a layout, and vectors over the channels.
-class Arguments {
-   public:
-    using Place = std::optional<size_t>;
-
-    Place add(const char* name, const Tensor& tensor) {
-        views_.push_back({name, tensor});
-        return views_.size() - 1;
-    }
-    Place add(const char* name, const Optional& tensor) { return tensor ? add(name, *tensor) : std::nullopt; }
-    void add_vector(const char* name, const Optional& vector) {
-        if (vector) vectors_.push_back({name, *vector});
-    }
-    /// Everything but overlap. float64 vectors beside float64 tensors, else float32.
-    void check() {
-        dtype_ =
-            check::strided_tensor(views_.front(), {DType::float32, DType::float64, DType::float16, DType::bfloat16});
-        for (const Argument& view : views_) {
-            check::strided_tensor(view, {dtype_});
-            check::same_device(view, views_.front());
-        }
-        shared_ = channel_views(views_);
-        const DType real = dtype_ == DType::float64 ? DType::float64 : DType::float32;
-        for (const Argument& vector : vectors_) {
-            check::vector(vector, real, views_.front().tensor.size(1), "one for each channel");
-            check::same_device(vector, views_.front());
-        }
-    }
-    /// `output` may be the very memory of one of the first `num_inputs` views, and overlaps nothing else before it.
-    void check_output(Place output, size_t num_inputs) const {
-        if (!output) return;
-        check::writable(views_[*output]);
-        for (size_t i = 0; i < *output; ++i) check::disjoint_views(views_, shared_, *output, i, i < num_inputs);
-        for (const Argument& vector : vectors_) check::disjoint_vector(views_, shared_, *output, vector);
-    }
-    /// The vectors from number `first` on are outputs.
-    void check_output_vectors(size_t first) const {
-        for (size_t o = first; o < vectors_.size(); ++o) {
-            check::writable(vectors_[o]);
-            for (size_t i = 0; i < o; ++i) check::disjoint(vectors_[o], vectors_[i]);
-            for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, vectors_[o]);
-        }
-    }
-    size_t num_vectors() const { return vectors_.size(); }
-    DType dtype() const { return dtype_; }
-    const Argument& first() const { return views_.front(); }
-    const ChannelLayout& layout() const { return shared_.layout; }
-
-    template <class T>
-    ChannelView<T> view(Place place) const {
-        if (!place) return {nullptr, 0};
-        return {views_[*place].tensor.data_as<T>(), shared_.outer_strides[*place]};
-    }
-
-   private:
-    std::vector<Argument> views_, vectors_;
-    ChannelViews shared_;
-    DType dtype_{};
-};
-
-template <class T>
-T* data_of(const Optional& tensor) {
-    return tensor ? tensor->data_as<T>() : nullptr;
-}
-
-/// Calls body.template operator()<Storage>().
-template <class Body>
-void dispatch_storage(DType dtype, const Body& body) {
-    switch (dtype) {
-        case DType::float32: return body.template operator()<float>();
-        case DType::float64: return body.template operator()<double>();
-        case DType::float16: return body.template operator()<float16>();
-        case DType::bfloat16: return body.template operator()<bfloat16>();
-        case DType::int64: return;
-    }
 }
 
 /// A forward call, checked when constructed.
@@ -139,10 +57,10 @@ struct Forward {
                 arguments.view<Storage>(y_place),
                 arguments.view<Storage>(saved_place)};
     }
-    Arguments arguments;
+    ChannelArguments arguments;
     Activation activation;
     const Optional &scale, &shift, &mask;
-    Arguments::Place x_place, y_place, saved_place;
+    ChannelArguments::Place x_place, y_place, saved_place;
 };
 
 /// A backward call, checked when constructed.
@@ -206,20 +124,16 @@ struct Backward {
     }
     int num_sums() const { return dmask.has_value() + dshift.has_value() + dscale.has_value(); }
 
-    Arguments arguments;
+    ChannelArguments arguments;
     Activation activation;
     const Optional &mask, &scale, &centre, &slope, &offset, &dmask, &dshift, &dscale;
-    Arguments::Place dy_place, saved_place, x_place, dx_place;
+    ChannelArguments::Place dy_place, saved_place, x_place, dx_place;
 };
 
-int threads_of(int num_threads) { return num_threads > 0 ? num_threads : omp_get_max_threads(); }
-
-void refuse_cuda(const Argument& first) {
-    if (first.tensor.on_cuda()) {
-        throw py::value_error(std::string(first.name) +
-                              ": got a CUDA tensor, needs one on the CPU: this build of "
-                              "fastprune has no CUDA kernels");
-    }
+/// How many doubles a backward call on CUDA needs for its sums.
+int64_t num_partials(const Backward& call) {
+    if constexpr (build::has_cuda) return call.num_sums() * cuda::masked_act_partials(call.arguments.layout());
+    return 0;
 }
 
 void masked_act(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& mask,
@@ -227,23 +141,68 @@ void masked_act(const Tensor& x, const Optional& scale, const Optional& shift, c
     const Forward call(x, scale, shift, mask, activation, y, saved);
     dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
         const auto args = call.of<Storage>();
-        refuse_cuda(call.arguments.first());
-        const py::gil_scoped_release release;
-        cpu::masked_act(args, threads_of(num_threads));
+        run(
+            call.arguments.first(), [&] { return cpu::masked_act(args, threads_of(num_threads)); },
+            [&]([[maybe_unused]] void* stream) {
+                if constexpr (build::has_cuda) return cuda::masked_act(args, x.device().id, stream);
+                return Status{};
+            });
     });
 }
 
 void masked_act_backward(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& mask,
                          const Optional& scale, const Optional& centre, const Optional& slope, const Optional& offset,
                          const std::string& activation, const Optional& dx, const Optional& dmask,
-                         const Optional& dshift, const Optional& dscale, [[maybe_unused]] const Optional& partials,
-                         int num_threads) {
+                         const Optional& dshift, const Optional& dscale, const Optional& partials, int num_threads) {
     const Backward call(dy, saved, x, mask, scale, centre, slope, offset, activation, dx, dmask, dshift, dscale);
+    if (dy.on_cuda()) call.arguments.check_partials(partials, num_partials(call));
     dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
         const auto args = call.of<Storage>();
-        refuse_cuda(call.arguments.first());
+        run(
+            call.arguments.first(), [&] { return cpu::masked_act_backward(args, threads_of(num_threads)); },
+            [&]([[maybe_unused]] void* stream) {
+                if constexpr (build::has_cuda) {
+                    auto* memory = data_of<double>(partials);
+                    return cuda::masked_act_backward(args, memory, dy.device().id, stream);
+                }
+                return Status{};
+            });
+    });
+}
+
+/// For one sum over tensors of this layout; `others` may decide whether the layout is that of one long plane.
+int64_t masked_act_partials(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& dx) {
+    ChannelArguments arguments;
+    arguments.add("dy", dy);
+    arguments.add("saved", saved);
+    arguments.add("x", x);
+    arguments.add("dx", dx);
+    arguments.check();
+    if constexpr (build::has_cuda) return cuda::masked_act_partials(arguments.layout());
+    return 0;
+}
+
+void emulated_masked_act(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& mask,
+                         const std::string& activation, const Optional& y, const Optional& saved, int num_threads,
+                         int warp_size) {
+    const Forward call(x, scale, shift, mask, activation, y, saved);
+    check_block(call.arguments.first(), num_threads, warp_size);
+    dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
         const py::gil_scoped_release release;
-        cpu::masked_act_backward(args, threads_of(num_threads));
+        emulated::masked_act(call.of<Storage>(), num_threads, warp_size);
+    });
+}
+
+void emulated_masked_act_backward(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& mask,
+                                  const Optional& scale, const Optional& centre, const Optional& slope,
+                                  const Optional& offset, const std::string& activation, const Optional& dx,
+                                  const Optional& dmask, const Optional& dshift, const Optional& dscale,
+                                  int num_threads, int warp_size) {
+    const Backward call(dy, saved, x, mask, scale, centre, slope, offset, activation, dx, dmask, dshift, dscale);
+    check_block(call.arguments.first(), num_threads, warp_size);
+    dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
+        const py::gil_scoped_release release;
+        emulated::masked_act_backward(call.of<Storage>(), num_threads, warp_size);
     });
 }
 
@@ -260,6 +219,18 @@ void bind_masked_act(py::module_& module) {
                py::arg("dx").none(true), py::arg("dmask").none(true), py::arg("dshift").none(true),
                py::arg("dscale").none(true), py::arg("partials").none(true), py::arg("num_threads") = 0,
                "Writes the wanted ones of dx, dmask, dshift and dscale. `partials`: float64, on CUDA for the sums.");
+    module.def("masked_act_partials", &masked_act_partials, py::arg("dy"), py::arg("saved"), py::arg("x").none(true),
+               py::arg("dx").none(true), "How many elements `partials` needs for each wanted sum.");
+    module.def("emulated_masked_act", &emulated_masked_act, py::arg("x"), py::arg("scale").none(true),
+               py::arg("shift").none(true), py::arg("mask").none(true), py::arg("activation"), py::arg("y").none(true),
+               py::arg("saved").none(true), py::arg("num_threads") = 8, py::arg("warp_size") = 4,
+               "The device body of masked_act on host threads, for tests without a GPU.");
+    module.def("emulated_masked_act_backward", &emulated_masked_act_backward, py::arg("dy"), py::arg("saved"),
+               py::arg("x").none(true), py::arg("mask").none(true), py::arg("scale").none(true),
+               py::arg("centre").none(true), py::arg("slope").none(true), py::arg("offset").none(true),
+               py::arg("activation"), py::arg("dx").none(true), py::arg("dmask").none(true),
+               py::arg("dshift").none(true), py::arg("dscale").none(true), py::arg("num_threads") = 8,
+               py::arg("warp_size") = 4, "The device body of masked_act_backward on host threads.");
 }
 
 }  // namespace fastprune

@@ -117,7 +117,7 @@ def count(name: str, value: int | None, channels: int) -> int:
     if value is None:
         return channels
     if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
+        return value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= channels:
         raise ValueError(f"{name}: got {value!r}, needs a count of channels from 0 to {channels}")
     return value

@@ -75,7 +75,7 @@ def layout_of(x: Tensor) -> torch.memory_format:
 
 def library_takes(x: Tensor) -> bool:
     """Whether oneDNN computes on tensors like x here."""
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if x.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -127,13 +127,13 @@ def convolve(
     if residual is None:
         result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *moves, name, scalars, "")
     elif x.dtype == torch.float32 and activation in ("identity", "relu"):  # what torch offers of oneDNN's sums
-        post = ("relu", [], "") if activation == "relu" else (None, [], None)
+        post: tuple[Any, ...] = ("relu", [], "") if activation == "relu" else (None, [], None)
         residual = residual.contiguous(memory_format=layout)
         result = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, shift, *moves, "add", 1.0, *post)
     else:
         result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *moves, "none", [], "").add_(residual)
         result = _IN_PLACE[activation](result)
-    return result.contiguous(memory_format=layout)  # type: ignore[no-any-return]
+    return result.contiguous(memory_format=layout)
 
 
 def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, geometry: Geometry) -> Tensor:
@@ -157,7 +157,7 @@ def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, g
     else:
         x = dz.new_empty(()).expand(x_size)
     weight = weight.contiguous(memory_format=layout)
-    return torch.ops.aten.convolution_backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         dz,
         x,
         weight,
@@ -169,12 +169,13 @@ def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, g
         (0, 0),
         geometry.groups,
         (True, False, False),
-    )[0]
+    )
+    return gradients[0]
 
 
 def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of ``conv(x, weight)`` with respect to the weight."""
-    return torch.ops.aten.convolution_backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         dz,
         x,
         weight,
@@ -186,4 +187,5 @@ def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -
         (0, 0),
         geometry.groups,
         (False, True, False),
-    )[1]
+    )
+    return gradients[1]

@@ -36,6 +36,8 @@ def has_rows(x: Tensor) -> bool:
 
 def has_planes(x: Tensor) -> bool:
     """Whether every sample is contiguous, some channels of a wider tensor included."""
+    if x.is_contiguous():  # nearly always; the loop costs microseconds
+        return True
     expected = 1
     for dim in range(x.dim() - 1, 0, -1):
         if x.size(dim) != 1 and x.stride(dim) != expected:
@@ -46,6 +48,8 @@ def has_planes(x: Tensor) -> bool:
 
 def _empty_rows(x: Tensor) -> Tensor:
     """Uninitialised channels_last memory of the shape of ``x``, of any rank."""
+    if x.dim() == 4:
+        return torch.empty_like(x, memory_format=torch.channels_last)
     channels = x.size(1)
     space = math.prod(x.shape[2:])
     strides = [space * channels, 1]
@@ -57,22 +61,18 @@ def _empty_rows(x: Tensor) -> Tensor:
 
 def empty_like_views(x: Tensor) -> Tensor:
     """Uninitialised memory of the shape and memory format of ``x``, without the gaps of a view."""
-    if not has_planes(x) and has_rows(x):
-        return _empty_rows(x)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if has_planes(x) or not has_rows(x):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _empty_rows(x)
 
 
 def as_views(x: Tensor, *others: Tensor | None) -> list[Tensor]:
     """The tensors as kernels take them: as they are where they fit ``x``, else copied into its memory format."""
     tensors = [tensor for tensor in (x, *others) if tensor is not None]
-    if all(map(has_planes, tensors)):
-        return tensors
-    if has_rows(x) and not has_planes(x):
-        return [
-            tensor if has_rows(tensor) else _empty_rows(tensor).copy_(tensor)  # for any rank, unlike contiguous()
-            for tensor in tensors
-        ]
-    return [tensor if has_planes(tensor) else tensor.contiguous() for tensor in tensors]
+    if has_planes(x) or not has_rows(x):
+        return [tensor if has_planes(tensor) else tensor.contiguous() for tensor in tensors]
+    # copy_, since contiguous() knows channels_last for ranks 4 and 5 alone.
+    return [tensor if has_rows(tensor) else _empty_rows(tensor).copy_(tensor) for tensor in tensors]
 
 
 def _forward(
@@ -100,6 +100,13 @@ register(
 )
 
 
+def _gradients(saved: Tensor, wants: list[bool]) -> list[Tensor]:
+    """Uninitialised ``dx``, ``dmask``, ``dshift`` and ``dscale``; empty where not wanted."""
+    dx = empty_like_views(saved) if wants[0] else saved.new_empty(0)
+    real = torch.float64 if saved.dtype == torch.float64 else torch.float32
+    return [dx, *(saved.new_empty(saved.size(1) if want else 0, dtype=real) for want in wants[1:])]
+
+
 def _backward(
     dy: Tensor,
     saved: Tensor,
@@ -114,14 +121,33 @@ def _backward(
 ) -> list[Tensor]:
     saved, dy, *rest = as_views(saved, dy, x)
     x = rest[0] if rest else None
-    vectors = [None if v is None else v.contiguous() for v in (mask, scale, centre, slope, offset)]
-    results = _backward_fake(dy, saved, x, *vectors, activation, wants)
+    mask, scale, centre, slope, offset = (
+        None if vector is None else vector.contiguous() for vector in (mask, scale, centre, slope, offset)
+    )
+    results = _gradients(saved, wants)
     outputs = [result if want else None for want, result in zip(wants, results, strict=True)]
     partials = None
     if dy.is_cuda and any(wants[1:]):
         count = sum(wants[1:]) * _C.masked_act_partials(dy, saved, x, outputs[0])
         partials = torch.empty(count, dtype=torch.float64, device=dy.device)
-    _C.masked_act_backward(dy, saved, x, *vectors, activation, *outputs, partials, torch.get_num_threads())
+    dx, dmask, dshift, dscale = outputs
+    _C.masked_act_backward(
+        dy,
+        saved,
+        x,
+        mask,
+        scale,
+        centre,
+        slope,
+        offset,
+        activation,
+        dx,
+        dmask,
+        dshift,
+        dscale,
+        partials,
+        torch.get_num_threads(),
+    )
     return results
 
 
@@ -137,9 +163,7 @@ def _backward_fake(
     activation: str,
     wants: list[bool],
 ) -> list[Tensor]:
-    dx = empty_like_views(saved) if wants[0] else saved.new_empty(0)
-    real = torch.float64 if saved.dtype == torch.float64 else torch.float32
-    return [dx, *(saved.new_empty(saved.size(1) if want else 0, dtype=real) for want in wants[1:])]
+    return _gradients(saved, wants)
 
 
 register(

@@ -66,10 +66,11 @@ template <class Real>
 FASTPRUNE_HD Real exp_of_negative(Real x) {
     using Constants = ExpConstants<Real>;
     using Integer = typename Constants::Integer;
-    const Real shifted = x * static_cast<Real>(1.44269504088896340736) + Constants::round;
-    const Real n = shifted - Constants::round;
+    const Real round = Constants::round;
+    const Real shifted = x * static_cast<Real>(1.44269504088896340736) + round;
+    const Real n = shifted - round;
     const Real t = (x - n * Constants::ln2_high) - n * Constants::ln2_low;
-    const Integer exponent = bits_as<Integer>(shifted) - bits_as<Integer>(Constants::round) + Constants::bias;
+    const Integer exponent = bits_as<Integer>(shifted) - bits_as<Integer>(round) + Constants::bias;
     const Real power = bits_as<Real>(static_cast<Integer>(exponent << Constants::significand_bits));
     return x < Constants::lowest ? Real{0} : exp_series<Real, 0, Constants::degree>(t) * power;
 }
@@ -91,8 +92,8 @@ FASTPRUNE_HD Real activate(Activation activation, Real z) {
         case Activation::silu: return z * sigmoid(z);
         case Activation::hardswish: break;
     }
-    const Real up = z + 3 < 0 ? Real{0} : z + 3;
-    return z * (up > 6 ? Real{6} : up) / 6;
+    const Real part = z * (z + 3 < 0 ? Real{0} : z + 3) / 6;
+    return z >= 3 ? z : part;  // not z * 6 / 6, which may overflow
 }
 
 /// What a backward pass makes of the saved value (see saves_input).

@@ -79,7 +79,7 @@ template <class Storage>
 Status masked_act(const MaskedActArgs<Storage>& args, int device, void* stream);
 
 /// How many doubles `partials` has to hold for each wanted sum.
-int64_t masked_act_partials(const ChannelLayout& layout, int bytes_per_element);
+int64_t masked_act_partials(const ChannelLayout& layout);
 
 /// As above; one launch, or two if sums are wanted. `partials` is device memory that the caller may reuse when the
 /// stream has passed the call: masked_act_partials doubles for each wanted sum.

@@ -7,8 +7,10 @@
 #if defined(__CUDACC__)
 #define FASTPRUNE_HD __host__ __device__ __forceinline__
 #define FASTPRUNE_DEVICE __device__ __forceinline__
+#define FASTPRUNE_UNROLL _Pragma("unroll")  // before a loop over an array that is meant to live in registers
 #else
 // Always, as on the device: a function that stays out of line keeps a loop over it from being vectorised.
 #define FASTPRUNE_HD inline __attribute__((always_inline))
 #define FASTPRUNE_DEVICE inline
+#define FASTPRUNE_UNROLL
 #endif
