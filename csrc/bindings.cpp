@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 
+#include "bindings/fused_conv.h"
 #include "bindings/topk_mask.h"
 #include "build.h"
 #include "cuda/runtime.h"
@@ -34,6 +35,7 @@ py::dict build_info() {
     info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
     info["cuda"] = build::has_cuda ? py::object(py::str(build::cuda_toolkit)) : py::none();
     info["cuda_architectures"] = split(build::cuda_architectures);
+    info["cutlass"] = build::has_cutlass ? py::object(py::str(build::cutlass)) : py::none();
     return info;
 }
 
@@ -54,5 +56,6 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "cuda_available", [] { return cuda_device_count() > 0; },
         "Whether this build has CUDA kernels and a device for them.");
+    bind_fused_conv(module);
     bind_topk_mask(module);
 }

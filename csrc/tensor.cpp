@@ -97,6 +97,13 @@ void Tensor::borrow_through_capsule(py::handle object) {
     }
 }
 
+int64_t Tensor::stride(int dim) const {
+    if (view_.strides != nullptr) return view_.strides[dim];
+    int64_t stride = 1;
+    for (int d = view_.ndim - 1; d > dim; --d) stride *= view_.shape[d];
+    return stride;
+}
+
 int64_t Tensor::numel() const {
     int64_t count = 1;
     for (int d = 0; d < view_.ndim; ++d) count *= view_.shape[d];

@@ -25,6 +25,7 @@ class Tensor {
     bool on_cpu() const { return view_.device.type == dlpack::cpu || view_.device.type == dlpack::cuda_host; }
     int ndim() const { return view_.ndim; }
     int64_t size(int dim) const { return view_.shape[dim]; }
+    int64_t stride(int dim) const;  // in elements
     int64_t numel() const;
     int64_t num_bytes() const { return numel() * (view_.dtype.bits / 8); }
     bool contiguous() const;
