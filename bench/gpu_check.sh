@@ -53,6 +53,10 @@ for tool in memcheck racecheck; do
         "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_topk_mask.py -k "$selection"
 done
 
+# Of every fused convolution, where the build has them, the cases of one seed.
+step fused_conv_memcheck 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
+    "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_fused_conv_cuda.py -k "test_values and seed0"
+
 for bench in bench/bench_*.py; do
     name=$(basename "$bench" .py)
     step "$name" 120 "$python" "$bench" --device cuda --json "$work/$name.json"
