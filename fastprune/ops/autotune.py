@@ -200,18 +200,18 @@ def verified(problem: Problem, key: Key, device: torch.device) -> tuple[list[tup
     """The candidates that agree with the fallback, each with a call that runs it, and why the others do not.
 
     The error of each result against the exact one may be twice the fallback's, plus one rounding (``Problem.unit``),
-    both at its largest and on average: the former shows a few wrong elements, the latter small errors everywhere, such
-    as a product that is left out. A candidate that writes outside of its results, or not everywhere, differs as well.
+    both at its largest and on average: the former shows a few wrong elements, the latter small errors everywhere. A
+    candidate that writes outside of its results, or not everywhere, differs as well.
     """
     usual = problem.fallback()
     exact = problem.exact()
     allowed = [(size(a.to(b.dtype) - b) * 2.0) + size(b) * problem.unit for a, b in zip(usual, exact, strict=True)]
     good: list[tuple[Candidate, Call]] = []
     dropped: dict[str, str] = {}
+    outputs = [torch.empty_like(result) for result in usual]  # of all timed calls: nobody reads them
     for candidate in problem.candidates:
         why = why_differs(candidate, usual, exact, allowed, device)
         if why is None:
-            outputs = [torch.empty_like(result) for result in usual]
             good.append((candidate, partial(candidate.run, outputs)))
         else:
             dropped[candidate.name] = why
@@ -226,21 +226,24 @@ def why_differs(
     allowed: Sequence[Size],
     device: torch.device,
 ) -> str | None:
-    """Run a candidate once, into memory with guards around it; None if it agrees."""
-    guarded = [Guarded(result) for result in usual]
+    """Run a candidate twice, into memory with guards around it; None if it agrees, both times with the same bits."""
+    runs = [[Guarded(result) for result in usual] for _ in range(2)]
     try:
-        candidate.run([guard.inside for guard in guarded])
+        for guarded in runs:
+            candidate.run([guard.inside for guard in guarded])
         synchronize(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:
         return f"it failed with {type(failure).__name__}: {failure}"
-    for number, (guard, truth, most) in enumerate(zip(guarded, exact, allowed, strict=True)):
-        if not guard.intact():
+    for number, (first, second, truth, most) in enumerate(zip(*runs, exact, allowed, strict=True)):
+        if not (first.intact() and second.intact()):
             return f"it wrote outside of result {number}"
-        got = size(guard.inside.to(truth.dtype) - truth)
+        got = size(first.inside.to(truth.dtype) - truth)
         if not (got.largest <= most.largest and got.mean <= most.mean):  # NaN compares as false
             return f"result {number} has an error of {got}, where {most} is allowed"
+        if not torch.equal(first.inside, second.inside):
+            return f"result {number} has other bits on a second run"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import warnings
@@ -48,6 +49,14 @@ def before_the_start(results: Sequence[Tensor]) -> None:
     result = results[0]
     result.copy_(2 * X)
     result.as_strided((1,), (1,), result.storage_offset() - 1).fill_(1)
+
+
+def unsteady(results: Sequence[Tensor]) -> None:
+    right(results)
+    results[0][0, 0] += next(UNSTEADY) * 2.0**-20
+
+
+UNSTEADY = itertools.count()
 
 
 def failing(results: Sequence[Tensor]) -> None:
@@ -102,6 +111,7 @@ def test_the_library_wins_unless_a_candidate_is_clearly_faster(milliseconds, win
         (infinite, r"result 0 has an error of inf"),
         (beyond_the_end, "it wrote outside of result 0"),
         (before_the_start, "it wrote outside of result 0"),
+        (unsteady, "result 0 has other bits on a second run"),
         (failing, "it failed with RuntimeError: misaligned address"),
     ],
 )
