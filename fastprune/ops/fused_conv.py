@@ -94,12 +94,12 @@ def fused_conv(
 
 def choose(x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry, fallback: Fallback) -> Kernel | None:
     """The kernel to run for these tensors; None: your fallback. The first call for new shapes tries all kernels."""
-    if unavailable(x, weight, geometry) is not None:
+    if _not_now(x) is not None:
         return None
     key = _key(x, weight, channels, geometry)
-    kernels = _SUPPORTED.get(key)
+    kernels = _SUPPORTED.get((key, x.device))
     if kernels is None:
-        kernels = _SUPPORTED[key] = _supported(x, weight, geometry)
+        kernels = _SUPPORTED[key, x.device] = _supported(x, weight, geometry)
 
     def problem() -> Problem:
         return _problem(_similar(x, weight, channels), geometry, fallback, list(kernels.values()))
@@ -109,19 +109,31 @@ def choose(x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry, fa
 
 
 def unavailable(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
-    """Why no kernel can be tried for these tensors; None if some may. What it costs: a microsecond."""
+    """Why no kernel can be tried for these tensors; None if some may."""
+    return _not_now(x) or _not_for(x, weight, geometry)
+
+
+def _not_now(x: Tensor) -> str | None:
+    """What can change between two calls with equal shapes, and is asked every time."""
     if not kernels_of_this_build():
         return "this build of fastprune has no CUTLASS kernels"
+    if x.device.type != "cuda":
+        return f"the tensors are on {x.device}, not on a CUDA device"
     if torch.compiler.is_compiling():
         return "torch is tracing"
-    if x.device.type != "cuda" or weight.device != x.device:
-        return f"the tensors are on {x.device} and {weight.device}, not on one CUDA device"
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        return f"the dtypes are {x.dtype} and {weight.dtype}, not one of float16, bfloat16 and float32"
     if x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         return "float32 is to be multiplied exactly: torch.backends.cudnn.allow_tf32 is off"
+    return None
+
+
+def _not_for(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
+    """What the shapes decide, and is asked once for each."""
+    if weight.device != x.device:
+        return f"the tensors are on {x.device} and {weight.device}, not on one device"
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        return f"the dtypes are {x.dtype} and {weight.dtype}, not one of float16, bfloat16 and float32"
     if geometry.groups != 1:
-        return f"{geometry.groups} groups; the kernels have one"
+        return f"there are {geometry.groups} groups; the kernels have one"
     if x.dim() != 4 or weight.dim() != 4:
         return "the convolution is not two-dimensional"
     if not (channels_last(x) and channels_last(weight)):
@@ -219,6 +231,8 @@ _SUPPORTED: dict[Any, dict[str, Kernel]] = {}
 
 
 def _supported(x: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, Kernel]:
+    if _not_for(x, weight, geometry) is not None:
+        return {}
     major, minor = torch.cuda.get_device_capability(x.device)
     results = [_output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
     try:
@@ -236,7 +250,7 @@ def _key(x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry) -> t
     """Everything that a kernel could depend on but the values."""
     return (
         ("operator", "fused_conv"),
-        ("dtype", DTYPES[x.dtype]),
+        ("dtypes", (DTYPES.get(x.dtype), DTYPES.get(weight.dtype))),
         ("x", tuple(x.shape)),
         ("x_strides", x.stride()),
         ("x_alignment", _alignment(x)),
@@ -247,6 +261,7 @@ def _key(x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry) -> t
         ("stride", geometry.stride),
         ("padding", geometry.padding),
         ("dilation", geometry.dilation),
+        ("groups", geometry.groups),
         ("activation", geometry.activation),
         ("save", geometry.save),
     )

@@ -130,7 +130,7 @@ def two_kernels(monkeypatch):
         return [3.0, 2.0, 1.0][: len(calls)]
 
     kernels = [OnTheCPU(0, "right", "float32", (0, 0)), OnTheCPU(1, "wrong", "float32", (0, 0), offset=0.125)]
-    monkeypatch.setattr(ops, "unavailable", lambda *arguments: None)
+    monkeypatch.setattr(ops, "_not_now", lambda x: None)
     monkeypatch.setattr(ops, "_supported", lambda *arguments: {kernel.name: kernel for kernel in kernels})
     monkeypatch.setattr(ops, "_SUPPORTED", {})
     tuner = Autotuner(timer=timer)
@@ -179,6 +179,26 @@ def results_for(x: Tensor, weight: Tensor, geometry: Geometry) -> list[Tensor]:
 def names(x: Tensor, weight: Tensor, geometry: Geometry | None = None, capability: int = 90) -> set[str]:
     geometry = geometry or Geometry()
     return set(ops.supported(x, weight, results_for(x, weight, geometry), geometry, capability))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "geometry", "why"),
+    [
+        (image(2, 8, 4, 4), image(8, 8, 3, 3).half(), Geometry(), "the dtypes are torch.float32 and torch.float16"),
+        (image(2, 8, 4, 4).double(), image(8, 8, 3, 3).double(), Geometry(), "the dtypes are torch.float64"),
+        (image(2, 8, 4, 4), image(8, 4, 3, 3), Geometry(groups=2), "there are 2 groups"),
+        (image(2, 8, 4, 4)[0], image(8, 8, 3, 3), Geometry(), "not two-dimensional"),
+        (torch.ones(2, 8, 4, 4), image(8, 8, 3, 3), Geometry(), "not channels_last"),
+        (image(2, 8, 4, 4), torch.ones(8, 8, 3, 3), Geometry(), "not channels_last"),
+        (image(0, 8, 4, 4), image(8, 8, 3, 3), Geometry(), "nothing to compute"),
+        (image(2, 8, 4, 4), image(8, 8, 3, 3), Geometry(), None),
+    ],
+)
+def test_who_may_run_depends_on_the_tensors(x, weight, geometry, why):
+    found = ops._not_for(x, weight, geometry)
+    assert found is None if why is None else why in str(found)
+    if why is not None:
+        assert ops._supported(x, weight, geometry) == {}
 
 
 @needs_kernels

@@ -49,20 +49,19 @@ using Node = cutlass::epilogue::fusion::Sm90EVT<
 template <class Tile>
 using ScaleAndShift = Node<cutlass::homogeneous_multiply_add, float, PerChannel<Tile>,
                            cutlass::epilogue::fusion::Sm90AccFetch, PerChannel<Tile>>;
-template <class Tile, class Element>
-using Fusion =
-    Node<cutlass::multiplies, Element, PerChannel<Tile>, Node<ChannelActivation, float, ScaleAndShift<Tile>>>;
+template <class Tile, class Element, class Mask>
+using Fusion = Node<cutlass::multiplies, Element, Mask, Node<ChannelActivation, float, ScaleAndShift<Tile>>>;
 
-template <class Tile, class Element>
-typename Fusion<Tile, Element>::Arguments fusion_arguments(const FusedConvArgs& args) {
+template <class Collective>
+typename Collective::FusionCallbacks::Arguments fusion_arguments(const FusedConvArgs& args) {
     // Children first, the node's own arguments last; a null pointer stands for the number beside it.
     return {{args.mask, 1.0f, {}}, {{{args.scale, 1.0f, {}}, {}, {args.shift, 0.0f, {}}, {}}, {args.activation}}, {}};
 }
 
-template <class Tile, class Cluster, class Element, class Layout, class Schedule>
+template <class Tile, class Cluster, class Element, class Layout, class Schedule, class Mask>
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto,
-    float, float, void, Layout, 8, Element, Layout, 8, Schedule, Fusion<Tile, Element>>::CollectiveOp;
+    float, float, void, Layout, 8, Element, Layout, 8, Schedule, Fusion<Tile, Element, Mask>>::CollectiveOp;
 
 /// The copy engine moves 16 bytes at a time.
 inline bool aligned(const FusedConvArgs& args) {

@@ -17,12 +17,36 @@
 
 namespace fastprune::cuda::sm90 {
 
+/// The first leaf of the epilogue's tree. This kernel's epilogue reuses the memory of its main loop, and the leaves
+/// write their vectors there before CUTLASS synchronises: a warp that is done must wait for those that still multiply.
+template <class Tile>
+struct FirstPerChannel : PerChannel<Tile> {
+    using PerChannel<Tile>::PerChannel;
+
+    template <class Callbacks>
+    struct Waiting : Callbacks {
+        CUTLASS_DEVICE explicit Waiting(const Callbacks& callbacks) : Callbacks(callbacks) {}
+        CUTLASS_DEVICE void begin() {
+            cutlass::arch::NamedBarrier::sync(cutlass::NumThreadsPerWarpGroup,
+                                              cutlass::arch::ReservedNamedBarriers::EpilogueBarrier);
+            Callbacks::begin();
+        }
+    };
+    template <bool reference_source, class... Args>
+    CUTLASS_DEVICE auto get_consumer_store_callbacks(
+        const cutlass::epilogue::fusion::detail::ConsumerStoreArgs<Args...>& args) {
+        auto callbacks = PerChannel<Tile>::template get_consumer_store_callbacks<reference_source>(args);
+        return Waiting<decltype(callbacks)>(callbacks);
+    }
+};
+
 template <ConvType type, class Element, int m, int n, int cluster_m>
 struct Convolution {
     using Tile = Shape<Size<m>, Size<n>, Shape<Size<64>>>;
     using Cluster = Shape<Size<cluster_m>, Size<1>, Size<1>>;
     using Layout = cutlass::layout::TensorNHWC;
-    using CollectiveEpilogue = Epilogue<Tile, Cluster, Element, Layout, cutlass::epilogue::TmaWarpSpecialized>;
+    using CollectiveEpilogue =
+        Epilogue<Tile, Cluster, Element, Layout, cutlass::epilogue::TmaWarpSpecialized, FirstPerChannel<Tile>>;
     using CollectiveMainloop = typename cutlass::conv::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::conv::Operator::kFprop, Element, Layout, 8,
         Element, Layout, 8, float, Tile, Cluster,
@@ -52,7 +76,7 @@ struct Convolution {
         cute::get<0, 2>(y_strides) = args.y_pitch * args.q * args.p;
         return {problem,
                 {static_cast<const Element*>(args.x), static_cast<const Element*>(args.weight)},
-                {fusion_arguments<Tile, Element>(args), nullptr, {}, static_cast<Element*>(args.y), y_strides}};
+                {fusion_arguments<CollectiveEpilogue>(args), nullptr, {}, static_cast<Element*>(args.y), y_strides}};
     }
 
     static bool supports(const FusedConvArgs& args) {

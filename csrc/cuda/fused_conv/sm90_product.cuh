@@ -27,7 +27,8 @@ struct Product {
     using Tile = Shape<Size<m>, Size<n>, Size<64>>;
     using Cluster = Shape<Size<cluster_m>, Size<1>, Size<1>>;
     using RowMajor = cutlass::layout::RowMajor;
-    using CollectiveEpilogue = Epilogue<Tile, Cluster, Element, RowMajor, typename Schedule::Epilogue>;
+    using CollectiveEpilogue =
+        Epilogue<Tile, Cluster, Element, RowMajor, typename Schedule::Epilogue, PerChannel<Tile>>;
     using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element,
         cutlass::layout::ColumnMajor, 8, float, Tile, Cluster,
@@ -46,7 +47,7 @@ struct Product {
                 {pixels, static_cast<int>(args.k), static_cast<int>(args.c), 1},
                 {static_cast<const Element*>(args.x), cute::make_stride(args.x_pitch, one, int64_t{0}),
                  static_cast<const Element*>(args.weight), cute::make_stride(args.weight_pitch, one, int64_t{0})},
-                {fusion_arguments<Tile, Element>(args),
+                {fusion_arguments<CollectiveEpilogue>(args),
                  nullptr,
                  {},
                  static_cast<Element*>(args.y),

@@ -54,7 +54,7 @@ namespace cuda {
 
 /// One kernel. `supports` looks at the arguments alone, pointers for their alignment included, and touches no device.
 struct ConvCandidate {
-    const char* name;  // how it multiplies, tile, stages, alignment in elements: "sm80 128x128x32 s3 a8"
+    const char* name;  // "sm80 128x64x64 s3 k1": instructions, tile, stages; takes any number of filters
     ConvType type;
     int first_capability, last_capability;  // 10 major + minor of the devices that it has code for, inclusive
     bool (*supports)(const FusedConvArgs&);
