@@ -43,7 +43,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 step build 180 env FASTPRUNE_CUDA=ON "$python" -m pip install -v --no-index --no-build-isolation --no-deps \
     --target "$work/site" .
 step doctor 60 "$python" -c "from fastprune import _C; print(_C.build_info()); assert _C.cuda_available()"
-step tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops
+step tests 200 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops
 
 # Sizes on both sides of shared memory. Without torch's caching allocator every tensor has bounds of its own.
 selection="test_values_of_every_size and (normal or ties) and (33 or 2049 or 16385)"

@@ -127,9 +127,9 @@ def tf32() -> Iterator[None]:
 
 
 @EACH_KERNEL
-@pytest.mark.parametrize("seed", range(4), ids="seed{}".format)
+@pytest.mark.parametrize("seed", range(3), ids="seed{}".format)
 def test_values_of_every_kernel(kernel, seed):
-    for ready, case in cases(kernel, 6, seed):
+    for ready, case in cases(kernel, 4, seed):
         case.run(ready)
         case.check()
 
@@ -237,7 +237,7 @@ def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Autotuner:
     return tuner
 
 
-LAYERS = [  # channels, filters, window, stride, size
+LAYERS = [  # channels, filters, window, stride, pixels
     (64, 64, 3, 1, 56),
     (256, 64, 1, 1, 56),
     (128, 128, 3, 2, 56),
@@ -251,8 +251,9 @@ LAYERS = [  # channels, filters, window, stride, size
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_tuner_trusts_every_kernel(tuner, layer, dtype):
     """A kernel that differs would warn, and warnings are errors here."""
-    channels, filters, window, stride, size = layer
-    x = torch.randn(8, channels, size, size, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    channels, filters, window, stride, pixels = layer
+    x = torch.randn(8, channels, pixels, pixels, device="cuda", dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.randn(filters, channels, window, window, device="cuda", dtype=dtype) / (channels * window**2) ** 0.5
     weight = weight.contiguous(memory_format=torch.channels_last)
     vectors = tuple(torch.rand(filters, device="cuda") for _ in range(3))
