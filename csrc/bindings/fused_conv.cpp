@@ -235,13 +235,27 @@ std::optional<size_t> fused_conv_workspace(const Tensor& x, const Tensor& weight
     return workspace_bytes(args, index);
 }
 
-const float* check_channels(const char* name, const std::optional<Tensor>& vector, const Tensor& x, const Tensor& y,
-                            const FusedConvArgs& args) {
+/// y and saved, which nothing may overlap.
+struct Outputs {
+    Image y;
+    std::optional<Image> saved;
+
+    Outputs(const Tensor& y, const std::optional<Tensor>& saved) : y(check_image("y", y)) {
+        if (saved) this->saved.emplace(check_image("saved", *saved));
+    }
+    void check_disjoint_from(const char* name, const Tensor& vector) const {
+        const Span span{vector.data_as<const char>(), vector.num_bytes()};
+        check_disjoint("y", y.span(), name, span);
+        if (saved) check_disjoint("saved", saved->span(), name, span);
+    }
+};
+
+const float* check_channels(const char* name, const std::optional<Tensor>& vector, const Tensor& x,
+                            const Outputs& outputs, int64_t filters) {
     if (!vector) return nullptr;
-    check::vector({name, *vector}, DType::float32, args.k, "one number for each filter of weight");
+    check::vector({name, *vector}, DType::float32, filters, "one number for each filter of weight");
     check::same_device({name, *vector}, {"x", x});
-    const Span span{vector->data_as<const char>(), vector->num_bytes()};
-    check_disjoint("y", check_image("y", y).span(), name, span);
+    outputs.check_disjoint_from(name, *vector);
     return vector->data_as<const float>();
 }
 
@@ -265,9 +279,10 @@ void fused_conv(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                 const std::optional<Tensor>& saved, const Pair& stride, const Pair& padding, const Pair& dilation,
                 const std::string& activation, int64_t candidate, const std::optional<Tensor>& workspace) {
     FusedConvArgs args = check_convolution(x, weight, y, saved, stride, padding, dilation);
-    args.scale = check_channels("scale", scale, x, y, args);
-    args.shift = check_channels("shift", shift, x, y, args);
-    args.mask = check_channels("mask", mask, x, y, args);
+    const Outputs outputs(y, saved);
+    args.scale = check_channels("scale", scale, x, outputs, args.k);
+    args.shift = check_channels("shift", shift, x, outputs, args.k);
+    args.mask = check_channels("mask", mask, x, outputs, args.k);
     args.activation = check_activation(activation);
     check_candidate(candidate);
     if constexpr (build::has_cuda) {
@@ -278,6 +293,7 @@ void fused_conv(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                    "one that supports these arguments (see fused_conv_workspace)");
         }
         void* scratch = check_workspace(workspace, x, workspace_bytes(args, index));
+        if (scratch != nullptr) outputs.check_disjoint_from("workspace", *workspace);
         void* stream = x.current_stream();
         const int device = x.device().id;
         Status status;

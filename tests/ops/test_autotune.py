@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -321,6 +324,14 @@ def test_cache_folder(variables, folder, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert autotune.cache_folder() == Path(folder)
+
+
+@pytest.mark.parametrize(("value", "enabled"), [("0", False), ("1", True)])
+def test_the_environment_decides(value, enabled, tmp_path):
+    code = "from fastprune.ops.autotune import AUTOTUNER; print(AUTOTUNER.enabled, AUTOTUNER.folder)"
+    variables = os.environ | {"FASTPRUNE_AUTOTUNE": value, "FASTPRUNE_CACHE": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [str(enabled), str(tmp_path / "autotune")]
 
 
 def choose_in_a_process(folder: Path, number: int) -> None:

@@ -115,6 +115,7 @@ def test_outputs_have_memory_of_their_own():
         ({"y": both[:, :24], "saved": both[:, 24:]}, "saved: got memory that overlaps y"),
         ({"x": x, "y": inside_x}, "y: got memory that overlaps x"),
         ({"weight": image(24, 16, 3, 3), "scale": vector[60:84], "y": inside_vector}, "y: got memory that overlaps sc"),
+        ({"shift": vector[60:84], "saved": inside_vector}, "saved: got memory that overlaps shift"),
     ):
         with pytest.raises(ValueError, match=message):
             _C.fused_conv(**(arguments() | change))
