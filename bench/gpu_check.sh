@@ -43,7 +43,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 step build 180 env FASTPRUNE_CUDA=ON "$python" -m pip install -v --no-index --no-build-isolation --no-deps \
     --target "$work/site" .
 step doctor 60 "$python" -c "from fastprune import _C; print(_C.build_info()); assert _C.cuda_available()"
-step tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops
+step tests 200 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops
 
 # Sizes on both sides of shared memory. Without torch's caching allocator every tensor has bounds of its own.
 selection="test_values_of_every_size and (normal or ties) and (33 or 2049 or 16385)"
@@ -52,6 +52,10 @@ for tool in memcheck racecheck; do
     step "$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
         "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_topk_mask.py -k "$selection"
 done
+
+# Of every fused convolution, where the build has them, the cases of one seed.
+step fused_conv_memcheck 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
+    "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_fused_conv_cuda.py -k "test_values and seed0"
 
 # Benchmarks share what is left. Each stops before its next case when its time is up, and names what it leaves out; the
 # rest of its share is for the case that runs then (torch.compile with max-autotune takes its time).

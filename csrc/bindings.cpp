@@ -9,6 +9,7 @@
 
 #include "bindings/bernoulli_gate.h"
 #include "bindings/channel_moments.h"
+#include "bindings/fused_conv.h"
 #include "bindings/group_prox.h"
 #include "bindings/gumbel_gate.h"
 #include "bindings/instruction_set.h"
@@ -43,6 +44,7 @@ py::dict build_info() {
     info["cuda"] = build::has_cuda ? py::object(py::str(build::cuda_toolkit)) : py::none();
     info["cuda_architectures"] = split(build::cuda_architectures);
     info["sanitizers"] = split(build::sanitizers);
+    info["cutlass"] = build::has_cutlass ? py::object(py::str(build::cutlass)) : py::none();
     return info;
 }
 
@@ -65,6 +67,7 @@ PYBIND11_MODULE(_C, module) {
         "Whether this build has CUDA kernels and a device for them.");
     bind_bernoulli_gate(module);
     bind_channel_moments(module);
+    bind_fused_conv(module);
     bind_group_prox(module);
     bind_gumbel_gate(module);
     bind_instruction_set(module);

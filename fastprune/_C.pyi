@@ -197,3 +197,29 @@ def emulated_channel_moments(
     warp_size: int = 4,
 ) -> None: ...
 def channel_moments_partials(x: SupportsDLPack) -> int: ...
+def fused_conv_candidates() -> list[dict[str, Any]]: ...
+def fused_conv_workspace(
+    x: SupportsDLPack,
+    weight: SupportsDLPack,
+    y: SupportsDLPack,
+    saved: SupportsDLPack | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    candidate: int,
+) -> int | None: ...
+def fused_conv(
+    x: SupportsDLPack,
+    weight: SupportsDLPack,
+    scale: SupportsDLPack | None,
+    shift: SupportsDLPack | None,
+    mask: SupportsDLPack | None,
+    y: SupportsDLPack,
+    saved: SupportsDLPack | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    candidate: int,
+    workspace: SupportsDLPack | None = None,
+) -> None: ...

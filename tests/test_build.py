@@ -42,6 +42,7 @@ def test_build_info():
     assert info["sanitizers"] == []
     if info["cuda"] is None:
         assert not _C.cuda_available()
+        assert info["cutlass"] is None
     assert _C.cuda_available() == (_C.cuda_device_count() > 0)
 
 
@@ -136,3 +137,22 @@ def test_a_broken_nvcc(tmp_path, choice, succeeds, message):
     result = configure(tmp_path / "build", choice, CUDACXX=str(nvcc))
     assert (result.returncode == 0) == succeeds
     assert message in " ".join((result.stdout + result.stderr).split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, "needs a folder with include/cutlass/version.h"), ("4 1 9", "got CUTLASS 4.1.9, needs 4.2 or newer")],
+)
+def test_a_wrong_folder_for_cutlass(tmp_path, version, message):
+    headers = tmp_path / "cutlass"
+    if version is not None:
+        names = ("MAJOR", "MINOR", "PATCH")
+        lines = [f"#define CUTLASS_{name} {part}\n" for name, part in zip(names, version.split(), strict=True)]
+        for name in ("include/cutlass/version.h", "tools/util/include/cutlass/util/packed_stride.hpp"):
+            (headers / name).parent.mkdir(parents=True)
+            (headers / name).write_text("".join(lines))
+    result = configure(tmp_path / "build", "ON", FASTPRUNE_CUTLASS_DIR=str(headers))
+    assert result.returncode != 0
+    assert message in " ".join(result.stderr.split())

@@ -1,0 +1,9 @@
+// Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+#include "candidates.h"
+#include "sm80_half.cuh"
+
+namespace fastprune::cuda {
+
+ConvCandidates sm80_float16() { return sm80::half_candidates<ConvType::float16, cutlass::half_t>; }
+
+}  // namespace fastprune::cuda

@@ -1,0 +1,9 @@
+// Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+#include "candidates.h"
+#include "sm90_product.cuh"
+
+namespace fastprune::cuda {
+
+ConvCandidates sm90_product_bfloat16() { return sm90::product_candidates<ConvType::bfloat16, cutlass::bfloat16_t>; }
+
+}  // namespace fastprune::cuda
