@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprune import _C
-from fastprune.ops.library import register
+from fastprune.ops.library import refuse_transforms, register
 from fastprune.ops.seed_and_step import split_step
 
 
@@ -93,6 +93,7 @@ def bernoulli_gate(theta: Tensor, *, seed: int, step: int | Tensor) -> Tensor:
         >>> ops.bernoulli_gate(theta, seed=0, step=1)
         tensor([0., 0., 1., 1., 1.])
     """
+    refuse_transforms("bernoulli_gate")
     if theta.dtype in (torch.float16, torch.bfloat16):
         # Exact, and so is the way back.
         return bernoulli_gate(theta.float(), seed=seed, step=step).to(theta.dtype)

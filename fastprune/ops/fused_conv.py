@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from fastprune import _C
 from fastprune.ops.autotune import AUTOTUNER, Candidate, Problem
+from fastprune.ops.convolution import Geometry
 
-Pair = tuple[int, int]
 Channels = tuple[Tensor | None, Tensor | None, Tensor | None]
 """scale, shift and mask, each [K] float32, or None: 1, 0 and 1."""
 
@@ -40,29 +40,15 @@ UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-
 
 
 @dataclass(frozen=True)
-class Geometry:
+class FusedGeometry(Geometry):
     """How the window moves, and what follows the convolution."""
 
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
     activation: str = "identity"
     save: bool = False
 
-    def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
-        """[N, K, P, Q]."""
-        p, q = (
-            (size + 2 * padding - dilation * (window - 1) - 1) // stride + 1
-            for size, window, stride, padding, dilation in zip(
-                x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-        return x.shape[0], weight.shape[0], p, q
-
 
 def fused_conv(
-    x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry, fallback: Fallback | None = None
+    x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, fallback: Fallback | None = None
 ) -> Sequence[Tensor]:
     r"""The convolution with everything behind it, by the kernel that is known to be right and fastest here.
 
@@ -92,7 +78,7 @@ def fused_conv(
     return results
 
 
-def choose(x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry, fallback: Fallback) -> Kernel | None:
+def choose(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, fallback: Fallback) -> Kernel | None:
     """The kernel to run for these tensors; None: your fallback. The first call for new shapes tries all kernels."""
     if _not_now(x) is not None:
         return None
@@ -108,7 +94,7 @@ def choose(x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry, fa
     return None if winner is None else kernels[winner]
 
 
-def unavailable(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
+def unavailable(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> str | None:
     """Why no kernel can be tried for these tensors; None if some may."""
     return _not_now(x) or _not_for(x, weight, geometry)
 
@@ -126,7 +112,7 @@ def _not_now(x: Tensor) -> str | None:
     return None
 
 
-def _not_for(x: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
+def _not_for(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> str | None:
     """What the shapes decide, and is asked once for each."""
     if weight.device != x.device:
         return f"the tensors are on {x.device} and {weight.device}, not on one device"
@@ -153,7 +139,9 @@ class Kernel:
     capabilities: tuple[int, int]
     workspace: int = 0
 
-    def run(self, x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry, results: Sequence[Tensor]) -> None:
+    def run(
+        self, x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, results: Sequence[Tensor]
+    ) -> None:
         """Write (y,) or (y, saved) into ``results``."""
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=x.device) if self.workspace else None
         _C.fused_conv(
@@ -178,7 +166,7 @@ def kernels_of_this_build() -> tuple[Kernel, ...]:
 
 
 def supported(
-    x: Tensor, weight: Tensor, results: Sequence[Tensor], geometry: Geometry, capability: int
+    x: Tensor, weight: Tensor, results: Sequence[Tensor], geometry: FusedGeometry, capability: int
 ) -> dict[str, Kernel]:
     """The kernels that can take these tensors on a device of this capability (10 major + minor), by name."""
     kernels = {}
@@ -194,7 +182,7 @@ def supported(
     return kernels
 
 
-def library_conv(x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry) -> Sequence[Tensor]:
+def library_conv(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry) -> Sequence[Tensor]:
     """The same in plain torch: a convolution rounded to the dtype of ``x``, then everything else in float32.
 
     Float64 is computed in float64.
@@ -230,7 +218,7 @@ def channels_last(tensor: Tensor) -> bool:
 _SUPPORTED: dict[Any, dict[str, Kernel]] = {}
 
 
-def _supported(x: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, Kernel]:
+def _supported(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> dict[str, Kernel]:
     if _not_for(x, weight, geometry) is not None:
         return {}
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -241,12 +229,12 @@ def _supported(x: Tensor, weight: Tensor, geometry: Geometry) -> dict[str, Kerne
         return {}
 
 
-def _output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    shape = geometry.output_shape(x, weight)
+def _output(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> Tensor:
+    shape = geometry.output_size(x, weight)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _key(x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry) -> tuple[tuple[str, Any], ...]:
+def _key(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry) -> tuple[tuple[str, Any], ...]:
     """Everything that a kernel could depend on but the values."""
     return (
         ("operator", "fused_conv"),
@@ -308,7 +296,7 @@ def _mask(like: Tensor, random: torch.Generator) -> Tensor:
     return mask
 
 
-def _problem(inputs: _Inputs, geometry: Geometry, fallback: Fallback, kernels: Sequence[Kernel]) -> Problem:
+def _problem(inputs: _Inputs, geometry: FusedGeometry, fallback: Fallback, kernels: Sequence[Kernel]) -> Problem:
     x, weight, channels = inputs.x, inputs.weight, inputs.channels
 
     def candidate(kernel: Kernel) -> Candidate:
@@ -325,7 +313,7 @@ def _problem(inputs: _Inputs, geometry: Geometry, fallback: Fallback, kernels: S
     )
 
 
-def _exact(inputs: _Inputs, geometry: Geometry) -> Sequence[Tensor]:
+def _exact(inputs: _Inputs, geometry: FusedGeometry) -> Sequence[Tensor]:
     """In float64, a few images at a time to save memory; kept as float32."""
     weight = inputs.weight.double()
     parts = [library_conv(images.double(), weight, inputs.channels, geometry) for images in inputs.x.split(16)]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprune import _C
-from fastprune.ops.library import register
+from fastprune.ops.library import refuse_transforms, register
 from fastprune.ops.seed_and_step import split_step
 
 Noise = Literal["gumbel", "logistic", "none"]
@@ -141,6 +141,7 @@ def gumbel_gate(
         >>> ops.gumbel_gate(logits, seed=0, step=1, noise="none")
         tensor([0., 0., 1., 1.])
     """
+    refuse_transforms("gumbel_gate")
     if logits.dtype in (torch.float16, torch.bfloat16):
         options = {"temperature": temperature, "base": base, "hard": hard, "noise": noise}
         return gumbel_gate(logits.float(), seed=seed, step=step, **options).to(logits.dtype)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprune.ops.channel_moments import channel_moments
+from fastprune.ops.library import refuse_transforms
 from fastprune.ops.masked_act import ACTIVATIONS, masked_act, masked_act_backward
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -192,6 +193,7 @@ def masked_bn_act(
         tensor([[0.0000, 0.0000, 0.0000],
                 [2.0000, 1.2500, 0.0000]])
     """
+    refuse_transforms("masked_bn_act")
     activation = "identity" if activation is None else activation
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, needs one of {', '.join(ACTIVATIONS)}")

@@ -21,7 +21,8 @@ from fastprune.ops.conv_arguments import (
     vector_dtype,
 )
 from fastprune.ops.convolution import Geometry, layout_of
-from fastprune.ops.library import register
+from fastprune.ops.cuda_conv import convolve_on_cuda
+from fastprune.ops.library import refuse_transforms, register
 from fastprune.ops.masked_act import masked_act, masked_act_backward
 from fastprune.ops.open_channels import (
     convolve_open,
@@ -110,6 +111,7 @@ def masked_conv_bn_act(
         >>> torch.autograd.grad(y.sum(), mask)[0]
         tensor([18., 18.])
     """
+    refuse_transforms("masked_conv_bn_act")
     geometry = geometry_of(stride, padding, dilation, groups)
     check_images(x, weight, geometry)
     check_activation(activation)
@@ -221,11 +223,14 @@ def forward_for_training(
         mask = F.pad(mask[:open_out], (0, outputs - open_out))
     packed = packed_once(x, weight, scale, geometry) if packed is None else packed
     if packed is not None and open_in > 0 and by_value:
-        channels = x[:, :open_in]
         return packed_conv.convolve(
-            channels, packed, outputs, shift=shift, mask=mask, residual=residual, activation=activation,
+            x[:, :open_in], packed, outputs, shift=shift, mask=mask, residual=residual, activation=activation,
             saves=mask is not None,
         )  # fmt: skip
+    if x.is_cuda and residual is None and geometry.groups == 1 and open_in > 0:
+        channels = (scale, shift, mask)
+        saves = mask is not None or not by_value
+        return convolve_on_cuda(x[:, :open_in], weight[:, :open_in], channels, geometry, activation, saves=saves)
     before = activation if by_value else "identity"
     saved = convolve_open(x, weight, scale, shift, residual, geometry, before, open_in, outputs, packed)
     if mask is None and by_value:

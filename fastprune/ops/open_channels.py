@@ -19,6 +19,7 @@ from fastprune.ops.convolution import (
     weight_gradient,
     weight_outweighs,
 )
+from fastprune.ops.cuda_conv import convolve_on_cuda
 from fastprune.ops.masked_act import masked_act
 from fastprune.ops.packed_conv import BOUNDS, PackedWeight, computes, pack
 from fastprune.ops.packed_conv import convolve as packed_convolve
@@ -80,6 +81,10 @@ def open_outputs(
     if packed is not None and open_in > 0 and activation in BOUNDS:
         x = x[:, :open_in]
         return packed_convolve(x, packed, open_out, shift=shift, mask=mask, residual=residual, activation=activation)[0]
+    if x.is_cuda and residual is None and geometry.groups == 1 and min(open_in, open_out) > 0:
+        part = weight[:open_out, :open_in]
+        scale, shift, mask = (None if vector is None else vector[:open_out] for vector in (scale, shift, mask))
+        return convolve_on_cuda(x[:, :open_in], part, (scale, shift, mask), geometry, activation, saves=False)[0]
     if mask is not None and residual is None and packed is None and folds(mask, activation):
         scale = mask if scale is None else scale * mask
         shift = None if shift is None else shift * mask

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastprune import _C
 from fastprune.ops import fused_conv as ops
 from fastprune.ops.autotune import Autotuner
-from fastprune.ops.fused_conv import Channels, Geometry, Kernel
+from fastprune.ops.fused_conv import Channels, FusedGeometry, Kernel
 
 needs_kernels = pytest.mark.skipif(not _C.fused_conv_candidates(), reason="a build without CUTLASS")
 
@@ -34,7 +34,7 @@ def vectors(channels: int) -> Channels:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_library_follows_the_formula(activation, dtype):
     x, weight, (scale, shift, mask) = image(2, 8, 7, 5, dtype=dtype), image(6, 8, 3, 3, dtype=dtype), vectors(6)
-    geometry = Geometry((2, 1), (1, 0), (1, 2), activation=activation, save=True)
+    geometry = FusedGeometry((2, 1), (1, 0), (1, 2), activation=activation, save=True)
     y, saved = ops.library_conv(x, weight, (scale, shift, mask), geometry)
     assert y.dtype == saved.dtype == dtype
     z = torch.nn.functional.conv2d(x.double(), weight.double(), None, (2, 1), (1, 0), (1, 2))
@@ -50,12 +50,12 @@ def test_the_library_follows_the_formula(activation, dtype):
     bound = 4 * step * z.abs().max() if dtype != torch.float64 else 1e-13 * z.abs().max()
     assert (y.double() - r * mask.double()[:, None, None]).abs().max() <= bound
     assert (saved.double() - (z if activation in ("silu", "hardswish") else r)).abs().max() <= bound
-    assert tuple(y.shape) == geometry.output_shape(x, weight)
+    assert list(y.shape) == geometry.output_size(x, weight)
 
 
 def test_nothing_given_is_a_plain_convolution():
     x, weight = image(2, 6, 7, 5), image(4, 3, 3, 3)
-    (y,) = ops.library_conv(x, weight, NONE, Geometry(padding=(1, 1), groups=2))
+    (y,) = ops.library_conv(x, weight, NONE, FusedGeometry(padding=(1, 1), groups=2))
     assert torch.equal(y, torch.nn.functional.conv2d(x, weight, padding=1, groups=2))
 
 
@@ -98,7 +98,7 @@ def test_inputs_for_trials_resemble_the_real_ones():
     assert (made_mask == 0).any()
     assert (made_mask == 1).any()
     assert made_mask.min() >= 0
-    z = ops._exact(inputs, Geometry(padding=(1, 1)))[0]
+    z = ops._exact(inputs, FusedGeometry(padding=(1, 1)))[0]
     assert 0.3 < z.std() < 3  # nothing overflows, nothing vanishes
     again = ops._similar(x, weight, (scale, None, mask))
     assert torch.equal(inputs.x, again.x)
@@ -106,8 +106,8 @@ def test_inputs_for_trials_resemble_the_real_ones():
 
 def test_exact_results_do_not_depend_on_how_images_are_split():
     inputs = ops._similar(image(37, 4, 5, 5), image(6, 4, 3, 3), NONE)
-    (parts,) = ops._exact(inputs, Geometry())
-    (whole,) = ops.library_conv(inputs.x.double(), inputs.weight.double(), NONE, Geometry())
+    (parts,) = ops._exact(inputs, FusedGeometry())
+    (whole,) = ops.library_conv(inputs.x.double(), inputs.weight.double(), NONE, FusedGeometry())
     torch.testing.assert_close(parts, whole.float(), rtol=1e-6, atol=1e-6)
 
 
@@ -117,7 +117,9 @@ class OnTheCPU(Kernel):
 
     offset: float = 0.0
 
-    def run(self, x: Tensor, weight: Tensor, channels: Channels, geometry: Geometry, results: Sequence[Tensor]) -> None:
+    def run(
+        self, x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, results: Sequence[Tensor]
+    ) -> None:
         for result, value in zip(results, ops.library_conv(x, weight, channels, geometry), strict=True):
             result.copy_(value + self.offset)
 
@@ -141,7 +143,7 @@ def two_kernels(monkeypatch):
 @pytest.mark.parametrize("save", [False, True])
 def test_the_chosen_kernel_runs(two_kernels, save):
     x, weight, channels = image(2, 8, 7, 5), image(6, 8, 3, 3), vectors(6)
-    geometry = Geometry(activation="silu", save=save)
+    geometry = FusedGeometry(activation="silu", save=save)
     calls = []
 
     def fallback(*arguments):
@@ -168,30 +170,35 @@ def test_other_shapes_are_tried_again(two_kernels):
     for x in (image(2, 8, 7, 5), image(2, 8, 5, 7), image(2, 16, 7, 5)[:, :8]):
         for channels in (NONE, vectors(6)):
             with pytest.warns(RuntimeWarning, match="'wrong' is not used"):
-                ops.fused_conv(x, weight, channels, Geometry())
-            ops.fused_conv(x, weight, channels, Geometry())  # no warning: known
+                ops.fused_conv(x, weight, channels, FusedGeometry())
+            ops.fused_conv(x, weight, channels, FusedGeometry())  # no warning: known
 
 
-def results_for(x: Tensor, weight: Tensor, geometry: Geometry) -> list[Tensor]:
+def results_for(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> list[Tensor]:
     return [ops._output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
 
 
-def names(x: Tensor, weight: Tensor, geometry: Geometry | None = None, capability: int = 90) -> set[str]:
-    geometry = geometry or Geometry()
+def names(x: Tensor, weight: Tensor, geometry: FusedGeometry | None = None, capability: int = 90) -> set[str]:
+    geometry = geometry or FusedGeometry()
     return set(ops.supported(x, weight, results_for(x, weight, geometry), geometry, capability))
 
 
 @pytest.mark.parametrize(
     ("x", "weight", "geometry", "why"),
     [
-        (image(2, 8, 4, 4), image(8, 8, 3, 3).half(), Geometry(), "the dtypes are torch.float32 and torch.float16"),
-        (image(2, 8, 4, 4).double(), image(8, 8, 3, 3).double(), Geometry(), "the dtypes are torch.float64"),
-        (image(2, 8, 4, 4), image(8, 4, 3, 3), Geometry(groups=2), "there are 2 groups"),
-        (image(2, 8, 4, 4)[0], image(8, 8, 3, 3), Geometry(), "not two-dimensional"),
-        (torch.ones(2, 8, 4, 4), image(8, 8, 3, 3), Geometry(), "not channels_last"),
-        (image(2, 8, 4, 4), torch.ones(8, 8, 3, 3), Geometry(), "not channels_last"),
-        (image(0, 8, 4, 4), image(8, 8, 3, 3), Geometry(), "nothing to compute"),
-        (image(2, 8, 4, 4), image(8, 8, 3, 3), Geometry(), None),
+        (
+            image(2, 8, 4, 4),
+            image(8, 8, 3, 3).half(),
+            FusedGeometry(),
+            "the dtypes are torch.float32 and torch.float16",
+        ),
+        (image(2, 8, 4, 4).double(), image(8, 8, 3, 3).double(), FusedGeometry(), "the dtypes are torch.float64"),
+        (image(2, 8, 4, 4), image(8, 4, 3, 3), FusedGeometry(groups=2), "there are 2 groups"),
+        (image(2, 8, 4, 4)[0], image(8, 8, 3, 3), FusedGeometry(), "not two-dimensional"),
+        (torch.ones(2, 8, 4, 4), image(8, 8, 3, 3), FusedGeometry(), "not channels_last"),
+        (image(2, 8, 4, 4), torch.ones(8, 8, 3, 3), FusedGeometry(), "not channels_last"),
+        (image(0, 8, 4, 4), image(8, 8, 3, 3), FusedGeometry(), "nothing to compute"),
+        (image(2, 8, 4, 4), image(8, 8, 3, 3), FusedGeometry(), None),
     ],
 )
 def test_who_may_run_depends_on_the_tensors(x, weight, geometry, why):
@@ -214,7 +221,7 @@ def test_every_layer_of_a_resnet_has_kernels(dtype):
         (2048, 512, 1, 1, 7),
     ):
         x, weight = image(2, channels, size, size, dtype=dtype), image(filters, channels, window, window, dtype=dtype)
-        geometry = Geometry((stride, stride), (window // 2, window // 2), activation="relu")
+        geometry = FusedGeometry((stride, stride), (window // 2, window // 2), activation="relu")
         on_80, on_90 = (names(x, weight, geometry, capability) for capability in (80, 90))
         assert len(on_80) >= 6
         assert on_80 == {name for name in on_90 if name.startswith("sm80")} == names(x, weight, geometry, 100)
@@ -251,7 +258,7 @@ def test_alignment_decides():
 @needs_kernels
 def test_only_kernels_with_two_results_save():
     x, weight = image(2, 64, 9, 9, dtype=torch.bfloat16), image(64, 64, 1, 1, dtype=torch.bfloat16)
-    saving = names(x, weight, Geometry(save=True))
+    saving = names(x, weight, FusedGeometry(save=True))
     assert saving
     assert all(name.startswith("sm80") for name in saving)
 
@@ -262,9 +269,9 @@ def test_windows_and_steps_at_their_limits():
     wide = names(x, image(8, 8, 33, 1, dtype=torch.float16))
     assert all(name.startswith("sm90") for name in wide)  # sm80 keeps a bit for each row of the window in 32
     assert not any(
-        name.startswith("sm90") for name in names(x, image(8, 8, 3, 3, dtype=torch.float16), Geometry((9, 9)))
+        name.startswith("sm90") for name in names(x, image(8, 8, 3, 3, dtype=torch.float16), FusedGeometry((9, 9)))
     )
-    dilated = Geometry(dilation=(20, 20), padding=(20, 20))
+    dilated = FusedGeometry(dilation=(20, 20), padding=(20, 20))
     assert names(x, image(8, 8, 3, 3, dtype=torch.float16), dilated)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastprune import _C
 from fastprune.ops import fused_conv as ops
-from fastprune.ops.fused_conv import Geometry
+from fastprune.ops.fused_conv import FusedGeometry
 
 HAS_KERNELS = bool(_C.fused_conv_candidates())
 NO_KERNEL = r"one on CUDA|a build of fastprune with CUTLASS"
@@ -159,10 +159,10 @@ def test_prefixes_and_sizes_of_one_are_taken():
 def test_the_wrapper_says_why_there_is_no_kernel():
     x, weight = image(2, 16, 9, 7), image(24, 16, 3, 3)
     assert not HAS_KERNELS or "the tensors are on cpu, not on a CUDA device" in str(
-        ops.unavailable(x, weight, Geometry())
+        ops.unavailable(x, weight, FusedGeometry())
     )
-    assert HAS_KERNELS or "no CUTLASS kernels" in str(ops.unavailable(x, weight, Geometry()))
-    (y,) = ops.fused_conv(x, weight, (None, None, None), Geometry(padding=(1, 1)))
+    assert HAS_KERNELS or "no CUTLASS kernels" in str(ops.unavailable(x, weight, FusedGeometry()))
+    (y,) = ops.fused_conv(x, weight, (None, None, None), FusedGeometry(padding=(1, 1)))
     assert torch.equal(y, torch.nn.functional.conv2d(x, weight, padding=1))
 
 

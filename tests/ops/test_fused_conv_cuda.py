@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastprune.ops import fused_conv as ops
 from fastprune.ops.autotune import Autotuner, size
-from fastprune.ops.fused_conv import Channels, Geometry, Kernel
+from fastprune.ops.fused_conv import Channels, FusedGeometry, Kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ class Case:
     x: Tensor
     weight: Tensor
     channels: Channels
-    geometry: Geometry
+    geometry: FusedGeometry
     results: list[Tensor]
     around: list[Tensor]  # the wider tensors whose first channels the results are
 
@@ -71,7 +71,7 @@ def make_case(kernel: Kernel, choose: random.Random) -> Case:
     k = (1 if "k1" in kernel.name else 8) * choose.randint(1, 300 if "k1" in kernel.name else 40)
     n, h, w = choose.randint(1, 5), choose.randint(1, 33), choose.randint(1, 33)
     window = (1, 1) if product else choose.choice([(1, 1), (3, 3), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 4)])
-    geometry = Geometry(
+    geometry = FusedGeometry(
         stride=(1, 1) if product else (choose.randint(1, 3), choose.randint(1, 3)),
         padding=(0, 0) if product else (choose.randint(0, 3), choose.randint(0, 3)),
         dilation=(1, 1) if product else (choose.randint(1, 2), choose.randint(1, 2)),
@@ -87,7 +87,7 @@ def make_case(kernel: Kernel, choose: random.Random) -> Case:
     channels = tuple(None if choose.random() < 0.2 else vector for vector in vectors)
     around = []
     for _ in range(1 + geometry.save):
-        _, _, p, q = geometry.output_shape(x, weight)
+        _, _, p, q = geometry.output_size(x, weight)
         wide = torch.full((n + 2, k + 8 * choose.randint(0, 2), p, q), GUARD, dtype=dtype, device="cuda")
         around.append(wide.contiguous(memory_format=torch.channels_last))
         around[-1][1:-1, :k] = torch.nan
@@ -139,7 +139,7 @@ def test_many_tiles_and_a_long_reduction(kernel):
     """More tiles than the device has places, and more steps than the pipeline has stages."""
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[kernel.dtype]
     window = (1, 1) if "1x1" in kernel.name else (3, 3)
-    geometry = Geometry(padding=(0, 0) if window == (1, 1) else (1, 1), activation="relu")
+    geometry = FusedGeometry(padding=(0, 0) if window == (1, 1) else (1, 1), activation="relu")
     x = prefix(512, 512, (16, 40, 40), dtype, 1.0)
     weight = prefix(512, 512, (520, *window), dtype, (512 * window[0] * window[1]) ** -0.5)
     wide = torch.full((18, 520, 40, 40), GUARD, dtype=dtype, device="cuda").contiguous(
@@ -173,7 +173,7 @@ def test_special_values_go_through(kernel):
         shift = torch.zeros(filters, device="cuda")
         shift[0] = torch.nan
         for activation in ops.ACTIVATIONS:
-            geometry = Geometry(
+            geometry = FusedGeometry(
                 case.geometry.stride, case.geometry.padding, case.geometry.dilation, activation=activation
             )
             result = [case.results[0]]
@@ -257,7 +257,7 @@ def test_the_tuner_trusts_every_kernel(tuner, layer, dtype):
     weight = torch.randn(filters, channels, window, window, device="cuda", dtype=dtype) / (channels * window**2) ** 0.5
     weight = weight.contiguous(memory_format=torch.channels_last)
     vectors = tuple(torch.rand(filters, device="cuda") for _ in range(3))
-    geometry = Geometry((stride, stride), (window // 2, window // 2), activation="relu")
+    geometry = FusedGeometry((stride, stride), (window // 2, window // 2), activation="relu")
     (y,) = ops.fused_conv(x, weight, vectors, geometry)
     (usual,) = ops.library_conv(x, weight, vectors, geometry)
     (exact,) = ops.library_conv(x.double(), weight.double(), vectors, geometry)
@@ -270,7 +270,7 @@ def test_the_tuner_trusts_every_kernel(tuner, layer, dtype):
 def test_nothing_is_tuned_while_a_graph_is_captured(tuner):
     x = torch.randn(2, 64, 14, 14, device="cuda", dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(64, 64, 1, 1, device="cuda", dtype=torch.float16)
-    geometry, nothing = Geometry(activation="relu"), (None, None, None)
+    geometry, nothing = FusedGeometry(activation="relu"), (None, None, None)
     ops.library_conv(x, weight, nothing, geometry)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -286,7 +286,7 @@ def test_float32_needs_permission():
     x = torch.randn(2, 64, 14, 14, device="cuda").contiguous(memory_format=torch.channels_last)
     weight = torch.randn(64, 64, 1, 1, device="cuda")
     torch.backends.cudnn.allow_tf32 = False
-    assert "allow_tf32 is off" in str(ops.unavailable(x, weight, Geometry())) or not KERNELS
+    assert "allow_tf32 is off" in str(ops.unavailable(x, weight, FusedGeometry())) or not KERNELS
 
 
 def test_tensors_on_the_cpu_are_refused():
@@ -295,4 +295,4 @@ def test_tensors_on_the_cpu_are_refused():
     x = torch.randn(2, 64, 14, 14).contiguous(memory_format=torch.channels_last)
     single = next(kernel for kernel in KERNELS if kernel.dtype == "float32")
     with pytest.raises(ValueError, match="x: got a tensor on the CPU, needs one on CUDA"):
-        single.run(x, torch.randn(64, 64, 1, 1), (None, None, None), Geometry(), [torch.empty_like(x)])
+        single.run(x, torch.randn(64, 64, 1, 1), (None, None, None), FusedGeometry(), [torch.empty_like(x)])
