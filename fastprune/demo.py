@@ -33,7 +33,7 @@ BASELINE = TrainConfig(epochs=12, batch_size=64, lr=0.1, schedule="cosine", eval
 # The gates begin wide open, at 1, and Adam moves them by about the learning rate a step: 0.01 over these 840 steps
 # lets every gate cross ½, where it closes, and come back.
 SEARCH: dict[str, Any] = {"epochs": 40, "batch_size": 64, "learning_rate": 0.01, "evaluate_every": 0}
-FINETUNE = TrainConfig(epochs=8, batch_size=64, lr=0.05, schedule="cosine", evaluate_every=0)
+FINETUNE = TrainConfig(epochs=10, batch_size=64, lr=0.05, schedule="cosine", evaluate_every=0)
 
 
 @dataclass
