@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../cpu/instruction_set.h"
 #include "channel_views.h"
 #include "masked_conv.h"
 
@@ -50,6 +51,16 @@ void check_pair(const char* name, const Pair& pair, int64_t least) {
     }
 }
 
+/// 0 and less: as many as OpenMP would take. Its runtime ends the process when it cannot start as many as it is told.
+int threads_of(int num_threads) {
+    constexpr int most = 1024;
+    if (num_threads > most) {
+        throw py::value_error("num_threads: got " + std::to_string(num_threads) + ", needs at most " +
+                              std::to_string(most));
+    }
+    return num_threads > 0 ? num_threads : omp_get_max_threads();
+}
+
 ConvKernel kernel_of(const std::string& algorithm, const std::string& instructions, const ConvGeometry& geometry) {
     const ConvKernel kernel{algorithm_of(algorithm), instructions_of(instructions)};
     if (!cpu::masked_conv_supports(kernel.algorithm, geometry)) {
@@ -64,21 +75,69 @@ struct WeightSize {
     ConvGeometry geometry;
 };
 
-WeightSize weight_size(const std::array<int64_t, 4>& size) {
+WeightSize weight_size(const char* name, const std::array<int64_t, 4>& size) {
     int64_t product = 1;
     for (const int64_t value : size) {
-        if (value < 1 || value >= largest || product >= largest) {
-            throw py::value_error("weight_size: needs four sizes of at least 1 with a product below 2^31");
+        const bool fits = value >= 1 && value < largest;
+        if (fits) product *= value;
+        if (!fits || product >= largest) {
+            throw py::value_error(std::string(name) + ": got " + std::to_string(value) +
+                                  " as one of its sizes, needs "
+                                  "sizes of at least 1 with a product below 2^31");
         }
-        product *= value;
     }
-    if (product >= largest) throw py::value_error("weight_size: needs a product below 2^31");
     return {size[0], size[1], {{size[2], size[3]}, {1, 1}, {0, 0}, {1, 1}}};
 }
 
 void on_cpu(const Argument& argument) {
     if (!argument.tensor.on_cpu()) {
         throw py::value_error(std::string(argument.name) + ": got a CUDA tensor, needs one on the CPU");
+    }
+}
+
+void four_dimensions(const Argument& argument, const char* meaning) {
+    if (argument.tensor.ndim() != 4) {
+        throw py::value_error(std::string(argument.name) + ": got " + std::to_string(argument.tensor.ndim()) +
+                              " dimensions, needs four, " + meaning);
+    }
+}
+
+/// First and one-past-last byte of an argument.
+struct Region {
+    const char* name;
+    const char *begin, *end;
+};
+
+Region vector_region(const Argument& vector) {
+    const auto* begin = vector.tensor.data_as<const char>();
+    return {vector.name, begin, begin + vector.tensor.num_bytes()};
+}
+
+Region weight_region(const Argument& weight) {
+    constexpr auto size = static_cast<int64_t>(sizeof(float));
+    const auto* begin = weight.tensor.data_as<const char>();
+    Region region{weight.name, begin, begin + size};
+    for (int d = 0; d < 4; ++d) {
+        const int64_t way = (weight.tensor.size(d) - 1) * weight.tensor.stride(d) * size;
+        (way < 0 ? region.begin : region.end) += way;
+    }
+    return region;
+}
+
+Region pixels_region(const Argument& pixels, int64_t pitch) {
+    const Tensor& tensor = pixels.tensor;
+    const auto* begin = tensor.data_as<const char>();
+    if (tensor.numel() == 0) return {pixels.name, begin, begin};
+    const int64_t count = tensor.size(0) * tensor.size(2) * tensor.size(3);
+    return {pixels.name, begin, begin + ((count - 1) * pitch + tensor.size(1)) * static_cast<int64_t>(sizeof(float))};
+}
+
+void check_disjoint(const Region& output, const std::vector<Region>& others) {
+    for (const Region& other : others) {
+        if (output.begin < other.end && other.begin < output.end) {
+            throw py::value_error(std::string(output.name) + ": got memory that overlaps " + other.name +
+                                  ", needs memory of its own");
+        }
     }
 }
 
@@ -90,7 +149,7 @@ void check_packed(const Argument& packed, const ConvKernel& kernel, const Weight
 
 int64_t packed_conv_size(const std::string& algorithm, const std::string& instructions,
                          const std::array<int64_t, 4>& size) {
-    const WeightSize weight = weight_size(size);
+    const WeightSize weight = weight_size("weight_size", size);
     return cpu::packed_conv_size(kernel_of(algorithm, instructions, weight.geometry), weight.geometry, weight.rows,
                                  weight.channels);
 }
@@ -99,10 +158,11 @@ void pack_masked_conv(const std::string& algorithm, const std::string& instructi
                       const Optional& scale, bool transposed, const Tensor& packed, int num_threads) {
     check::strided_tensor({"weight", weight}, {DType::float32});
     on_cpu({"weight", weight});
-    if (weight.ndim() != 4) throw py::value_error("weight: needs four dimensions, [K, C, R, S]");
+    four_dimensions({"weight", weight}, "[K, C, R, S]");
     std::array<int64_t, 4> size{}, strides{};
     for (int d = 0; d < 4; ++d) size[d] = weight.size(d), strides[d] = weight.stride(d);
     const float* data = weight.data_as<const float>();
+    if (transposed && scale) throw py::value_error("scale: got one for a transposed weight, needs None");
     if (transposed) {  // rows and channels change places, kernels are turned by 180 degrees
         std::swap(size[0], size[1]);
         std::swap(strides[0], strides[1]);
@@ -111,39 +171,39 @@ void pack_masked_conv(const std::string& algorithm, const std::string& instructi
             strides[d] = -strides[d];
         }
     }
-    const WeightSize of = weight_size(size);
+    const WeightSize of = weight_size("weight", size);
     const ConvKernel kernel = kernel_of(algorithm, instructions, of.geometry);
     check_packed({"packed", packed}, kernel, of);
     check::writable({"packed", packed});
+    check_disjoint(vector_region({"packed", packed}), {weight_region({"weight", weight})});
     if (scale) {
-        if (transposed) throw py::value_error("scale: got one for a transposed weight, needs None");
         check::vector({"scale", *scale}, DType::float32, of.rows, "one for each row of the weight");
         on_cpu({"scale", *scale});
         check::disjoint({"packed", packed}, {"scale", *scale});
     }
+    const int threads = threads_of(num_threads);
     const float* factors = scale ? scale->data_as<const float>() : nullptr;
     const py::gil_scoped_release release;
     cpu::pack_masked_conv(kernel, of.geometry, of.rows, of.channels, data, strides.data(), factors,
-                          packed.data_as<float>(), num_threads > 0 ? num_threads : omp_get_max_threads());
+                          packed.data_as<float>(), threads);
 }
 
 /// The pitch of [N, C, H, W] with neighbouring channels.
 int64_t pitch_of(const Argument& argument) {
     check::strided_tensor(argument, {DType::float32});
     on_cpu(argument);
-    if (argument.tensor.ndim() != 4) {
-        throw py::value_error(std::string(argument.name) + ": needs four dimensions, [N, C, H, W]");
-    }
+    four_dimensions(argument, "[N, C, H, W]");
     for (int d = 0; d < 4; ++d) {
         if (argument.tensor.size(d) >= largest) {
-            throw py::value_error(std::string(argument.name) + ": needs sizes below 2^31");
+            throw py::value_error(std::string(argument.name) + ": got size " + std::to_string(argument.tensor.size(d)) +
+                                  " in dimension " + std::to_string(d) + ", needs sizes below 2^31");
         }
     }
     if (argument.tensor.numel() == 0) return argument.tensor.size(1);
     const auto pitch = rows_stride(argument.tensor);
     if (!pitch) {
         throw py::value_error(std::string(argument.name) +
-                              ": needs channels_last memory, or some neighbouring channels of such");
+                              ": got other strides, needs channels_last memory, or some neighbouring channels of such");
     }
     return *pitch;
 }
@@ -157,12 +217,48 @@ void check_size(const Argument& argument, const std::array<int64_t, 4>& size) {
     }
 }
 
-/// First and one-past-last byte.
-std::array<const char*, 2> extent(const Tensor& tensor, int64_t pitch) {
-    const auto* begin = tensor.data_as<const char>();
-    const int64_t pixels = tensor.size(0) * tensor.size(2) * tensor.size(3);
-    if (tensor.numel() == 0) return {begin, begin};
-    return {begin, begin + ((pixels - 1) * pitch + tensor.size(1)) * static_cast<int64_t>(sizeof(float))};
+/// P or Q: how many outputs there are in direction d.
+int64_t output_size(const Tensor& x, const ConvGeometry& geometry, int d) {
+    const int64_t span = geometry.dilation[d] * (geometry.kernel[d] - 1) + 1;
+    const int64_t padding = geometry.padding[d], padded = x.size(2 + d) + 2 * padding;
+    if (padding >= span) {
+        throw py::value_error("padding: got " + std::to_string(padding) + ", needs less than " + std::to_string(span) +
+                              ", what the dilated kernel spans");
+    }
+    return padded < span ? 0 : (padded - span) / geometry.stride[d] + 1;
+}
+
+/// How many channels a tensor has: some of those that the weight has.
+int64_t channels_of(const Argument& argument, int64_t most) {
+    four_dimensions(argument, "[N, C, H, W]");
+    const int64_t channels = argument.tensor.size(1);
+    if (channels < 1 || channels > most) {
+        throw py::value_error(std::string(argument.name) + ": got " + std::to_string(channels) +
+                              " channels, needs 1 to " + std::to_string(most));
+    }
+    return channels;
+}
+
+/// shift or mask; null if there is none. `inputs` gets where it lies.
+const float* vector_of(const char* name, const Optional& vector, int64_t length, std::vector<Region>& inputs) {
+    if (!vector) return nullptr;
+    check::vector({name, *vector}, DType::float32, length, "one for each channel of the result");
+    on_cpu({name, *vector});
+    inputs.push_back(vector_region({name, *vector}));
+    return vector->data_as<const float>();
+}
+
+/// An optional result; `regions` gets where it lies.
+MutablePixels result_of(const char* name, const Optional& result, const std::array<int64_t, 4>& size,
+                        std::vector<Region>& regions) {
+    if (!result) return {nullptr, 0};
+    const int64_t pitch = pitch_of({name, *result});
+    check_size({name, *result}, size);
+    check::writable({name, *result});
+    const Region region = pixels_region({name, *result}, pitch);
+    check_disjoint(region, regions);
+    regions.push_back(region);
+    return {result->data_as<float>(), pitch};
 }
 
 void masked_conv(const std::string& algorithm, const std::string& instructions, const Tensor& x, const Tensor& packed,
@@ -172,115 +268,75 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
     check_pair("stride", stride, 1);
     check_pair("padding", padding, 0);
     check_pair("dilation", dilation, 1);
-    WeightSize weight = weight_size(packed_size);
-    ConvGeometry& geometry = weight.geometry;
+    WeightSize weight = weight_size("weight_size", packed_size);
     for (int d = 0; d < 2; ++d) {
-        geometry.stride[d] = stride[d], geometry.padding[d] = padding[d], geometry.dilation[d] = dilation[d];
+        weight.geometry.stride[d] = stride[d];
+        weight.geometry.padding[d] = padding[d];
+        weight.geometry.dilation[d] = dilation[d];
     }
-    const ConvKernel kernel = kernel_of(algorithm, instructions, geometry);
+    const ConvKernel kernel = kernel_of(algorithm, instructions, weight.geometry);
     check_packed({"packed", packed}, kernel, weight);
-
-    const int64_t x_pitch = pitch_of({"x", x});
-    std::array<int64_t, 4> size{x.size(0), 0, 0, 0};
-    for (int d = 0; d < 2; ++d) {
-        const int64_t span = geometry.dilation[d] * (geometry.kernel[d] - 1) + 1;
-        const int64_t padded = x.size(2 + d) + 2 * geometry.padding[d];
-        if (geometry.padding[d] >= span) {
-            throw py::value_error("padding: got " + std::to_string(geometry.padding[d]) + ", needs less than " +
-                                  std::to_string(span) + ", what the dilated kernel spans");
-        }
-        size[2 + d] = padded < span ? 0 : (padded - span) / geometry.stride[d] + 1;
-    }
-    if (x.size(1) < 1 || x.size(1) > weight.channels) {
-        throw py::value_error("x: got " + std::to_string(x.size(1)) + " channels, needs 1 to " +
-                              std::to_string(weight.channels));
+    const int threads = threads_of(num_threads);
+    if (!(lowest <= highest)) {
+        throw py::value_error("lowest: got " + std::to_string(lowest) + ", needs at most highest, " +
+                              std::to_string(highest));
     }
     if (!y && !saved) throw py::value_error("y: got None, needs a tensor unless saved is one");
-    const Tensor& result = y ? *y : *saved;
-    if (result.ndim() == 4) size[1] = result.size(1);
-    if (size[1] < 1 || size[1] > weight.rows) {
-        throw py::value_error(std::string(y ? "y" : "saved") + ": needs four dimensions and 1 to " +
-                              std::to_string(weight.rows) + " channels");
-    }
-    std::vector<Argument> inputs{{"x", x}, {"packed", packed}};
-    for (const auto& [name, vector] : {std::pair<const char*, const Optional&>{"shift", shift}, {"mask", mask}}) {
-        if (!vector) continue;
-        check::vector({name, *vector}, DType::float32, size[1], "one for each channel of the result");
-        on_cpu({name, *vector});
-        inputs.push_back({name, *vector});
-    }
-    const auto pixels = [&](const char* name, const Optional& tensor) -> int64_t {
-        if (!tensor) return 0;
-        const int64_t pitch = pitch_of({name, *tensor});
-        check_size({name, *tensor}, size);
-        return pitch;
-    };
-    const int64_t residual_pitch = pixels("residual", residual);
-    const int64_t y_pitch = pixels("y", y), saved_pitch = pixels("saved", saved);
-    if (residual) inputs.push_back({"residual", *residual});
-    if (y && saved) inputs.push_back({"saved", *saved});
-    const auto bytes = [&](const Tensor& tensor) {
-        if (&tensor == &x) return extent(tensor, x_pitch);
-        if (residual && &tensor == &*residual) return extent(tensor, residual_pitch);
-        if (saved && &tensor == &*saved) return extent(tensor, saved_pitch);
-        const auto* begin = tensor.data_as<const char>();
-        return std::array<const char*, 2>{begin, begin + tensor.num_bytes()};
-    };
-    const auto check_output = [&](const char* name, const Tensor& output, int64_t pitch) {
-        check::writable({name, output});
-        const auto [begin, end] = extent(output, pitch);
-        for (const Argument& input : inputs) {
-            if (&input.tensor == &output) continue;
-            const auto [from, to] = bytes(input.tensor);
-            if (begin < to && from < end) {
-                throw py::value_error(std::string(name) + ": got memory that overlaps " + input.name +
-                                      ", needs memory of its own");
-            }
-        }
-    };
-    if (y) check_output("y", *y, y_pitch);
-    if (saved) check_output("saved", *saved, saved_pitch);
 
-    const auto data = [](const Optional& tensor) { return tensor ? tensor->data_as<float>() : nullptr; };
-    const MaskedConvArgs args{x.size(0),
-                              x.size(2),
-                              x.size(3),
-                              size[2],
-                              size[3],
-                              x.size(1),
-                              weight.channels,
-                              size[1],
-                              weight.rows,
-                              geometry,
-                              {x.data_as<const float>(), x_pitch},
-                              packed.data_as<const float>(),
-                              data(shift),
-                              data(mask),
-                              {data(residual), residual_pitch},
-                              lowest,
-                              highest,
-                              {data(y), y_pitch},
-                              {data(saved), saved_pitch}};
-    Status status;
-    {
-        const py::gil_scoped_release release;
-        status = cpu::masked_conv(kernel, args, num_threads > 0 ? num_threads : omp_get_max_threads());
+    const int64_t x_pitch = pitch_of({"x", x});
+    const int64_t channels = channels_of({"x", x}, weight.channels);
+    const int64_t rows = y ? channels_of({"y", *y}, weight.rows) : channels_of({"saved", *saved}, weight.rows);
+    const std::array<int64_t, 4> size{x.size(0), rows, output_size(x, weight.geometry, 0),
+                                      output_size(x, weight.geometry, 1)};
+    std::vector<Region> regions{pixels_region({"x", x}, x_pitch), vector_region({"packed", packed})};
+    const float* const shifts = vector_of("shift", shift, rows, regions);
+    const float* const factors = vector_of("mask", mask, rows, regions);
+    Pixels addend{nullptr, 0};
+    if (residual) {
+        addend = {residual->data_as<const float>(), pitch_of({"residual", *residual})};
+        check_size({"residual", *residual}, size);
+        regions.push_back(pixels_region({"residual", *residual}, addend.pitch));
     }
-    check::status(status);
+    const MutablePixels result = result_of("y", y, size, regions), before = result_of("saved", saved, size, regions);
+
+    const MaskedConvArgs args{
+        x.size(0),
+        x.size(2),
+        x.size(3),
+        size[2],
+        size[3],
+        channels,
+        weight.channels,
+        rows,
+        weight.rows,
+        weight.geometry,
+        {x.data_as<const float>(), x_pitch},
+        packed.data_as<const float>(),
+        shifts,
+        factors,
+        addend,
+        lowest,
+        highest,
+        result,
+        before,
+    };
+    const py::gil_scoped_release release;
+    cpu::masked_conv(kernel, args, threads);
 }
 
 std::vector<std::string> masked_conv_instructions() {
-    std::vector<std::string> names;
-    if (cpu::has_instructions(Instructions::avx512)) names.emplace_back("avx512");
-    if (cpu::has_instructions(Instructions::avx2)) names.emplace_back("avx2");
-    return names;
+    const cpu::InstructionSet widest = cpu::instruction_set();
+    if (widest == cpu::InstructionSet::avx512) return {"avx512", "avx2"};
+    if (widest == cpu::InstructionSet::avx2) return {"avx2"};
+    return {};
 }
 
 }  // namespace
 
 void bind_masked_conv(py::module_& module) {
-    module.def("masked_conv_instructions", &masked_conv_instructions,
-               "What masked_conv is written for and this processor has, the widest first; none elsewhere.");
+    module.def(
+        "masked_conv_instructions", &masked_conv_instructions,
+        "What masked_conv is written for, this processor has and limit_instruction_set allows, the widest first.");
     module.def("packed_conv_size", &packed_conv_size, py::arg("algorithm"), py::arg("instructions"),
                py::arg("weight_size"), "How many floats a weight [K, C, R, S] has when packed.");
     module.def("pack_masked_conv", &pack_masked_conv, py::arg("algorithm"), py::arg("instructions"), py::arg("weight"),

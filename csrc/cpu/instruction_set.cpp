@@ -7,13 +7,9 @@ namespace fastprune::cpu {
 namespace {
 
 InstructionSet widest() {
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl")) {
-        return InstructionSet::avx512;
+    for (const InstructionSet set : {InstructionSet::avx512, InstructionSet::avx2}) {
+        if (has_instruction_set(set)) return set;
     }
-    if (__builtin_cpu_supports("avx2")) return InstructionSet::avx2;
-#endif
     return InstructionSet::baseline;
 }
 
@@ -24,10 +20,24 @@ std::atomic<InstructionSet>& current() {
 
 }  // namespace
 
+bool has_instruction_set(InstructionSet set) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    switch (set) {
+        case InstructionSet::avx512:
+            return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        case InstructionSet::avx2: return avx2;
+        case InstructionSet::baseline: break;
+    }
+#endif
+    return set == InstructionSet::baseline;
+}
+
 InstructionSet instruction_set() { return current().load(std::memory_order_relaxed); }
 
 bool limit_instruction_set(InstructionSet highest) {
-    if (highest > widest()) return false;
+    if (!has_instruction_set(highest)) return false;
     current().store(highest, std::memory_order_relaxed);
     return true;
 }

@@ -6,7 +6,11 @@
 
 namespace fastprune::cpu {
 
+/// avx2 comes with FMA, avx512 is F, DQ, BW and VL.
 enum class InstructionSet { baseline, avx2, avx512 };
+
+/// Whether this machine has it, whatever limit_instruction_set allows.
+bool has_instruction_set(InstructionSet set);
 
 /// The widest that this machine has, or what limit_instruction_set allows.
 InstructionSet instruction_set();

@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <vector>
 
+#include "instruction_set.h"
 #include "parallel.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -20,26 +22,57 @@
 namespace fastprune::cpu {
 namespace {
 
-/// This thread's memory for intermediate results, aligned to cache lines; null if there is none left. Kept from call to
-/// call: pages that the system hands out anew for every convolution would cost as much as some of them.
-float* scratch(int64_t floats) noexcept {
-    static thread_local std::unique_ptr<float[]> memory;
-    static thread_local int64_t size = 0;
-    if (size < floats) {
-        memory.reset(new (std::nothrow) float[floats + 16]);
-        size = memory != nullptr ? floats : 0;
-        if (memory == nullptr) return nullptr;
+/// Memory for the intermediate results of a task, aligned to cache lines. What is not too large to keep is kept for
+/// this thread's next task: pages that the system hands out anew for every convolution would cost as much as some of
+/// them.
+class Scratch {
+   public:
+    explicit Scratch(int64_t floats) noexcept {
+        static thread_local std::unique_ptr<float[]> kept;
+        static thread_local int64_t kept_size = 0;
+        constexpr int64_t largest_kept = int64_t{1} << 22;  // 16 MiB
+        if (floats > largest_kept) {
+            own_ = allocate(floats);
+        } else if (kept_size < floats) {
+            kept = allocate(floats);
+            kept_size = kept != nullptr ? floats : 0;
+        }
+        float* const begin = floats > largest_kept ? own_.get() : kept.get();
+        if (begin == nullptr) return;
+        const auto address = reinterpret_cast<uintptr_t>(begin);
+        data_ = begin + (line - address % line) % line / sizeof(float);
     }
-    const auto address = reinterpret_cast<uintptr_t>(memory.get());
-    return memory.get() + (64 - address % 64) % 64 / sizeof(float);
-}
 
-[[maybe_unused]] const Status out_of_memory = Status::failed("masked_conv: no memory for intermediate results");
+    /// Null if there was no memory left.
+    float* data() const { return data_; }
+
+   private:
+    static constexpr uintptr_t line = 64;  // bytes
+
+    static std::unique_ptr<float[]> allocate(int64_t floats) noexcept {
+        return std::unique_ptr<float[]>(new (std::nothrow) float[floats + line / sizeof(float)]);
+    }
+
+    std::unique_ptr<float[]> own_;
+    float* data_ = nullptr;
+};
+
+/// The product; throws if no memory could hold as many floats.
+int64_t checked_size(std::initializer_list<int64_t> factors) {
+    constexpr int64_t most = int64_t{1} << 48;
+    int64_t product = 1;
+    for (const int64_t factor : factors) {
+        if (factor > most / product) throw std::bad_alloc();
+        product *= factor;
+    }
+    return product;
+}
 
 /// Into how many pieces the panels of a block are cut, so that every thread has several tasks.
 int64_t pieces_of_panels(int64_t blocks, int64_t panels, int num_threads) {
     if (num_threads <= 1) return 1;
-    return std::clamp<int64_t>(4 * num_threads / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(panels, 1));
+    return std::clamp<int64_t>(int64_t{4} * num_threads / std::max<int64_t>(blocks, 1), 1,
+                               std::max<int64_t>(panels, 1));
 }
 
 #if FASTPRUNE_X86
@@ -106,40 +139,18 @@ FASTPRUNE_OPERATION Vector smaller(Vector a, Vector b) { return _mm256_min_ps(a,
 }  // namespace avx2
 #endif
 
-int64_t panel_width(Instructions instructions) { return instructions == Instructions::avx512 ? 32 : 16; }
-
-int64_t products_of(ConvAlgorithm algorithm, const ConvGeometry& geometry) {
-    return algorithm == ConvAlgorithm::winograd ? 16 : geometry.kernel[0] * geometry.kernel[1];
-}
-
-/// G g G^T of a 3x3 kernel, in double: one rounding for each transformed weight.
-void transform_kernel(const double* g, double* u) {
-    double t[12];
-    for (int j = 0; j < 3; ++j) {
-        t[j] = g[j];
-        t[3 + j] = 0.5 * (g[j] + g[3 + j] + g[6 + j]);
-        t[6 + j] = 0.5 * (g[j] - g[3 + j] + g[6 + j]);
-        t[9 + j] = g[6 + j];
-    }
-    for (int i = 0; i < 4; ++i) {
-        const double* row = t + 3 * i;
-        u[4 * i] = row[0];
-        u[4 * i + 1] = 0.5 * (row[0] + row[1] + row[2]);
-        u[4 * i + 2] = 0.5 * (row[0] - row[1] + row[2]);
-        u[4 * i + 3] = row[2];
-    }
+/// Threads worth waking: with 2^18 products each they have ten times as much to do as waking them takes.
+int threads_worth(const MaskedConvArgs& args, int num_threads) {
+    const ConvGeometry& g = args.geometry;
+    const double products = static_cast<double>(args.batch) * args.out_height * args.out_width * args.rows *
+                            args.channels * g.kernel[0] * g.kernel[1];
+    return threads_for(static_cast<int64_t>(std::min(products, 1e18)), 1 << 18, num_threads);
 }
 
 }  // namespace
 
 bool has_instructions(Instructions instructions) {
-#if FASTPRUNE_X86
-    if (instructions == Instructions::avx512) return __builtin_cpu_supports("avx512f");
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    (void)instructions;
-    return false;
-#endif
+    return has_instruction_set(instructions == Instructions::avx512 ? InstructionSet::avx512 : InstructionSet::avx2);
 }
 
 bool masked_conv_supports(ConvAlgorithm algorithm, const ConvGeometry& g) {
@@ -148,57 +159,17 @@ bool masked_conv_supports(ConvAlgorithm algorithm, const ConvGeometry& g) {
            g.dilation[1] == 1;
 }
 
-int64_t packed_conv_size(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels) {
-    const int64_t width = panel_width(kernel.instructions);
-    return (rows + width - 1) / width * width * channels * products_of(kernel.algorithm, geometry);
-}
-
-// Layouts: direct [panel][tap][channel][row of the panel], winograd [product][panel][channel][row of the panel].
-void pack_masked_conv(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels,
-                      const float* weight, const int64_t* strides, const float* scale, float* packed, int num_threads) {
-    const int64_t width = panel_width(kernel.instructions), panels = (rows + width - 1) / width;
-    const int64_t taps = geometry.kernel[0] * geometry.kernel[1];
-    const auto element = [&](int64_t row, int64_t channel, int64_t tap) {
-        if (row >= rows) return 0.0f;
-        const int64_t r = tap / geometry.kernel[1], s = tap % geometry.kernel[1];
-        const float value = weight[row * strides[0] + channel * strides[1] + r * strides[2] + s * strides[3]];
-        return scale != nullptr ? value * scale[row] : value;
-    };
-    parallel_for(panels, num_threads, [&](int64_t p, int) {
-        if (kernel.algorithm == ConvAlgorithm::direct) {
-            float* to = packed + p * taps * channels * width;
-            for (int64_t tap = 0; tap < taps; ++tap) {
-                for (int64_t c = 0; c < channels; ++c) {
-                    for (int64_t i = 0; i < width; ++i) *to++ = element(p * width + i, c, tap);
-                }
-            }
-            return;
-        }
-        for (int64_t c = 0; c < channels; ++c) {
-            for (int64_t i = 0; i < width; ++i) {
-                double g[9], products[16];
-                for (int tap = 0; tap < 9; ++tap) g[tap] = element(p * width + i, c, tap);
-                transform_kernel(g, products);
-                for (int k = 0; k < 16; ++k) {
-                    packed[((k * panels + p) * channels + c) * width + i] = static_cast<float>(products[k]);
-                }
-            }
-        }
-    });
-}
-
-Status masked_conv(const ConvKernel& kernel, const MaskedConvArgs& args, int num_threads) {
-    if (args.batch * args.out_height * args.out_width * args.rows == 0) return {};
+void masked_conv(const ConvKernel& kernel, const MaskedConvArgs& args, int num_threads) {
+    if (args.batch * args.out_height * args.out_width * args.rows == 0) return;
+    const int threads = threads_worth(args, num_threads);
 #if FASTPRUNE_X86
     const bool winograd = kernel.algorithm == ConvAlgorithm::winograd;
-    if (kernel.instructions == Instructions::avx512) {
-        return winograd ? avx512::winograd(args, num_threads) : avx512::direct(args, num_threads);
-    }
-    return winograd ? avx2::winograd(args, num_threads) : avx2::direct(args, num_threads);
+    const bool done = kernel.instructions == Instructions::avx512
+                          ? (winograd ? avx512::winograd(args, threads) : avx512::direct(args, threads))
+                          : (winograd ? avx2::winograd(args, threads) : avx2::direct(args, threads));
+    if (!done) throw std::bad_alloc();
 #else
-    (void)kernel;
-    (void)num_threads;
-    return Status::failed("masked_conv: not written for this processor");
+    (void)kernel, (void)threads;  // no processor has what these kernels are written for
 #endif
 }
 

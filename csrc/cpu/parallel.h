@@ -24,7 +24,8 @@ void parallel_for(int64_t count, int num_threads, const Body& body) {
         for (int64_t i = 0; i < count; ++i) body(i, 0);
         return;
     }
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+    const int threads = static_cast<int>(std::min<int64_t>(num_threads, count));
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < count; ++i) body(i, omp_get_thread_num());
 }
 

@@ -180,7 +180,10 @@ class _FrozenConv(torch.autograd.Function):
             dmask = torch.cat([dmask, closed_mask_gradient(dy, saved, conv.activation, open_out)])
         dx = residual = None
         if for_x and dz is not None:
-            dx = input_gradient_of_open(dz, ctx.x_size, conv.weight, conv.geometry, conv.packed_transposed(dz))
+            inputs = conv.weight.shape[1] * conv.geometry.groups
+            size = [ctx.x_size[0], inputs, *ctx.x_size[2:]]  # of x with the channels that it may lack
+            dx = input_gradient_of_open(dz, size, conv.weight, conv.geometry, conv.packed_transposed(dz))
+            dx = dx[:, : ctx.x_size[1]]
         if for_residual and dz is not None:
             residual = widened(dz, outputs)
         return dx, dmask, residual, None, None, None, None, None

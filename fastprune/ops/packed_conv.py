@@ -15,9 +15,6 @@ from torch import Tensor
 from fastprune import _C
 from fastprune.ops.convolution import Geometry, layout_of
 
-INSTRUCTIONS = next(iter(_C.masked_conv_instructions()), None)
-"""What the kernels use on this processor; None where they are not written for it."""
-
 BOUNDS = {"identity": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 """Activations that only bound their argument."""
 
@@ -37,10 +34,15 @@ class PackedWeight:
     instructions: str
 
 
+def best_instructions() -> str | None:
+    """What the kernels use on this processor; None where they are not written for it."""
+    return next(iter(_C.masked_conv_instructions()), None)
+
+
 def computes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether this convolution is one of ours."""
     return (
-        INSTRUCTIONS is not None
+        best_instructions() is not None
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and layout_of(x) == torch.channels_last
@@ -57,7 +59,7 @@ def pack(
     scale: Tensor | None = None,
     transposed: bool = False,
     algorithm: str | None = None,
-    instructions: str | None = INSTRUCTIONS,
+    instructions: str | None = None,
 ) -> PackedWeight:
     """Pack ``scale * weight``; ``transposed``: the weight of ``Geometry.transposed``, whose geometry is then given."""
     outputs, inputs, *kernel = weight.shape
@@ -65,8 +67,9 @@ def pack(
     if algorithm is None:
         square = (geometry.stride, geometry.dilation, tuple(kernel)) == ((1, 1), (1, 1), (3, 3))
         algorithm = "winograd" if square and min(outputs, inputs) >= WINOGRAD_CHANNELS else "direct"
+    instructions = best_instructions() if instructions is None else instructions
     if instructions is None:
-        raise ValueError("instructions: got None, needs those of a processor that the kernels are written for")
+        raise ValueError("instructions: got a processor without AVX2 and FMA, needs what the kernels are written for")
     data = weight.new_empty(_C.packed_conv_size(algorithm, instructions, size))
     _C.pack_masked_conv(algorithm, instructions, weight, scale, transposed, data, torch.get_num_threads())
     return PackedWeight(data, size, geometry, algorithm, instructions)
@@ -86,7 +89,8 @@ def convolve(
     """``mask * act(conv(x) + shift + residual)`` and, if ``saves``, the same without the mask.
 
     Args:
-        x: ``[N, c, H, W]`` with the first ``c`` channels of those that the weight has, a view of a wider tensor or not.
+        x: ``[N, c, H, W]`` with the first ``c`` channels of those that the weight has. Read in place also as a view of
+            some channels of a wider tensor; as a view of some pixels it is copied.
         packed: The weight ``[K, C, R, S]``.
         rows: How many outputs are computed; the results are ``[N, K, P, Q]`` with zeros behind these.
         shift: At least ``[rows]``, like the mask.
@@ -108,10 +112,24 @@ def convolve(
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)[:, :rows]
         y, saved = views[0], views[1] if saves else None
         _C.masked_conv(
-            *kernel, x, packed.data, packed.size, *moves, shift, mask, residual, lowest, highest, y, saved,
-            torch.get_num_threads(),
+            *kernel, at_one_pitch(x), packed.data, packed.size, *moves, shift, mask, residual, lowest, highest,
+            y, saved, torch.get_num_threads(),
         )  # fmt: skip
     return results[0], results[1] if saves else None
+
+
+def at_one_pitch(x: Tensor) -> Tensor:
+    """``x``, or a channels_last copy where its pixels do not follow each other at one distance, as in a crop."""
+    pitch = 0
+    expected = None
+    for d in (3, 2, 0):
+        if x.shape[d] == 1:
+            continue
+        pitch = pitch or x.stride(d)
+        if pitch < x.shape[1] or x.stride(d) != (expected or pitch):
+            return x.clone(memory_format=torch.channels_last)
+        expected = x.stride(d) * x.shape[d]
+    return x
 
 
 def empty_channels_last(size: list[int]) -> Tensor:
