@@ -7,6 +7,7 @@ weights do not change.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from fastprune.ops.masked_conv_bn_act import (
     closed_mask_gradient,
     forward_for_training,
 )
-from fastprune.ops.open_channels import fold, input_gradient_of_open, open_outputs, widened
+from fastprune.ops.open_channels import Layer, fold, input_gradient_of_open, open_outputs, widened
 from fastprune.ops.packed_conv import PackedWeight
 
 
@@ -114,16 +115,19 @@ class FrozenConv:
         y: Tensor = _FrozenConv.apply(x, mask, residual, input_mask, self, open_in, open_out, deferred)
         return y
 
-    def packed(self, x: Tensor) -> PackedWeight | None:
-        """The weight packed for our kernel, if it is what computes x."""
-        if not packed_conv.computes(x, self.weight, self.geometry):
-            return None
-        if self._packed is None:
+    def layer(self, x: Tensor, input_mask: Tensor | None) -> Layer:
+        """What computes x, the mask that x owes multiplied into the weight."""
+        layer = Layer(self.weight, None, self.shift, self.geometry, self.activation)
+        ours = packed_conv.computes(x, self.weight, self.geometry)
+        if input_mask is not None:
+            weight = (self.weight * input_mask.view(-1, 1, 1)).to(self.weight.dtype)
+            return replace(layer, weight=weight, packed=packed_conv.pack(weight, self.geometry) if ours else None)
+        if ours and self._packed is None:
             self._packed = packed_conv.pack(self.weight, self.geometry)
-        return self._packed
+        return replace(layer, packed=self._packed if ours else None)
 
     def packed_transposed(self, dz: Tensor) -> PackedWeight | None:
-        """The same for the gradient of x."""
+        """The weight packed for the gradient of x, if our kernel computes it."""
         transposed = self.geometry.transposed(self.weight)
         if transposed is None or not packed_conv.computes(dz, self.weight, transposed):
             return None
@@ -146,18 +150,13 @@ class _FrozenConv(torch.autograd.Function):
         deferred: bool,
     ) -> Tensor:
         trains = any(ctx.needs_input_grad)
-        packed = conv.packed(x)
-        weight = conv.weight
-        if input_mask is not None:
-            weight = (weight * input_mask.view(-1, 1, 1)).to(weight.dtype)
-            packed = None if packed is None else packed_conv.pack(weight, conv.geometry)
-        arguments = (x, weight, None, conv.shift, None if deferred else mask, residual, conv.geometry, conv.activation)
+        layer = conv.layer(x, input_mask)
         if trains:
-            y, saved = forward_for_training(*arguments, open_in, open_out, packed)
+            y, saved = forward_for_training(x, layer, None if deferred else mask, residual, open_in, open_out)
             ctx.save_for_backward(mask, y if saved is None else saved)
             ctx.conv, ctx.x_size, ctx.open_out = conv, list(x.shape), open_out
             return y
-        y = open_outputs(*arguments, open_in, open_out, packed)
+        y = open_outputs(x, layer, None if deferred else mask, residual, open_in, open_out)
         return y[:, :open_out] if deferred else widened(y, conv.weight.shape[0])
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fastprune.ops.cuda_conv import convolve_on_cuda
 from fastprune.ops.library import refuse_transforms, register
 from fastprune.ops.masked_act import masked_act, masked_act_backward
 from fastprune.ops.open_channels import (
+    Layer,
     convolve_open,
     fold,
     input_gradient_of_open,
@@ -33,7 +35,6 @@ from fastprune.ops.open_channels import (
     weight_gradient_of_open,
     widened,
 )
-from fastprune.ops.packed_conv import PackedWeight
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 
@@ -194,48 +195,32 @@ def _forward(
     trains: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns y, and what the backward pass needs where that is not y itself."""
-    geometry = geometry_of(stride, padding, dilation, groups)
-    outputs, nothing = weight.shape[0], x.new_empty(0)
+    layer = Layer(weight, scale, shift, geometry_of(stride, padding, dilation, groups), activation)
+    layer, nothing = packed_once(x, layer), x.new_empty(0)
     if not trains:
-        packed = packed_once(x, weight, scale, geometry)
-        y = open_outputs(x, weight, scale, shift, mask, residual, geometry, activation, open_in, open_out, packed)
-        return widened(y, outputs), nothing
-    y, saved = forward_for_training(x, weight, scale, shift, mask, residual, geometry, activation, open_in, open_out)
+        return widened(open_outputs(x, layer, mask, residual, open_in, open_out), weight.shape[0]), nothing
+    y, saved = forward_for_training(x, layer, mask, residual, open_in, open_out)
     return y, nothing if saved is None else saved
 
 
 def forward_for_training(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    geometry: Geometry,
-    activation: str,
-    open_in: int,
-    open_out: int,
-    packed: PackedWeight | None = None,
+    x: Tensor, layer: Layer, mask: Tensor | None, residual: Tensor | None, open_in: int, open_out: int
 ) -> tuple[Tensor, Tensor | None]:
     """y, and what the backward pass needs where that is not y itself."""
-    outputs, by_value = weight.shape[0], activation in DIFFERENTIABLE_BY_VALUE
+    outputs, activation = layer.weight.shape[0], layer.activation
+    by_value = activation in DIFFERENTIABLE_BY_VALUE
+    saves = mask is not None or not by_value
     if mask is not None and open_out < outputs:
         mask = F.pad(mask[:open_out], (0, outputs - open_out))
-    packed = packed_once(x, weight, scale, geometry) if packed is None else packed
-    if packed is not None and open_in > 0 and by_value:
-        return packed_conv.convolve(
-            x[:, :open_in], packed, outputs, shift=shift, mask=mask, residual=residual, activation=activation,
-            saves=mask is not None,
-        )  # fmt: skip
-    if x.is_cuda and residual is None and geometry.groups == 1 and open_in > 0:
-        channels = (scale, shift, mask)
-        saves = mask is not None or not by_value
-        return convolve_on_cuda(x[:, :open_in], weight[:, :open_in], channels, geometry, activation, saves=saves)
-    before = activation if by_value else "identity"
-    saved = convolve_open(x, weight, scale, shift, residual, geometry, before, open_in, outputs, packed)
-    if mask is None and by_value:
-        return saved, None
-    return masked_act(saved, mask=mask, activation="identity" if by_value else activation)[0], saved
+    if layer.packed is not None and open_in > 0 and by_value:
+        rest: dict[str, Any] = {"residual": residual, "activation": activation, "saves": saves}
+        return packed_conv.convolve(x[:, :open_in], layer.packed, outputs, shift=layer.shift, mask=mask, **rest)
+    if x.is_cuda and residual is None and layer.geometry.groups == 1 and open_in > 0:
+        channels, part = (layer.scale, layer.shift, mask), layer.weight[:, :open_in]
+        return convolve_on_cuda(x[:, :open_in], part, channels, layer.geometry, activation, saves=saves)
+    before, after = (activation, "identity") if by_value else ("identity", activation)
+    saved = convolve_open(x, replace(layer, activation=before), residual, open_in, outputs)
+    return (masked_act(saved, mask=mask, activation=after)[0], saved) if saves else (saved, None)
 
 
 def _backward(

@@ -6,10 +6,11 @@ left out, and a group in which a channel is open is computed as a whole.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastprune.ops.convolution import (
     Geometry,
@@ -25,83 +26,84 @@ from fastprune.ops.packed_conv import BOUNDS, PackedWeight, computes, pack
 from fastprune.ops.packed_conv import convolve as packed_convolve
 
 
-def convolve_open(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    geometry: Geometry,
-    activation: str,
-    open_in: int,
-    rows: int,
-    packed: PackedWeight | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Layer:
+    """A convolution and what stands behind it: ``act(scale * conv(x, weight) + shift)``.
+
+    Scale and shift ``[K]`` stand for the convolution's bias and its frozen batch norm. ``packed`` holds ``scale *
+    weight`` in the order in which our own kernel reads it, where that computes the convolution.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    geometry: Geometry
+    activation: str
+    packed: PackedWeight | None = None
+
+
+def convolve_open(x: Tensor, layer: Layer, residual: Tensor | None, open_in: int, rows: int) -> Tensor:
     """The first ``rows`` channels of ``act(scale * conv(x, weight) + shift + residual)``.
 
     Of x only the first ``open_in`` channels are read; vectors and residual may be longer than ``rows``. With the weight
-    packed (its scale included) the result has all channels, zeros behind ``rows``.
+    packed the result has all channels, zeros behind ``rows``.
     """
-    if packed is not None and open_in > 0 and activation in BOUNDS:
+    if layer.packed is not None and open_in > 0 and layer.activation in BOUNDS:
         x = x[:, :open_in]
-        return packed_convolve(x, packed, rows, shift=shift, residual=residual, activation=activation)[0]
-    size = geometry.output_size(x, weight)
-    x, weight, geometry, computed = open_part(x, weight, geometry, open_in, rows)
-    weight = fold(weight, None if scale is None else scale[: weight.shape[0]])
-    shift = None if shift is None else shift[:rows]
+        return packed_convolve(
+            x, layer.packed, rows, shift=layer.shift, residual=residual, activation=layer.activation
+        )[0]
+    size = layer.geometry.output_size(x, layer.weight)
+    x, weight, geometry, computed = open_part(x, layer.weight, layer.geometry, open_in, rows)
+    weight = fold(weight, None if layer.scale is None else layer.scale[: weight.shape[0]])
+    shift = None if layer.shift is None else layer.shift[:rows]
     residual = None if residual is None else residual[:, :rows]
     if computed == weight.shape[0] == rows > 0:
-        return convolve(dense(x), weight, None if shift is None else shift.to(x.dtype), geometry, activation, residual)
+        shift = None if shift is None else shift.to(x.dtype)
+        return convolve(dense(x), weight, shift, geometry, layer.activation, residual)
     # Behind them are the outputs of closed groups: convolutions of zero.
     z = torch.zeros([size[0], rows, *size[2:]], dtype=x.dtype, device=x.device).to(memory_format=layout_of(x))
     if computed:
         z[:, :computed] = convolve(dense(x), weight, None, geometry)[:, :computed]
     if residual is not None:
         z += residual
-    return masked_act(z, shift=shift, activation=activation)[0]
+    return masked_act(z, shift=shift, activation=layer.activation)[0]
 
 
 def open_outputs(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    geometry: Geometry,
-    activation: str,
-    open_in: int,
-    open_out: int,
-    packed: PackedWeight | None = None,
+    x: Tensor, layer: Layer, mask: Tensor | None, residual: Tensor | None, open_in: int, open_out: int
 ) -> Tensor:
     """The first ``open_out`` channels of ``mask * act(scale * conv(x, weight) + shift + residual)``.
 
     There may be more, which are 0.
     """
+    packed, activation, mask = layer.packed, layer.activation, None if mask is None else mask[:open_out]
     if packed is not None and open_in > 0 and activation in BOUNDS:
-        x = x[:, :open_in]
+        x, shift = x[:, :open_in], layer.shift
         return packed_convolve(x, packed, open_out, shift=shift, mask=mask, residual=residual, activation=activation)[0]
-    if x.is_cuda and residual is None and geometry.groups == 1 and min(open_in, open_out) > 0:
-        part = weight[:open_out, :open_in]
-        scale, shift, mask = (None if vector is None else vector[:open_out] for vector in (scale, shift, mask))
-        return convolve_on_cuda(x[:, :open_in], part, (scale, shift, mask), geometry, activation, saves=False)[0]
-    if mask is not None and residual is None and packed is None and folds(mask, activation):
-        scale = mask if scale is None else scale * mask
-        shift = None if shift is None else shift * mask
+    if x.is_cuda and residual is None and layer.geometry.groups == 1 and min(open_in, open_out) > 0:
+        part = layer.weight[:open_out, :open_in]
+        scale, shift = (None if vector is None else vector[:open_out] for vector in (layer.scale, layer.shift))
+        x = x[:, :open_in]
+        return convolve_on_cuda(x, part, (scale, shift, mask), layer.geometry, activation, saves=False)[0]
+    if packed is not None:
+        z = convolve_open(x, replace(layer, activation="identity"), residual, open_in, open_out)
+        return masked_act(z[:, :open_out], mask=mask, activation=activation)[0]
+    if mask is not None and residual is None and folds(mask, activation):
+        padded = F.pad(mask, (0, layer.weight.shape[0] - open_out))
+        scale = padded if layer.scale is None else layer.scale * padded
+        layer = replace(layer, scale=scale, shift=None if layer.shift is None else layer.shift * padded)
         mask = None
-    if packed is not None and activation not in BOUNDS:
-        z = convolve_open(x, weight, scale, shift, residual, geometry, "identity", open_in, open_out, packed)
-        return masked_act(z[:, :open_out], mask=None if mask is None else mask[:open_out], activation=activation)[0]
-    r = convolve_open(x, weight, scale, shift, residual, geometry, activation, open_in, open_out)
-    return r if mask is None else masked_act(r, mask=mask[:open_out], activation="identity")[0]
+    r = convolve_open(x, layer, residual, open_in, open_out)
+    return r if mask is None else masked_act(r, mask=mask, activation="identity")[0]
 
 
-def packed_once(x: Tensor, weight: Tensor, scale: Tensor | None, geometry: Geometry) -> PackedWeight | None:
-    """The weight packed for a single call, where our kernel computes it and packing is not what takes the time."""
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    if not computes(x, weight, geometry) or weight_outweighs(weight, rows):
-        return None
-    return pack(weight, geometry, scale=scale)
+def packed_once(x: Tensor, layer: Layer) -> Layer:
+    """The layer with its weight packed for one call, where our kernel computes it and packing is the smaller part."""
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if not computes(x, layer.weight, layer.geometry) or weight_outweighs(layer.weight, pixels):
+        return layer
+    return replace(layer, packed=pack(layer.weight, layer.geometry, scale=layer.scale))
 
 
 def folds(mask: Tensor, activation: str) -> bool:
