@@ -66,8 +66,8 @@ def geometric_means(cases: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, f
 
 
 def grouped_means(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The geometric means of each group of cases, in the order in which the groups occur."""
-    groups = dict.fromkeys(group for case in cases for group in case["groups"])
+    """The geometric means of each group of cases; "a, b" behind "a", of which it is a part."""
+    groups = sorted({group for case in cases for group in case["groups"]}, key=lambda group: group.split(", "))
     return {group: geometric_means(case for case in cases if group in case["groups"]) for group in groups}
 
 

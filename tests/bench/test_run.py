@@ -166,13 +166,14 @@ def test_what_does_not_fit_in_the_time_is_named(ceilings: Ceilings, capsys: pyte
 
 
 def test_means_by_group(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [copies("one", groups=("small", "all")), copies("two", groups=("all",)), copies("three")]
+    cases = [copies("one", groups=("all, small", "all")), copies("two", groups=("all",)), copies("three")]
     kernel = bench_kernel(cases, ceilings, quick=True)
     check(kernel)
-    assert {group: means["eager"]["cases"] for group, means in kernel["groups"].items()} == {"small": 1, "all": 2}
+    counts = [(group, means["eager"]["cases"]) for group, means in kernel["groups"].items()]
+    assert counts == [("all", 2), ("all, small", 1)]
     report.show("copying", report.document({"copying": kernel}, ceilings, quick=True))
     out = capsys.readouterr().out
-    assert "geometric mean, small" in out
+    assert "geometric mean, all, small" in out
     assert "x of 2" in out
     assert "x of 3" not in out  # a mean over everything would be one over unlike things
 
