@@ -64,7 +64,7 @@ for index in "${!benches[@]}"; do
     name=$(basename "${benches[index]}" .py)
     share=$(((deadline - 15 - SECONDS) / (${#benches[@]} - index)))
     step "$name" "$share" "$python" "${benches[index]}" --device cuda --seconds "$((share > 2 ? share / 2 : 1))" \
-        --json "$work/$name.json"
+        --compile_seconds "$((share > 4 ? share / 4 : 1))" --json "$work/$name.json"
 done
 
 step report 60 "$python" - "$work" "$out" <<'PYTHON'

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastprune import atomic, models
 from fastprune.bench.case import BenchmarkError
-from fastprune.bench.run import KernelBenchSettings, bench_kernels
+from fastprune.bench.run import KernelBenchSettings, StepBenchSettings, bench_kernels, bench_step
 from fastprune.budget import Budget
 from fastprune.demo import DemoSettings, demo
 from fastprune.distributed import Distributed
@@ -337,8 +337,18 @@ def run_demo(values: dict[str, Any], given: set[str]) -> int:
 
 def run_bench_kernels(values: dict[str, Any], given: set[str]) -> int:
     """Time the kernels beside their peers."""
+    return timed(lambda: bench_kernels(pick(KernelBenchSettings, values)))
+
+
+def run_bench_step(values: dict[str, Any], given: set[str]) -> int:
+    """Time a step of gate training beside the same in plain PyTorch."""
+    return timed(lambda: bench_step(pick(StepBenchSettings, values)))
+
+
+def timed(benchmark: Callable[[], object]) -> int:
+    """Run a benchmark; the exit code says whether all agreed."""
     try:
-        bench_kernels(pick(KernelBenchSettings, values))
+        benchmark()
     except BenchmarkError as error:
         print(f"fastprune: error: {error}", file=sys.stderr)
         return 1
@@ -463,6 +473,7 @@ COMMANDS: dict[str, Command] = {
     "finetune": Command(run_finetune, (FinetuneSettings, FinetuneConfig), resumes=True),
     "evaluate": Command(run_evaluate, (EvaluateSettings,)),
     "bench kernels": Command(run_bench_kernels, (KernelBenchSettings,)),
+    "bench step": Command(run_bench_step, (StepBenchSettings,)),
     "doctor": Command(run_doctor),
     "demo": Command(run_demo, (DemoSettings,)),
 }

@@ -128,13 +128,15 @@ BAD = [
     ("demo --out p", "'p' exists already: give another --out"),
     ("demo --out new --seed -3", "seed -3: give a whole number from 0"),
     # bench
-    ("bench", 'expected "bench.command" to be one of {kernels}'),
+    ("bench", 'expected "bench.command" to be one of {kernels,step}'),
     ("bench nope", "invalid choice: 'nope'"),
     ("bench kernels --only nope", "only 'nope': there is no such benchmark; give some of topk_mask"),
     ("bench kernels --onyl topk_mask", "there is no option --onyl: did you mean --only?"),
     ("bench kernels --device gpu", "device 'gpu': give auto, cpu, cuda or cuda:N"),
     ("bench kernels --json nowhere/file", "json 'nowhere/file': there is no such folder"),
     ("bench kernels --seconds 0", "seconds 0.0: it must be above 0"),
+    ("bench step --compile_seconds 0", "compile_seconds 0.0: it must be above 0"),
+    ("bench step --only topk_mask", "there is no option --only"),
     # prune: the method, its options, the budget
     ("prune --model resnet20 --out new --method dmcc", "no pruning method is called 'dmcc': did you mean 'dmc'"),
     ("prune --model resnet20 --out new", "--data is needed: method 'dmc' searches on training data"),

@@ -6,12 +6,17 @@ and a line in ``KERNELS``. Agreement, timing, ceilings, tables and JSON are the 
 
 from collections.abc import Callable, Iterable
 
-from fastprune.bench import topk_mask
-from fastprune.bench.case import OURS, BenchmarkError, Case, Compiled
+from fastprune.bench import gates, masked_conv_bn_act, step, topk_mask
+from fastprune.bench.case import OURS, Attempted, BenchmarkError, Case, Compiled
 
 KERNELS: dict[str, Callable[..., Iterable[Case]]] = {
     "topk_mask": topk_mask.cases,
+    "gates": gates.cases,
+    "masked_conv_bn_act": masked_conv_bn_act.cases,
 }
 """Cases by kernel."""
 
-__all__ = ["KERNELS", "OURS", "BenchmarkError", "Case", "Compiled"]
+STEP: dict[str, Callable[..., Iterable[Case]]] = {"step": step.cases}
+"""What the kernels are for: a step of gate training as a whole."""
+
+__all__ = ["KERNELS", "OURS", "STEP", "Attempted", "BenchmarkError", "Case", "Compiled"]

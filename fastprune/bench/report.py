@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ def geometric_means(cases: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, f
     }
 
 
+def grouped_means(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """The geometric means of each group of cases; "a, b" behind "a", of which it is a part."""
+    groups = sorted({group for case in cases for group in case["groups"]}, key=lambda group: group.split(", "))
+    return {group: geometric_means(case for case in cases if group in case["groups"]) for group in groups}
+
+
 def show(name: str, document: Mapping[str, Any]) -> None:
     """Print one kernel's table, what it was made on, and what is missing from it."""
     console = Console(markup=False, highlight=False, width=WIDEST)
@@ -111,9 +117,10 @@ def table(kernel: Mapping[str, Any]) -> Table:
         share = f"{100 * ours['share_of_roofline']:.1f} %"
         result.add_row(Text(case["name"]), *(cell(case, name) for name in names), *[units] * with_units, share)
     result.add_section()
-    means = kernel["geometric_means"]
-    texts = [f"{times(means[name]['ratio'])}x of {means[name]['cases']}" if name in means else "" for name in names]
-    result.add_row("geometric mean", *texts, *[""] * with_units, "")
+    groups = {f", {group}": means for group, means in kernel["groups"].items()} or {"": kernel["geometric_means"]}
+    for group, means in groups.items():
+        texts = [f"{times(means[name]['ratio'])}x of {means[name]['cases']}" if name in means else "" for name in names]
+        result.add_row(Text(f"geometric mean{group}"), *texts, *[""] * with_units, "")
     return result
 
 

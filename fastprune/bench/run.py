@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from fastprune import atomic
-from fastprune.bench import KERNELS, report
-from fastprune.bench.case import OURS, Case, Compiled, check_agreement
+from fastprune.bench import KERNELS, STEP, report
+from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
 from fastprune.bench.timing import Clock, Timing, interleaved, rotating
 from fastprune.engine import choose_device
@@ -25,33 +25,60 @@ ONLY = f"kernels to time, of {', '.join(KERNELS)}; all without it"
 
 
 @dataclass
-class KernelBenchSettings:
-    """Time the kernels."""
+class BenchSettings:
+    """What all benchmarks may be told."""
 
     device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
-    only: tuple[str, ...] = setting((), ONLY, nargs="+")
     quick: bool = setting(
         False, "a few rounds of a small case, to see that it runs; the numbers mean little", action="store_true"
     )
     seconds: float | None = setting(
-        None, "a case does not begin when its kernel has taken so many; they are then named"
+        None, "a case does not begin when its benchmark has taken so many; they are then named"
     )
+    compile_seconds: float | None = setting(None, "when compiling has taken so many, later cases go without it")
     seed: int = setting(0, "of the inputs")
     json: str | None = setting(None, "file to write the numbers to, too")
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        unknown = sorted(set(self.only) - set(KERNELS))
-        if unknown:
-            raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(KERNELS)}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"seconds {self.seconds}: it must be above 0")
+        for name in ("seconds", "compile_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value}: it must be above 0")
         if self.json is not None and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"json {self.json!r}: there is no such folder")
 
 
+@dataclass
+class KernelBenchSettings(BenchSettings):
+    """Time the kernels."""
+
+    only: tuple[str, ...] = setting((), ONLY, nargs="+")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = sorted(set(self.only) - set(KERNELS))
+        if unknown:
+            raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(KERNELS)}")
+
+
+@dataclass
+class StepBenchSettings(BenchSettings):
+    """Time a step of gate training."""
+
+
 def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
-    """Time kernels, print a table for each, and write the document where one is asked for.
+    """Time kernels; see ``bench``."""
+    return bench(settings, {name: KERNELS[name] for name in settings.only or KERNELS})
+
+
+def bench_step(settings: StepBenchSettings) -> dict[str, Any]:
+    """Time a step of gate training; see ``bench``."""
+    return bench(settings, STEP)
+
+
+def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterable[Case]]]) -> dict[str, Any]:
+    """Time benchmarks, print a table for each, and write the document where one is asked for.
 
     Returns:
         The document, see ``report.document``.
@@ -63,23 +90,31 @@ def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     ceilings = Ceilings.measured(device, quick=settings.quick)
-    names = settings.only or tuple(KERNELS)
     results = {}
     generators = [device] if device.type == "cuda" else []
-    for name in names:
-        with torch.random.fork_rng(devices=generators):  # the same inputs, whichever kernels ran before
+    for name, cases in benchmarks.items():
+        with torch.random.fork_rng(devices=generators):  # the same inputs, whichever benchmarks ran before
             results[name] = bench_kernel(
-                KERNELS[name](device, quick=settings.quick), ceilings, quick=settings.quick, seconds=settings.seconds
+                cases(device, quick=settings.quick),
+                ceilings,
+                quick=settings.quick,
+                seconds=settings.seconds,
+                compile_seconds=settings.compile_seconds,
             )
         document = report.document(results, ceilings, quick=settings.quick)
-        if settings.json is not None:  # after each kernel: what is measured is not lost where the next one fails
+        if settings.json is not None:  # after each: what is measured is not lost where the next one fails
             atomic.write_text(Path(settings.json), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         report.show(name, document)
     return document
 
 
 def bench_kernel(
-    cases: Iterable[Case], ceilings: Ceilings, *, quick: bool = False, seconds: float | None = None
+    cases: Iterable[Case],
+    ceilings: Ceilings,
+    *,
+    quick: bool = False,
+    seconds: float | None = None,
+    compile_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Time one kernel's cases.
 
@@ -88,27 +123,38 @@ def bench_kernel(
         ceilings: of the device that the cases are on.
         quick: a few rounds only.
         seconds: no case begins after these.
+        compile_seconds: when torch.compile has taken these, later cases do without it.
 
     Returns:
-        ``cases``, ``geometric_means`` of the ratios by peer, and what is ``left_out`` with the reason.
+        ``cases``, ``geometric_means`` of the ratios by peer, the same for each of the cases' ``groups``, and what is
+        ``left_out`` with the reason.
     """
-    begin = time.perf_counter()
+    begin, compiling = time.perf_counter(), 0.0
     measured: list[dict[str, Any]] = []
     left_out = []
     try:
         for case in cases:
             if seconds is not None and time.perf_counter() - begin > seconds:
                 left_out.append(f"{case.name}: {seconds:g} seconds were over")
-            else:
-                measured.append(bench_case(case, ceilings, quick=quick))
+                continue
+            if compile_seconds is not None and case.compiled and compiling > compile_seconds:
+                left_out.append(f"{case.name}, compiled: {compile_seconds:g} seconds of compiling were over")
+                case = case.without_compiled()
+            measured.append(bench_case(case, ceilings, quick=quick))
+            compiling += sum(variant.seconds or 0.0 for variant in case.compiled)
     except ModuleNotFoundError as error:  # the rest's networks are another package's
         left_out.append(str(error))
-    return {"cases": measured, "geometric_means": report.geometric_means(measured), "left_out": left_out}
+    return {
+        "cases": measured,
+        "geometric_means": report.geometric_means(measured),
+        "groups": report.grouped_means(measured),
+        "left_out": left_out,
+    }
 
 
 def bench_case(case: Case, ceilings: Ceilings, *, quick: bool = False) -> dict[str, Any]:
     """Check that the variants of a case agree, time them, and say what the times mean."""
-    if any(isinstance(variant, Compiled) for variant in case.variants.values()):
+    if case.compiled:
         # Or else torch.compile would take this case for a new size of the last one and, after eight, stop compiling.
         torch.compiler.reset()
     failures = check_agreement(case)
@@ -137,6 +183,7 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
         "bytes": case.bytes,
         "flops": case.flops,
         "units": case.units,
+        "groups": list(case.groups),
         "roofline_seconds": least,
         "rounds": len(ours.seconds),
         "variants": {
@@ -156,11 +203,12 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
     }
 
 
-def main(kernel: str) -> None:
-    """One kernel's benchmark as a program. Plain argparse: on a bare GPU machine there is little more than torch."""
-    parser = argparse.ArgumentParser(description=f"Time {kernel} beside its peers.")
-    for f in fields(KernelBenchSettings):
-        if f.name != "only":
-            flag = f.metadata["flag"] or {"type": {"seed": int, "seconds": float}.get(f.name, str)}
-            parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **flag)
-    bench_kernels(KernelBenchSettings(only=(kernel,), **vars(parser.parse_args())))
+def main(name: str) -> None:
+    """One benchmark as a program. Plain argparse: on a bare GPU machine there is little more than torch."""
+    parser = argparse.ArgumentParser(description=f"Time {name} beside its peers.")
+    for f in fields(BenchSettings):
+        flag = f.metadata["flag"] or {
+            "type": {"seed": int, "seconds": float, "compile_seconds": float}.get(f.name, str)
+        }
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **flag)
+    bench(BenchSettings(**vars(parser.parse_args())), {name: {**KERNELS, **STEP}[name]})

@@ -158,11 +158,16 @@ def convolutions(network: str) -> tuple[ConvShape, ...]:
     if network not in NETWORKS:
         raise ValueError(f"network {network!r}: needs one of {', '.join(NETWORKS)}")
     with torch.device("meta"):
-        model = models.resnet56() if network == "ResNet-56" else _from_torchvision(network)
+        model = models.resnet56() if network == "ResNet-56" else from_torchvision(network)
     return tuple(convolutions_of(model, NETWORKS[network]))
 
 
-def _from_torchvision(network: str) -> nn.Module:
+def from_torchvision(network: str) -> nn.Module:
+    """ResNet-50 or MobileNetV2 with random weights.
+
+    Raises:
+        ModuleNotFoundError: where torchvision is not installed.
+    """
     try:
         import torchvision.models
     except ModuleNotFoundError as error:

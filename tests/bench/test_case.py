@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from fastprune.bench import BenchmarkError, Case, Compiled
+from fastprune.bench import Attempted, BenchmarkError, Case, Compiled
 from fastprune.bench.case import check_agreement
 
 
@@ -70,6 +72,56 @@ def test_gradients_are_compared() -> None:
     )
     with pytest.raises(BenchmarkError, match="gradient: fastprune computes something else"):
         check_agreement(wrong)
+
+
+def gradients(step: float) -> Tensor:
+    """As a rounding at a relu's kink leaves them: a few are others altogether."""
+    return torch.cat([torch.ones(9999), torch.full((1,), step)])
+
+
+def in_norm(name: str, value: object, norm: float = 5e-3) -> Case:
+    variants = {"eager": lambda: (torch.zeros(3), gradients(1.0)), name: lambda: value, "fastprune": lambda: value}
+    return Case("gradient", tuple, variants, bytes=1, norm=norm)
+
+
+def test_agreement_in_norm_lets_a_few_elements_differ() -> None:
+    zeros = torch.zeros(3)
+    assert check_agreement(in_norm("reference", (zeros, gradients(1.4)))) == {}  # 0.4 of a norm of 100
+    for wrong in (
+        (zeros, gradients(1.6)),
+        (zeros, gradients(torch.nan)),
+        (zeros + 1e-9, gradients(1.0)),  # of what is 0, nothing else is near
+        (zeros, gradients(1.0).view(100, 100)),
+        (zeros, gradients(1.0).double()),
+        (zeros,),
+    ):
+        with pytest.raises(BenchmarkError, match="gradient: reference computes something else than eager"):
+            check_agreement(in_norm("reference", wrong))
+
+
+def test_what_is_unchecked_may_differ_but_not_fail() -> None:
+    variants = {"eager": torch.neg, "floor": lambda x: None, "fastprune": torch.neg}
+    case = Case("negation", lambda: (torch.rand(3),), variants, bytes=24, unchecked=("floor",))
+    assert check_agreement(case) == {}
+    with pytest.raises(BenchmarkError, match="floor fails"):
+        check_agreement(replace(case, variants={**variants, "floor": torch.linalg.inv}))
+    for name in ("eager", "fastprune"):
+        with pytest.raises(ValueError, match="needs the first and 'fastprune' checked"):
+            replace(case, unchecked=(name,))
+
+
+def test_a_failure_of_what_is_attempted_is_told() -> None:
+    failures = check_agreement(case(cudnn=Attempted(lambda x: torch.linalg.inv(x)), fastprune=lambda x: 2 * x))
+    assert list(failures) == ["cudnn"]
+
+
+def test_without_what_is_compiled() -> None:
+    compiled = Compiled(torch.neg, torch.device("cpu"))
+    some = case(fastprune=lambda x: 2 * x, compiled=compiled)
+    assert some.compiled == [compiled]
+    assert list(some.without_compiled().variants) == ["eager", "fastprune"]
+    alone = Case("alone", tuple, {"compiled": compiled, "fastprune": torch.neg}, bytes=1)
+    assert alone.without_compiled() is alone
 
 
 def test_a_case_needs_ours_a_peer_and_work() -> None:

@@ -44,8 +44,17 @@ def check(kernel: dict[str, Any]) -> None:
             assert math.isclose(found["ratio"], medians[name] / medians[OURS])
             assert 0 < found["quartiles"][0] <= found["quartiles"][1]
         assert case["rounds"] >= 5
-    for name, mean in kernel["geometric_means"].items():
-        ratios = [case["ratios"][name]["ratio"] for case in kernel["cases"] if name in case["ratios"]]
+    check_means(kernel["geometric_means"], kernel["cases"])
+    assert set(kernel["groups"]) == {group for case in kernel["cases"] for group in case["groups"]}
+    for group, means in kernel["groups"].items():
+        check_means(means, [case for case in kernel["cases"] if group in case["groups"]])
+
+
+def check_means(means: dict[str, Any], cases: list[dict[str, Any]]) -> None:
+    """Each over the cases that have that peer."""
+    assert set(means) == {name for case in cases for name in case["ratios"]}
+    for name, mean in means.items():
+        ratios = [case["ratios"][name]["ratio"] for case in cases if name in case["ratios"]]
         assert mean["cases"] == len(ratios)
         assert math.isclose(mean["ratio"] ** len(ratios), math.prod(ratios), rel_tol=1e-6)
 
@@ -73,6 +82,14 @@ def test_every_kernel(device: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "of roofline" in out
 
 
+def test_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "step on" in out
+    for text in ("all gates open", "half of the gates closed"):
+        assert f"geometric mean, {text}" in out
+
+
 def test_only_some(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--quick", "--only", "topk_mask"]) == 0
     assert capsys.readouterr().out.count("geometric mean") == 1
@@ -87,6 +104,7 @@ def test_every_program(program: Path, tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, *options], check=True, capture_output=True)
     document = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
+    check(document["kernels"][program.stem.removeprefix("bench_")])
     assert list(document["kernels"]) == [program.stem.removeprefix("bench_")]
 
 
@@ -145,6 +163,34 @@ def test_what_does_not_fit_in_the_time_is_named(ceilings: Ceilings, capsys: pyte
     assert kernel["left_out"] == [f"{name}: 1e-09 seconds were over" for name in ("one", "two", "three")]
     report.show("copying", report.document({"copying": kernel}, ceilings, quick=True))
     assert "left out: two: 1e-09 seconds were over" in capsys.readouterr().out
+
+
+def test_means_by_group(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [copies("one", groups=("all, small", "all")), copies("two", groups=("all",)), copies("three")]
+    kernel = bench_kernel(cases, ceilings, quick=True)
+    check(kernel)
+    counts = [(group, means["eager"]["cases"]) for group, means in kernel["groups"].items()]
+    assert counts == [("all", 2), ("all, small", 1)]
+    report.show("copying", report.document({"copying": kernel}, ceilings, quick=True))
+    out = capsys.readouterr().out
+    assert "geometric mean, all, small" in out
+    assert "x of 2" in out
+    assert "x of 3" not in out  # a mean over everything would be one over unlike things
+
+
+def test_compiling_ends_when_its_time_is_over(ceilings: Ceilings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **mode: function)
+    peers = [Compiled(lambda x: x + 0, CPU) for _ in range(2)]
+    cases = [
+        copies(f"{number}", variants={"eager": torch.clone, "compiled": peer, "fastprune": torch.clone})
+        for number, peer in enumerate(peers)
+    ]
+    kernel = bench_kernel(cases, ceilings, quick=True, compile_seconds=1e-9)
+    check(kernel)
+    assert kernel["geometric_means"]["compiled"]["cases"] == 1
+    assert kernel["left_out"] == ["1, compiled: 1e-09 seconds of compiling were over"]
+    assert peers[0].seconds is not None
+    assert peers[1].seconds is None
 
 
 def test_what_is_not_installed_is_named(ceilings: Ceilings) -> None:
