@@ -57,9 +57,10 @@ class Scratch {
     float* data_ = nullptr;
 };
 
-/// The product; throws if no memory could hold as many floats.
+/// The product; throws if it is more floats than a task's memory should have: systems that overcommit would grant more,
+/// and end the process when it is used.
 int64_t checked_size(std::initializer_list<int64_t> factors) {
-    constexpr int64_t most = int64_t{1} << 48;
+    constexpr int64_t most = int64_t{1} << 32;
     int64_t product = 1;
     for (const int64_t factor : factors) {
         if (factor > most / product) throw std::bad_alloc();

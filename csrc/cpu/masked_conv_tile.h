@@ -136,7 +136,12 @@ template <int pixels, int vectors>
 FASTPRUNE_TARGET void convolve_tile(const Taps& taps, const Stretch& stretch, const float* weight, const Epilogue& e) {
     Vector sums[pixels][vectors];
     accumulate(taps, stretch.x, stretch.step, weight, sums);
-    for (int m = 0; m < pixels; ++m) finish<vectors>(e, stretch.pixel + m, sums[m]);
+    // A copy for the loop below, whose index would otherwise keep clang from having the sums in registers: 2.5x slower.
+    Sums<pixels, vectors> results;
+    for (int m = 0; m < pixels; ++m) {
+        for (int v = 0; v < vectors; ++v) results[m][v] = sums[m][v];
+    }
+    for (int m = 0; m < pixels; ++m) finish<vectors>(e, stretch.pixel + m, results[m]);
 }
 
 /// The product of the same with a plain destination, `panel` elements a pixel.

@@ -275,8 +275,8 @@ template <class Score>
 Status topk_mask(const TopkMaskArgs<Score>& args, int num_threads) {
     const Status status = check_values(args);
     if (!status.ok()) return status;
-    const bool finite = mask_small_groups(args, num_threads) & mask_large_groups(args, num_threads);
-    if (finite) return {};
+    const bool small_finite = mask_small_groups(args, num_threads), large_finite = mask_large_groups(args, num_threads);
+    if (small_finite && large_finite) return {};
     int64_t first = 0;
     while (args.scores[first] == args.scores[first]) ++first;
     return Status::refused("scores", first, args.scores[first], "numbers that can be ranked");

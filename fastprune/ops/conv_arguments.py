@@ -29,8 +29,8 @@ def geometry_of(
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """One number for both directions, or one for each."""
     numbers = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(numbers) != 2 or not all(isinstance(n, int) and n >= least for n in numbers):
-        raise ValueError(f"{name}: got {value!r}, needs an integer >= {least}, or two of them")
+    if len(numbers) != 2 or not all(isinstance(n, int) and least <= n < 2**31 for n in numbers):
+        raise ValueError(f"{name}: got {value!r}, needs an integer >= {least} and below 2^31, or two of them")
     return numbers[0], numbers[1]
 
 

@@ -18,7 +18,8 @@ struct Bernoulli {
     FASTPRUNE_HD Gate<Real> operator()(Real theta, double u) const {
         // In double whatever theta is: a float would round the largest u to 1, and theta = 1 would not always open.
         const Real value = u < static_cast<double>(theta) ? Real{1} : Real{0};
-        const Real slope = (theta >= 0) & (theta <= 1) ? Real{1} : Real{0};
+        const bool inside = (theta >= 0) & (theta <= 1);
+        const Real slope = inside ? Real{1} : Real{0};
         return theta == theta ? Gate<Real>{value, slope} : Gate<Real>::not_a_number();
     }
 };
