@@ -6,10 +6,12 @@ and a line in ``KERNELS``. Agreement, timing, ceilings, tables and JSON are the 
 
 from collections.abc import Callable, Iterable
 
-from fastprune.bench import topk_mask
+from fastprune.bench import group_prox, masked_bn_act, topk_mask
 from fastprune.bench.case import OURS, BenchmarkError, Case, Compiled
 
 KERNELS: dict[str, Callable[..., Iterable[Case]]] = {
+    "group_prox": group_prox.cases,
+    "masked_bn_act": masked_bn_act.cases,
     "topk_mask": topk_mask.cases,
 }
 """Cases by kernel."""
