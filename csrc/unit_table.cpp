@@ -11,7 +11,7 @@ namespace fastprune {
 namespace {
 
 /// One worker of the CPU reads and scales a unit while it is in its L2 cache, and uses cache lines as a whole. A wave
-/// is a megabyte, or the layers of a component that have more. Lines of 2 KB: of 4 KB, sums and factors left L1.
+/// is a megabyte, or the layers that hang together. Lines of 4 KB were slower: sums and factors of 512 leave L1 room.
 PlanLimits cpu_limits(int64_t element_size) {
     return {(256 << 10) / element_size, 64 / element_size, 512, 32768, 1, (1 << 20) / element_size};
 }
