@@ -129,6 +129,12 @@ def described(activations: list[Activation]) -> dict[str, int]:
     return {"batch": batch, "activations": sum(activation.count for activation in activations), **one}
 
 
+def turns(activations: list[Activation]) -> list[int]:
+    """Each as often as the network has it, in turns as far as that goes: a cache would hold it."""
+    most = max(activation.count for activation in activations)
+    return [i for turn in range(most) for i, activation in enumerate(activations) if turn < activation.count]
+
+
 def backward(name: str, activations: list[Activation]) -> Case:
     """Three streams."""
 
@@ -140,9 +146,8 @@ def backward(name: str, activations: list[Activation]) -> Case:
 
     def variant(function: Callable[..., None]) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
         def run(*tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            for activation, *own in zip(activations, *tensors, strict=True):
-                for _ in range(activation.count):
-                    function(activation, *own)
+            for index in turns(activations):
+                function(activations[index], *(each[index] for each in tensors))
             return tensors[2], tensors[3]
 
         return run
@@ -156,12 +161,8 @@ def forward(name: str, activations: list[Activation]) -> Case:
 
     def variant(function: Callable[..., Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
         def run(xs: list[Tensor]) -> list[Tensor]:
-            results = []
-            for activation, x in zip(activations, xs, strict=True):
-                for _ in range(activation.count):
-                    y = activation.forward(function, x)
-                results.append(y)
-            return results
+            results = {i: activations[i].forward(function, xs[i]) for i in turns(activations)}
+            return list(results.values())
 
         return run
 
@@ -174,12 +175,8 @@ def step(name: str, activations: list[Activation]) -> Case:
 
     def variant(function: Callable[..., Tensor]) -> Callable[..., list[tuple[Tensor, ...]]]:
         def run(xs: list[Tensor], dys: list[Tensor]) -> list[tuple[Tensor, ...]]:
-            results = []
-            for activation, x, dy in zip(activations, xs, dys, strict=True):
-                for _ in range(activation.count):
-                    gradients = activation.step(function, x, dy)
-                results.append(gradients)
-            return results
+            results = {i: activations[i].step(function, xs[i], dys[i]) for i in turns(activations)}
+            return list(results.values())
 
         return run
 
