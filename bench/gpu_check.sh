@@ -53,6 +53,16 @@ for tool in memcheck racecheck; do
         "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_topk_mask.py -k "$selection"
 done
 
+# Of the other kernels a dtype each, and of group_prox units of one element, of runs, of columns and for many blocks.
+others="test_values_of_every_layout and (shape1- or shape3- or shape8- or shape9- or shape10-)"
+others+=" or test_masked_act and test_values and dtype0 or test_values_are_rounded_once and dtype0"
+others+=" or test_same_bits_everywhere and (5-dtype0 or 40001-dtype0)"
+for tool in memcheck racecheck; do
+    step "others_$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_group_prox.py tests/ops/test_masked_act.py \
+        tests/ops/test_channel_moments.py tests/ops/test_bernoulli_gate.py tests/ops/test_gumbel_gate.py -k "$others"
+done
+
 # Of every fused convolution, where the build has them, the cases of one seed.
 step fused_conv_memcheck 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
     "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_fused_conv_cuda.py -k "test_values and seed0"

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 namespace fastprune {
@@ -34,9 +35,7 @@ class Builder {
         find_segments();
         bundle();
         add_items();
-        for (const Segment& segment : segments_) {
-            if (shared(segment)) cut(segment);
-        }
+        cut_waves();
         number_slots();
         count();
         return std::move(plan_);
@@ -142,7 +141,7 @@ class Builder {
         int64_t next = 0;
         for (size_t i = 0; i < plan_.bundles.size(); ++i) {
             const int64_t room = plan_.bundles[i].num_stretches;
-            plan_.bundles[i] = {cuts[i], cuts[i + 1] - cuts[i], next, 0};
+            plan_.bundles[i] = {cuts[i], cuts[i + 1] - cuts[i], next, 0, first_unit(cuts[i], cuts[i + 1])};
             next += room;
         }
         plan_.stretches.resize(next);
@@ -151,6 +150,14 @@ class Builder {
             part.address += bytes((bundle.first_rank - segment.first_rank) * part.run);
             plan_.stretches[bundle.first_stretch + bundle.num_stretches++] = part;
         });
+    }
+
+    /// Of neighbouring ranks, where their units are neighbours as well; else -1.
+    int64_t first_unit(int64_t first_rank, int64_t last_rank) const {
+        const int32_t* units = plan_.unit_of.data();
+        const auto gap = [](int32_t unit, int32_t next) { return next != unit + 1; };
+        const bool neighbours = std::adjacent_find(units + first_rank, units + last_rank, gap) == units + last_rank;
+        return neighbours ? units[first_rank] : -1;
     }
 
     void add_items() {
@@ -163,6 +170,28 @@ class Builder {
             for (int64_t first = 0; first < bundle.count; first += count) {
                 plan_.items.push_back({kind, static_cast<int64_t>(i), first, std::min(count, bundle.count - first)});
             }
+        }
+    }
+
+    /// A wave may end at a rank that no segment contains along with the rank before it.
+    void cut_waves() {
+        std::vector<Segment> segments;
+        std::copy_if(segments_.begin(), segments_.end(), std::back_inserter(segments),
+                     [this](const Segment& segment) { return shared(segment); });
+        std::stable_sort(segments.begin(), segments.end(),
+                         [](const Segment& a, const Segment& b) { return a.first_rank < b.first_rank; });
+        int64_t end = first_shared(), elements = limits_.wave_elements;
+        for (const Segment& segment : segments) {
+            if (segment.first_rank >= end && elements >= limits_.wave_elements) {
+                plan_.waves.push_back({static_cast<int64_t>(plan_.tiles.size()), 0, end - first_shared(), 0});
+                elements = 0;
+            }
+            end = std::max(end, segment.first_rank + segment.count);
+            elements += segment.count * segment.stretch.rows * segment.stretch.run;
+            cut(segment);
+            Wave& wave = plan_.waves.back();
+            wave.num_tiles = static_cast<int64_t>(plan_.tiles.size()) - wave.first_tile;
+            wave.num_shared = end - first_shared() - wave.first_shared;
         }
     }
 
@@ -216,6 +245,7 @@ class Builder {
         UnitPlan& counts = plan_.counts;
         counts.num_items = static_cast<int64_t>(plan_.items.size());
         counts.num_tiles = static_cast<int64_t>(plan_.tiles.size());
+        counts.num_waves = static_cast<int64_t>(plan_.waves.size());
         counts.first_shared = first_shared();
         counts.num_ranks = first_rank_[num_classes];
         counts.num_units = num_units_;
@@ -245,6 +275,7 @@ void for_each_array(Storage& plan, UnitPlan& view, const Body& body) {
     body(plan.bundles, view.bundles);
     body(plan.stretches, view.stretches);
     body(plan.tiles, view.tiles);
+    body(plan.waves, view.waves);
     body(plan.slots, view.slots);
     body(plan.first_slots, view.first_slots);
     body(plan.unit_of, view.unit_of);

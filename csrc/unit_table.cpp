@@ -10,11 +10,14 @@ namespace py = pybind11;
 namespace fastprune {
 namespace {
 
-/// One worker of the CPU reads and scales a unit while it is in its L2 cache, and uses cache lines as a whole.
-PlanLimits cpu_limits(int64_t element_size) { return {(256 << 10) / element_size, 64 / element_size, 1024, 32768, 1}; }
+/// One worker of the CPU reads and scales a unit while it is in its L2 cache, and uses cache lines as a whole. A wave
+/// is a megabyte, or the layers that hang together. Lines of 4 KB were slower: sums and factors of 512 leave L1 room.
+PlanLimits cpu_limits(int64_t element_size) {
+    return {(256 << 10) / element_size, 64 / element_size, 512, 32768, 1, (1 << 20) / element_size};
+}
 
 /// A warp has a whole unit, and at least four sectors of 32 bytes in each line; a block of 256 threads has a tile.
-PlanLimits cuda_limits(int64_t element_size) { return {8192, 128 / element_size, 256, 4096, 8}; }
+PlanLimits cuda_limits(int64_t element_size) { return {8192, 128 / element_size, 256, 4096, 8, 1}; }
 
 std::string name_of(size_t slice) { return "slices[" + std::to_string(slice) + "]"; }
 

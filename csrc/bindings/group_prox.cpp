@@ -91,11 +91,11 @@ std::unique_ptr<UnitTable> make_table(const py::sequence& slices, int64_t num_un
                                       const std::optional<std::vector<int64_t>>& limits) {
     if (!limits) return std::make_unique<UnitTable>(slices, num_units, std::nullopt);
     const bool positive = std::all_of(limits->begin(), limits->end(), [](int64_t limit) { return limit > 0; });
-    if (limits->size() != 5 || !positive || (*limits)[2] > max_tile_width) {
-        throw py::value_error("limits: needs five positive numbers, the third up to " + std::to_string(max_tile_width));
+    if (limits->size() != 6 || !positive || (*limits)[2] > max_tile_width) {
+        throw py::value_error("limits: needs six positive numbers, the third up to " + std::to_string(max_tile_width));
     }
     const auto& l = *limits;
-    return std::make_unique<UnitTable>(slices, num_units, PlanLimits{l[0], l[1], l[2], l[3], l[4]});
+    return std::make_unique<UnitTable>(slices, num_units, PlanLimits{l[0], l[1], l[2], l[3], l[4], l[5]});
 }
 
 void write_sizes(const UnitTable& table, const Tensor& sizes) {
@@ -110,7 +110,7 @@ void write_sizes(const UnitTable& table, const Tensor& sizes) {
 void bind_group_prox(py::module_& module) {
     py::class_<UnitTable>(module, "UnitTable", "Tensors and the units that their elements belong to.")
         .def(py::init(&make_table), py::arg("slices"), py::arg("num_units"), py::arg("limits") = py::none(),
-             "limits: (whole_elements, narrow_run, tile_width, work_elements, whole_at_once), for tests")
+             "limits: (whole_elements, narrow_run, tile_width, work_elements, whole_at_once, wave_elements), for tests")
         .def("write_sizes", &write_sizes, py::arg("sizes"), "Writes how many elements each unit owns.")
         .def_property_readonly("num_device_words", &UnitTable::num_device_words)
         .def("write_device_words", &UnitTable::write_device_words, py::arg("words"),

@@ -2,7 +2,8 @@
 //
 // group_prox on the CPU. Memory traffic is the cost, so that a unit which fits a core's cache is read and scaled by one
 // thread: two passes over the memory in place of three. Only larger units, and those whose short runs lie in many rows,
-// are shared: squares of all tiles, then the norms, then the scaling of all tiles.
+// are shared: squares of all tiles of a wave, then the norms, then the scaling of its tiles, which the last cache
+// holds.
 #include "fastprune/group_prox.h"
 
 #include <algorithm>
@@ -10,8 +11,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "clones.h"
 #include "fastprune/shrinkage.h"
+#include "instruction_set.h"
 #include "parallel.h"
 
 namespace fastprune::cpu {
@@ -19,51 +20,58 @@ namespace {
 
 constexpr int64_t thread_grain = 16384;  // elements, a few microseconds
 constexpr int64_t combined_units = 512;  // shared units whose partial sums one thread adds up in one go
+constexpr int64_t block = 1024;          // squares in one plain sum
 
 /// A sum that remembers what its additions rounded away (Knuth's TwoSum). In float64 a plain sum over the many short
 /// runs of a unit was off by 60 units in the last place, where torch's cascade is off by one.
 struct LongSum {
     double total = 0, lost = 0;
 
-    FASTPRUNE_INTO_CLONES void add(double value) {
+    void add(double value) {
         const double sum = total + value;
         const double added = sum - total;
         lost += (total - (sum - added)) + (value - added);
         total = sum;
     }
-    FASTPRUNE_INTO_CLONES double result() const { return lost == lost ? total + lost : total; }  // inf - inf above
+    double result() const { return lost == lost ? total + lost : total; }  // inf - inf above
 };
 
 template <class T>
-FASTPRUNE_INTO_CLONES double square(T value) {
+double square(T value) {
     return static_cast<double>(value) * static_cast<double>(value);
 }
 
+/// Of up to `block` elements. The sum across the lanes is written out: as a loop that halves them it went through
+/// memory and cost a unit of nine elements seven times as much.
 template <class T>
-FASTPRUNE_INTO_CLONES void add_squares(const T* x, int64_t size, LongSum& total) {
-    constexpr int64_t lanes = 16;  // independent chains of additions …
-    while (size >= lanes) {
-        const int64_t block = std::min<int64_t>(size - size % lanes, 64 * lanes);  // … which are kept short
-        double sums[lanes] = {};
-        for (int64_t i = 0; i < block; i += lanes) {
-            for (int64_t lane = 0; lane < lanes; ++lane) sums[lane] += square(x[i + lane]);
-        }
-        for (int64_t width = lanes / 2; width > 0; width /= 2) {
-            for (int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
-        }
-        total.add(sums[0]);
-        x += block;
-        size -= block;
+double sum_of_squares(const T* x, int64_t size) {
+    constexpr int64_t lanes = 16;  // independent chains of additions
+    double s[lanes] = {};
+    int64_t i = 0;
+    for (; i + lanes <= size; i += lanes) {
+        for (int64_t lane = 0; lane < lanes; ++lane) s[lane] += square(x[i + lane]);
     }
-    if (size == 0) return;
-    double rest = 0;
-    for (int64_t i = 0; i < size; ++i) rest += square(x[i]);
-    total.add(rest);
+    double rest[4] = {};
+    for (; i + 4 <= size; i += 4) {
+        rest[0] += square(x[i]);
+        rest[1] += square(x[i + 1]);
+        rest[2] += square(x[i + 2]);
+        rest[3] += square(x[i + 3]);
+    }
+    for (; i < size; ++i) rest[0] += square(x[i]);
+    for (int64_t lane = 0; lane < 8; ++lane) s[lane] += s[lane + 8];
+    const double sum = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+    return sum + ((rest[0] + rest[1]) + (rest[2] + rest[3]));
+}
+
+template <class T>
+void add_squares(const T* x, int64_t size, LongSum& total) {
+    for (int64_t i = 0; i < size; i += block) total.add(sum_of_squares(x + i, std::min(block, size - i)));
 }
 
 /// `factor` is not 1.
 template <class T>
-FASTPRUNE_INTO_CLONES void scale(T* x, int64_t size, T factor) {
+void scale(T* x, int64_t size, T factor) {
     if (factor == 0) {
         std::fill_n(x, size, T{0});
     } else {
@@ -71,46 +79,57 @@ FASTPRUNE_INTO_CLONES void scale(T* x, int64_t size, T factor) {
     }
 }
 
-template <class T>
-FASTPRUNE_INTO_CLONES Shrinkage<T> shrinkage_of(const GroupProxArgs<T>& args, double sum, int64_t unit) {
-    return Shrinkage<T>::of(sum, args.threshold != nullptr ? args.threshold[unit] : T{0});
+/// Norms and factors of up to `size` units whose squares are summed.
+template <class T, int64_t size>
+void shrink(const GroupProxArgs<T>& args, const int32_t* units, int64_t count, const double* sums,
+            T* __restrict factors) {
+    T thresholds[size], norms[size];
+    for (int64_t k = 0; k < count; ++k) thresholds[k] = args.threshold != nullptr ? args.threshold[units[k]] : T{0};
+    for (int64_t k = 0; k < count; ++k) {  // a loop of its own: square roots and quotients of several units at once
+        const auto shrinkage = Shrinkage<T>::of(sums[k], thresholds[k]);
+        norms[k] = shrinkage.norm;
+        factors[k] = shrinkage.factor;
+    }
+    for (int64_t k = 0; k < count; ++k) args.norms[units[k]] = norms[k];
 }
 
-/// Norms first, since x changes; `thresholds` may be null.
+/// `thresholds` may be null.
 template <class T>
-FASTPRUNE_INTO_CLONES void soft_thresholds(T* __restrict x, int64_t size, const T* __restrict thresholds,
-                                           T* __restrict norms) {
-    for (int64_t k = 0; k < size; ++k) norms[k] = std::fabs(x[k]);
-    if (thresholds == nullptr) return;
-    for (int64_t k = 0; k < size; ++k) x[k] = soft_threshold(x[k], thresholds[k]);
+void soft_thresholds(T* __restrict x, int64_t size, const T* __restrict thresholds, T* __restrict norms) {
+    if (thresholds == nullptr) {
+        for (int64_t k = 0; k < size; ++k) norms[k] = std::fabs(x[k]);
+        return;
+    }
+    for (int64_t k = 0; k < size; ++k) {
+        const T value = x[k];
+        norms[k] = std::fabs(value);
+        x[k] = soft_threshold(value, thresholds[k]);
+    }
 }
 
 template <class T>
-FASTPRUNE_INTO_CLONES void process_scalar_units(const GroupProxArgs<T>& args, const WorkItem& item) {
+void process_scalar_units(const GroupProxArgs<T>& args, const WorkItem& item) {
     const Bundle& bundle = args.plan.bundles[item.index];
+    T* x = args.plan.stretches[bundle.first_stretch].template data<T>() + item.first;
+    if (bundle.first_unit >= 0) {  // the rule, and several times as fast as to gather and scatter
+        const int64_t unit = bundle.first_unit + item.first;
+        const T* own = args.threshold != nullptr ? args.threshold + unit : nullptr;
+        return soft_thresholds(x, item.count, own, args.norms + unit);
+    }
     constexpr int64_t stretch = 256;
     T thresholds[stretch], norms[stretch];
-    for (int64_t first = item.first; first < item.first + item.count; first += stretch) {
-        const int64_t count = std::min(stretch, item.first + item.count - first);
-        T* x = args.plan.stretches[bundle.first_stretch].template data<T>() + first;
-        const int32_t* units = args.plan.unit_of + bundle.first_rank + first;
-        uint32_t jumps = 0;
-        for (int64_t k = 0; k < count; ++k)
-            jumps |= static_cast<uint32_t>(units[k]) - static_cast<uint32_t>(units[0] + k);
-        if (jumps == 0) {  // the rule, and several times as fast as to gather and scatter
-            const T* own = args.threshold != nullptr ? args.threshold + units[0] : nullptr;
-            soft_thresholds(x, count, own, args.norms + units[0]);
-            continue;
-        }
+    const int32_t* units = args.plan.unit_of + bundle.first_rank + item.first;
+    for (int64_t first = 0; first < item.count; first += stretch, units += stretch) {
+        const int64_t count = std::min(stretch, item.count - first);
         for (int64_t k = 0; k < count && args.threshold != nullptr; ++k) thresholds[k] = args.threshold[units[k]];
-        soft_thresholds(x, count, args.threshold != nullptr ? thresholds : nullptr, norms);
+        soft_thresholds(x + first, count, args.threshold != nullptr ? thresholds : nullptr, norms);
         for (int64_t k = 0; k < count; ++k) args.norms[units[k]] = norms[k];
     }
 }
 
 /// Calls body(x, run) for every run of unit k of the bundle.
 template <class T, class Body>
-FASTPRUNE_INTO_CLONES void for_each_run(const UnitPlan& plan, const Bundle& bundle, int64_t k, const Body& body) {
+void for_each_run(const UnitPlan& plan, const Bundle& bundle, int64_t k, const Body& body) {
     for (int64_t s = bundle.first_stretch; s < bundle.first_stretch + bundle.num_stretches; ++s) {
         const Stretch& stretch = plan.stretches[s];
         T* x = stretch.data<T>() + k * stretch.run;
@@ -118,12 +137,45 @@ FASTPRUNE_INTO_CLONES void for_each_run(const UnitPlan& plan, const Bundle& bund
     }
 }
 
+// Units of one run each, one behind the other, have loops of their own: a quarter of the time of 9 to 64 elements.
+
 template <class T>
-FASTPRUNE_INTO_CLONES void process_whole_units(const GroupProxArgs<T>& args, const WorkItem& item) {
+void sum_units(const UnitPlan& plan, const Bundle& bundle, int64_t first, int64_t count, double* sums) {
+    const Stretch stretch = plan.stretches[bundle.first_stretch];
+    if (bundle.num_stretches == 1 && stretch.rows == 1 && stretch.run <= block) {
+        const T* x = stretch.data<T>() + first * stretch.run;
+        for (int64_t k = 0; k < count; ++k, x += stretch.run) sums[k] = sum_of_squares(x, stretch.run);
+        return;
+    }
+    for (int64_t k = 0; k < count; ++k) {
+        LongSum sum;
+        for_each_run<T>(plan, bundle, first + k, [&](const T* x, int64_t run) { add_squares(x, run, sum); });
+        sums[k] = sum.result();
+    }
+}
+
+template <class T>
+void scale_units(const UnitPlan& plan, const Bundle& bundle, int64_t first, int64_t count, const T* factors) {
+    const Stretch stretch = plan.stretches[bundle.first_stretch];
+    if (bundle.num_stretches == 1 && stretch.rows == 1) {
+        T* x = stretch.data<T>() + first * stretch.run;
+        for (int64_t k = 0; k < count; ++k, x += stretch.run) {
+            if (factors[k] != 1) scale(x, stretch.run, factors[k]);
+        }
+        return;
+    }
+    for (int64_t k = 0; k < count; ++k) {
+        if (factors[k] == 1) continue;
+        for_each_run<T>(plan, bundle, first + k, [&](T* x, int64_t run) { scale(x, run, factors[k]); });
+    }
+}
+
+template <class T>
+void process_whole_units(const GroupProxArgs<T>& args, const WorkItem& item) {
     const Bundle& bundle = args.plan.bundles[item.index];
     const int32_t* units = args.plan.unit_of + bundle.first_rank;
     int64_t size = 0;
-    for_each_run<T>(args.plan, bundle, 0, [&](const T*, int64_t run) __attribute__((always_inline)) { size += run; });
+    for_each_run<T>(args.plan, bundle, 0, [&](const T*, int64_t run) { size += run; });
     // Many small units at once: one after the other each would wait for its own square root and quotient.
     constexpr int64_t most = 64;
     const int64_t at_once = std::clamp<int64_t>(8192 / size, 1, most);
@@ -131,28 +183,15 @@ FASTPRUNE_INTO_CLONES void process_whole_units(const GroupProxArgs<T>& args, con
         const int64_t count = std::min(at_once, item.first + item.count - first);
         double sums[most];
         T factors[most];
-        for (int64_t k = 0; k < count; ++k) {
-            LongSum sum;
-            for_each_run<T>(args.plan, bundle, first + k,
-                            [&](const T* x, int64_t run) __attribute__((always_inline)) { add_squares(x, run, sum); });
-            sums[k] = sum.result();
-        }
-        for (int64_t k = 0; k < count; ++k) {
-            const auto shrinkage = shrinkage_of(args, sums[k], units[first + k]);
-            args.norms[units[first + k]] = shrinkage.norm;
-            factors[k] = shrinkage.factor;
-        }
-        for (int64_t k = 0; k < count; ++k) {
-            if (factors[k] == 1) continue;
-            for_each_run<T>(args.plan, bundle, first + k,
-                            [&](T* x, int64_t run) __attribute__((always_inline)) { scale(x, run, factors[k]); });
-        }
+        sum_units<T>(args.plan, bundle, first, count, sums);
+        shrink<T, most>(args, units + first, count, sums, factors);
+        scale_units<T>(args.plan, bundle, first, count, factors);
     }
 }
 
 /// Down the columns of up to 64 rows: one loop over the line, however short the runs are.
 template <class T>
-FASTPRUNE_INTO_CLONES void sum_columns(const T* x, int64_t rows, int64_t row_stride, int64_t width, double* sums) {
+void sum_columns(const T* x, int64_t rows, int64_t row_stride, int64_t width, double* __restrict sums) {
     std::fill_n(sums, width, 0.0);
     for (; rows >= 4; rows -= 4, x += 4 * row_stride) {  // the sums are loaded and stored once for four
         const T *x1 = x + row_stride, *x2 = x1 + row_stride, *x3 = x2 + row_stride;
@@ -166,7 +205,7 @@ FASTPRUNE_INTO_CLONES void sum_columns(const T* x, int64_t rows, int64_t row_str
 }
 
 template <class T>
-FASTPRUNE_INTO_CLONES void sum_tile(const GroupProxArgs<T>& args, const Tile& tile) {
+void sum_tile(const GroupProxArgs<T>& args, const Tile& tile) {
     const Stretch& part = tile.part;
     const int64_t* slots = args.plan.slots + tile.first_slot;
     const T* x = part.data<T>();
@@ -181,33 +220,37 @@ FASTPRUNE_INTO_CLONES void sum_tile(const GroupProxArgs<T>& args, const Tile& ti
     LongSum totals[max_tile_width];
     for (int64_t row = 0; row < part.rows; row += 64, x += 64 * part.row_stride) {
         sum_columns(x, std::min<int64_t>(64, part.rows - row), part.row_stride, width, sums);
-        for (int64_t k = 0; k < tile.count; ++k) {
+        for (int64_t k = 0; k < tile.count && part.run > 1; ++k) {
             double sum = 0;
             for (int64_t i = 0; i < part.run; ++i) sum += sums[k * part.run + i];
-            totals[k].add(sum);
+            sums[k] = sum;
         }
+        if (part.rows <= 64) break;
+        for (int64_t k = 0; k < tile.count; ++k) totals[k].add(sums[k]);
     }
-    for (int64_t k = 0; k < tile.count; ++k) args.partial_sums[slots[k]] = totals[k].result();
-}
-
-template <class T>
-FASTPRUNE_INTO_CLONES void process(const GroupProxArgs<T>& args, const WorkItem& item) {
-    switch (item.kind) {
-        case WorkItem::scalar: return process_scalar_units(args, item);
-        case WorkItem::whole: return process_whole_units(args, item);
-        default: return sum_tile(args, args.plan.tiles[item.index]);
+    for (int64_t k = 0; k < tile.count; ++k) {
+        args.partial_sums[slots[k]] = part.rows <= 64 ? sums[k] : totals[k].result();
     }
 }
 
 template <class T>
-FASTPRUNE_INTO_CLONES void combine(const GroupProxArgs<T>& args, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-        LongSum sum;
-        for (int64_t s = args.plan.first_slots[i]; s < args.plan.first_slots[i + 1]; ++s) sum.add(args.partial_sums[s]);
-        const int64_t unit = args.plan.unit_of[args.plan.first_shared + i];
-        const auto shrinkage = shrinkage_of(args, sum.result(), unit);
-        args.norms[unit] = shrinkage.norm;
-        args.factors[i] = shrinkage.factor;
+void combine(const GroupProxArgs<T>& args, int64_t first, int64_t last) {
+    const int64_t* slots = args.plan.first_slots;
+    constexpr int64_t most = 8;  // chains of additions side by side, of units with as many partial sums each
+    for (int64_t count = 0; first < last; first += count) {
+        const int64_t length = slots[first + 1] - slots[first];
+        for (count = 1; count < std::min(most, last - first); ++count) {
+            if (slots[first + count + 1] - slots[first + count] != length) break;
+        }
+        LongSum sums[most];
+        const double* parts = args.partial_sums + slots[first];
+        for (int64_t s = 0; s < length; ++s) {
+            for (int64_t k = 0; k < count; ++k) sums[k].add(parts[k * length + s]);
+        }
+        double results[most];
+        for (int64_t k = 0; k < count; ++k) results[k] = sums[k].result();
+        const int32_t* units = args.plan.unit_of + args.plan.first_shared + first;
+        shrink<T, most>(args, units, count, results, args.factors + first);
     }
 }
 
@@ -216,26 +259,24 @@ template <class T>
 struct LineFactors {
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
     T factors[max_tile_width];
-    Bits kept[max_tile_width], changed[max_tile_width];
+    Bits alive[max_tile_width];
 
-    FASTPRUNE_INTO_CLONES LineFactors(const Tile& tile, const T* by_unit) {
+    LineFactors(const Tile& tile, const T* by_unit) {
+        const int64_t run = tile.part.run;
         for (int64_t k = 0; k < tile.count; ++k) {
-            for (int64_t i = k * tile.part.run; i < (k + 1) * tile.part.run; ++i) {
-                factors[i] = by_unit[k];
-                kept[i] = by_unit[k] == 1 ? ~Bits{0} : 0;
-                changed[i] = by_unit[k] == 1 || by_unit[k] == 0 ? 0 : ~Bits{0};
-            }
+            for (int64_t i = k * run; i < (k + 1) * run; ++i) factors[i] = by_unit[k];
         }
+        for (int64_t i = 0; i < tile.count * run; ++i) alive[i] = factors[i] == 0 ? 0 : ~Bits{0};
     }
 
-    FASTPRUNE_INTO_CLONES T operator()(T value, int64_t i) const {
-        const auto product = std::bit_cast<Bits>(value * factors[i]);
-        return std::bit_cast<T>((std::bit_cast<Bits>(value) & kept[i]) | (product & changed[i]));
+    T operator()(T value, int64_t i) const {
+        return std::bit_cast<T>(std::bit_cast<Bits>(value * factors[i]) & alive[i]);
     }
 };
 
+/// No factor is 1.
 template <class T>
-FASTPRUNE_INTO_CLONES void scale_lines(const Tile& tile, const T* by_unit) {
+void scale_lines(const Tile& tile, const T* by_unit) {
     const LineFactors<T> scaled_at(tile, by_unit);
     const int64_t width = tile.count * tile.part.run, stride = tile.part.row_stride;
     T* lines = tile.part.data<T>();
@@ -252,24 +293,64 @@ FASTPRUNE_INTO_CLONES void scale_lines(const Tile& tile, const T* by_unit) {
 }
 
 template <class T>
-FASTPRUNE_INTO_CLONES void scale_tile(const GroupProxArgs<T>& args, const Tile& tile) {
+void scale_tile(const GroupProxArgs<T>& args, const Tile& tile) {
     const T* factors = args.factors + tile.first_rank - args.plan.first_shared;
-    if (std::all_of(factors, factors + tile.count, [](T factor) { return factor == 1; })) return;
-    if (tile.count > 1) return scale_lines<T>(tile, factors);
-    T* x = tile.part.data<T>();
-    for (int64_t row = 0; row < tile.part.rows; ++row) scale(x + row * tile.part.row_stride, tile.part.run, factors[0]);
+    // Units that keep their bits are left out: rare within a tile, and often all of it.
+    Tile part = tile;
+    for (int64_t first = 0, last = 0; first < tile.count; first = last) {
+        const bool kept = factors[first] == 1;
+        for (last = first + 1; last < tile.count && (factors[last] == 1) == kept;) ++last;
+        if (kept) continue;
+        part.count = last - first;
+        part.part.address = tile.part.address + first * tile.part.run * sizeof(T);
+        if (part.count > 1) {
+            scale_lines<T>(part, factors + first);
+            continue;
+        }
+        T* x = part.part.template data<T>();
+        for (int64_t row = 0; row < part.part.rows; ++row) {
+            scale(x + row * part.part.row_stride, part.part.run, factors[first]);
+        }
+    }
 }
 
-FASTPRUNE_CLONES void process_item(const GroupProxArgs<float>& args, const WorkItem& item) { process(args, item); }
-FASTPRUNE_CLONES void process_item(const GroupProxArgs<double>& args, const WorkItem& item) { process(args, item); }
-FASTPRUNE_CLONES void finish_tile(const GroupProxArgs<float>& args, const Tile& tile) { scale_tile(args, tile); }
-FASTPRUNE_CLONES void finish_tile(const GroupProxArgs<double>& args, const Tile& tile) { scale_tile(args, tile); }
+template <class T>
+void process(const GroupProxArgs<T>& args, const WorkItem& item) {
+    item.kind == WorkItem::scalar ? process_scalar_units(args, item) : process_whole_units(args, item);
+}
+
+template <class T>
+void process_wave(const GroupProxArgs<T>& args, const Wave& wave, int threads) {
+    const Tile* tiles = args.plan.tiles + wave.first_tile;
+    parallel_for(wave.num_tiles, threads, [&](int64_t i, int) { run_vectorised([&] { sum_tile(args, tiles[i]); }); });
+    const int64_t last = wave.first_shared + wave.num_shared;
+    parallel_for((wave.num_shared + combined_units - 1) / combined_units, threads, [&](int64_t i, int) {
+        const int64_t first = wave.first_shared + i * combined_units;
+        run_vectorised([&] { combine(args, first, std::min(first + combined_units, last)); });
+    });
+    if (args.threshold == nullptr) return;
+    parallel_for(wave.num_tiles, threads, [&](int64_t i, int) {  // the last ones first: a cache forgets the oldest
+        run_vectorised([&] { scale_tile(args, tiles[wave.num_tiles - 1 - i]); });
+    });
+}
+
+template <class T>
+int64_t count_good(const T* thresholds, int64_t size) {
+    int64_t good = 0;
+    constexpr int64_t stretch = 4096;  // with counts of 32 bits, of which a register holds more
+    for (int64_t begin = 0; begin < size; begin += stretch) {
+        int32_t count = 0;
+        for (int64_t i = begin; i < std::min(begin + stretch, size); ++i) count += thresholds[i] >= 0;
+        good += count;
+    }
+    return good;
+}
 
 template <class T>
 Status check_thresholds(const GroupProxArgs<T>& args) {
     if (args.threshold == nullptr) return {};
     int64_t good = 0;
-    for (int64_t unit = 0; unit < args.plan.num_units; ++unit) good += args.threshold[unit] >= 0;
+    run_vectorised([&] { good = count_good(args.threshold, args.plan.num_units); });
     if (good == args.plan.num_units) return {};
     int64_t first = 0;
     while (args.threshold[first] >= 0) ++first;
@@ -286,13 +367,10 @@ Status group_prox(const GroupProxArgs<T>& args, int num_threads) {
     for (int64_t rank = plan.num_ranks; rank < plan.num_units; ++rank) args.norms[plan.unit_of[rank]] = 0;
 
     const int threads = threads_for(plan.num_elements, thread_grain, num_threads);
-    parallel_for(plan.num_items, threads, [&](int64_t i, int) { process_item(args, plan.items[i]); });
-    if (plan.num_shared() == 0) return {};
-    parallel_for((plan.num_shared() + combined_units - 1) / combined_units, threads, [&](int64_t i, int) {
-        combine(args, i * combined_units, std::min((i + 1) * combined_units, plan.num_shared()));
+    parallel_for(plan.num_items - plan.num_tiles, threads, [&](int64_t i, int) {  // the items of the tiles come last
+        run_vectorised([&] { process(args, plan.items[i]); });
     });
-    if (args.threshold == nullptr) return {};
-    parallel_for(plan.num_tiles, threads, [&](int64_t i, int) { finish_tile(args, plan.tiles[i]); });
+    for (int64_t i = 0; i < plan.num_waves; ++i) process_wave(args, plan.waves[i], threads);
     return {};
 }
 

@@ -6,13 +6,15 @@ and a line in ``KERNELS``. Agreement, timing, ceilings, tables and JSON are the 
 
 from collections.abc import Callable, Iterable
 
-from fastprune.bench import gates, masked_conv_bn_act, step, topk_mask
+from fastprune.bench import gates, group_prox, masked_bn_act, masked_conv_bn_act, step, topk_mask
 from fastprune.bench.case import OURS, Attempted, BenchmarkError, Case, Compiled
 
 KERNELS: dict[str, Callable[..., Iterable[Case]]] = {
-    "topk_mask": topk_mask.cases,
     "gates": gates.cases,
+    "group_prox": group_prox.cases,
+    "masked_bn_act": masked_bn_act.cases,
     "masked_conv_bn_act": masked_conv_bn_act.cases,
+    "topk_mask": topk_mask.cases,
 }
 """Cases by kernel."""
 

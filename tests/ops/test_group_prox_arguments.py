@@ -211,8 +211,8 @@ def test_read_only_arrays_are_refused():
 
 
 def test_limits_are_checked():
-    for limits in ([1, 1, 1, 1], [1, 1, 0, 1, 1], [1, 1, 1025, 1, 1], [-1, 1, 1, 1, 1]):
-        with pytest.raises(ValueError, match="limits: needs five positive numbers, the third up to 1024"):
+    for limits in ([1] * 5, [1, 1, 0, 1, 1, 1], [1, 1, 1025, 1, 1, 1], [-1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]):
+        with pytest.raises(ValueError, match="limits: needs six positive numbers, the third up to 1024"):
             _C.UnitTable([(WEIGHT, 0, UNITS)], 3, limits)
 
 
@@ -283,7 +283,7 @@ def fuzz(rounds: int) -> None:
         ]
         try:
             slices = [malformed_slice(choose, few) for _ in range(choose.choice([0, 1, 1, 1, 2, 3]))]
-            limits = choose.choice([*([None, [2, 2, 4, 8, 1], [1, 1, 1, 1, 1]] * 5), [0, 1, 2, 3, 4], [1]])
+            limits = choose.choice([*([None, [2, 2, 4, 8, 1, 9], [1, 1, 1, 1, 1, 1]] * 5), [0, 1, 2, 3, 4, 5], [1]])
             table = _C.UnitTable(slices, num_units, limits)
             kernel = choose.choice([_C.group_prox, _C.group_prox, _C.emulated_group_prox])
             kernel(table, choose.choice([vectors[0], vectors[0], None]), vectors[1])

@@ -7,9 +7,15 @@ from hypothesis import strategies as st
 
 from fastprune import _C, ops
 
-# whole_elements, narrow_run, tile_width, work_elements, whole_at_once: small tables then have several tiles of several
-# widths, several items a bundle, and units on either side of every limit.
-LIMITS = [(8192, 32, 256, 4096, 8), (10, 3, 8, 16, 2), (1, 1, 1, 1, 1), (50, 64, 1024, 40, 3), (2**40, 1, 4, 7, 1)]
+# whole_elements, narrow_run, tile_width, work_elements, whole_at_once, wave_elements: small tables then have several
+# tiles of several widths, several items a bundle, several waves, and units on either side of every limit.
+LIMITS = [
+    (8192, 32, 256, 4096, 8, 1),
+    (10, 3, 8, 16, 2, 40),
+    (1, 1, 1, 1, 1, 1),
+    (50, 64, 1024, 40, 3, 2**40),
+    (2**40, 1, 4, 7, 1, 1),
+]
 BLOCKS = [(1, 1), (4, 2), (8, 4), (6, 2)]
 
 seeds = st.integers(0, 2**32)
@@ -64,14 +70,14 @@ def test_units_shared_by_many_tiles(make_prox_case, threads):
     case = type(make_prox_case(0))(slices, norms * torch.rand(30) * 2)
     num_threads, warp_size = threads
     block = {"num_threads": num_threads, "warp_size": warp_size}
-    results = [run(_C.emulated_group_prox, case, (1, 1, 8, 64, 1), **block) for _ in range(2)]
+    results = [run(_C.emulated_group_prox, case, (1, 1, 8, 64, 1, 1), **block) for _ in range(2)]
     case.check(*results[0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][0].tensors, results[1][0].tensors, strict=True))
 
 
 def test_a_table_can_be_used_again():
     weight = torch.full((8, 100), 10.0)
-    table = _C.UnitTable([(weight, 1, torch.arange(100))], 100, (1, 1, 16, 32, 1))
+    table = _C.UnitTable([(weight, 1, torch.arange(100))], 100, (1, 1, 16, 32, 1, 1))
     norms = torch.empty(100)
     for step in range(3):
         _C.emulated_group_prox(table, torch.full((100,), 8**0.5), norms, num_threads=4, warp_size=2)

@@ -32,12 +32,34 @@ def gates() -> list[torch.Tensor]:
     return results
 
 
+def shrunk_units() -> list[torch.Tensor]:
+    """Of every path of group_prox: scalars, runs, columns, one unit for all workers."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        for shape, dim in [((5_003,), 0), ((301, 61), 0), ((130, 75, 3, 3), 1), ((70, 900), 1), ((2, 100_001), 0)]:
+            weight = torch.randn(shape, generator=generator, dtype=dtype)
+            units = weight.size(dim)
+            norms = ops.UnitTable([(weight, dim, torch.arange(units))], units).norms()
+            threshold = norms * torch.rand(units, generator=generator, dtype=dtype) * 1.2
+            threshold[::7] = 0
+            norms_before = ops.group_prox_(ops.UnitTable([(weight, dim, torch.arange(units))], units), threshold)
+            results += [norms, norms_before, weight]
+    return results
+
+
 WITH_WIDEST = gates()
+SHRUNK_WITH_WIDEST = shrunk_units()
 
 
 def test_gates(limited):
     for gate, expected in zip(gates(), WITH_WIDEST, strict=True):
         assert torch.equal(gate, expected)
+
+
+def test_group_prox(limited):
+    for result, expected in zip(shrunk_units(), SHRUNK_WITH_WIDEST, strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_unknown_sets_are_refused():

@@ -21,12 +21,12 @@ struct Shrinkage {
     static FASTPRUNE_HD Shrinkage of(double sum_of_squares, T threshold) {
         const double exact = std::sqrt(sum_of_squares);
         const T norm = static_cast<T>(exact);
-        if (!(threshold > 0)) return {norm, 1};
-        // Against the rounded norm, so that a threshold taken from earlier norms ends a unit. If it is below the
-        // rounded norm it is below the exact one, too.
-        if (threshold >= norm) return {norm, 0};
-        if (!(norm <= largest)) return {norm, 1};
-        return {norm, static_cast<T>((exact - threshold) / exact)};  // 1 - threshold / exact would cancel near 0
+        const T factor = static_cast<T>((exact - threshold) / exact);  // 1 - threshold / exact would cancel near 0
+        // Without branches, so that loops vectorise. Against the rounded norm, so that a threshold taken from earlier
+        // norms ends a unit. If it is below the rounded norm it is below the exact one, too.
+        const T finite = norm <= largest ? factor : T{1};
+        const T alive = threshold >= norm ? T{0} : finite;
+        return {norm, threshold > 0 ? alive : T{1}};
     }
 };
 

@@ -49,6 +49,7 @@ struct Bundle {
     int64_t count;  // units
     int64_t first_stretch;
     int64_t num_stretches;
+    int64_t first_unit;  // unit k is unit first_unit + k of the caller; or -1, where unit_of has to be asked
 };
 
 /// A part of a stretch of shared units: `count` units, of which each leaves one partial sum of squares.
@@ -57,6 +58,14 @@ struct Tile {
     int64_t first_rank;
     int64_t count;
     int64_t first_slot;  // partial sums go to slots[first_slot + k]
+};
+
+/// Shared units whose tiles are no other unit's tiles, few enough to be scaled while the last cache holds them.
+struct Wave {
+    int64_t first_tile;
+    int64_t num_tiles;
+    int64_t first_shared;  // counted from the first shared unit
+    int64_t num_shared;
 };
 
 /// What one thread of the CPU, or one block on CUDA, does in one go.
@@ -79,20 +88,23 @@ struct PlanLimits {
     int64_t tile_width;      // longest line of a tile with several units, up to max_tile_width
     int64_t work_elements;   // about as many for each item and each tile …
     int64_t whole_at_once;   // … but no fewer whole units than this for an item: a block has a warp for each
+    int64_t wave_elements;   // a wave ends where it has so many; the CPU's alone
 };
 
 /// A view of the plan, on the host or copied to a device. Ranks number the units that own elements: first the scalar
 /// ones, then the whole ones, then the shared ones, each in the order in which the slices mention them.
 struct UnitPlan {
-    const WorkItem* items;       // [num_items]
+    const WorkItem* items;       // [num_items], those of the tiles last
     const Bundle* bundles;       //
     const Stretch* stretches;    // those of a bundle in the order of the slices: sums are formed in this order
     const Tile* tiles;           // [num_tiles]
+    const Wave* waves;           // [num_waves]
     const int64_t* slots;        // of the tiles' partial sums
     const int64_t* first_slots;  // [num_shared + 1]: a shared unit's partial sums lie side by side
     const int32_t* unit_of;      // [num_units], by rank; the last ones are the units without elements
     int64_t num_items;
     int64_t num_tiles;
+    int64_t num_waves;
     int64_t first_shared;  // rank of the first shared unit
     int64_t num_ranks;     // units that own elements
     int64_t num_units;
@@ -108,6 +120,7 @@ struct UnitPlanStorage {
     std::vector<Bundle> bundles;
     std::vector<Stretch> stretches;
     std::vector<Tile> tiles;
+    std::vector<Wave> waves;
     std::vector<int64_t> slots, first_slots;
     std::vector<int32_t> unit_of;
     std::vector<int64_t> sizes;  // [num_units]: how many elements each unit owns
