@@ -130,7 +130,7 @@ BAD = [
     # bench
     ("bench", 'expected "bench.command" to be one of {kernels,step}'),
     ("bench nope", "invalid choice: 'nope'"),
-    ("bench kernels --only nope", "only 'nope': there is no such benchmark; give some of topk_mask"),
+    ("bench kernels --only nope", "only 'nope': there is no such benchmark; give some of gates, group_prox, "),
     ("bench kernels --onyl topk_mask", "there is no option --onyl: did you mean --only?"),
     ("bench kernels --device gpu", "device 'gpu': give auto, cpu, cuda or cuda:N"),
     ("bench kernels --json nowhere/file", "json 'nowhere/file': there is no such folder"),
