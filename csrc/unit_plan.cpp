@@ -183,7 +183,7 @@ class Builder {
         int64_t end = first_shared(), elements = limits_.wave_elements;
         for (const Segment& segment : segments) {
             if (segment.first_rank >= end && elements >= limits_.wave_elements) {
-                plan_.waves.push_back({static_cast<int64_t>(plan_.tiles.size()), 0, end - first_shared(), 0});
+                plan_.waves.push_back({static_cast<int64_t>(plan_.tiles.size()), 0, end - first_shared(), 0, 0});
                 elements = 0;
             }
             end = std::max(end, segment.first_rank + segment.count);
@@ -192,6 +192,7 @@ class Builder {
             Wave& wave = plan_.waves.back();
             wave.num_tiles = static_cast<int64_t>(plan_.tiles.size()) - wave.first_tile;
             wave.num_shared = end - first_shared() - wave.first_shared;
+            wave.num_elements = elements;
         }
     }
 

@@ -66,6 +66,7 @@ struct Wave {
     int64_t num_tiles;
     int64_t first_shared;  // counted from the first shared unit
     int64_t num_shared;
+    int64_t num_elements;
 };
 
 /// What one thread of the CPU, or one block on CUDA, does in one go.
