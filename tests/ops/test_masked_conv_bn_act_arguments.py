@@ -131,4 +131,4 @@ def test_malformed_arguments_never_crash():
 def test_many_malformed_arguments_never_crash():
     refused, computed = fuzz(100_000)
     assert refused > 50_000
-    assert computed > 2_000
+    assert computed > 1_000
