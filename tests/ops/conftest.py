@@ -1,7 +1,8 @@
 """Cases for the operators on ragged channel groups and on tables of units."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -105,6 +106,23 @@ def count_programs() -> Callable[[Callable[..., Tensor]], tuple[Callable[..., Te
         return torch.compile(function, fullgraph=True, backend=backend), programs
 
     return compile_counted
+
+
+@pytest.fixture
+def no_synchronisation() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which waiting for the device is an error."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+            with pytest.raises(RuntimeError, match="synchroniz"):  # or else the mode would prove nothing
+                torch.ones(1, device="cuda").item()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
 
 
 @dataclass(frozen=True)

@@ -185,15 +185,12 @@ def test_special_values_go_through(kernel):
 
 
 @EACH_KERNEL
-def test_one_launch_without_synchronisation(kernel):
+def test_one_launch_without_synchronisation(kernel, no_synchronisation):
     for ready, case in cases(kernel, 1, seed=13):
         case.run(ready)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             case.run(ready)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             case.run(ready)
             torch.cuda.synchronize()

@@ -184,8 +184,11 @@ def test_the_kernel_takes_numpy_arrays():
 def test_without_a_result_nothing_is_computed():
     for size in ((0, 8, 7), (2, 0, 7), (2, 8, 0)):
         batch, height, width = size
-        empty = {name: pixels(batch, 5, height, width) for name in ("y", "saved", "residual")}
-        _C.masked_conv(**(good() | empty | {"x": pixels(batch, 3, height, width)}))
+        memory = {name: torch.full((1000,), -7.0) for name in ("y", "saved")}
+        empty = {n: m.as_strided((batch, 5, height, width), (280, 1, 35, 5)) for n, m in memory.items()}
+        empty |= {"x": pixels(batch, 3, height, width), "residual": pixels(batch, 5, height, width)}
+        _C.masked_conv(**(good() | empty))
+        assert all((untouched == -7).all() for untouched in memory.values())
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
