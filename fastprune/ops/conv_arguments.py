@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastprune.ops.convolution import ACTIVATIONS, Geometry
+from fastprune.ops.convolution import Geometry
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -104,12 +104,6 @@ def frozen_affine(
     scale = scale if gamma is None else scale * gamma
     shift = (mean.neg() if offset is None else offset - mean) * scale
     return scale, shift if beta is None else shift + beta
-
-
-def check_activation(activation: str) -> None:
-    """Refuse unknown names."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, needs one of {', '.join(ACTIVATIONS)}")
 
 
 def count(name: str, value: int | None, channels: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish")
+from fastprune.ops.layout import layout_of
 
 _POST_OPS: dict[str, tuple[str, list[float]]] = {
     "identity": ("none", []),
@@ -68,11 +68,6 @@ def transposed_weight(weight: Tensor, groups: int) -> Tensor:
     return grouped.reshape(groups * inputs, outputs // groups, *kernel)
 
 
-def layout_of(x: Tensor) -> torch.memory_format:
-    """channels_last where the channels of x, or of the wider tensor that it is a view of, lie next to each other."""
-    return torch.channels_last if x.stride(1) == 1 and not x.is_contiguous() else torch.contiguous_format
-
-
 def library_takes(x: Tensor) -> bool:
     """Whether oneDNN computes on tensors like x here."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
@@ -105,7 +100,7 @@ def convolve(
         weight: ``[K, C / groups, R, S]``.
         shift: ``[K]``.
         geometry: Stride, padding, dilation, groups.
-        activation: One of ``ACTIVATIONS``.
+        activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
         residual: Shaped like the result.
     """
     if not library_takes(x) or x.numel() == 0 or weight.numel() == 0:
@@ -156,36 +151,18 @@ def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, g
         x = torch.empty(x_size, dtype=dz.dtype, memory_format=layout)
     else:
         x = dz.new_empty(()).expand(x_size)
-    weight = weight.contiguous(memory_format=layout)
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        dz,
-        x,
-        weight,
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        False,
-        (0, 0),
-        geometry.groups,
-        (True, False, False),
-    )
-    return gradients[0]
+    return library_gradients(dz, x, weight.contiguous(memory_format=layout), geometry, (True, False, False))[0]
 
 
 def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of ``conv(x, weight)`` with respect to the weight."""
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        dz,
-        x,
-        weight,
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        False,
-        (0, 0),
-        geometry.groups,
-        (False, True, False),
-    )
-    return gradients[1]
+    return library_gradients(dz, x, weight, geometry, (False, True, False))[1]
+
+
+def library_gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The library's gradients of x, the weight and a bias."""
+    moves = (geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(dz, x, weight, None, *moves, wanted)
+    return gradients

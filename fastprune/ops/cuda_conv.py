@@ -22,7 +22,7 @@ def convolve_on_cuda(
         weight: ``[K, C / groups, R, S]``, a part of a larger one or not.
         channels: scale, shift and mask, ``[K]`` each, or None.
         geometry: Stride, padding, dilation, groups.
-        activation: One of ``ACTIVATIONS``.
+        activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
         saves: Whether the second result is wanted.
     """
     moves = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprune.ops import packed_conv
+from fastprune.ops.activations import checked_activation
 from fastprune.ops.conv_arguments import (
-    check_activation,
     check_images,
     check_residual,
     count,
@@ -24,7 +24,7 @@ from fastprune.ops.conv_arguments import (
     geometry_of,
     vector,
 )
-from fastprune.ops.convolution import layout_of
+from fastprune.ops.layout import layout_of
 from fastprune.ops.masked_act import masked_act_backward
 from fastprune.ops.masked_conv_bn_act import (
     BatchNorm,
@@ -42,12 +42,12 @@ class FrozenConv:
         weight: ``[K, C / groups, R, S]``. Copied: later changes of it are not seen.
         bn: ``(weight, bias, running_mean, running_var)`` or None.
         bias: ``[K]``.
-        stride: As in :func:`fastprune.ops.masked_conv_bn_act`, like the rest.
-        padding: …
-        dilation: …
-        groups: …
-        activation: …
-        eps: …
+        stride: One number or (vertical, horizontal), as are padding and dilation.
+        padding: Zeros on each side.
+        dilation: Distance of the kernel's taps.
+        groups: Of the convolution.
+        activation: As in :func:`fastprune.ops.masked_conv_bn_act`.
+        eps: That of the batch norm.
     """
 
     def __init__(
@@ -60,12 +60,11 @@ class FrozenConv:
         padding: int | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
-        activation: str = "relu",
+        activation: str | None = "relu",
         eps: float = 1e-5,
     ) -> None:
-        check_activation(activation)
         self.geometry = geometry_of(stride, padding, dilation, groups)
-        self.activation = activation
+        self.activation = checked_activation(activation)
         with torch.no_grad():
             scale, self.shift = frozen_affine(bn, bias, eps, weight.shape[0], weight)
             self.weight = fold(weight, scale).clone(memory_format=torch.channels_last)

@@ -16,22 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastprune import _C
+from fastprune.ops.activations import ACTIVATIONS, DIFFERENTIABLE_BY_VALUE
 from fastprune.ops.autotune import AUTOTUNER, Candidate, Problem
 from fastprune.ops.convolution import Geometry
+from fastprune.ops.layout import has_rows
 
 Channels = tuple[Tensor | None, Tensor | None, Tensor | None]
 """scale, shift and mask, each [K] float32, or None: 1, 0 and 1."""
 
 Fallback = Callable[[Tensor, Tensor, Channels], Sequence[Tensor]]
 """Computes (y,) or (y, saved) from x, weight and the three vectors, as the library does."""
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda z: z,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -122,7 +116,7 @@ def _not_for(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> str | None:
         return f"there are {geometry.groups} groups; the kernels have one"
     if x.dim() != 4 or weight.dim() != 4:
         return "the convolution is not two-dimensional"
-    if not (channels_last(x) and channels_last(weight)):
+    if not (has_rows(x) and has_rows(weight)):
         return "the tensors are not channels_last"
     if x.numel() == 0 or weight.numel() == 0:
         return "there is nothing to compute"
@@ -197,22 +191,7 @@ def library_conv(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedG
     y = (r if mask is None else r * mask).to(x.dtype)
     if not geometry.save:
         return (y,)
-    return y, (z if geometry.activation in ("silu", "hardswish") else r).to(x.dtype)
-
-
-def channels_last(tensor: Tensor) -> bool:
-    """Whether it is channels_last, or the first channels of a tensor that is."""
-    n, c, h, w = tensor.shape
-    if tensor.numel() == 0:
-        return True
-    # A stride along a dimension of size 1 says nothing.
-    pitch = tensor.stride(3) if w > 1 else tensor.stride(2) if h > 1 else tensor.stride(0) if n > 1 else c
-    return (
-        pitch >= c
-        and (c == 1 or tensor.stride(1) == 1)
-        and (h == 1 or tensor.stride(2) == pitch * w)
-        and (n == 1 or tensor.stride(0) == pitch * w * h)
-    )
+    return y, (r if geometry.activation in DIFFERENTIABLE_BY_VALUE else z).to(x.dtype)
 
 
 _SUPPORTED: dict[Any, dict[str, Kernel]] = {}

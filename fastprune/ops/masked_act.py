@@ -5,74 +5,12 @@ Private: :func:`fastprune.ops.masked_bn_act` and the fused convolution are made 
 ``x[:, :k]`` is taken as it is. Vectors are ``[C]``, float64 beside float64 tensors, else float32.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastprune import _C
+from fastprune.ops.layout import as_views, empty_like_views
 from fastprune.ops.library import register
-
-ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish")
-
-
-def has_rows(x: Tensor) -> bool:
-    """Whether channels are neighbours: ``channels_last`` for any rank, some channels of a wider tensor included."""
-    if x.stride(1) != 1:
-        return False
-    expected = None
-    for dim in (*range(x.dim() - 1, 1, -1), 0):
-        if x.size(dim) == 1:
-            continue
-        if expected is None:
-            expected = x.stride(dim)
-            if expected < x.size(1):
-                return False
-        elif x.stride(dim) != expected:
-            return False
-        expected = expected * x.size(dim)
-    return True
-
-
-def has_planes(x: Tensor) -> bool:
-    """Whether every sample is contiguous, some channels of a wider tensor included."""
-    if x.is_contiguous():  # nearly always; the loop costs microseconds
-        return True
-    expected = 1
-    for dim in range(x.dim() - 1, 0, -1):
-        if x.size(dim) != 1 and x.stride(dim) != expected:
-            return False
-        expected = expected * x.size(dim)
-    return bool(x.size(0) == 1 or x.stride(0) >= expected)
-
-
-def _empty_rows(x: Tensor) -> Tensor:
-    """Uninitialised channels_last memory of the shape of ``x``, of any rank."""
-    if x.dim() == 4:
-        return torch.empty_like(x, memory_format=torch.channels_last)
-    channels = x.size(1)
-    space = math.prod(x.shape[2:])
-    strides = [space * channels, 1]
-    for size in x.shape[2:]:
-        space = space // max(size, 1)
-        strides.append(space * channels)
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
-
-
-def empty_like_views(x: Tensor) -> Tensor:
-    """Uninitialised memory of the shape and memory format of ``x``, without the gaps of a view."""
-    if has_planes(x) or not has_rows(x):
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _empty_rows(x)
-
-
-def as_views(x: Tensor, *others: Tensor | None) -> list[Tensor]:
-    """The tensors as kernels take them: as they are where they fit ``x``, else copied into its memory format."""
-    tensors = [tensor for tensor in (x, *others) if tensor is not None]
-    if has_planes(x) or not has_rows(x):
-        return [tensor if has_planes(tensor) else tensor.contiguous() for tensor in tensors]
-    # copy_, since contiguous() knows channels_last for ranks 4 and 5 alone.
-    return [tensor if has_rows(tensor) else _empty_rows(tensor).copy_(tensor) for tensor in tensors]
 
 
 def _forward(
@@ -190,7 +128,7 @@ def masked_act(
         scale: ``[C]``; ``None``: 1.
         shift: ``[C]``; ``None``: 0.
         mask: ``[C]``; ``None``: 1.
-        activation: One of :data:`ACTIVATIONS`.
+        activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
         want_saved: Whether there will be a backward pass.
 
     Returns:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastprune.ops.activations import checked_activation
 from fastprune.ops.channel_moments import channel_moments
 from fastprune.ops.library import refuse_transforms
-from fastprune.ops.masked_act import ACTIVATIONS, masked_act, masked_act_backward
+from fastprune.ops.masked_act import masked_act, masked_act_backward
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """weight, bias, running_mean, running_var."""
@@ -194,9 +195,7 @@ def masked_bn_act(
                 [2.0000, 1.2500, 0.0000]])
     """
     refuse_transforms("masked_bn_act")
-    activation = "identity" if activation is None else activation
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, needs one of {', '.join(ACTIVATIONS)}")
+    activation = checked_activation(activation)
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: got {x.dtype}, needs float16, bfloat16, float32 or float64")
     if x.dim() < 2:

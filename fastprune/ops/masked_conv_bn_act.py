@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastprune.ops import packed_conv
+from fastprune.ops.activations import DIFFERENTIABLE_BY_VALUE, checked_activation
 from fastprune.ops.conv_arguments import (
-    check_activation,
     check_images,
     check_residual,
     count,
@@ -21,8 +21,9 @@ from fastprune.ops.conv_arguments import (
     vector,
     vector_dtype,
 )
-from fastprune.ops.convolution import Geometry, layout_of
+from fastprune.ops.convolution import Geometry
 from fastprune.ops.cuda_conv import convolve_on_cuda
+from fastprune.ops.layout import layout_of
 from fastprune.ops.library import refuse_transforms, register
 from fastprune.ops.masked_act import masked_act, masked_act_backward
 from fastprune.ops.open_channels import (
@@ -38,9 +39,6 @@ from fastprune.ops.open_channels import (
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 
-# Their derivative is a function of their value; of the others the value before the activation is saved.
-DIFFERENTIABLE_BY_VALUE = ("identity", "relu", "relu6")
-
 
 def masked_conv_bn_act(
     x: Tensor,
@@ -54,7 +52,7 @@ def masked_conv_bn_act(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
-    activation: str = "relu",
+    activation: str | None = "relu",
     eps: float = 1e-5,
     open_in: int | None = None,
     open_out: int | None = None,
@@ -84,7 +82,7 @@ def masked_conv_bn_act(
         padding: Zeros on each side.
         dilation: Distance of the kernel's taps.
         groups: Of the convolution.
-        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``.
+        activation: ``"identity"`` (or None), ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``.
         eps: That of the batch norm.
         open_in: How many channels of ``x``, counted from the first, may be open; the rest counts as zero.
         open_out: How many channels of the result may be open; the mask of the rest counts as zero.
@@ -115,7 +113,7 @@ def masked_conv_bn_act(
     refuse_transforms("masked_conv_bn_act")
     geometry = geometry_of(stride, padding, dilation, groups)
     check_images(x, weight, geometry)
-    check_activation(activation)
+    activation = checked_activation(activation)
     outputs = weight.shape[0]
     if residual is not None:
         check_residual(residual, x, geometry.output_size(x, weight))
@@ -289,22 +287,10 @@ def closed_mask_gradient(dy: Tensor, saved: Tensor, activation: str, open_out: i
 
 
 def _fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str,
-    open_in: int,
-    open_out: int,
-    trains: bool,
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    size = geometry_of(stride, padding, dilation, groups).output_size(x, weight)
+    _residual, *moves, activation, _open_in, _open_out, trains = rest
+    size = geometry_of(*moves).output_size(x, weight)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     saves = trains and (mask is not None or activation not in DIFFERENTIABLE_BY_VALUE)
     return y, torch.empty_like(y) if saves else x.new_empty(0)

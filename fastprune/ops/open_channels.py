@@ -16,11 +16,11 @@ from fastprune.ops.convolution import (
     Geometry,
     convolve,
     input_gradient,
-    layout_of,
     weight_gradient,
     weight_outweighs,
 )
 from fastprune.ops.cuda_conv import convolve_on_cuda
+from fastprune.ops.layout import layout_of
 from fastprune.ops.masked_act import masked_act
 from fastprune.ops.packed_conv import BOUNDS, PackedWeight, computes, pack
 from fastprune.ops.packed_conv import convolve as packed_convolve

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastprune import _C
-from fastprune.ops.convolution import Geometry, layout_of
+from fastprune.ops.convolution import Geometry
+from fastprune.ops.layout import empty_rows, has_rows, layout_of
 
 BOUNDS = {"identity": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 """Activations that only bound their argument."""
@@ -101,10 +102,11 @@ def convolve(
     """
     lowest, highest = BOUNDS[activation]
     size = packed.geometry.output_size(x, torch.empty(packed.size, device="meta"))
-    results = [empty_channels_last(size) for _ in range(1 + saves)]
+    results = [empty_rows(size) for _ in range(1 + saves)]
     for result in results:
         result[:, rows:] = 0
     if rows > 0:
+        x = x if has_rows(x) else x.clone(memory_format=torch.channels_last)
         views = [result[:, :rows] for result in results]
         shift, mask = (None if vector is None else vector[:rows].contiguous() for vector in (shift, mask))
         moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
@@ -112,28 +114,7 @@ def convolve(
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)[:, :rows]
         y, saved = views[0], views[1] if saves else None
         _C.masked_conv(
-            *kernel, at_one_pitch(x), packed.data, packed.size, *moves, shift, mask, residual, lowest, highest,
+            *kernel, x, packed.data, packed.size, *moves, shift, mask, residual, lowest, highest,
             y, saved, torch.get_num_threads(),
         )  # fmt: skip
     return results[0], results[1] if saves else None
-
-
-def at_one_pitch(x: Tensor) -> Tensor:
-    """``x``, or a channels_last copy where its pixels do not follow each other at one distance, as in a crop."""
-    pitch = 0
-    expected = None
-    for d in (3, 2, 0):
-        if x.shape[d] == 1:
-            continue
-        pitch = pitch or x.stride(d)
-        if pitch < x.shape[1] or x.stride(d) != (expected or pitch):
-            return x.clone(memory_format=torch.channels_last)
-        expected = x.stride(d) * x.shape[d]
-    return x
-
-
-def empty_channels_last(size: list[int]) -> Tensor:
-    """Uninitialised memory ``[N, C, H, W]``, channels next to each other also where one of the sizes is 1."""
-    batch, channels, height, width = size
-    strides = (channels * height * width, 1, channels * width, channels)
-    return torch.empty_strided((batch, channels, height, width), strides, dtype=torch.float32)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastprune.reference.masked_bn_act import ACTIVATIONS
 from fastprune.reference.topk_mask import straight_through
-
-ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda z: z,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
 
 
 def masked_conv_bn_act(
@@ -30,7 +21,7 @@ def masked_conv_bn_act(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
-    activation: str = "relu",
+    activation: str | None = "relu",
     eps: float = 1e-5,
     open_in: int | None = None,
     open_out: int | None = None,
@@ -46,7 +37,7 @@ def masked_conv_bn_act(
     if bn is not None:
         gamma, beta, mean, variance = (None if tensor is None else tensor.to(z.dtype) for tensor in bn)
         z = F.batch_norm(z, mean, variance, gamma, beta, training=False, eps=eps)
-    r = ACTIVATION[activation](z if residual is None else z + residual)
+    r = ACTIVATIONS[activation or "identity"](z if residual is None else z + residual)
     if open_out is not None:
         mask = first_alone(r.new_ones(r.shape[1]) if mask is None else mask, open_out, dim=0)
     return r if mask is None else r * mask.to(r.dtype).view(-1, 1, 1)

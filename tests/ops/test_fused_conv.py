@@ -81,7 +81,7 @@ def test_nothing_given_is_a_plain_convolution():
     ],
 )
 def test_what_counts_as_channels_last(tensor, expected):
-    assert ops.channels_last(tensor) == expected
+    assert ops.has_rows(tensor) == expected
 
 
 def test_inputs_for_trials_resemble_the_real_ones():

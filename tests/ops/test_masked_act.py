@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastprune import _C
-from fastprune.ops.masked_act import ACTIVATIONS, masked_act, masked_act_backward
+from fastprune.ops.activations import ACTIVATIONS
+from fastprune.ops.masked_act import masked_act, masked_act_backward
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -149,7 +150,7 @@ shapes = st.one_of(
 
 
 @settings(max_examples=80, deadline=None)
-@given(shapes, st.integers(0, 2**32), st.booleans(), st.sampled_from(DTYPES), st.sampled_from(ACTIVATIONS))
+@given(shapes, st.integers(0, 2**32), st.booleans(), st.sampled_from(DTYPES), st.sampled_from(list(ACTIVATIONS)))
 def test_values_of_random_shapes(shape, seed, rows, dtype, activation):
     assert_as_exact_as_torch(Case.make(shape, dtype, seed, rows), activation)
 
