@@ -87,7 +87,8 @@ def close(name: str, ours: Tensor, plain: Tensor, exact: Tensor, floor: float) -
     assert ours.shape == plain.shape == exact.shape
     if exact.numel() > 0:
         error, plain_error = ((t.double().cpu() - exact.cpu()).abs().amax().item() for t in (ours, plain))
-        assert error <= max(2 * plain_error, floor), (name, error, plain_error, floor)
+        # In this order a NaN of torch's own, of a convolution without samples, allows nothing but the floor.
+        assert error <= max(floor, 2 * plain_error), (name, error, plain_error, floor)
 
 
 def make_case(
