@@ -66,6 +66,8 @@ def masked_conv(
     y: SupportsDLPack | None,
     saved: SupportsDLPack | None,
     num_threads: int = 0,
+    previous: SupportsDLPack | None = None,
+    dmask: SupportsDLPack | None = None,
 ) -> None: ...
 def bernoulli_gate(
     theta: SupportsDLPack,

@@ -248,6 +248,16 @@ const float* vector_of(const char* name, const Optional& vector, int64_t length,
     return vector->data_as<const float>();
 }
 
+/// An optional operand like the result; `inputs` gets where it lies.
+Pixels pixels_of(const char* name, const Optional& operand, const std::array<int64_t, 4>& size,
+                 std::vector<Region>& inputs) {
+    if (!operand) return {nullptr, 0};
+    const int64_t pitch = pitch_of({name, *operand});
+    check_size({name, *operand}, size);
+    inputs.push_back(pixels_region({name, *operand}, pitch));
+    return {operand->data_as<const float>(), pitch};
+}
+
 /// An optional result; `regions` gets where it lies.
 MutablePixels result_of(const char* name, const Optional& result, const std::array<int64_t, 4>& size,
                         std::vector<Region>& regions) {
@@ -264,7 +274,8 @@ MutablePixels result_of(const char* name, const Optional& result, const std::arr
 void masked_conv(const std::string& algorithm, const std::string& instructions, const Tensor& x, const Tensor& packed,
                  const std::array<int64_t, 4>& packed_size, const Pair& stride, const Pair& padding,
                  const Pair& dilation, const Optional& shift, const Optional& mask, const Optional& residual,
-                 float lowest, float highest, const Optional& y, const Optional& saved, int num_threads) {
+                 float lowest, float highest, const Optional& y, const Optional& saved, int num_threads,
+                 const Optional& previous, const Optional& dmask) {
     check_pair("stride", stride, 1);
     check_pair("padding", padding, 0);
     check_pair("dilation", dilation, 1);
@@ -282,6 +293,8 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
                               std::to_string(highest));
     }
     if (!y && !saved) throw py::value_error("y: got None, needs a tensor unless saved is one");
+    if (previous && saved) throw py::value_error("saved: got a tensor beside previous, needs None");
+    if (dmask && !previous) throw py::value_error("dmask: got a tensor without previous, needs None");
 
     const int64_t x_pitch = pitch_of({"x", x});
     const int64_t channels = channels_of({"x", x}, weight.channels);
@@ -291,13 +304,14 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
     std::vector<Region> regions{pixels_region({"x", x}, x_pitch), vector_region({"packed", packed})};
     const float* const shifts = vector_of("shift", shift, rows, regions);
     const float* const factors = vector_of("mask", mask, rows, regions);
-    Pixels addend{nullptr, 0};
-    if (residual) {
-        addend = {residual->data_as<const float>(), pitch_of({"residual", *residual})};
-        check_size({"residual", *residual}, size);
-        regions.push_back(pixels_region({"residual", *residual}, addend.pitch));
-    }
+    const Pixels addend = pixels_of("residual", residual, size, regions);
+    const Pixels r = pixels_of("previous", previous, size, regions);
     const MutablePixels result = result_of("y", y, size, regions), before = result_of("saved", saved, size, regions);
+    if (dmask) {
+        vector_of("dmask", dmask, rows, regions);
+        check::writable({"dmask", *dmask});
+        check_disjoint(regions.back(), {regions.begin(), regions.end() - 1});
+    }
 
     const MaskedConvArgs args{
         x.size(0),
@@ -319,6 +333,8 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
         highest,
         result,
         before,
+        r,
+        dmask ? dmask->data_as<float>() : nullptr,
     };
     const py::gil_scoped_release release;
     cpu::masked_conv(kernel, args, threads);
@@ -346,9 +362,10 @@ void bind_masked_conv(py::module_& module) {
                py::arg("packed"), py::arg("weight_size"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
                py::arg("shift").none(true), py::arg("mask").none(true), py::arg("residual").none(true),
                py::arg("lowest"), py::arg("highest"), py::arg("y").none(true), py::arg("saved").none(true),
-               py::arg("num_threads") = 0,
-               "Writes the clamped convolution into `saved` and, times the mask, into `y`; x and the results may have "
-               "fewer channels than the packed weight.");
+               py::arg("num_threads") = 0, py::arg("previous") = py::none(), py::arg("dmask") = py::none(),
+               "Writes the clamped convolution into `saved` and, times the mask, into `y`, or with `previous` the "
+               "gradient of the layer that computed that, and of its mask; x and the results may have fewer channels "
+               "than the packed weight.");
 }
 
 }  // namespace fastprune

@@ -78,28 +78,30 @@ inline void copy_padded(const DirectPlan& plan, int64_t image, int64_t first_lin
 }
 
 FASTPRUNE_TARGET inline void direct_panels(const DirectPlan& plan, const Taps& taps, const Stretch& first,
-                                           int64_t lines, int64_t length, int64_t line_step, int64_t begin,
-                                           int64_t end) {
+                                           int64_t lines, int64_t length, int64_t line_step, int64_t begin, int64_t end,
+                                           DmaskParts& parts, int64_t task) {
     const MaskedConvArgs& args = plan.args;
     const int64_t panel_size = args.geometry.kernel[0] * args.geometry.kernel[1] * args.packed_channels * panel;
     for (int64_t p = begin; p < end; ++p) {
-        const Epilogue e = epilogue_of(args, p * panel);
+        Epilogue e = epilogue_of(args, p * panel);
         for (int64_t line = 0; line < lines; ++line) {
             const Stretch stretch{first.x + line * line_step, first.step, first.pixel + line * length};
             convolve_line(taps, stretch, length, args.packed + p * panel_size, e);
         }
+        flush_dmask(e, parts, task);
     }
 }
 
 /// False if there was no memory.
-inline bool direct_task(const DirectPlan& plan, int64_t task, int64_t begin, int64_t end) {
+inline bool direct_task(const DirectPlan& plan, int64_t task, int64_t begin, int64_t end, DmaskParts& parts) {
     const MaskedConvArgs& args = plan.args;
     const ConvGeometry& g = args.geometry;
     const Taps taps{static_cast<int64_t>(plan.tap_x.size()), plan.tap_x.data(), plan.tap_weight.data(), plan.depth};
     if (plan.flat) {
         const int64_t pixel = task * plan.lines_per_task;
         const Stretch first{args.x.data + pixel * args.x.pitch, args.x.pitch, pixel};
-        direct_panels(plan, taps, first, 1, std::min(plan.lines_per_task, plan.length - pixel), 0, begin, end);
+        direct_panels(plan, taps, first, 1, std::min(plan.lines_per_task, plan.length - pixel), 0, begin, end, parts,
+                      task);
         return true;
     }
     const int64_t image = task / plan.tasks_per_image, line = task % plan.tasks_per_image * plan.lines_per_task;
@@ -110,12 +112,12 @@ inline bool direct_task(const DirectPlan& plan, int64_t task, int64_t begin, int
         if (copy.data() == nullptr) return false;
         copy_padded(plan, image, line, lines, copy.data());
         direct_panels(plan, taps, {copy.data(), g.stride[1] * args.channels, pixel}, lines, args.out_width,
-                      g.stride[0] * plan.in_length * args.channels, begin, end);
+                      g.stride[0] * plan.in_length * args.channels, begin, end, parts, task);
         return true;
     }
     const float* x = args.x.data + (image * args.height + line * g.stride[0]) * args.width * args.x.pitch;
     direct_panels(plan, taps, {x, g.stride[1] * args.x.pitch, pixel}, lines, args.out_width,
-                  g.stride[0] * args.width * args.x.pitch, begin, end);
+                  g.stride[0] * args.width * args.x.pitch, begin, end, parts, task);
     return true;
 }
 
@@ -124,11 +126,14 @@ inline bool direct(const MaskedConvArgs& args, int num_threads) {
     const DirectPlan plan = plan_direct(args);
     const int64_t blocks = plan.tasks_per_image * (plan.flat ? 1 : args.batch);
     const int64_t pieces = pieces_of_panels(blocks, plan.panels, num_threads);
+    DmaskParts parts(args, blocks);
     std::atomic<bool> failed{false};
     parallel_for(blocks * pieces, num_threads, [&](int64_t i, int) {
         const int64_t piece = i % pieces, begin = plan.panels * piece / pieces,
                       end = plan.panels * (piece + 1) / pieces;
-        if (!direct_task(plan, i / pieces, begin, end)) failed = true;
+        if (!direct_task(plan, i / pieces, begin, end, parts)) failed = true;
+        complete_streams();
     });
+    parts.reduce();
     return !failed;
 }

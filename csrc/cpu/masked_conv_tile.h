@@ -19,48 +19,71 @@ struct Epilogue {
     int64_t valid;    // how many of the panel there are
     Vector shift[2], mask[2];
     Vector lowest, highest;
+    Vector dmask[2];  // sums of d * previous
+    bool streams;
 };
 
 FASTPRUNE_TARGET inline Epilogue epilogue_of(const MaskedConvArgs& args, int64_t channel) {
-    Epilogue e{args, channel, args.rows - channel < panel ? args.rows - channel : panel, {}, {}, {}, {}};
+    Epilogue e{args, channel,      args.rows - channel < panel ? args.rows - channel : panel, {}, {}, {}, {},
+               {},   streams(args)};
     for (int v = 0; v < 2; ++v) {
         const int64_t count = e.valid - v * width;
         e.shift[v] = args.shift != nullptr ? load_first(args.shift + channel + v * width, count) : zero();
         e.mask[v] = args.mask != nullptr ? load_first(args.mask + channel + v * width, count) : broadcast(1.0f);
+        e.dmask[v] = zero();
     }
-    e.lowest = broadcast(args.lowest);
-    e.highest = broadcast(args.highest);
+    // Backward even an infinite activation is inside of infinite bounds, which NaN says.
+    const bool backward = args.previous.data != nullptr;
+    e.lowest = broadcast(backward && args.lowest == -__builtin_inff() ? __builtin_nanf("") : args.lowest);
+    e.highest = broadcast(backward && args.highest == __builtin_inff() ? __builtin_nanf("") : args.highest);
     return e;
 }
 
+/// Writes what the panel's pixels have come to so far, and starts anew.
+FASTPRUNE_TARGET inline void flush_dmask(Epilogue& e, DmaskParts& parts, int64_t part) {
+    if (e.args.dmask == nullptr) return;
+    for (int v = 0; v < 2; ++v) {
+        store_first(parts.row(part) + e.channel + v * width, e.dmask[v], e.valid - v * width);
+        e.dmask[v] = zero();
+    }
+}
+
 /// Writes one vector of results, of which `count` exist; `whole`: all, which plain stores write faster than masked
-/// ones.
-template <bool whole>
-FASTPRUNE_TARGET FASTPRUNE_INLINE void finish(const Epilogue& e, int64_t pixel, int v, Vector sum) {
+/// ones. `dmask` is added to where `backward`.
+template <bool whole, bool backward>
+FASTPRUNE_TARGET FASTPRUNE_INLINE void finish(const Epilogue& e, int64_t pixel, int v, Vector sum, Vector& dmask) {
     const MaskedConvArgs& args = e.args;
     const int64_t first = e.channel + v * width, count = e.valid - v * width;
-    Vector z = add(sum, e.shift[v]);
-    if (args.residual.data != nullptr) {
-        const float* residual = args.residual.data + pixel * args.residual.pitch + first;
-        z = add(z, whole ? load(residual) : load_first(residual, count));
-    }
-    const Vector r = smaller(e.highest, larger(e.lowest, z));  // in this order a NaN stays one
+    const auto read = [&](const Pixels& from) __attribute__((always_inline)) FASTPRUNE_TARGET {
+        const float* const place = from.data + pixel * from.pitch + first;
+        return whole ? load(place) : load_first(place, count);
+    };
     const auto write = [&](const MutablePixels& to, Vector value) __attribute__((always_inline)) FASTPRUNE_TARGET {
         float* const place = to.data + pixel * to.pitch + first;
-        whole ? store(place, value) : store_first(place, value, count);
+        if (!whole) return store_first(place, value, count);
+        e.streams ? stream(place, value) : store(place, value);
     };
-    if (args.saved.data != nullptr) write(args.saved, r);
-    if (args.y.data != nullptr) write(args.y, args.mask != nullptr ? multiply(r, e.mask[v]) : r);
+    Vector z = add(sum, e.shift[v]);
+    if (args.residual.data != nullptr) z = add(z, read(args.residual));
+    if constexpr (backward) {
+        const Vector previous = read(args.previous);
+        dmask = multiply_add(z, previous, dmask);
+        write(args.y, keep_between(multiply(z, e.mask[v]), previous, e.lowest, e.highest));
+    } else {
+        const Vector r = smaller(e.highest, larger(e.lowest, z));  // in this order a NaN stays one
+        if (args.saved.data != nullptr) write(args.saved, r);
+        if (args.y.data != nullptr) write(args.y, args.mask != nullptr ? multiply(r, e.mask[v]) : r);
+    }
 }
 
 /// Writes the results of one output pixel, of which `sums` holds `vectors` times `width` channels.
-template <int vectors>
-FASTPRUNE_TARGET FASTPRUNE_INLINE void finish(const Epilogue& e, int64_t pixel, const Vector* sums) {
+template <int vectors, bool backward>
+FASTPRUNE_TARGET FASTPRUNE_INLINE void finish(const Epilogue& e, int64_t pixel, const Vector* sums, Vector* dmask) {
     for (int v = 0; v < vectors; ++v) {
         if (e.valid == panel) {
-            finish<true>(e, pixel, v, sums[v]);
+            finish<true, backward>(e, pixel, v, sums[v], dmask[v]);
         } else {
-            finish<false>(e, pixel, v, sums[v]);
+            finish<false, backward>(e, pixel, v, sums[v], dmask[v]);
         }
     }
 }
@@ -133,7 +156,7 @@ struct Stretch {
 };
 
 template <int pixels, int vectors>
-FASTPRUNE_TARGET void convolve_tile(const Taps& taps, const Stretch& stretch, const float* weight, const Epilogue& e) {
+FASTPRUNE_TARGET void convolve_tile(const Taps& taps, const Stretch& stretch, const float* weight, Epilogue& e) {
     Vector sums[pixels][vectors];
     accumulate(taps, stretch.x, stretch.step, weight, sums);
     // A copy for the loop below, whose index would otherwise keep clang from having the sums in registers: 2.5x slower.
@@ -141,7 +164,14 @@ FASTPRUNE_TARGET void convolve_tile(const Taps& taps, const Stretch& stretch, co
     for (int m = 0; m < pixels; ++m) {
         for (int v = 0; v < vectors; ++v) results[m][v] = sums[m][v];
     }
-    for (int m = 0; m < pixels; ++m) finish<vectors>(e, stretch.pixel + m, results[m]);
+    Vector dmask[vectors];  // a sum of its own keeps long ones accurate
+    for (Vector& sum : dmask) sum = zero();
+    if (e.args.previous.data != nullptr) {
+        for (int m = 0; m < pixels; ++m) finish<vectors, true>(e, stretch.pixel + m, results[m], dmask);
+        for (int v = 0; v < vectors; ++v) e.dmask[v] = add(e.dmask[v], dmask[v]);
+    } else {
+        for (int m = 0; m < pixels; ++m) finish<vectors, false>(e, stretch.pixel + m, results[m], dmask);
+    }
 }
 
 /// The product of the same with a plain destination, `panel` elements a pixel.
@@ -174,8 +204,7 @@ FASTPRUNE_INLINE void for_each_tile(int64_t count, const Action& action) {
     }
 }
 
-inline void convolve_line(const Taps& taps, const Stretch& line, int64_t count, const float* weight,
-                          const Epilogue& e) {
+inline void convolve_line(const Taps& taps, const Stretch& line, int64_t count, const float* weight, Epilogue& e) {
     for_each_tile(count, [&]<int pixels>(int64_t begin) {
         const Stretch stretch{line.x + begin * line.step, line.step, line.pixel + begin};
         if (e.valid > width) {

@@ -76,12 +76,13 @@ inline void transform_inputs(const WinogradPlan& plan, int64_t first, int64_t co
 }
 
 /// A^T m A for one tile and panel, and the epilogue of the 2x2 outputs that exist.
-FASTPRUNE_TARGET inline void transform_output(const WinogradPlan& plan, const Place& place, const float* products,
-                                              const Epilogue& e) {
+template <int vectors, bool backward>
+FASTPRUNE_TARGET FASTPRUNE_INLINE void transform_output(const WinogradPlan& plan, const Place& place,
+                                                        const float* products, const Epilogue& e, Vector* dmask) {
     const MaskedConvArgs& args = plan.args;
     const int64_t product_step = plan.tiles_per_task * panel;
-    Vector results[4][2];
-    for (int v = 0; v < (e.valid > width ? 2 : 1); ++v) {
+    Vector results[4][vectors];
+    for (int v = 0; v < vectors; ++v) {
         Vector m[16], t[8];
         for (int i = 0; i < 16; ++i) m[i] = load(products + i * product_step + v * width);
         for (int j = 0; j < 4; ++j) {
@@ -97,18 +98,32 @@ FASTPRUNE_TARGET inline void transform_output(const WinogradPlan& plan, const Pl
         const int64_t y = 2 * place.y + i / 2, x = 2 * place.x + i % 2;
         if (y >= args.out_height || x >= args.out_width) continue;
         const int64_t pixel = (place.image * args.out_height + y) * args.out_width + x;
-        if (e.valid > width) {
-            finish<2>(e, pixel, results[i]);
-        } else {
-            finish<1>(e, pixel, results[i]);
+        finish<vectors, backward>(e, pixel, results[i], dmask);
+    }
+}
+
+template <int vectors, bool backward>
+FASTPRUNE_TARGET void transform_outputs(const WinogradPlan& plan, int64_t first, int64_t count, const float* products,
+                                        Epilogue& e, DmaskParts& parts) {
+    // Parts do not depend on how many tiles a task has, which depends on the number of threads.
+    for (int64_t begin = 0; begin < count; begin += tile_pixels) {
+        const int64_t end = count - begin < tile_pixels ? count : begin + tile_pixels;
+        Vector dmask[vectors];
+        for (Vector& sum : dmask) sum = zero();
+        for (int64_t t = begin; t < end; ++t) {
+            transform_output<vectors, backward>(plan, place_of(plan, first + t), products + t * panel, e, dmask);
+        }
+        if constexpr (backward) {
+            for (int v = 0; v < vectors; ++v) e.dmask[v] = dmask[v];
+            flush_dmask(e, parts, (first + begin) / tile_pixels);
         }
     }
 }
 
 FASTPRUNE_TARGET inline void winograd_panel(const WinogradPlan& plan, int64_t first, int64_t count, int64_t p,
-                                            const float* inputs, float* products) {
+                                            const float* inputs, float* products, DmaskParts& parts) {
     const MaskedConvArgs& args = plan.args;
-    const Epilogue e = epilogue_of(args, p * panel);
+    Epilogue e = epilogue_of(args, p * panel);
     const int64_t none = 0, panels = (args.packed_rows + panel - 1) / panel;
     const Taps one{1, &none, &none, args.channels};
     for (int i = 0; i < 16; ++i) {
@@ -123,13 +138,22 @@ FASTPRUNE_TARGET inline void winograd_panel(const WinogradPlan& plan, int64_t fi
             }
         });
     }
-    for (int64_t t = 0; t < count; ++t) transform_output(plan, place_of(plan, first + t), products + t * panel, e);
+    const auto outputs = [&]<int vectors, bool backward>() FASTPRUNE_TARGET {
+        transform_outputs<vectors, backward>(plan, first, count, products, e, parts);
+    };
+    const bool backward = plan.args.previous.data != nullptr;
+    if (e.valid > width) {
+        backward ? outputs.template operator()<2, true>() : outputs.template operator()<2, false>();
+    } else {
+        backward ? outputs.template operator()<1, true>() : outputs.template operator()<1, false>();
+    }
 }
 
 /// False if there was no memory.
 inline bool winograd(const MaskedConvArgs& args, int num_threads) {
     const WinogradPlan plan = plan_winograd(args, num_threads);
     const int64_t blocks = (plan.tiles + plan.tiles_per_task - 1) / plan.tiles_per_task;
+    DmaskParts parts(args, (plan.tiles + tile_pixels - 1) / tile_pixels);
     std::atomic<bool> failed{false};
     parallel_for(blocks, num_threads, [&](int64_t block, int) {
         const Scratch scratch(plan.scratch());
@@ -144,7 +168,9 @@ inline bool winograd(const MaskedConvArgs& args, int num_threads) {
         const int64_t first = block * plan.tiles_per_task;
         const int64_t count = std::min(plan.tiles_per_task, plan.tiles - first);
         transform_inputs(plan, first, count, inputs, zeros);
-        for (int64_t p = 0; p < plan.panels; ++p) winograd_panel(plan, first, count, p, inputs, products);
+        for (int64_t p = 0; p < plan.panels; ++p) winograd_panel(plan, first, count, p, inputs, products, parts);
+        complete_streams();
     });
+    parts.reduce();
     return !failed;
 }

@@ -118,14 +118,12 @@ class Ours:
         """The loss."""
         gates, counts = self.network.split(theta), iter(self.open_counts)
         x = self.network.pool(self.stem(images.contiguous(memory_format=torch.channels_last)))
-        for (*inside, last), shortcut in self.blocks:
-            y, open_in = x, None
+        for (first, *inside, last), shortcut in self.blocks:
+            y, x = first.branch(x, next(gates), open_out=next(counts), hard=True)
             for conv in inside:
-                count = next(counts)
-                y = conv(y, next(gates), open_in=open_in, open_out=count, deferred=True)
-                open_in = count
-            x = last(y, open_in=open_in, residual=shortcut(x))
-        return self.network.head(x, labels)
+                y = conv.defer(y, next(gates), open_out=next(counts), hard=True)
+            x = last.defer(y, residual=shortcut(x))
+        return self.network.head(x.settled(), labels)
 
 
 def frozen(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str = "relu") -> FrozenConv:

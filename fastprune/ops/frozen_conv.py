@@ -7,7 +7,7 @@ weights do not change.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprune.ops import packed_conv
-from fastprune.ops.activations import checked_activation
+from fastprune.ops.activations import DIFFERENTIABLE_BY_VALUE, checked_activation
 from fastprune.ops.conv_arguments import (
     check_images,
     check_residual,
@@ -23,7 +23,9 @@ from fastprune.ops.conv_arguments import (
     frozen_affine,
     geometry_of,
     vector,
+    vector_dtype,
 )
+from fastprune.ops.deferred import Deferred
 from fastprune.ops.layout import layout_of
 from fastprune.ops.masked_act import masked_act_backward
 from fastprune.ops.masked_conv_bn_act import (
@@ -37,6 +39,9 @@ from fastprune.ops.packed_conv import PackedWeight
 
 class FrozenConv:
     """``masked_conv_bn_act`` with the arguments that do not change in a search given in advance.
+
+    A network of these goes over no activation between two convolutions, neither forward nor backward, if each result
+    that another of them reads is a :class:`fastprune.ops.deferred.Deferred`, of :meth:`defer` or :meth:`branch`.
 
     Args:
         weight: ``[K, C / groups, R, S]``. Copied: later changes of it are not seen.
@@ -73,46 +78,118 @@ class FrozenConv:
 
     def __call__(
         self,
-        x: Tensor,
+        x: Tensor | Deferred,
         mask: Tensor | None = None,
         *,
-        input_mask: Tensor | None = None,
         residual: Tensor | None = None,
         open_in: int | None = None,
         open_out: int | None = None,
-        deferred: bool = False,
     ) -> Tensor:
         """``mask * act(conv(x) + residual)``.
-
-        A gate between two convolutions needs no pass over the activation. With ``deferred`` the result is what comes
-        *before* the mask, though its gradient is that of the masked one; who reads it has to pass the same mask as
-        ``input_mask`` (multiplied into the weight's columns, and without a gradient, which the first convolution's
-        mask receives) or, if the mask is 1 in a prefix and 0 behind, the length of the prefix as ``open_in``. Where
-        nobody asks for gradients such a result lacks the closed channels: ``[N, open_out, P, Q]``.
 
         Args:
             x: ``[N, C, H, W]``, or its first ``open_in`` channels alone.
             mask: ``[K]``.
-            input_mask: ``[C]``, the mask that x owes.
             residual: Shaped like the result.
-            open_in: How many channels of x may be open.
+            open_in: How many channels of x may be open; of what is deferred itself knows.
             open_out: How many channels of the result may be open.
-            deferred: Leave the mask to the reader.
         """
+        y: Tensor = self._apply(x, mask, residual, open_in, open_out)
+        return y
+
+    def defer(
+        self,
+        x: Tensor | Deferred,
+        mask: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        open_in: int | None = None,
+        open_out: int | None = None,
+        hard: bool = False,
+    ) -> Deferred:
+        """The same, for another FrozenConv to read.
+
+        Args:
+            x: As in a call, like what follows.
+            mask: ...
+            residual: ...
+            open_in: ...
+            open_out: ...
+            hard: Promise that the mask is 1 in the first ``open_out`` channels, and 0 behind: then the reader need not
+                multiply it into its weight. Where nobody asks for gradients the result lacks the closed channels.
+        """
+        r: Tensor = self._apply(x, mask, residual, open_in, open_out, defers=True)
+        return self._deferred(r, mask, open_out, hard)
+
+    def branch(
+        self,
+        x: Tensor | Deferred,
+        mask: Tensor | None = None,
+        *,
+        open_in: int | None = None,
+        open_out: int | None = None,
+        hard: bool = False,
+    ) -> tuple[Deferred, Tensor]:
+        """What ``defer`` returns, and x itself for its other readers, such as a shortcut.
+
+        Their gradients for x come here and are added in the epilogue of the backward convolution.
+
+        Args:
+            x: As in ``defer``, like what follows; without a mask, if it is deferred.
+            mask: ...
+            open_in: ...
+            open_out: ...
+            hard: ...
+        """
+        if isinstance(x, Deferred) and x.mask is not None:
+            raise ValueError("x: got an activation whose mask is deferred, needs one without; settle it")
+        source = x.r if isinstance(x, Deferred) else x
+        if not (source.requires_grad and torch.is_grad_enabled()):
+            return self.defer(x, mask, open_in=open_in, open_out=open_out, hard=hard), source
+        r, source = self._apply(x, mask, None, open_in, open_out, defers=True, branches=True)
+        return self._deferred(r, mask, open_out, hard), source
+
+    def _deferred(self, r: Tensor, mask: Tensor | None, open_out: int | None, hard: bool) -> Deferred:
+        owes = self.activation if self.activation in DIFFERENTIABLE_BY_VALUE else "identity"
+        mask = None if mask is None else mask.to(vector_dtype(r))
+        outputs = self.weight.shape[0]
+        return Deferred(r, mask, owes, outputs, outputs if open_out is None else open_out, hard)
+
+    def _apply(
+        self,
+        x: Tensor | Deferred,
+        mask: Tensor | None,
+        residual: Tensor | None,
+        open_in: int | None,
+        open_out: int | None,
+        *,
+        defers: bool = False,
+        branches: bool = False,
+    ) -> Any:
         outputs, inputs = self.weight.shape[0], self.weight.shape[1] * self.geometry.groups
+        if isinstance(x, Deferred) and x.mask is not None and not x.hard and self.geometry.groups > 1:
+            x = x.settled()  # columns of a grouped weight are not those of x
+        owed = None
+        if isinstance(x, Deferred):
+            if open_in is not None:
+                raise ValueError(f"open_in: got {open_in} beside a deferred x, needs None: x knows how many are open")
+            if x.channels != inputs:
+                raise ValueError(f"x: got {x.channels} channels, needs {inputs}")
+            owed, open_in = x, x.open_count
+            x = x.r
         check_images(x, self.weight, self.geometry, open_in)
         if residual is not None:
             check_residual(residual, x, self.geometry.output_size(x, self.weight))
         mask = None if mask is None else vector("mask", mask, outputs, x)
+        input_mask = None if owed is None or owed.mask is None else vector("x.mask", owed.mask, inputs, x)
         open_in, open_out = count("open_in", open_in, inputs), count("open_out", open_out, outputs)
         if open_out < outputs and mask is None:
             raise ValueError(f"open_out: got {open_out} without a mask, needs the mask that closes the rest")
-        if input_mask is not None:
-            if self.geometry.groups > 1:
-                raise ValueError("input_mask: got one for a grouped convolution, needs groups = 1; pass a masked x")
-            input_mask = vector("input_mask", input_mask, inputs, x).detach()
-        y: Tensor = _FrozenConv.apply(x, mask, residual, input_mask, self, open_in, open_out, deferred)
-        return y
+        leaves = (x, input_mask, mask, residual)
+        trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+        call = _Call(self, owed, open_in, open_out, defers, branches, trains)
+        # A deferred mask gets its gradient from the reader.
+        return _FrozenConv.apply(x, input_mask, None if defers else mask, residual, call)
 
     def layer(self, x: Tensor, input_mask: Tensor | None) -> Layer:
         """What computes x, the mask that x owes multiplied into the weight."""
@@ -135,53 +212,92 @@ class FrozenConv:
         return self._packed_transposed
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What one call of a FrozenConv has that is no tensor."""
+
+    conv: FrozenConv
+    owed: Deferred | None
+    open_in: int
+    open_out: int
+    defers: bool
+    branches: bool
+    trains: bool
+
+    @property
+    def settles(self) -> str:
+        """The activation whose derivative the backward pass takes itself."""
+        left = self.defers and self.conv.activation in DIFFERENTIABLE_BY_VALUE
+        return "identity" if left else self.conv.activation
+
+
 class _FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        mask: Tensor | None,
-        residual: Tensor | None,
-        input_mask: Tensor | None,
-        conv: FrozenConv,
-        open_in: int,
-        open_out: int,
-        deferred: bool,
-    ) -> Tensor:
-        trains = any(ctx.needs_input_grad)
-        layer = conv.layer(x, input_mask)
-        if trains:
-            y, saved = forward_for_training(x, layer, None if deferred else mask, residual, open_in, open_out)
-            ctx.save_for_backward(mask, y if saved is None else saved)
-            ctx.conv, ctx.x_size, ctx.open_out = conv, list(x.shape), open_out
-            return y
-        y = open_outputs(x, layer, None if deferred else mask, residual, open_in, open_out)
-        return y[:, :open_out] if deferred else widened(y, conv.weight.shape[0])
+        ctx: Any, x: Tensor, input_mask: Tensor | None, mask: Tensor | None, residual: Tensor | None, call: _Call
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        conv, soft = call.conv, call.owed is not None and not call.owed.hard
+        layer = conv.layer(x, input_mask if soft else None)
+        if not call.trains:
+            y = open_outputs(x, layer, mask, residual, call.open_in, call.open_out)
+            return y[:, : call.open_out] if call.defers else widened(y, conv.weight.shape[0])
+        y, saved = forward_for_training(x, layer, mask, residual, call.open_in, call.open_out)
+        ctx.call, ctx.x_size, ctx.layout = call, list(x.shape), layout_of(y)
+        settles = mask is not None or call.settles != "identity"
+        saved = (y if saved is None else saved) if settles else None
+        ctx.save_for_backward(x if call.owed is not None else None, input_mask, mask, saved)
+        return (y, x) if call.branches else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        mask, saved = ctx.saved_tensors
-        dy = grad_outputs[0].contiguous(memory_format=layout_of(saved))
-        conv: FrozenConv = ctx.conv
-        open_out, outputs = ctx.open_out, conv.weight.shape[0]
-        for_x, for_mask, for_residual = ctx.needs_input_grad[:3]
-        dz, dmask, _, _ = masked_act_backward(
-            dy[:, :open_out],
-            saved[:, :open_out],
-            mask=None if mask is None else mask[:open_out],
-            activation=conv.activation,
-            want_dx=for_x or for_residual,
-            want_dmask=for_mask,
-        )
-        if dmask is not None:
-            dmask = torch.cat([dmask, closed_mask_gradient(dy, saved, conv.activation, open_out)])
-        dx = residual = None
-        if for_x and dz is not None:
-            inputs = conv.weight.shape[1] * conv.geometry.groups
-            size = [ctx.x_size[0], inputs, *ctx.x_size[2:]]  # of x with the channels that it may lack
-            dx = input_gradient_of_open(dz, size, conv.weight, conv.geometry, conv.packed_transposed(dz))
-            dx = dx[:, : ctx.x_size[1]]
-        if for_residual and dz is not None:
-            residual = widened(dz, outputs)
-        return dx, dmask, residual, None, None, None, None, None
+        previous, input_mask, mask, saved = ctx.saved_tensors
+        call: _Call = ctx.call
+        conv, open_out = call.conv, call.open_out
+        for_x, for_input_mask, for_mask, for_residual = ctx.needs_input_grad[:4]
+        for_images = for_x or for_input_mask
+        dy = grad_outputs[0].contiguous(memory_format=ctx.layout)
+        dz: Tensor | None = dy[:, :open_out]
+        dmask = dx = dinput_mask = None
+        if saved is not None:
+            dz, dmask, _, _ = masked_act_backward(
+                dy[:, :open_out],
+                saved[:, :open_out],
+                mask=None if mask is None else mask[:open_out],
+                activation=call.settles,
+                want_dx=for_images or for_residual,
+                want_dmask=for_mask,
+            )
+            if dmask is not None:
+                dmask = torch.cat([dmask, closed_mask_gradient(dy, saved, call.settles, open_out)])
+        if for_images and dz is not None:
+            others = grad_outputs[1] if call.branches else None
+            dx, dinput_mask = _gradients_before(dz, ctx.x_size, call, previous, input_mask, others, for_input_mask)
+        residual = widened(dz, conv.weight.shape[0]) if for_residual and dz is not None else None
+        return dx, dinput_mask, dmask, residual, None
+
+
+def _gradients_before(
+    dz: Tensor,
+    x_size: list[int],
+    call: _Call,
+    previous: Tensor | None,
+    mask: Tensor | None,
+    others: Tensor | None,
+    want_dmask: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x, or of what x owes through, and of its mask."""
+    conv, activation = call.conv, "identity" if call.owed is None else call.owed.activation
+    inputs = conv.weight.shape[1] * conv.geometry.groups
+    packed = conv.packed_transposed(dz) if dz.shape[1] > 0 else None
+    if packed is not None and x_size[1] == inputs:
+        rest: dict[str, Any] = {"residual": others, "mask": mask, "activation": activation, "want_dmask": want_dmask}
+        return packed_conv.convolve_back(dz, packed, previous=previous, **rest)
+    size = [x_size[0], inputs, *x_size[2:]]  # of x with the channels that it may lack
+    dx = input_gradient_of_open(dz, size, conv.weight, conv.geometry, packed)[:, : x_size[1]]
+    dx = dx if others is None else dx + others
+    if previous is None or (mask is None and activation == "identity"):
+        return dx, None
+    into, dmask, _, _ = masked_act_backward(dx, previous, mask, activation=activation, want_dmask=want_dmask)
+    assert into is not None
+    return into, dmask

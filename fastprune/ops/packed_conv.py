@@ -106,7 +106,7 @@ def convolve(
     for result in results:
         result[:, rows:] = 0
     if rows > 0:
-        x = x if has_rows(x) else x.clone(memory_format=torch.channels_last)
+        x = in_rows(x)
         views = [result[:, :rows] for result in results]
         shift, mask = (None if vector is None else vector[:rows].contiguous() for vector in (shift, mask))
         moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
@@ -118,3 +118,43 @@ def convolve(
             y, saved, torch.get_num_threads(),
         )  # fmt: skip
     return results[0], results[1] if saves else None
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """X as the kernel reads it: copied if it lies otherwise."""
+    return x if has_rows(x) else x.clone(memory_format=torch.channels_last)
+
+
+def convolve_back(
+    dz: Tensor,
+    packed: PackedWeight,
+    *,
+    residual: Tensor | None = None,
+    previous: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str = "identity",
+    want_dmask: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of what a convolution read, or of what stands before it: ``d = conv(dz) + residual``.
+
+    Args:
+        dz: ``[N, k, P, Q]``, the gradient of its first outputs.
+        packed: The transposed weight.
+        residual: ``[N, C, H, W]``, the gradient that other readers have.
+        previous: ``[N, C, H, W]``, what was read, ``act(…)`` before the mask. With it the first result is ``d * mask *
+            act'``, and the second, if wanted, the mask's gradient: the sum of ``d * previous`` over batch and pixels.
+        mask: ``[C]``, that of what was read.
+        activation: One of ``BOUNDS``.
+        want_dmask: Whether the second result is wanted.
+    """
+    channels, (lowest, highest) = packed.size[0], BOUNDS[activation]
+    dx = empty_rows(packed.geometry.output_size(dz, torch.empty(packed.size, device="meta")))
+    dmask = dz.new_empty(channels) if want_dmask else None
+    moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
+    mask = None if mask is None else mask.contiguous()
+    residual, previous = (None if pixels is None else in_rows(pixels) for pixels in (residual, previous))
+    _C.masked_conv(
+        packed.algorithm, packed.instructions, in_rows(dz), packed.data, packed.size, *moves, None, mask, residual,
+        lowest, highest, dx, None, torch.get_num_threads(), previous, dmask,
+    )  # fmt: skip
+    return dx, dmask

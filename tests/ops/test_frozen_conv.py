@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,40 +69,113 @@ def test_same_values_and_gradients_as_the_operator(name, activation, channels_la
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["soft", "hard", "skipping"])
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_a_deferred_mask_comes_out_the_same(kind, activation, device):
-    x, weight, bn, _ = make("3x3", device)
-    second = torch.randn(8, 20, 1, 1).to(device)
-    mask = (torch.rand(20) if kind == "soft" else prefix(20, 12)).to(device)
-    first, then = FrozenConv(weight, bn, padding=1, activation=activation), FrozenConv(second, activation="identity")
-    owed = {"open_in": 12} if kind == "skipping" else {}
-    closes = {"open_out": 12} if kind == "skipping" else {}
+@pytest.mark.parametrize("kind", ["soft", "hard", "skipping", "none"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu"])
+@pytest.mark.parametrize("reader", ["1x1", "3x3", "strided", "depthwise"])
+def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
+    _, weight, bn, geometry = make(reader, device)
+    x, _, (gamma, beta, mean, variance), _ = make("3x3", device)
+    channels = weight.shape[1] * geometry.get("groups", 1)
+    first_weight = torch.randn(channels, 24, 3, 3).to(device) / 15
+    first_bn = tuple(torch.cat([v, v])[:channels] for v in (gamma, beta, mean, variance))
+    first = FrozenConv(first_weight, first_bn, padding=1, activation=activation)
+    then = FrozenConv(weight, bn, activation="relu", **geometry)
+    mask = None if kind == "none" else (torch.rand(channels) if kind == "soft" else prefix(channels, 12)).to(device)
+    promises = {"open_out": 12, "hard": True} if kind == "skipping" else {}
+    residual = torch.randn(2, channels, 9, 9).to(device)
 
-    def deferring(x: Tensor, mask: Tensor) -> Tensor:
-        hidden = first(x, mask, deferred=True, **closes)
-        return then(hidden, input_mask=None if kind == "skipping" else mask, **owed)
+    def deferring(x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        return then(first.defer(x, mask, residual=residual, **promises))
 
-    def plain(x: Tensor, mask: Tensor) -> Tensor:
-        return then(first(x, mask))
+    def settling(x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        return then(first.defer(x, mask, residual=residual, **promises).settled())
 
-    gradients = []
-    for function in (deferring, plain):
-        leaves = [tensor.clone().requires_grad_() for tensor in (x, mask)]
+    def plain(x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        return then(first(x, mask, residual=residual))
+
+    same_gradients((deferring, settling, plain), x, residual, *([] if mask is None else [mask]))
+
+
+def same_gradients(functions: Sequence[Callable[..., Tensor]], *inputs: Tensor) -> None:
+    """Of the functions: values with and without gradients, and the gradients."""
+    results = []
+    for function in functions:
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         y = function(*leaves)
         with torch.no_grad():
             torch.testing.assert_close(function(*leaves), y, rtol=1e-5, atol=1e-5)
         y.square().sum().backward()
-        gradients.append((y, *(leaf.grad for leaf in leaves)))
-    for ours, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+        results.append((y, *(leaf.grad for leaf in leaves)))
+    for ours in results[:-1]:
+        for result, expected in zip(ours, results[-1], strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_branches_come_out_the_same(stride, channels_last, device):
+    """Two residual blocks, the first of which has a convolution in its shortcut."""
+    torch.manual_seed(0)
+    shortcut, *convs = (
+        FrozenConv(torch.randn(24, 24, size, size).to(device) / (24 * size**2) ** 0.5,
+                   stride=step, padding=size // 2, activation=activation)
+        for size, step, activation in ((1, stride, "identity"), (3, 1, "relu"), (3, stride, "relu"), (1, 1, "relu"),
+                                       (3, 1, "relu"))
+    )  # fmt: skip
+    masks = [torch.rand(24).to(device), prefix(24, 9).to(device)]
+    x = torch.randn(2, 24, 10, 10).to(device)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+
+    def fused(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        y, x = convs[0].branch(x, first)
+        block = convs[1].defer(y, residual=shortcut(x))
+        y, x = convs[2].branch(block, second, open_out=9, hard=True)
+        return convs[3].defer(y, residual=x).settled()
+
+    def plain(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        x = convs[1](convs[0](x, first), residual=shortcut(x))
+        return convs[3](convs[2](x, second), residual=x)
+
+    same_gradients((fused, plain), x, *masks)
+
+
+def test_gradients_of_masks_alone():
+    """Nothing in front of the first mask has a gradient, and the branch asks for none."""
+    x, weight, bn, _ = make("3x3")
+    first, then = FrozenConv(weight, bn, padding=1), FrozenConv(torch.randn(8, 20, 1, 1))
+    mask = prefix(20, 12).requires_grad_()
+    y, branch = first.branch(x, mask, open_out=12, hard=True)
+    assert not branch.requires_grad
+    (ours,) = torch.autograd.grad(then(y).square().sum(), mask)
+    (expected,) = torch.autograd.grad(then(first(x, mask)).square().sum(), mask)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+    assert (ours[12:] != 0).any()
+
+
+def test_several_readers_each_add_their_gradients():
+    x, weight, bn, _ = make("3x3")
+    first, a, b = FrozenConv(weight, bn, padding=1), *(FrozenConv(torch.randn(8, 20, 1, 1)) for _ in range(2))
+    mask = torch.rand(20)
+
+    def deferring(x: Tensor, mask: Tensor) -> Tensor:
+        y = first.defer(x, mask)
+        return a(y) + b(y)
+
+    def plain(x: Tensor, mask: Tensor) -> Tensor:
+        y = first(x, mask)
+        return a(y) + b(y)
+
+    same_gradients((deferring, plain), x, mask)
 
 
 def test_deferring_without_gradients_computes_open_channels_alone():
     x, weight, bn, _ = make("3x3")
+    conv = FrozenConv(weight, bn, padding=1)
     with torch.no_grad():
-        hidden = FrozenConv(weight, bn, padding=1)(x, prefix(20, 7), open_out=7, deferred=True)
-    assert hidden.shape[1] == 7
+        hidden = conv.defer(x, prefix(20, 7), open_out=7, hard=True)
+        assert hidden.r.shape[1] == 7
+        torch.testing.assert_close(hidden.settled(), conv(x, prefix(20, 7)))
 
 
 def test_later_changes_of_the_weight_are_not_seen():
@@ -118,8 +193,10 @@ def test_refusals():
         conv(x, open_out=3)
     with pytest.raises(ValueError, match="x: got 5 channels, needs 24"):
         conv(x[:, :5])
-    with pytest.raises(ValueError, match=r"input_mask: got shape \[3\], needs \[24\]"):
-        conv(x, input_mask=torch.ones(3))
-    with pytest.raises(ValueError, match="input_mask: got one for a grouped convolution"):
-        FrozenConv(torch.randn(24, 1, 3, 3), groups=24)(x, input_mask=torch.ones(24))
+    with pytest.raises(ValueError, match="open_in: got 3 beside a deferred x"):
+        conv(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x), open_in=3)
+    with pytest.raises(ValueError, match="x: got an activation whose mask is deferred, needs one without"):
+        conv.branch(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x, torch.ones(24)))
+    with pytest.raises(ValueError, match=r"x: got 20 channels, needs 24"):
+        conv(conv.defer(x))
     assert conv(x[:, :5], open_in=5).shape == (2, 20, 9, 9)

@@ -39,6 +39,11 @@ def good(algorithm: str = "direct") -> dict[str, object]:
     }  # fmt: skip
 
 
+def good_backward() -> dict[str, object]:
+    """The same for the gradient that goes on through what the convolution reads."""
+    return good() | {"saved": None, "previous": pixels(2, 5, 8, 7), "dmask": torch.zeros(5)}
+
+
 def frozen(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array
@@ -114,6 +119,29 @@ def test_refusals(change, message):
         _C.masked_conv(**arguments)
     after = [tensor for tensor in written if isinstance(tensor, torch.Tensor)]
     assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"saved": pixels(2, 5, 8, 7)}, "saved: got a tensor beside previous, needs None"),
+        ({"previous": None}, "dmask: got a tensor without previous, needs None"),
+        ({"previous": pixels(2, 5, 7, 7)}, "previous: got size 7 in dimension 2, needs 8"),
+        ({"previous": torch.zeros(2, 5, 8, 7)}, "previous: got other strides"),
+        ({"previous": WIDE[:, 4:9], "y": WIDE[:, :5]}, "y: got memory that overlaps previous"),
+        ({"dmask": torch.zeros(4)}, r"dmask: got shape \[4\], needs shape \[5\]"),
+        ({"dmask": torch.zeros(5).double()}, "dmask: got dtype float64"),
+        ({"dmask": frozen(np.zeros(5, np.float32))}, "dmask: got a.*read-?only"),
+        ({"dmask": VECTOR[:5], "mask": VECTOR[4:9]}, "dmask: got memory that overlaps mask"),
+        ({"dmask": VECTOR[:5], "y": VECTOR[4:564].view(2, 8, 7, 5).permute(0, 3, 1, 2)}, "dmask: .* overlaps y"),
+    ],
+)
+def test_refusals_of_the_backward_epilogue(change, message):
+    arguments = good_backward() | change
+    before = arguments["y"].clone()
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        _C.masked_conv(**arguments)
+    assert torch.equal(arguments["y"], before)
 
 
 WEIGHT = torch.zeros(6, 4, 3, 3)
@@ -295,9 +323,9 @@ def refusals(rounds: int) -> tuple[list[str], int]:
     choose = random.Random(0)
     errors, accepted = [], 0
     calls = [(_C.masked_conv, good("direct")), (_C.masked_conv, good("winograd"))]
-    calls += [(_C.pack_masked_conv, pack_arguments())]
+    calls += [(_C.masked_conv, good_backward()), (_C.pack_masked_conv, pack_arguments())]
     for round_ in range(rounds):
-        kernel, arguments = calls[round_ % 3]
+        kernel, arguments = calls[round_ % len(calls)]
         # Clones with the same strides: a call may overwrite them.
         arguments = {name: value.clone() if isinstance(value, torch.Tensor) else value
                      for name, value in arguments.items()}  # fmt: skip
@@ -319,7 +347,7 @@ def check_refusals(rounds: int) -> None:
     shape = re.compile(r"(\w+): got .+, needs .+", re.DOTALL)
     assert [error for error in ours if not shape.fullmatch(error)] == []
     named = {error.split(":")[0] for error in ours}
-    assert named >= (good().keys() | pack_arguments().keys()) - {"highest", "transposed"}
+    assert named >= (good_backward().keys() | pack_arguments().keys()) - {"highest", "transposed"}
 
 
 def test_malformed_arguments_never_crash():

@@ -5,6 +5,14 @@
 //
 //     z = conv(x, W) + shift + residual,  r = min(max(z, lowest), highest),  y = r * mask
 //
+// Backward, where W is the transposed weight and x the gradient of z, the epilogue goes on through what stood before
+// the convolution: with `previous` the r that the forward convolution read (its y, were it masked),
+//
+//     d = conv(x, W) + residual,  y = d * mask where lowest < previous < highest, else 0,  dmask = sum of d * previous
+//
+// over batch and pixels: the gradient of the previous layer's z, and of its mask, without another pass. An infinite
+// bound bounds nothing.
+//
 // Skipping: `channels` and `rows` may be fewer than the weight was packed for. The first `channels` inputs are then the
 // only ones that are read, the first `rows` outputs the only ones that are computed: a prefix needs no copy, neither of
 // x nor of the weight, since pixels have a pitch and weights are packed channel after channel.
@@ -53,7 +61,9 @@ struct MaskedConvArgs {
     Pixels residual;      // like y; or null: 0
     float lowest, highest;
     MutablePixels y;      // or null: not wanted; not both
-    MutablePixels saved;  // r; or null
+    MutablePixels saved;  // r; or null, as it is backward
+    Pixels previous;      // like y; or null: forward
+    float* dmask;         // [rows], backward; or null: not wanted
 };
 
 enum class ConvAlgorithm : int32_t { direct, winograd };
@@ -78,10 +88,10 @@ int64_t packed_conv_size(const ConvKernel& kernel, const ConvGeometry& geometry,
 void pack_masked_conv(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels,
                       const float* weight, const int64_t* strides, const float* scale, float* packed, int num_threads);
 
-/// Deterministic: the same bits on every run, for every number of threads and all instructions; an output has the same
-/// bits however many are computed with it. At most `num_threads` OpenMP threads, each of which keeps up to 16 MiB of
-/// intermediate results from call to call. `kernel` must be one that this processor has and that supports the geometry.
-/// Throws std::bad_alloc, with some of the results written.
+/// Deterministic: the same bits on every run and for every number of threads; but for dmask also for all instructions
+/// and however many outputs are computed with one. At most `num_threads` OpenMP threads, each of which keeps up to 16
+/// MiB of intermediate results from call to call. `kernel` must be one that this processor has and that supports the
+/// geometry. Throws std::bad_alloc, with some of the results written.
 void masked_conv(const ConvKernel& kernel, const MaskedConvArgs& args, int num_threads);
 
 }  // namespace cpu
