@@ -187,7 +187,9 @@ class FrozenConv:
             raise ValueError(f"open_out: got {open_out} without a mask, needs the mask that closes the rest")
         leaves = (x, input_mask, mask, residual)
         trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-        call = _Call(self, owed, open_in, open_out, defers, branches, trains)
+        owes = None if owed is None else owed.activation
+        soft = owed is not None and not owed.hard
+        call = _Call(self, owes, soft, open_in, open_out, defers, branches, trains)
         # A deferred mask gets its gradient from the reader.
         return _FrozenConv.apply(x, input_mask, None if defers else mask, residual, call)
 
@@ -217,7 +219,8 @@ class _Call:
     """What one call of a FrozenConv has that is no tensor."""
 
     conv: FrozenConv
-    owed: Deferred | None
+    owed: str | None  # the activation whose derivative x owes; None: it owes nothing
+    soft: bool  # whether the mask that x owes goes into the weight
     open_in: int
     open_out: int
     defers: bool
@@ -236,8 +239,8 @@ class _FrozenConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, input_mask: Tensor | None, mask: Tensor | None, residual: Tensor | None, call: _Call
     ) -> Tensor | tuple[Tensor, Tensor]:
-        conv, soft = call.conv, call.owed is not None and not call.owed.hard
-        layer = conv.layer(x, input_mask if soft else None)
+        conv = call.conv
+        layer = conv.layer(x, input_mask if call.soft else None)
         if not call.trains:
             y = open_outputs(x, layer, mask, residual, call.open_in, call.open_out)
             return y[:, : call.open_out] if call.defers else widened(y, conv.weight.shape[0])
@@ -287,7 +290,7 @@ def _gradients_before(
     want_dmask: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x, or of what x owes through, and of its mask."""
-    conv, activation = call.conv, "identity" if call.owed is None else call.owed.activation
+    conv, activation = call.conv, call.owed or "identity"
     inputs = conv.weight.shape[1] * conv.geometry.groups
     packed = conv.packed_transposed(dz) if dz.shape[1] > 0 else None
     if packed is not None and x_size[1] == inputs:
