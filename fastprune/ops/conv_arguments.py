@@ -53,7 +53,7 @@ def check_images(x: Tensor, weight: Tensor, geometry: Geometry, open_in: int | N
             f"x: got {x.shape[1]} channels, needs {weight.shape[1] * geometry.groups}: "
             f"{weight.shape[1]} columns of weight in {geometry.groups} group(s)"
         )
-    if min(geometry.output_size(x, weight)[2:]) < 1:
+    if min(geometry.output_size(x.shape, weight.shape)[2:]) < 1:
         raise ValueError(
             f"x: got {x.shape[2]} x {x.shape[3]} pixels, needs at least what the kernel of "
             f"{weight.shape[2]} x {weight.shape[3]}, dilated and less the padding, spans"

@@ -7,7 +7,7 @@ On the CPU that is oneDNN with bias, residual and activation as its post-ops; to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,11 @@ class Geometry:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    def output_size(self, x: Tensor, weight: Tensor) -> list[int]:
+    def output_size(self, x_size: Sequence[int], weight_size: Sequence[int]) -> list[int]:
         """``[N, K, P, Q]`` for x ``[N, C, H, W]`` and weight ``[K, C / groups, R, S]``."""
-        spans = (self.dilation[d] * (weight.shape[2 + d] - 1) + 1 for d in (0, 1))
-        spatial = [(x.shape[2 + d] + 2 * self.padding[d] - span) // self.stride[d] + 1 for d, span in enumerate(spans)]
-        return [x.shape[0], weight.shape[0], *spatial]
+        spans = [self.dilation[d] * (weight_size[2 + d] - 1) + 1 for d in (0, 1)]
+        sides = [(x_size[2 + d] + 2 * self.padding[d] - spans[d]) // self.stride[d] + 1 for d in (0, 1)]
+        return [x_size[0], weight_size[0], *sides]
 
     def is_pointwise(self, weight: Tensor) -> bool:
         """Whether every output pixel reads one input pixel, in order: a matrix product over the channels."""

@@ -182,7 +182,7 @@ class FrozenConv:
             x = x.r
         check_images(x, self.weight, self.geometry, open_in)
         if residual is not None:
-            check_residual(residual, x, self.geometry.output_size(x, self.weight))
+            check_residual(residual, x, self.geometry.output_size(x.shape, self.weight.shape))
         mask = None if mask is None else vector("mask", mask, outputs, x)
         input_mask = None if owed is None or owed.mask is None else vector("x.mask", owed.mask, inputs, x)
         open_in, open_out = count("open_in", open_in, inputs), count("open_out", open_out, outputs)

@@ -209,7 +209,7 @@ def _supported(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> dict[str, 
 
 
 def _output(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> Tensor:
-    shape = geometry.output_size(x, weight)
+    shape = geometry.output_size(x.shape, weight.shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

@@ -116,7 +116,7 @@ def masked_conv_bn_act(
     activation = checked_activation(activation)
     outputs = weight.shape[0]
     if residual is not None:
-        check_residual(residual, x, geometry.output_size(x, weight))
+        check_residual(residual, x, geometry.output_size(x.shape, weight.shape))
     mask = None if mask is None else vector("mask", mask, outputs, x)
     scale, shift = frozen_affine(bn, bias, eps, outputs, x)
     open_in = count("open_in", open_in, x.shape[1])
@@ -290,7 +290,7 @@ def _fake(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     _residual, *moves, activation, _open_in, _open_out, trains = rest
-    size = geometry_of(*moves).output_size(x, weight)
+    size = geometry_of(*moves).output_size(x.shape, weight.shape)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     saves = trains and (mask is not None or activation not in DIFFERENTIABLE_BY_VALUE)
     return y, torch.empty_like(y) if saves else x.new_empty(0)

@@ -53,7 +53,7 @@ def convolve_open(x: Tensor, layer: Layer, residual: Tensor | None, open_in: int
         return packed_convolve(
             x, layer.packed, rows, shift=layer.shift, residual=residual, activation=layer.activation
         )[0]
-    size = layer.geometry.output_size(x, layer.weight)
+    size = layer.geometry.output_size(x.shape, layer.weight.shape)
     x, weight, geometry, computed = open_part(x, layer.weight, layer.geometry, open_in, rows)
     weight = fold(weight, None if layer.scale is None else layer.scale[: weight.shape[0]])
     shift = None if layer.shift is None else layer.shift[:rows]

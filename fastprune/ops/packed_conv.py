@@ -101,13 +101,14 @@ def convolve(
         saves: Whether the second result is wanted.
     """
     lowest, highest = BOUNDS[activation]
-    size = packed.geometry.output_size(x, torch.empty(packed.size, device="meta"))
-    results = [empty_rows(size) for _ in range(1 + saves)]
-    for result in results:
-        result[:, rows:] = 0
+    results = [empty_rows(packed.geometry.output_size(x.shape, packed.size)) for _ in range(1 + saves)]
+    views = results
+    if rows < packed.size[0]:
+        for result in results:
+            result[:, rows:] = 0
+        views = [result[:, :rows] for result in results]
     if rows > 0:
         x = in_rows(x)
-        views = [result[:, :rows] for result in results]
         shift, mask = (None if vector is None else vector[:rows].contiguous() for vector in (shift, mask))
         moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
         kernel = (packed.algorithm, packed.instructions)
@@ -147,7 +148,7 @@ def convolve_back(
         activation: One of ``BOUNDS``.
         want_dmask: Whether the second result is wanted.
     """
-    dx = empty_rows(packed.geometry.output_size(dz, torch.empty(packed.size, device="meta")))
+    dx = empty_rows(packed.geometry.output_size(dz.shape, packed.size))
     residual, previous = (None if pixels is None else in_rows(pixels) for pixels in (residual, previous))
     dmask = convolve_back_into(dx, in_rows(dz), packed, residual, previous, mask, activation, want_dmask=want_dmask)
     return dx, dmask

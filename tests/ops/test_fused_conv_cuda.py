@@ -87,7 +87,7 @@ def make_case(kernel: Kernel, choose: random.Random) -> Case:
     channels = tuple(None if choose.random() < 0.2 else vector for vector in vectors)
     around = []
     for _ in range(1 + geometry.save):
-        _, _, p, q = geometry.output_size(x, weight)
+        _, _, p, q = geometry.output_size(x.shape, weight.shape)
         wide = torch.full((n + 2, k + 8 * choose.randint(0, 2), p, q), GUARD, dtype=dtype, device="cuda")
         around.append(wide.contiguous(memory_format=torch.channels_last))
         around[-1][1:-1, :k] = torch.nan
