@@ -63,6 +63,12 @@ def away_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws does not depend on which tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def randomised() -> Callable[[nn.Module], nn.Module]:
     return randomise_statistics
