@@ -68,7 +68,6 @@ def masked_conv(
     num_threads: int = 0,
     previous: SupportsDLPack | None = None,
     dmask: SupportsDLPack | None = None,
-    padding_behind: Sequence[int] | None = None,
 ) -> None: ...
 def bernoulli_gate(
     theta: SupportsDLPack,

@@ -124,18 +124,12 @@ Region weight_region(const Argument& weight) {
     return region;
 }
 
-/// How far apart pixels are, lines and images.
-struct Pitch {
-    int64_t pixel, line, image;
-};
-
-Region pixels_region(const Argument& pixels, const Pitch& pitch) {
+Region pixels_region(const Argument& pixels, int64_t pitch) {
     const Tensor& tensor = pixels.tensor;
     const auto* begin = tensor.data_as<const char>();
     if (tensor.numel() == 0) return {pixels.name, begin, begin};
-    const int64_t floats = (tensor.size(0) - 1) * pitch.image + (tensor.size(2) - 1) * pitch.line +
-                           (tensor.size(3) - 1) * pitch.pixel + tensor.size(1);
-    return {pixels.name, begin, begin + floats * static_cast<int64_t>(sizeof(float))};
+    const int64_t count = tensor.size(0) * tensor.size(2) * tensor.size(3);
+    return {pixels.name, begin, begin + ((count - 1) * pitch + tensor.size(1)) * static_cast<int64_t>(sizeof(float))};
 }
 
 void check_disjoint(const Region& output, const std::vector<Region>& others) {
@@ -194,7 +188,8 @@ void pack_masked_conv(const std::string& algorithm, const std::string& instructi
                           packed.data_as<float>(), threads);
 }
 
-void check_images(const Argument& argument) {
+/// The pitch of [N, C, H, W] with neighbouring channels.
+int64_t pitch_of(const Argument& argument) {
     check::strided_tensor(argument, {DType::float32});
     on_cpu(argument);
     four_dimensions(argument, "[N, C, H, W]");
@@ -204,44 +199,13 @@ void check_images(const Argument& argument) {
                                   " in dimension " + std::to_string(d) + ", needs sizes below 2^31");
         }
     }
-}
-
-[[noreturn]] void throw_other_strides(const Argument& argument, const char* or_else) {
-    throw py::value_error(std::string(argument.name) +
-                          ": got other strides, needs channels_last memory, or some neighbouring channels" + or_else +
-                          " of such");
-}
-
-/// The pitch of [N, C, H, W] with neighbouring channels and without gaps between lines.
-Pitch pitch_of(const Argument& argument) {
-    check_images(argument);
-    const Tensor& tensor = argument.tensor;
-    if (tensor.numel() == 0) return {tensor.size(1), tensor.size(1), tensor.size(1)};
-    const auto pitch = rows_stride(tensor);
-    if (!pitch) throw_other_strides(argument, "");
-    return {*pitch, tensor.size(3) * *pitch, tensor.size(2) * tensor.size(3) * *pitch};
-}
-
-/// The same where every how-many-th pixel and line may do: what is like the output.
-Pitch strided_pitch_of(const Argument& argument) {
-    check_images(argument);
-    const Tensor& tensor = argument.tensor;
-    const int64_t batch = tensor.size(0), channels = tensor.size(1), height = tensor.size(2), width = tensor.size(3);
-    if (tensor.numel() == 0) return {channels, channels, channels};
-    // The stride along a single element says nothing: where it is taken from the neighbour there are no gaps.
-    Pitch pitch{};
-    pitch.pixel = width > 1    ? tensor.stride(3)
-                  : height > 1 ? tensor.stride(2)
-                  : batch > 1  ? tensor.stride(0)
-                               : channels;
-    pitch.line = height > 1 ? tensor.stride(2) : width * pitch.pixel;
-    pitch.image = batch > 1 ? tensor.stride(0) : height * pitch.line;
-    const int64_t line = (width - 1) * pitch.pixel + channels, image = (height - 1) * pitch.line + line;
-    const bool neighbours = channels == 1 || tensor.stride(1) == 1;
-    if (!neighbours || pitch.pixel < channels || pitch.line < line || pitch.image < image) {
-        throw_other_strides(argument, ", pixels or lines");
+    if (argument.tensor.numel() == 0) return argument.tensor.size(1);
+    const auto pitch = rows_stride(argument.tensor);
+    if (!pitch) {
+        throw py::value_error(std::string(argument.name) +
+                              ": got other strides, needs channels_last memory, or some neighbouring channels of such");
     }
-    return pitch;
+    return *pitch;
 }
 
 void check_size(const Argument& argument, const std::array<int64_t, 4>& size) {
@@ -253,12 +217,12 @@ void check_size(const Argument& argument, const std::array<int64_t, 4>& size) {
     }
 }
 
-/// P or Q: how many outputs there are in direction d, with so many zeros behind x.
-int64_t output_size(const Tensor& x, const ConvGeometry& geometry, int64_t behind, int d) {
+/// P or Q: how many outputs there are in direction d.
+int64_t output_size(const Tensor& x, const ConvGeometry& geometry, int d) {
     const int64_t span = geometry.dilation[d] * (geometry.kernel[d] - 1) + 1;
-    const int64_t before = geometry.padding[d], padded = x.size(2 + d) + before + behind;
-    if (before >= span) {
-        throw py::value_error("padding: got " + std::to_string(before) + ", needs less than " + std::to_string(span) +
+    const int64_t padding = geometry.padding[d], padded = x.size(2 + d) + 2 * padding;
+    if (padding >= span) {
+        throw py::value_error("padding: got " + std::to_string(padding) + ", needs less than " + std::to_string(span) +
                               ", what the dilated kernel spans");
     }
     return padded < span ? 0 : (padded - span) / geometry.stride[d] + 1;
@@ -287,35 +251,33 @@ const float* vector_of(const char* name, const Optional& vector, int64_t length,
 /// An optional operand like the result; `inputs` gets where it lies.
 Pixels pixels_of(const char* name, const Optional& operand, const std::array<int64_t, 4>& size,
                  std::vector<Region>& inputs) {
-    if (!operand) return {nullptr, 0, 0, 0};
-    const Pitch pitch = strided_pitch_of({name, *operand});
+    if (!operand) return {nullptr, 0};
+    const int64_t pitch = pitch_of({name, *operand});
     check_size({name, *operand}, size);
     inputs.push_back(pixels_region({name, *operand}, pitch));
-    return {operand->data_as<const float>(), pitch.pixel, pitch.line, pitch.image};
+    return {operand->data_as<const float>(), pitch};
 }
 
 /// An optional result; `regions` gets where it lies.
 MutablePixels result_of(const char* name, const Optional& result, const std::array<int64_t, 4>& size,
                         std::vector<Region>& regions) {
-    if (!result) return {nullptr, 0, 0, 0};
-    const Pitch pitch = strided_pitch_of({name, *result});
+    if (!result) return {nullptr, 0};
+    const int64_t pitch = pitch_of({name, *result});
     check_size({name, *result}, size);
     check::writable({name, *result});
     const Region region = pixels_region({name, *result}, pitch);
     check_disjoint(region, regions);
     regions.push_back(region);
-    return {result->data_as<float>(), pitch.pixel, pitch.line, pitch.image};
+    return {result->data_as<float>(), pitch};
 }
 
 void masked_conv(const std::string& algorithm, const std::string& instructions, const Tensor& x, const Tensor& packed,
                  const std::array<int64_t, 4>& packed_size, const Pair& stride, const Pair& padding,
                  const Pair& dilation, const Optional& shift, const Optional& mask, const Optional& residual,
                  float lowest, float highest, const Optional& y, const Optional& saved, int num_threads,
-                 const Optional& previous, const Optional& dmask, const std::optional<Pair>& padding_behind) {
+                 const Optional& previous, const Optional& dmask) {
     check_pair("stride", stride, 1);
     check_pair("padding", padding, 0);
-    const Pair behind = padding_behind.value_or(padding);
-    check_pair("padding_behind", behind, 0);
     check_pair("dilation", dilation, 1);
     WeightSize weight = weight_size("weight_size", packed_size);
     for (int d = 0; d < 2; ++d) {
@@ -334,11 +296,11 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
     if (previous && saved) throw py::value_error("saved: got a tensor beside previous, needs None");
     if (dmask && !previous) throw py::value_error("dmask: got a tensor without previous, needs None");
 
-    const Pitch x_pitch = pitch_of({"x", x});
+    const int64_t x_pitch = pitch_of({"x", x});
     const int64_t channels = channels_of({"x", x}, weight.channels);
     const int64_t rows = y ? channels_of({"y", *y}, weight.rows) : channels_of({"saved", *saved}, weight.rows);
-    const std::array<int64_t, 4> size{x.size(0), rows, output_size(x, weight.geometry, behind[0], 0),
-                                      output_size(x, weight.geometry, behind[1], 1)};
+    const std::array<int64_t, 4> size{x.size(0), rows, output_size(x, weight.geometry, 0),
+                                      output_size(x, weight.geometry, 1)};
     std::vector<Region> regions{pixels_region({"x", x}, x_pitch), vector_region({"packed", packed})};
     const float* const shifts = vector_of("shift", shift, rows, regions);
     const float* const factors = vector_of("mask", mask, rows, regions);
@@ -362,7 +324,7 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
         rows,
         weight.rows,
         weight.geometry,
-        {x.data_as<const float>(), x_pitch.pixel, x_pitch.line, x_pitch.image},
+        {x.data_as<const float>(), x_pitch},
         packed.data_as<const float>(),
         shifts,
         factors,
@@ -401,10 +363,9 @@ void bind_masked_conv(py::module_& module) {
                py::arg("shift").none(true), py::arg("mask").none(true), py::arg("residual").none(true),
                py::arg("lowest"), py::arg("highest"), py::arg("y").none(true), py::arg("saved").none(true),
                py::arg("num_threads") = 0, py::arg("previous") = py::none(), py::arg("dmask") = py::none(),
-               py::arg("padding_behind") = py::none(),
                "Writes the clamped convolution into `saved` and, times the mask, into `y`, or with `previous` the "
                "gradient of the layer that computed that, and of its mask; x and the results may have fewer channels "
-               "than the packed weight. `padding_behind`: zeros behind the last line and column, if not `padding`.");
+               "than the packed weight.");
 }
 
 }  // namespace fastprune

@@ -17,25 +17,14 @@ struct DirectPlan {
     int64_t depth;
 };
 
-/// Whether lines and images follow each other without gaps in everything that is like the output.
-inline bool without_gaps(const MaskedConvArgs& args) {
-    const auto dense = [&](const auto& pixels) {
-        return pixels.data == nullptr ||
-               (pixels.line == args.out_width * pixels.pitch && pixels.image == args.out_height * pixels.line);
-    };
-    return dense(args.y) && dense(args.saved) && dense(args.residual) && dense(args.previous);
-}
-
 inline DirectPlan plan_direct(const MaskedConvArgs& args) {
     const ConvGeometry& g = args.geometry;
-    DirectPlan plan{args, false, false, args.out_height, args.out_width, 0, 0, 0, 0, 0, 0, {}, {}, 0};
+    DirectPlan plan{
+        args, false, g.padding[0] > 0 || g.padding[1] > 0, args.out_height, args.out_width, 0, 0, 0, 0, 0, 0, {},
+        {},   0};
     plan.panels = (args.rows + panel - 1) / panel;
-    const int64_t read_lines = (args.out_height - 1) * g.stride[0] + g.dilation[0] * (g.kernel[0] - 1) + 1;
-    plan.padded = g.padding[0] > 0 || g.padding[1] > 0 || read_lines > args.height;
+    plan.flat = !plan.padded && g.kernel[0] * g.kernel[1] == 1 && g.stride[0] == 1 && g.stride[1] == 1;
     plan.in_length = (args.out_width - 1) * g.stride[1] + g.dilation[1] * (g.kernel[1] - 1) + 1;
-    plan.padded = plan.padded || plan.in_length > args.width;
-    plan.flat =
-        !plan.padded && g.kernel[0] * g.kernel[1] == 1 && g.stride[0] == 1 && g.stride[1] == 1 && without_gaps(args);
     constexpr int64_t cached = 64 * 1024;  // floats of x that a task goes through once for every panel: a quarter of L2
     if (plan.flat) {
         plan.length = args.batch * args.height * args.width;
@@ -96,7 +85,7 @@ FASTPRUNE_TARGET inline void direct_panels(const DirectPlan& plan, const Taps& t
     for (int64_t p = begin; p < end; ++p) {
         Epilogue e = epilogue_of(args, p * panel);
         for (int64_t line = 0; line < lines; ++line) {
-            const Stretch stretch{first.x + line * line_step, first.step, first.pixel_below(line)};
+            const Stretch stretch{first.x + line * line_step, first.step, first.pixel + line * length};
             convolve_line(taps, stretch, length, args.packed + p * panel_size, e);
         }
         flush_dmask(e, parts, task);
@@ -110,24 +99,24 @@ inline bool direct_task(const DirectPlan& plan, int64_t task, int64_t begin, int
     const Taps taps{static_cast<int64_t>(plan.tap_x.size()), plan.tap_x.data(), plan.tap_weight.data(), plan.depth};
     if (plan.flat) {
         const int64_t pixel = task * plan.lines_per_task;
-        const Stretch first{args.x.data + pixel * args.x.pitch, args.x.pitch, {0, 0, pixel}};
+        const Stretch first{args.x.data + pixel * args.x.pitch, args.x.pitch, pixel};
         direct_panels(plan, taps, first, 1, std::min(plan.lines_per_task, plan.length - pixel), 0, begin, end, parts,
                       task);
         return true;
     }
     const int64_t image = task / plan.tasks_per_image, line = task % plan.tasks_per_image * plan.lines_per_task;
     const int64_t lines = std::min(plan.lines_per_task, args.out_height - line);
-    const Pixel first{image, line, 0};
+    const int64_t pixel = (image * args.out_height + line) * args.out_width;
     if (plan.padded) {
         const Scratch copy(plan.copy);
         if (copy.data() == nullptr) return false;
         copy_padded(plan, image, line, lines, copy.data());
-        direct_panels(plan, taps, {copy.data(), g.stride[1] * args.channels, first}, lines, args.out_width,
+        direct_panels(plan, taps, {copy.data(), g.stride[1] * args.channels, pixel}, lines, args.out_width,
                       g.stride[0] * plan.in_length * args.channels, begin, end, parts, task);
         return true;
     }
     const float* x = args.x.data + (image * args.height + line * g.stride[0]) * args.width * args.x.pitch;
-    direct_panels(plan, taps, {x, g.stride[1] * args.x.pitch, first}, lines, args.out_width,
+    direct_panels(plan, taps, {x, g.stride[1] * args.x.pitch, pixel}, lines, args.out_width,
                   g.stride[0] * args.width * args.x.pitch, begin, end, parts, task);
     return true;
 }

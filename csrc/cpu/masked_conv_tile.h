@@ -48,25 +48,18 @@ FASTPRUNE_TARGET inline void flush_dmask(Epilogue& e, DmaskParts& parts, int64_t
     }
 }
 
-/// A place in the output.
-struct Pixel {
-    int64_t image, line, column;
-
-    int64_t offset(const auto& in) const { return image * in.image + line * in.line + column * in.pitch; }
-};
-
 /// Writes one vector of results, of which `count` exist; `whole`: all, which plain stores write faster than masked
 /// ones. `dmask` is added to where `backward`.
 template <bool whole, bool backward>
-FASTPRUNE_TARGET FASTPRUNE_INLINE void finish(const Epilogue& e, Pixel pixel, int v, Vector sum, Vector& dmask) {
+FASTPRUNE_TARGET FASTPRUNE_INLINE void finish(const Epilogue& e, int64_t pixel, int v, Vector sum, Vector& dmask) {
     const MaskedConvArgs& args = e.args;
     const int64_t first = e.channel + v * width, count = e.valid - v * width;
     const auto read = [&](const Pixels& from) __attribute__((always_inline)) FASTPRUNE_TARGET {
-        const float* const place = from.data + pixel.offset(from) + first;
+        const float* const place = from.data + pixel * from.pitch + first;
         return whole ? load(place) : load_first(place, count);
     };
     const auto write = [&](const MutablePixels& to, Vector value) __attribute__((always_inline)) FASTPRUNE_TARGET {
-        float* const place = to.data + pixel.offset(to) + first;
+        float* const place = to.data + pixel * to.pitch + first;
         if (!whole) return store_first(place, value, count);
         e.streams ? stream(place, value) : store(place, value);
     };
@@ -85,7 +78,7 @@ FASTPRUNE_TARGET FASTPRUNE_INLINE void finish(const Epilogue& e, Pixel pixel, in
 
 /// Writes the results of one output pixel, of which `sums` holds `vectors` times `width` channels.
 template <int vectors, bool backward>
-FASTPRUNE_TARGET FASTPRUNE_INLINE void finish(const Epilogue& e, Pixel pixel, const Vector* sums, Vector* dmask) {
+FASTPRUNE_TARGET FASTPRUNE_INLINE void finish(const Epilogue& e, int64_t pixel, const Vector* sums, Vector* dmask) {
     for (int v = 0; v < vectors; ++v) {
         if (e.valid == panel) {
             finish<true, backward>(e, pixel, v, sums[v], dmask[v]);
@@ -159,10 +152,7 @@ FASTPRUNE_TARGET FASTPRUNE_INLINE void accumulate(const Taps& taps, const float*
 struct Stretch {
     const float* x;
     int64_t step;
-    Pixel first;
-
-    Pixel pixel(int64_t m) const { return {first.image, first.line, first.column + m}; }
-    Pixel pixel_below(int64_t lines) const { return {first.image, first.line + lines, first.column}; }
+    int64_t pixel;
 };
 
 template <int pixels, int vectors>
@@ -177,10 +167,10 @@ FASTPRUNE_TARGET void convolve_tile(const Taps& taps, const Stretch& stretch, co
     Vector dmask[vectors];  // a sum of its own keeps long ones accurate
     for (Vector& sum : dmask) sum = zero();
     if (e.args.previous.data != nullptr) {
-        for (int m = 0; m < pixels; ++m) finish<vectors, true>(e, stretch.pixel(m), results[m], dmask);
+        for (int m = 0; m < pixels; ++m) finish<vectors, true>(e, stretch.pixel + m, results[m], dmask);
         for (int v = 0; v < vectors; ++v) e.dmask[v] = add(e.dmask[v], dmask[v]);
     } else {
-        for (int m = 0; m < pixels; ++m) finish<vectors, false>(e, stretch.pixel(m), results[m], dmask);
+        for (int m = 0; m < pixels; ++m) finish<vectors, false>(e, stretch.pixel + m, results[m], dmask);
     }
 }
 
@@ -216,7 +206,7 @@ FASTPRUNE_INLINE void for_each_tile(int64_t count, const Action& action) {
 
 inline void convolve_line(const Taps& taps, const Stretch& line, int64_t count, const float* weight, Epilogue& e) {
     for_each_tile(count, [&]<int pixels>(int64_t begin) {
-        const Stretch stretch{line.x + begin * line.step, line.step, line.pixel(begin)};
+        const Stretch stretch{line.x + begin * line.step, line.step, line.pixel + begin};
         if (e.valid > width) {
             convolve_tile<pixels, 2>(taps, stretch, weight, e);
         } else {

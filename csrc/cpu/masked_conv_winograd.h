@@ -97,7 +97,8 @@ FASTPRUNE_TARGET FASTPRUNE_INLINE void transform_output(const WinogradPlan& plan
     for (int i = 0; i < 4; ++i) {
         const int64_t y = 2 * place.y + i / 2, x = 2 * place.x + i % 2;
         if (y >= args.out_height || x >= args.out_width) continue;
-        finish<vectors, backward>(e, {place.image, y, x}, results[i], dmask);
+        const int64_t pixel = (place.image * args.out_height + y) * args.out_width + x;
+        finish<vectors, backward>(e, pixel, results[i], dmask);
     }
 }
 

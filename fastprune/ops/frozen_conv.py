@@ -25,7 +25,6 @@ from fastprune.ops.conv_arguments import (
     vector,
     vector_dtype,
 )
-from fastprune.ops.convolution import Geometry
 from fastprune.ops.deferred import Deferred
 from fastprune.ops.layout import layout_of
 from fastprune.ops.masked_act import masked_act_backward
@@ -36,7 +35,6 @@ from fastprune.ops.masked_conv_bn_act import (
 )
 from fastprune.ops.open_channels import Layer, fold, input_gradient_of_open, open_outputs, widened
 from fastprune.ops.packed_conv import PackedWeight
-from fastprune.ops.strided_gradient import Phase, convolve_phases_back, pack_phases
 
 
 class FrozenConv:
@@ -77,7 +75,6 @@ class FrozenConv:
             self.weight = fold(weight, scale).clone(memory_format=torch.channels_last)
         self._packed: PackedWeight | None = None
         self._packed_transposed: PackedWeight | None = None
-        self._phases: list[Phase] | None = None
 
     def __call__(
         self,
@@ -216,15 +213,6 @@ class FrozenConv:
             self._packed_transposed = packed_conv.pack(self.weight, transposed, transposed=True)
         return self._packed_transposed
 
-    def phases(self, dz: Tensor, *, adds: bool) -> list[Phase] | None:
-        """The same for a convolution with a stride; ``adds``: whether pixels without a product have something to do."""
-        if self.geometry.stride == (1, 1) or not packed_conv.computes(dz, self.weight, Geometry()):
-            return None
-        if self._phases is None:
-            self._phases = pack_phases(self.weight, self.geometry) or []
-        bare = any(phase.packed is None for phase in self._phases)
-        return None if not self._phases or (adds and bare) else self._phases
-
 
 @dataclass(frozen=True)
 class _Call:
@@ -305,12 +293,9 @@ def _gradients_before(
     conv, activation = call.conv, call.owed or "identity"
     inputs = conv.weight.shape[1] * conv.geometry.groups
     packed = conv.packed_transposed(dz) if dz.shape[1] > 0 else None
-    rest: dict[str, Any] = {"residual": others, "previous": previous, "mask": mask, "activation": activation}
     if packed is not None and x_size[1] == inputs:
-        return packed_conv.convolve_back(dz, packed, **rest, want_dmask=want_dmask)
-    phases = conv.phases(dz, adds=previous is not None or others is not None) if x_size[1] == inputs else None
-    if phases is not None:
-        return convolve_phases_back(dz, phases, conv.geometry, x_size, **rest, want_dmask=want_dmask)
+        rest: dict[str, Any] = {"residual": others, "mask": mask, "activation": activation, "want_dmask": want_dmask}
+        return packed_conv.convolve_back(dz, packed, previous=previous, **rest)
     size = [x_size[0], inputs, *x_size[2:]]  # of x with the channels that it may lack
     dx = input_gradient_of_open(dz, size, conv.weight, conv.geometry, packed)[:, : x_size[1]]
     dx = dx if others is None else dx + others

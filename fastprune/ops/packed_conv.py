@@ -148,35 +148,14 @@ def convolve_back(
         activation: One of ``BOUNDS``.
         want_dmask: Whether the second result is wanted.
     """
+    channels, (lowest, highest) = packed.size[0], BOUNDS[activation]
     dx = empty_rows(packed.geometry.output_size(dz.shape, packed.size))
-    residual, previous = (None if pixels is None else in_rows(pixels) for pixels in (residual, previous))
-    dmask = convolve_back_into(dx, in_rows(dz), packed, residual, previous, mask, activation, want_dmask=want_dmask)
-    return dx, dmask
-
-
-def convolve_back_into(
-    dx: Tensor,
-    dz: Tensor,
-    packed: PackedWeight,
-    residual: Tensor | None,
-    previous: Tensor | None,
-    mask: Tensor | None,
-    activation: str,
-    *,
-    want_dmask: bool,
-    padding_behind: tuple[int, int] | None = None,
-) -> Tensor | None:
-    """What ``convolve_back`` does, into given memory; returns dmask.
-
-    dx, residual and previous may be views of every how-many-th pixel and line. ``padding_behind``: how many zeros there
-    are behind the last line and column, if not as many as before the first.
-    """
-    lowest, highest = BOUNDS[activation]
-    dmask = dz.new_empty(packed.size[0]) if want_dmask else None
+    dmask = dz.new_empty(channels) if want_dmask else None
     moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
     mask = None if mask is None else mask.contiguous()
+    residual, previous = (None if pixels is None else in_rows(pixels) for pixels in (residual, previous))
     _C.masked_conv(
-        packed.algorithm, packed.instructions, dz, packed.data, packed.size, *moves, None, mask, residual,
-        lowest, highest, dx, None, torch.get_num_threads(), previous, dmask, padding_behind,
+        packed.algorithm, packed.instructions, in_rows(dz), packed.data, packed.size, *moves, None, mask, residual,
+        lowest, highest, dx, None, torch.get_num_threads(), previous, dmask,
     )  # fmt: skip
-    return dmask
+    return dx, dmask

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastprune import _C
-from fastprune.ops import frozen_conv, packed_conv
+from fastprune.ops import packed_conv
 from fastprune.ops.convolution import Geometry
-from fastprune.ops.frozen_conv import FrozenConv
 from fastprune.ops.masked_act import masked_act_backward
 from fastprune.ops.packed_conv import BOUNDS, PackedWeight
-from fastprune.ops.strided_gradient import convolve_phases_back, pack_phases
 
 INSTRUCTIONS = _C.masked_conv_instructions()
 KERNELS = [(algorithm, instructions) for instructions in INSTRUCTIONS for algorithm in ("direct", "winograd")]
@@ -163,60 +161,3 @@ def test_of_no_images(algorithm, instructions):
     dx, dmask = call.run(algorithm, instructions)
     assert dx.shape == (0, 16, 8, 8)
     assert torch.equal(dmask, torch.zeros(16))
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    st.integers(1, 2), st.integers(1, 40), st.integers(1, 40), st.tuples(st.integers(1, 15), st.integers(1, 15)),
-    st.tuples(st.integers(1, 4), st.integers(1, 4)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    st.tuples(st.integers(0, 2), st.integers(0, 2)), st.booleans(), st.booleans(), st.integers(0, 2**31),
-)  # fmt: skip
-def test_phases_of_strided_convolutions(batch, channels, rows, size, kernel, stride, padding, owes, adds, seed):
-    torch.manual_seed(seed)
-    size = tuple(max(side, taps - 2 * zeros) for side, taps, zeros in zip(size, kernel, padding, strict=True))
-    weight, geometry = torch.randn(rows, channels, *kernel), Geometry(stride, padding)
-    phases = pack_phases(weight, geometry)
-    assume(phases is not None)
-    assume(not (owes or adds) or all(phase.packed for phase in phases))
-    x = pixels(batch, channels, *size)
-    dz = pixels(*F.conv2d(x, weight, None, stride, padding).shape)
-    previous, residual = F.relu(pixels(*x.shape)) if owes else None, pixels(*x.shape) if adds else None
-    mask = torch.randn(channels) if owes else None
-    given_pixels = {"residual": residual, "previous": previous, "mask": mask}
-    dx, dmask = convolve_phases_back(
-        dz, phases, geometry, list(x.shape), activation="relu" if owes else "identity", want_dmask=owes, **given_pixels
-    )
-
-    def expected(dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        d = torch.nn.grad.conv2d_input(x.shape, weight.to(dtype), dz.to(dtype), stride, padding)
-        d = d if residual is None else d + residual.to(dtype)
-        if previous is None or mask is None:
-            return d, None
-        return d * mask.to(dtype).view(-1, 1, 1) * (previous > 0), (d * previous.to(dtype)).sum((0, 2, 3))
-
-    terms = rows * weight[0, 0].numel() + 1
-    for ours, plain, exact in zip((dx, dmask), expected(torch.float32), expected(torch.float64), strict=True):
-        if ours is not None:
-            floor = 2.0**-23 * terms**0.5 * exact.abs().max().item()
-            error, worst = ((result.double() - exact).abs().max().item() for result in (ours, plain))
-            assert error <= max(floor, 2 * worst)
-
-
-@pytest.mark.parametrize("size", [1, 3, 5, 7])
-def test_usual_kernels_have_phases(size):
-    assert pack_phases(torch.randn(4, 4, size, size), Geometry((2, 2), (size // 2, size // 2)))
-
-
-def test_phases_are_what_a_frozen_convolution_uses(monkeypatch):
-    """Not that of what is owed where pixels without a tap would have to be passed over."""
-    x, used = pixels(2, 24, 10, 10), []
-    monkeypatch.setattr(
-        frozen_conv, "convolve_phases_back", lambda *a, **k: used.append(1) or convolve_phases_back(*a, **k)
-    )
-    for kernel, owes, expected in ((3, True, 1), (3, False, 1), (1, False, 1), (1, True, 0)):
-        first = FrozenConv(torch.randn(24, 24, 1, 1), activation="relu")
-        conv = FrozenConv(torch.randn(8, 24, kernel, kernel), stride=2, padding=kernel // 2)
-        leaf = x.clone().requires_grad_()
-        conv(first.defer(leaf) if owes else leaf).sum().backward()
-        assert len(used) == expected
-        used.clear()

@@ -33,29 +33,28 @@ namespace fastprune {
 struct ConvGeometry {
     int64_t kernel[2];  // vertical, horizontal, as everywhere below
     int64_t stride[2];
-    int64_t padding[2];  // before the first line and column; less than what the dilated kernel spans
+    int64_t padding[2];  // less than what the dilated kernel spans
     int64_t dilation[2];
 };
 
-/// NHWC: the channels of a pixel are neighbours, the next pixel of a line begins `pitch` elements behind, the next line
-/// `line`, the next image `image`.
+/// NHWC: the channels of a pixel are neighbours, the next pixel begins `pitch` elements behind.
 struct Pixels {
     const float* data;
-    int64_t pitch, line, image;
+    int64_t pitch;
 };
 struct MutablePixels {
     float* data;
-    int64_t pitch, line, image;
+    int64_t pitch;
 };
 
 /// Borrowed for the call. Outputs overlap nothing else.
 struct MaskedConvArgs {
     int64_t batch, height, width;       // of x
-    int64_t out_height, out_width;      // of y; there are zeros behind x where it has no more lines or columns
+    int64_t out_height, out_width;      // of y
     int64_t channels, packed_channels;  // how many inputs are read, of how many that the weight was packed for
     int64_t rows, packed_rows;          // how many outputs are computed, of how many …
     ConvGeometry geometry;
-    Pixels x;             // without gaps between lines and images
+    Pixels x;
     const float* packed;  // from pack_masked_conv, for the same algorithm
     const float* shift;   // [rows], or null: 0
     const float* mask;    // [rows], or null: 1
