@@ -29,7 +29,8 @@ constexpr int64_t largest = int64_t{1} << 31;  // of a size or a step: products 
 ConvAlgorithm algorithm_of(const std::string& name) {
     if (name == "direct") return ConvAlgorithm::direct;
     if (name == "winograd") return ConvAlgorithm::winograd;
-    throw py::value_error("algorithm: got '" + name + "', needs direct or winograd");
+    if (name == "depthwise") return ConvAlgorithm::depthwise;
+    throw py::value_error("algorithm: got '" + name + "', needs direct, winograd or depthwise");
 }
 
 Instructions instructions_of(const std::string& name) {
@@ -61,14 +62,6 @@ int threads_of(int num_threads) {
     return num_threads > 0 ? num_threads : omp_get_max_threads();
 }
 
-ConvKernel kernel_of(const std::string& algorithm, const std::string& instructions, const ConvGeometry& geometry) {
-    const ConvKernel kernel{algorithm_of(algorithm), instructions_of(instructions)};
-    if (!cpu::masked_conv_supports(kernel.algorithm, geometry)) {
-        throw py::value_error("algorithm: got 'winograd', needs 'direct' for all but 3x3 kernels of stride 1");
-    }
-    return kernel;
-}
-
 /// Sizes of a weight: rows, channels, kernel.
 struct WeightSize {
     int64_t rows, channels;
@@ -87,6 +80,16 @@ WeightSize weight_size(const char* name, const std::array<int64_t, 4>& size) {
         }
     }
     return {size[0], size[1], {{size[2], size[3]}, {1, 1}, {0, 0}, {1, 1}}};
+}
+
+ConvKernel kernel_of(const std::string& algorithm, const std::string& instructions, const WeightSize& size) {
+    const ConvKernel kernel{algorithm_of(algorithm), instructions_of(instructions)};
+    const bool depthwise = kernel.algorithm == ConvAlgorithm::depthwise;
+    if (!cpu::masked_conv_supports(kernel.algorithm, size.geometry) || (depthwise && size.channels != 1)) {
+        throw py::value_error("algorithm: got '" + algorithm + "', needs 'direct' for all but " +
+                              (depthwise ? "[K, 1, R, S] weights of up to 128 taps" : "3x3 kernels of stride 1"));
+    }
+    return kernel;
 }
 
 void on_cpu(const Argument& argument) {
@@ -150,7 +153,7 @@ void check_packed(const Argument& packed, const ConvKernel& kernel, const Weight
 int64_t packed_conv_size(const std::string& algorithm, const std::string& instructions,
                          const std::array<int64_t, 4>& size) {
     const WeightSize weight = weight_size("weight_size", size);
-    return cpu::packed_conv_size(kernel_of(algorithm, instructions, weight.geometry), weight.geometry, weight.rows,
+    return cpu::packed_conv_size(kernel_of(algorithm, instructions, weight), weight.geometry, weight.rows,
                                  weight.channels);
 }
 
@@ -164,15 +167,17 @@ void pack_masked_conv(const std::string& algorithm, const std::string& instructi
     const float* data = weight.data_as<const float>();
     if (transposed && scale) throw py::value_error("scale: got one for a transposed weight, needs None");
     if (transposed) {  // rows and channels change places, kernels are turned by 180 degrees
-        std::swap(size[0], size[1]);
-        std::swap(strides[0], strides[1]);
+        if (algorithm_of(algorithm) != ConvAlgorithm::depthwise) {
+            std::swap(size[0], size[1]);
+            std::swap(strides[0], strides[1]);
+        }
         for (const int d : {2, 3}) {
             data += strides[d] * (size[d] - 1);
             strides[d] = -strides[d];
         }
     }
     const WeightSize of = weight_size("weight", size);
-    const ConvKernel kernel = kernel_of(algorithm, instructions, of.geometry);
+    const ConvKernel kernel = kernel_of(algorithm, instructions, of);
     check_packed({"packed", packed}, kernel, of);
     check::writable({"packed", packed});
     check_disjoint(vector_region({"packed", packed}), {weight_region({"weight", weight})});
@@ -285,7 +290,7 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
         weight.geometry.padding[d] = padding[d];
         weight.geometry.dilation[d] = dilation[d];
     }
-    const ConvKernel kernel = kernel_of(algorithm, instructions, weight.geometry);
+    const ConvKernel kernel = kernel_of(algorithm, instructions, weight);
     check_packed({"packed", packed}, kernel, weight);
     const int threads = threads_of(num_threads);
     if (!(lowest <= highest)) {
@@ -297,7 +302,8 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
     if (dmask && !previous) throw py::value_error("dmask: got a tensor without previous, needs None");
 
     const int64_t x_pitch = pitch_of({"x", x});
-    const int64_t channels = channels_of({"x", x}, weight.channels);
+    const bool depthwise = kernel.algorithm == ConvAlgorithm::depthwise;
+    const int64_t channels = channels_of({"x", x}, depthwise ? weight.rows : weight.channels);
     const int64_t rows = y ? channels_of({"y", *y}, weight.rows) : channels_of({"saved", *saved}, weight.rows);
     const std::array<int64_t, 4> size{x.size(0), rows, output_size(x, weight.geometry, 0),
                                       output_size(x, weight.geometry, 1)};

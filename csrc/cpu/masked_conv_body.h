@@ -8,4 +8,5 @@
 #include "masked_conv_tile.h"
 #include "masked_conv_direct.h"
 #include "masked_conv_winograd.h"
+#include "masked_conv_depthwise.h"
 // clang-format on

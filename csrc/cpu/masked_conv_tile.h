@@ -155,11 +155,11 @@ struct Stretch {
     int64_t pixel;
 };
 
+/// What stands behind the sums of neighbouring pixels.
 template <int pixels, int vectors>
-FASTPRUNE_TARGET void convolve_tile(const Taps& taps, const Stretch& stretch, const float* weight, Epilogue& e) {
-    Vector sums[pixels][vectors];
-    accumulate(taps, stretch.x, stretch.step, weight, sums);
-    // A copy for the loop below, whose index would otherwise keep clang from having the sums in registers: 2.5x slower.
+FASTPRUNE_TARGET FASTPRUNE_INLINE void finish_tile(Epilogue& e, int64_t pixel, const Sums<pixels, vectors>& sums) {
+    // A copy for the loops below, whose index would otherwise keep clang from having the sums in registers: 2.5x
+    // slower.
     Sums<pixels, vectors> results;
     for (int m = 0; m < pixels; ++m) {
         for (int v = 0; v < vectors; ++v) results[m][v] = sums[m][v];
@@ -167,11 +167,18 @@ FASTPRUNE_TARGET void convolve_tile(const Taps& taps, const Stretch& stretch, co
     Vector dmask[vectors];  // a sum of its own keeps long ones accurate
     for (Vector& sum : dmask) sum = zero();
     if (e.args.previous.data != nullptr) {
-        for (int m = 0; m < pixels; ++m) finish<vectors, true>(e, stretch.pixel + m, results[m], dmask);
+        for (int m = 0; m < pixels; ++m) finish<vectors, true>(e, pixel + m, results[m], dmask);
         for (int v = 0; v < vectors; ++v) e.dmask[v] = add(e.dmask[v], dmask[v]);
     } else {
-        for (int m = 0; m < pixels; ++m) finish<vectors, false>(e, stretch.pixel + m, results[m], dmask);
+        for (int m = 0; m < pixels; ++m) finish<vectors, false>(e, pixel + m, results[m], dmask);
     }
+}
+
+template <int pixels, int vectors>
+FASTPRUNE_TARGET void convolve_tile(const Taps& taps, const Stretch& stretch, const float* weight, Epilogue& e) {
+    Vector sums[pixels][vectors];
+    accumulate(taps, stretch.x, stretch.step, weight, sums);
+    finish_tile<pixels, vectors>(e, stretch.pixel, sums);
 }
 
 /// The product of the same with a plain destination, `panel` elements a pixel.

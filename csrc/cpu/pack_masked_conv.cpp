@@ -97,10 +97,10 @@ void pack(ConvAlgorithm algorithm, const Source& source, float* packed, int num_
     const int64_t panels = (source.rows + width - 1) / width;
     parallel_for(panels, num_threads, [&](int64_t p, int) {
         run_vectorised([&] {
-            if (algorithm == ConvAlgorithm::direct) {
-                pack_direct<width>(source, p, packed);
-            } else {
+            if (algorithm == ConvAlgorithm::winograd) {
                 pack_winograd<width>(source, p, panels, packed);
+            } else {
+                pack_direct<width>(source, p, packed);
             }
         });
     });

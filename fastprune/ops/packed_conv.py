@@ -19,6 +19,9 @@ from fastprune.ops.layout import empty_rows, has_rows, layout_of
 BOUNDS = {"identity": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 """Activations that only bound their argument."""
 
+DEPTHWISE_TAPS = 128
+"""Most taps of a depthwise kernel: no sum of products is so long that it has to be cut."""
+
 WINOGRAD_CHANNELS = 16
 """With fewer, transforming costs more than multiplying saves (measured on AVX-512: 3 channels 1.7x slower, 16 1.15x
 faster, 64 to 512 1.5x to 1.8x faster)."""
@@ -48,9 +51,15 @@ def computes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and x.dtype == torch.float32
         and layout_of(x) == torch.channels_last
         and x.numel() > 0
-        and geometry.groups == 1
+        and (geometry.groups == 1 or is_depthwise(weight, geometry))
         and all(geometry.padding[d] <= geometry.dilation[d] * (weight.shape[2 + d] - 1) for d in (0, 1))
     )
+
+
+def is_depthwise(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether each output reads one input, by a kernel of a size that ours takes."""
+    channels, inputs, *kernel = weight.shape
+    return geometry.groups == channels and inputs == 1 and math.prod(kernel) <= DEPTHWISE_TAPS
 
 
 def pack(
@@ -64,7 +73,10 @@ def pack(
 ) -> PackedWeight:
     """Pack ``scale * weight``; ``transposed``: the weight of ``Geometry.transposed``, whose geometry is then given."""
     outputs, inputs, *kernel = weight.shape
-    size = (inputs, outputs, *kernel) if transposed else (outputs, inputs, *kernel)
+    if algorithm is None and geometry.groups > 1:
+        algorithm = "depthwise"
+    swapped = transposed and algorithm != "depthwise"
+    size = (inputs, outputs, *kernel) if swapped else (outputs, inputs, *kernel)
     if algorithm is None:
         square = (geometry.stride, geometry.dilation, tuple(kernel)) == ((1, 1), (1, 1), (3, 3))
         algorithm = "winograd" if square and min(outputs, inputs) >= WINOGRAD_CHANNELS else "direct"

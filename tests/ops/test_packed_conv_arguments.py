@@ -39,6 +39,13 @@ def good(algorithm: str = "direct") -> dict[str, object]:
     }  # fmt: skip
 
 
+def good_depthwise() -> dict[str, object]:
+    """The arguments of a depthwise call that succeeds: 3 channels of x, 5 of 6 rows, 3x3, 8x7 pixels."""
+    size = (6, 1, 3, 3)
+    packed = torch.zeros(_C.packed_conv_size("depthwise", INSTRUCTIONS[0], size))
+    return good() | {"algorithm": "depthwise", "packed": packed, "weight_size": size}
+
+
 def good_backward() -> dict[str, object]:
     """The same for the gradient that goes on through what the convolution reads."""
     return good() | {"saved": None, "previous": pixels(2, 5, 8, 7), "dmask": torch.zeros(5)}
@@ -52,12 +59,14 @@ def frozen(array: np.ndarray) -> np.ndarray:
 WIDE = pixels(2, 16, 8, 7)
 VECTOR = torch.zeros(6000)
 REFUSALS = [
-    ({"algorithm": "fft"}, "algorithm: got 'fft', needs direct or winograd"),
+    ({"algorithm": "fft"}, "algorithm: got 'fft', needs direct, winograd or depthwise"),
     ({"instructions": "sse2"}, "instructions: got 'sse2', needs avx2 or avx512"),
     ({"algorithm": "winograd", "stride": (1, 2)}, "algorithm: got 'winograd', needs 'direct' for all but 3x3 kernels"),
     ({"algorithm": "winograd", "dilation": (2, 1)}, "algorithm: got 'winograd', needs 'direct'"),
     ({"algorithm": "winograd", "weight_size": (6, 4, 3, 1)}, "algorithm: got 'winograd', needs 'direct'"),
     ({"algorithm": "winograd"}, r"packed: got shape \[\d+\], needs shape \[\d+\] \(packed_conv_size of the weight\)"),
+    ({"algorithm": "depthwise"}, r"algorithm: got 'depthwise', needs 'direct' for all but \[K, 1, R, S\] weights"),
+    ({"algorithm": "depthwise", "weight_size": (6, 1, 43, 3)}, "algorithm: got 'depthwise', .* up to 128 taps"),
     ({"stride": (0, 1)}, r"stride: got 0, needs at least 1 and less than 2\^31"),
     ({"stride": (1, 2**31)}, "stride: got 2147483648, needs at least 1"),
     ({"padding": (-1, 0)}, "padding: got -1, needs at least 0"),
@@ -158,7 +167,7 @@ def pack_arguments() -> dict[str, object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"algorithm": ""}, "algorithm: got '', needs direct or winograd"),
+        ({"algorithm": ""}, "algorithm: got '', needs direct, winograd or depthwise"),
         ({"instructions": "avx"}, "instructions: got 'avx', needs avx2 or avx512"),
         ({"weight": WEIGHT.double()}, "weight: got dtype float64"),
         ({"weight": WEIGHT[0]}, "weight: got 3 dimensions, needs four"),
@@ -288,7 +297,7 @@ def malformed(choose: random.Random, value: object) -> object:
     """Anything that somebody might pass in the place of this value: mostly tensors, slightly wrong."""
     odd = choose.choice([None, 3, "x", [], (1, 1), torch.zeros(()), torch.empty(0), np.zeros(4, np.int8)])
     if isinstance(value, str):
-        return choose.choice(["direct", "winograd", "avx2", "avx512", "", odd])
+        return choose.choice(["direct", "winograd", "depthwise", "avx2", "avx512", "", odd])
     if isinstance(value, tuple):
         numbers = [0, 1, 2, 3, 5, -1, 2**31 - 1, 2**31, 2**62, -(2**63)]
         return choose.choice([tuple(choose.choice(numbers) for _ in value), odd])
@@ -323,7 +332,11 @@ def refusals(rounds: int) -> tuple[list[str], int]:
     choose = random.Random(0)
     errors, accepted = [], 0
     calls = [(_C.masked_conv, good("direct")), (_C.masked_conv, good("winograd"))]
-    calls += [(_C.masked_conv, good_backward()), (_C.pack_masked_conv, pack_arguments())]
+    calls += [
+        (_C.masked_conv, good_depthwise()),
+        (_C.masked_conv, good_backward()),
+        (_C.pack_masked_conv, pack_arguments()),
+    ]
     for round_ in range(rounds):
         kernel, arguments = calls[round_ % len(calls)]
         # Clones with the same strides: a call may overwrite them.

@@ -1,7 +1,7 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// masked_conv: a dense convolution with frozen weights on the CPU, float32 and channels_last, with everything that
-// stands behind it in its epilogue:
+// masked_conv: a dense or depthwise convolution with frozen weights on the CPU, float32 and channels_last, with
+// everything that stands behind it in its epilogue:
 //
 //     z = conv(x, W) + shift + residual,  r = min(max(z, lowest), highest),  y = r * mask
 //
@@ -21,6 +21,9 @@
 // convolution is one tap. `winograd` is F(2x2, 3x3) (Lavin and Gray, CVPR 2016): 16 products where the direct one has
 // 36, for 3x3 kernels with stride and dilation 1; its rounding error was 1.3 to 1.7 times that of the direct one, which
 // is as small as torch's or smaller (see docs/decisions.md).
+//
+// A third for depthwise convolutions, whose output k reads input k alone: `depthwise`, for kernels of up to 128 taps.
+// It takes a weight of one channel, and x may have fewer channels than there are rows, or more.
 //
 // What is not finite in x reaches the outputs that read it and no others. Infinities come out of `winograd` as
 // infinities or NaN: its sums are differences of the transformed inputs.
@@ -51,7 +54,7 @@ struct MutablePixels {
 struct MaskedConvArgs {
     int64_t batch, height, width;       // of x
     int64_t out_height, out_width;      // of y
-    int64_t channels, packed_channels;  // how many inputs are read, of how many that the weight was packed for
+    int64_t channels, packed_channels;  // how many inputs x has, of how many that the weight was packed for
     int64_t rows, packed_rows;          // how many outputs are computed, of how many …
     ConvGeometry geometry;
     Pixels x;
@@ -66,7 +69,7 @@ struct MaskedConvArgs {
     float* dmask;         // [rows], backward; or null: not wanted
 };
 
-enum class ConvAlgorithm : int32_t { direct, winograd };
+enum class ConvAlgorithm : int32_t { direct, winograd, depthwise };
 /// What the kernels are written for. The layout of packed weights depends on it.
 enum class Instructions : int32_t { avx2, avx512 };
 
