@@ -14,6 +14,7 @@ from fastprune.budget import Budget, BudgetError
 from fastprune.graph import ChannelGraph, Cost, TraceError, trace
 from fastprune.plan import PlanError, PruningPlan
 from fastprune.pruning import PruningResult, prune
+from fastprune.rewritten import RewrittenNetwork
 from fastprune.surgery import SurgeryError, apply, masked, verify
 
 __version__ = version("fastprune")
@@ -26,6 +27,7 @@ __all__ = [
     "PlanError",
     "PruningPlan",
     "PruningResult",
+    "RewrittenNetwork",
     "SurgeryError",
     "TraceError",
     "apply",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fastprune.graph import ChannelGraph
 
 FORMAT = "fastprune-plan-1"
+
+Code = Literal["own", "either", "rewritten"]
 
 
 class PlanError(ValueError):
@@ -54,6 +56,8 @@ class PruningPlan:
         inputs: what the network was traced with.
         macs: (full, planned) multiply-accumulates per sample.
         params: (full, planned) number of parameters.
+        code: what runs the compact network: "own", the model's own code; "rewritten", its rewritten graph; or "either",
+            the own code if it can.
     """
 
     mask: Tensor
@@ -62,6 +66,7 @@ class PruningPlan:
     inputs: tuple[InputSpec, ...]
     macs: tuple[int, int]
     params: tuple[int, int]
+    code: Code = "own"
 
     @staticmethod
     def from_mask(graph: ChannelGraph, mask: Tensor) -> PruningPlan:
@@ -83,6 +88,7 @@ class PruningPlan:
             inputs=tuple(InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in graph.traced.inputs),
             macs=(round(float(full.macs)), round(float(planned.macs))),
             params=(round(float(full.params)), round(float(planned.params))),
+            code="either" if graph.rewrites else "own",
         )
 
     @property
@@ -110,6 +116,7 @@ class PruningPlan:
         """The plan as JSON values."""
         return {
             "format": FORMAT,
+            "code": self.code,
             "macs": {"full": self.macs[0], "planned": self.macs[1]},
             "params": {"full": self.params[0], "planned": self.params[1]},
             "groups": [{"name": name, "size": self.groups[name], "keep": kept} for name, kept in self.keep.items()],
@@ -136,7 +143,7 @@ class PruningPlan:
             slices = tuple(
                 Slice(
                     str(s["tensor"]), positive(s["dim"], "dim", least=0), decode_runs(s["units"], len(mask)),
-                    role_of(s["role"]),
+                    one_of(Role, s["role"], "role"),
                 )
                 for s in values["slices"]
             )  # fmt: skip
@@ -146,11 +153,12 @@ class PruningPlan:
                 InputSpec(tuple(positive(n, "shape") for n in i["shape"]), dtype_name(i["dtype"]))
                 for i in values["inputs"]
             )
+            code = one_of(Code, values.get("code", "own"), "code")
             macs, params = ((int(values[k]["full"]), int(values[k]["planned"])) for k in ("macs", "params"))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise PlanError(f"not a pruning plan: {what}") from error
-        return PruningPlan(mask, groups, slices, inputs, macs, params)
+        return PruningPlan(mask, groups, slices, inputs, macs, params, code)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file is complete or not there at all."""
@@ -233,11 +241,11 @@ def positive(value: Any, name: str, *, least: int = 1) -> int:
     return value
 
 
-def role_of(name: Any) -> Role:
-    """``name`` if it is a role of a slice."""
-    if name not in get_args(Role):
-        raise PlanError(f"role {name!r} is none of {', '.join(get_args(Role))}")
-    return name  # type: ignore[no-any-return]
+def one_of(choices: Any, value: Any, name: str) -> Any:
+    """``value`` if it is one of the values of a ``Literal``."""
+    if value not in get_args(choices):
+        raise PlanError(f"{name} {value!r} is none of {', '.join(get_args(choices))}")
+    return value
 
 
 def dtype_name(name: Any) -> str:

@@ -34,7 +34,7 @@ from fastprune.methods.options import fields_of
 from fastprune.methods.registry import configure, load
 from fastprune.models import save_weights
 from fastprune.plan import PruningPlan
-from fastprune.surgery import apply, verify
+from fastprune.surgery import cut
 
 
 @dataclass(frozen=True)
@@ -146,20 +146,20 @@ def prune(
         )
         plan = worker.plan(task)
         check(plan, chosen, graph)
-        compact, difference = cut(plan, network)
+        done = cut(plan, network, graph.traced)
     metrics: dict[str, Any] = {
         "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
         "params": {"full": plan.params[0], "planned": plan.params[1]},
-        "difference": difference,
+        "difference": done.difference,
         "seconds": time.monotonic() - begun,
         "search": {**search, **{name: float(value) for name, value in worker.results().items()}},
     }
     if run is not None and peers.is_main:
-        plan.save(run.plan_path)
-        save_weights(compact, run.model_path)
+        done.plan.save(run.plan_path)
+        save_weights(done.model, run.model_path)
         run.log({"stage": "plan", **metrics})
     peers.barrier()
-    return PruningResult(compact.eval(), plan, metrics, graph)
+    return PruningResult(done.model.eval(), done.plan, metrics, graph)
 
 
 def check(plan: PruningPlan, budget: Budget, graph: ChannelGraph) -> None:
@@ -171,12 +171,6 @@ def check(plan: PruningPlan, budget: Budget, graph: ChannelGraph) -> None:
     planned, limit = plan.macs[1] if budget.resource == "flops" else plan.params[1], budget.limit(graph)
     if planned > limit:
         raise BudgetError(f"the method's plan costs {planned}, above the budget '{budget}' ({limit:.0f})")
-
-
-def cut(plan: PruningPlan, model: nn.Module) -> tuple[nn.Module, float]:
-    """The compact copy and how far its output is from the masked model's."""
-    compact = apply(plan, model, check=False)
-    return compact, verify(plan, model, compact)
 
 
 def same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:

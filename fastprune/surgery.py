@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.tracing import mode_of
+from fastprune.graph.rewrite import RewriteError
+from fastprune.graph.tracing import Traced, TraceError, mode_of, state_of
 from fastprune.plan import PlanError, PruningPlan
+from fastprune.rewritten import rewritten
 
 # Largest |compact - masked| / max |masked| that rounding explains beyond doubt. A float32 model that exceeds it, and
 # any model of lower precision, is decided in float64.
@@ -26,18 +29,80 @@ class SurgeryError(ValueError):
 def apply(plan: PruningPlan, model: nn.Module, *, check: bool = True) -> nn.Module:
     """A compact copy of ``model`` that has only the channels that stay, verified against the masked model.
 
+    Where the model's own code cannot run on fewer channels (it holds their number, or cuts where they were), the copy
+    is a ``RewrittenNetwork``, if the plan's graph was traced with ``rewrite=True``.
+
     Args:
         plan: what stays.
         model: the model that was traced, or one of the same structure; it is not changed.
-        check: whether ``verify`` runs; without it the copy is not proven exact.
+        check: whether ``verify`` runs; without it the copy is not proven exact, and whether the model's own code can
+            run is not tried.
 
     Returns:
-        The compact copy: same class, same mode, same ``requires_grad`` flags, smaller tensors.
+        The compact copy: same class (or a ``RewrittenNetwork``), same mode, same ``requires_grad`` flags, smaller
+        tensors.
 
     Raises:
         PlanError: if the plan does not fit the model; names the tensor.
         SurgeryError: if the compact model fails to run or computes something else; names the module.
     """
+    if check:
+        return cut(plan, model).model
+    compact = sliced(plan, model)
+    return in_rewritten_graph(plan, model, compact) if plan.code == "rewritten" else compact
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A compact network that is proven exact.
+
+    Args:
+        model: the network.
+        difference: the largest difference from the masked model's outputs, relative to the largest output.
+        plan: the plan, which says whose code runs the network.
+    """
+
+    model: nn.Module
+    difference: float
+    plan: PruningPlan
+
+
+def cut(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> Cut:
+    """The verified compact copy of ``model``; see ``apply``.
+
+    Args:
+        plan: what stays.
+        model: the full model.
+        traced: its graphs; None = traced here where they are needed.
+    """
+    compact = sliced(plan, model)
+    if plan.code == "rewritten":
+        compact = in_rewritten_graph(plan, model, compact, traced)
+        return Cut(compact, verify(plan, model, compact), plan)
+    try:
+        return Cut(compact, verify(plan, model, compact), replace(plan, code="own"))
+    except SurgeryError as error:
+        if plan.code == "own":
+            raise
+        try:
+            compact = in_rewritten_graph(plan, model, compact, traced)
+            return Cut(compact, verify(plan, model, compact), replace(plan, code="rewritten"))
+        except SurgeryError as second:
+            raise SurgeryError(f"{error}. Nor can its rewritten graph: {second}") from second
+
+
+def in_rewritten_graph(
+    plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced | None = None
+) -> nn.Module:
+    """The compact network as a rewritten graph, on the tensors of ``compact``."""
+    try:
+        return rewritten(plan, model, compact, traced)
+    except (RewriteError, TraceError) as error:
+        raise SurgeryError(f"the plan cannot be applied to {type(model).__name__}: {error}") from error
+
+
+def sliced(plan: PruningPlan, model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with compact tensors, not verified."""
     fits(plan, model)
     compact = copied(model)
     replaced: dict[int, Tensor] = {}
@@ -53,8 +118,6 @@ def apply(plan: PruningPlan, model: nn.Module, *, check: bool = True) -> nn.Modu
         own = {id(t) for t in (*module._parameters.values(), *module._buffers.values())}
         if own & shrunk:
             mend(module, depthwise=bool(own & depthwise))
-    if check:
-        verify(plan, model, compact)
     return compact
 
 
@@ -89,12 +152,6 @@ def copied(model: nn.Module) -> nn.Module:
                     "other tensors (torch.nn.utils.weight_norm does that; torch.nn.utils.parametrizations does not)"
                 )
     return copy.deepcopy(model)
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def fits(plan: PruningPlan, model: nn.Module) -> None:
@@ -151,6 +208,10 @@ def mend(module: nn.Module, *, depthwise: bool) -> None:
         module.out_channels = module.weight.shape[makes] * (module.groups if transposed else 1)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.GroupNorm):
+        width = next(p.shape[0] for p in module._parameters.values() if p is not None)
+        module.num_groups = module.num_groups * width // module.num_channels
+        module.num_channels = width
     elif isinstance(module, (nn.modules.batchnorm._NormBase, nn.PReLU)):
         tensors = (*module._parameters.values(), *module._buffers.values())
         width = next(t.shape[0] for t in tensors if t is not None and t.dim() == 1)

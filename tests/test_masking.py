@@ -26,7 +26,7 @@ def test_gates_equal_removal(name: str, randomised: Callable[[nn.Module], nn.Mod
         mask[group.start] = True
     with torch.no_grad():
         assert torch.allclose(network(images, torch.ones(graph.num_units)), model(images), rtol=0, atol=1e-12)
-        compact = fp.apply(graph.plan(mask), model, check=False)
+        compact = fp.apply(graph.plan(mask), model)
         expected = compact(images)
         error = (network(images, mask.double()) - expected).abs().max() / expected.abs().max()
         assert error < 1e-12

@@ -17,13 +17,17 @@ from fastprune.graph.propagate import LabelledDim, Propagation
 from fastprune.graph.tracing import Traced, trace_graphs
 
 
-def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, rewrite: bool = True) -> ChannelGraph:
     """Find the channel groups of a network.
 
     Args:
         model: any ``nn.Module`` that ``torch.export`` takes. It is not changed; its mode does not matter.
         example_inputs: a batch of inputs, or a tuple of them; [N, C, H, W] for an image network. Height and width are
             those that costs are counted for.
+        rewrite: whether channels count as prunable that the model's own code could not do without, because it holds
+            their number or cuts where they lie (a channel shuffle, ``split(x, [64, 64])``). Surgery then gives back the
+            rewritten graph of the network, a ``RewrittenNetwork``, where the code cannot run. False = these channels
+            stay, and every compact model has the class of the model.
 
     Returns:
         The ``ChannelGraph``.
@@ -39,7 +43,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Channe
         (10, 352, 40.55)
     """
     traced = trace_graphs(model, example_inputs)
-    state = Propagation()
+    state = Propagation(rewrites=rewrite)
     run_on_labels(traced.evaluation, traced.inputs, state, record=True)
     if traced.training is not None:
         run_on_labels(traced.training, traced.inputs, state, record=False)
@@ -54,35 +58,50 @@ class Units:
     offsets: IntArray
 
 
-def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
-    """Number the units, gather them into groups and describe both."""
+def settle(state: Propagation) -> tuple[Units, IntArray, dict[int, str]]:
+    """The units that the labels make up, the class of every label, and why the pinned classes are pinned."""
     dims = list(state.dims.values())
     for labelled in dims_without_producer(state, dims):
         state.space.pin(labelled.labels, "no convolution or linear layer makes its channels")
     components, reasons = state.settle()
-    units = number_units(components, reasons, dims)
+    return number_units(components, reasons, dims), components, reasons
+
+
+def slices_of(state: Propagation, units: Units) -> tuple[Slice, ...]:
+    """Every tensor dimension that shrinks with units."""
+    return tuple(
+        Slice(d.tensor, d.dim, torch.from_numpy(of), d.role)
+        for d in state.dims.values()
+        if (of := units.of_label[d.labels.numpy()]).max(initial=-1) >= 0
+    )
+
+
+def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
+    """Number the units, gather them into groups and describe both."""
+    units, components, reasons = settle(state)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    filters = {c.weight: tuple(buffers[c.weight].shape) for c in state.calls if c.weight in buffers}
     positions: dict[str, int] = {}
     for call in state.calls:
         positions[call.weight] = positions.get(call.weight, 0) + call.positions
-    slices = tuple(
-        Slice(d.tensor, d.dim, torch.from_numpy(of), d.role)
-        for d in dims
-        if (of := units.of_label[d.labels.numpy()]).max(initial=-1) >= 0
-    )
+    slices = slices_of(state, units)
     offsets = torch.from_numpy(units.offsets)
-    cost = CostModel(offsets, shapes, positions, sliced_dims(slices, units.offsets, shapes), state.fixed_macs)
+    cost = CostModel(
+        offsets, shapes, positions, sliced_dims(slices, units.offsets, shapes | filters), state.fixed_macs, filters
+    )
     layers = tuple(
         Layer(
             c.layer, c.kind, c.weight, c.node,
             torch.from_numpy(units.of_label[c.in_labels.numpy()]),
             torch.from_numpy(units.of_label[c.out_labels.numpy()]),
-            c.channel_dim, c.depthwise, c.positions * int(np.prod(shapes[c.weight])),
+            c.channel_dim, c.depthwise, c.positions * int(np.prod((shapes | filters)[c.weight])),
         )
         for c in state.calls
     )  # fmt: skip
     groups = describe_groups(units, layers, slices, cost, state)
-    return ChannelGraph(groups, offsets, slices, layers, unprunable(model, state, components, reasons), cost, traced)
+    kept = unprunable(model, state, components, reasons)
+    return ChannelGraph(groups, offsets, slices, layers, kept, cost, traced, state.rewrites)
 
 
 def dims_without_producer(state: Propagation, dims: list[LabelledDim]) -> list[LabelledDim]:

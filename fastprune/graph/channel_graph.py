@@ -106,6 +106,7 @@ class ChannelGraph:
         unprunable: (layer, reason) for every layer with output channels that always stay.
         cost_model: MACs and parameters under a mask.
         traced: the exported graphs.
+        rewrites: whether plans may need the network's graph rewritten; see ``trace``.
     """
 
     groups: tuple[Group, ...]
@@ -115,6 +116,7 @@ class ChannelGraph:
     unprunable: tuple[tuple[str, str], ...]
     cost_model: CostModel = field(repr=False)
     traced: Traced = field(repr=False)
+    rewrites: bool = True
 
     @property
     def num_units(self) -> int:

@@ -54,6 +54,7 @@ class CostModel:
         positions: uses of each element of a weight per sample.
         dims: the dimensions that shrink.
         fixed_macs: MACs that always stay, of layers whose weights are computed or used in a way that is not understood.
+        filters: full shapes of buffers that convolutions use as weights (blur filters, say): MACs, but no parameters.
     """
 
     offsets: Tensor
@@ -61,6 +62,7 @@ class CostModel:
     positions: Mapping[str, int]
     dims: Sequence[SlicedDim]
     fixed_macs: int = 0
+    filters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     _on_device: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def __call__(self, mask: Tensor) -> Cost:
@@ -74,14 +76,15 @@ class CostModel:
 
     def of_widths(self, kept: Tensor) -> Cost:
         """The cost for numbers of kept units per group, float64 [..., G]."""
-        _, incidence, fixed, factors, constant, positions = self._tables(kept.device)
+        _, incidence, fixed, factors, constant, positions, counted = self._tables(kept.device)
         sizes = kept @ incidence.T + fixed
         elements = constant * sizes[..., factors].prod(-1)
-        return Cost(macs=elements @ positions + self.fixed_macs, params=elements.sum(-1))
+        return Cost(macs=elements @ positions + self.fixed_macs, params=elements @ counted)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
         """Group of each unit; incidence [S+1, G] and fixed part [S+1] of each size (the last is 1); and for each
-        parameter the sizes that it multiplies [P, D], the product of its other sizes [P] and its positions [P].
+        parameter or filter the sizes that it multiplies [P, D], the product of its other sizes [P], its positions [P],
+        and whether it is a parameter [P].
         """
         if device not in self._on_device:
             self._on_device[device] = tuple(table.to(device) for table in self._build())
@@ -100,7 +103,7 @@ class CostModel:
         depth = max((len(rows) for rows in sized.values()), default=1)
         one = len(self.dims)
         factors, constant, positions = [], [], []
-        for name, shape in self.shapes.items():
+        for name, shape in (*self.shapes.items(), *self.filters.items()):
             rows = sized.get(name, [])
             shrinking = {self.dims[row].dim for row in rows}
             factors.append(rows + [one] * (depth - len(rows)))
@@ -114,4 +117,5 @@ class CostModel:
             torch.tensor(factors, dtype=torch.int64).reshape(len(factors), depth),
             torch.tensor(constant, dtype=torch.float64),
             torch.tensor(positions, dtype=torch.float64),
+            torch.tensor([1.0] * len(self.shapes) + [0.0] * len(self.filters), dtype=torch.float64),
         )

@@ -9,13 +9,16 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from fastprune.graph import channelwise, layers, moves  # noqa: F401 - they enter their rules into the table
 from fastprune.graph.labels import kept
 from fastprune.graph.propagate import Propagation, Weight
 from fastprune.graph.rules import Context, apply_rule
-from fastprune.graph.tracing import concrete
+from fastprune.graph.tracing import attribute_of, concrete
 
 
-def run_on_labels(graph: GraphModule, inputs: tuple[Tensor, ...], state: Propagation, *, record: bool) -> None:
+def run_on_labels(
+    graph: GraphModule, inputs: tuple[Tensor, ...], state: Propagation, *, record: bool
+) -> dict[Node, Any]:
     """Let labels flow through ``graph``.
 
     Args:
@@ -23,6 +26,9 @@ def run_on_labels(graph: GraphModule, inputs: tuple[Tensor, ...], state: Propaga
         inputs: the example; only its shapes matter here.
         state: where the findings go.
         record: whether convolutions and linear layers are recorded as calls (the eval-mode graph) or only labelled.
+
+    Returns:
+        The labels of every node's value.
     """
     weights = weights_of(graph)
     values: dict[Node, Any] = {}
@@ -37,18 +43,18 @@ def run_on_labels(graph: GraphModule, inputs: tuple[Tensor, ...], state: Propaga
         elif node.op == "call_function":
             args = map_arg(node.args, values.__getitem__)
             kwargs = map_arg(node.kwargs, values.__getitem__)
-            context = Context(state, node, module_of(node), inputs[0].shape[0], output_shapes(node), record)
+            context = Context(state, node, inputs[0].shape[0], output_shapes(node), record)
             values[node] = apply_rule(context, args, kwargs)
         else:  # a call_module is an exporter's guard; it returns nothing
             values[node] = None
+    return values
 
 
 def attribute(graph: GraphModule, name: str, weights: dict[str, Weight]) -> Weight | Tensor | None:
     """A parameter or buffer, a constant of the model's code (which stays as it is), or None for a graph."""
     if name in weights:
         return weights[name]
-    owner, _, last = name.rpartition(".")
-    value = getattr(graph.get_submodule(owner), last)
+    value = attribute_of(graph, name)
     return kept(tuple(value.shape)) if isinstance(value, Tensor) else None
 
 
@@ -75,13 +81,6 @@ def pin_outputs(node: Node, values: dict[Node, Any], state: Propagation) -> None
         return source
 
     map_arg(node.args, pin)
-
-
-def module_of(node: Node) -> str:
-    """The name of the module in whose code the node arose, "" at the top."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = [str(entry[0]) for entry in stack.values()]
-    return path[-1].removeprefix("L['self'].") if path else ""
 
 
 def output_shapes(node: Node) -> Any:

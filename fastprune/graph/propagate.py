@@ -8,8 +8,10 @@ from typing import Literal
 
 import numpy as np
 from torch import Tensor
+from torch.fx import Node
 
 from fastprune.graph.labels import IntArray, LabelSpace, canonical, kept
+from fastprune.graph.selection import Origin, Selection
 
 # Given each label's class, does a compact tensor keep its shape here? Returns the labels to pin if it does not.
 Check = Callable[[IntArray], Tensor | None]
@@ -78,6 +80,7 @@ class Call:
 class Propagation:
     """What is learnt from running a model's graphs on labels; shared by the eval-mode and the train-mode graph."""
 
+    rewrites: bool = True  # whether the compact network may be a rewritten graph; False = the model's own code runs it
     space: LabelSpace = field(default_factory=LabelSpace)
     dims: dict[tuple[str, int], LabelledDim] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
@@ -85,6 +88,10 @@ class Propagation:
     added: list[Tensor] = field(default_factory=list)
     locked: dict[str, str] = field(default_factory=dict)
     checks: list[tuple[Check, str]] = field(default_factory=list)
+    origins: dict[Node, Origin] = field(default_factory=dict)  # of values whose channels lie along several dimensions
+    selections: dict[Node, list[Selection]] = field(
+        default_factory=dict
+    )  # for each result of a move that takes channels
 
     def label_dim(self, weight: Weight, dim: int, labels: Tensor, role: Role, reason: str) -> None:
         """Say that index j of ``weight`` along ``dim`` belongs to channel ``labels[j]``."""

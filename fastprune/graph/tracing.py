@@ -107,6 +107,18 @@ def trace_graphs(model: nn.Module, example: Tensor | Sequence[Tensor]) -> Traced
     return Traced(evaluation, training, inputs, any_batch)
 
 
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def attribute_of(module: nn.Module, name: str) -> Any:
+    """What a module holds under a dotted name."""
+    owner, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(owner), last)
+
+
 def parameter_names(model: nn.Module) -> set[str]:
     """The names of the distinct parameters."""
     return {name for name, _ in model.named_parameters()}

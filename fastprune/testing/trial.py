@@ -19,7 +19,7 @@ from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
 from fastprune.methods.contract import Method, Metrics, Phase, Task
 from fastprune.plan import PruningPlan
-from fastprune.surgery import SurgeryError, apply, verify
+from fastprune.surgery import SurgeryError, cut, verify
 from fastprune.testing.network import network, sample_data, traced
 
 TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
@@ -135,7 +135,7 @@ class Trial:
     def check_exact(self, plan: PruningPlan) -> None:
         """The compact network computes what the masked one computes, and costs what the plan says."""
         try:
-            compact = apply(plan, self.task.model, check=False)
+            compact = cut(plan, self.task.model).model
             verify(plan, self.task.model, compact, dtype=torch.float64)
         except (SurgeryError, ValueError) as error:
             raise self.fail("exact", str(error)) from error

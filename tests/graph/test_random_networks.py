@@ -349,22 +349,26 @@ def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
     seed=st.integers(0, 2**16),
     outputs=st.sampled_from(["one", "one", "tuple", "dict"]),
     batch=st.integers(1, 3),
+    rewrite=st.booleans(),
 )
-def test_every_plan_for_a_random_network_is_exact(names: list[str], seed: int, outputs: str, batch: int) -> None:
-    check(Network(names, seed, outputs), seed, batch)
+def test_every_plan_for_a_random_network_is_exact(
+    names: list[str], seed: int, outputs: str, batch: int, rewrite: bool
+) -> None:
+    check(Network(names, seed, outputs), seed, batch, rewrite=rewrite)
 
 
+@pytest.mark.parametrize("rewrite", [True, False])
 @pytest.mark.parametrize("name", sorted(BLOCKS))
-def test_every_plan_for_each_block_is_exact(name: str) -> None:
-    check(Network([name], 1, "one"), 1, 1)
+def test_every_plan_for_each_block_is_exact(name: str, rewrite: bool) -> None:
+    check(Network([name], 1, "one"), 1, 1, rewrite=rewrite)
 
 
-def check(network: nn.Module, seed: int, batch: int) -> None:
+def check(network: nn.Module, seed: int, batch: int, *, rewrite: bool) -> None:
     """Trace, plan, save, load, apply, verify, count, and compare with the masked network."""
     model = network.double()
     before = copy.deepcopy(model.state_dict())
     example = torch.zeros(batch, 3, 8, 8, dtype=torch.float64)
-    graph = fp.trace(model, example)
+    graph = fp.trace(model, example, rewrite=rewrite)
     gates = MaskedNetwork(graph, model)
     images = torch.randn(batch, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     full = torch.ones(graph.num_units, dtype=torch.bool)
@@ -376,7 +380,8 @@ def check(network: nn.Module, seed: int, batch: int) -> None:
     for mask in masks(graph, seed):
         plan = fp.PruningPlan.from_json(graph.plan(mask).to_json())
         assert torch.equal(plan.mask, mask)
-        compact = fp.apply(plan, model, check=False)
+        compact = fp.apply(plan, model)
+        assert rewrite or type(compact) is type(model)
         assert fp.verify(plan, model, compact, dtype=torch.float64) <= 1e-9
         cost = fp.trace(compact, example).cost()
         assert (int(cost.macs), int(cost.params)) == (plan.macs[1], plan.params[1])
@@ -442,11 +447,11 @@ def without_gradient(net: Between, x: Tensor) -> Tensor:
         (lambda net, x: x + F.interpolate(net.map, size=(8, 8)), 0),
         (lambda net, x: x + net.middle(F.interpolate(net.map, size=(8, 8))), 8),
         (lambda net, x: x * net.constant, 0),
-        (lambda net, x: x * (x[:, :1] > 0).type_as(x.flatten(1)), 0),
+        (lambda net, x: x * (x[:, :1] > 0).type_as(x.flatten(1)), (0, 7)),
         (lambda net, x: x + net.middle(x[0]), 0),
         (lambda net, x: F.max_pool2d(x.flatten(2), 3, 1, 1).view(x.shape), 0),
         (lambda net, x: F.conv_transpose2d(torch.relu(net.middle(x)), net.middle.weight, padding=1), 0),
-        (lambda net, x: torch.channel_shuffle(x, 2), 0),
+        (lambda net, x: torch.channel_shuffle(x, 2), (0, 8)),
         (lambda net, x: torch.frexp(x)[0], 0),
     ],
     ids=[
@@ -456,10 +461,14 @@ def without_gradient(net: Between, x: Tensor) -> Tensor:
         "several results",
     ],
 )  # fmt: skip
-def test_unusual_code_is_exact_or_kept(between: Callable[[Between, Tensor], Tensor], units: int) -> None:
+def test_unusual_code_is_exact_or_kept(
+    between: Callable[[Between, Tensor], Tensor], units: int | tuple[int, int]
+) -> None:
     model = Between(between)
-    check(model, 0, 1)
-    assert fp.trace(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64)).num_units == units
+    own, rewritten = units if isinstance(units, tuple) else (units, units)
+    for rewrite, count in ((False, own), (True, rewritten)):
+        check(model, 0, 1, rewrite=rewrite)
+        assert fp.trace(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64), rewrite=rewrite).num_units == count
 
 
 @pytest.mark.parametrize("between", [lambda net, x: net.normed(x), lambda net, x: net.pairs(x)])

@@ -126,14 +126,38 @@ def test_channels_flow_through(between: object) -> None:
     ids=["layer norm", "channel softmax", "roll", "channel sum", "index", "cumsum", "shuffle and add"],
 )
 def test_what_mixes_channels_pins_them_and_says_so(between: object, reason: str) -> None:
-    graph = fp.trace(Net(between), torch.zeros(2, 3, 8, 8))
+    graph = fp.trace(Net(between), torch.zeros(2, 3, 8, 8), rewrite=False)
     assert graph.groups == ()
     assert reason in dict(graph.unprunable)["first"]
 
 
+@pytest.mark.parametrize(
+    ("between", "sizes"),
+    [
+        (lambda net, x: x[:, [5, 4, 3, 2, 1, 0]], [6]),
+        (lambda net, x: x.view(2, 2, 3, 8, 8).transpose(1, 2).reshape(2, 6, 8, 8), [6]),
+        # The channels 1, 3, 4 and 2 take each other's places in a circle; 0 and 5 keep theirs.
+        (lambda net, x: x.view(2, 2, 3, 8, 8).transpose(1, 2).reshape(2, 6, 8, 8) + x, [2]),
+        (lambda net, x: torch.cat([x[:, 4:], x[:, :2]], 1).repeat(1, 2, 1, 1)[:, :6], [2, 2]),
+    ],
+    ids=["index", "shuffle", "shuffle and add", "slices"],
+)
+def test_a_rewritten_graph_takes_the_channels_that_are_left(between: object, sizes: list[int]) -> None:
+    torch.manual_seed(0)
+    model = Net(between).double()
+    graph = fp.trace(model, torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    assert [group.size for group in graph.groups][: len(sizes)] == sizes
+    mask = torch.ones(graph.num_units)
+    mask[0] = 0
+    compact = fp.apply(graph.plan(mask), model)
+    assert isinstance(compact, fp.RewrittenNetwork)
+
+
 def test_a_channel_that_scales_all_others_stays() -> None:
     graph = fp.trace(Net(lambda net, x: x[:, 1:] * x[:, :1], reads=5), torch.zeros(2, 3, 8, 8))
-    assert graph.groups == ()
+    assert [group.size for group in graph.groups] == [5]
+    assert graph.layers[0].out_units.tolist() == [-1, 0, 1, 2, 3, 4]
+    assert dict(graph.unprunable)["first"] == "slice in the model (takes a single channel)"
 
 
 def test_chunks_that_are_multiplied_leave_in_pairs() -> None:

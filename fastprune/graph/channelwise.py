@@ -1,0 +1,133 @@
+"""Operators that work on each channel by itself: padding, pooling, reductions, normalisation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastprune.graph.labels import along, canonical, core, kept, varying
+from fastprune.graph.propagate import Weight
+from fastprune.graph.rules import SIZES, Context, give_up, require_box, rule
+
+
+@rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
+def pad(context: Context, x: Tensor, amounts: Sequence[int], *rest: Any, **options: Any) -> Tensor:
+    """Padding around pixels belongs to the channel; padding beside channels adds channels that stay."""
+    padded = [x.dim() - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    if any(dim in varying(x) for dim in padded):
+        if context.operator not in ("constant_pad_nd", "pad") or min(amounts) < 0:
+            return give_up(context, (x,), {})  # type: ignore[no-any-return]
+        return canonical(torch.constant_pad_nd(x, list(amounts), 0))
+    return resize(context, x)
+
+
+def resize(context: Context, x: Tensor) -> Tensor:
+    """The same channels with other extents in the dimensions along which labels do not vary."""
+    if any(x.size(dim) != context.shape[dim] for dim in varying(x)):
+        return give_up(context, (x,), {})  # type: ignore[no-any-return]
+    return canonical(core(x).expand(context.shape))
+
+
+POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)]
+UPSAMPLES = [
+    f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d", "trilinear3d")
+]
+
+
+@rule(*POOLS, *UPSAMPLES, "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "zeros_like", "ones_like")
+def spatial(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
+    """Works on each channel by itself, along dimensions 2 and up."""
+    pixels = re.search("([123])d", context.operator)  # one dimension fewer: a single image without a batch
+    unbatched = pixels is not None and x.dim() != int(pixels.group(1)) + 2
+    if unbatched or any(dim > 1 for dim in varying(x)) or not isinstance(context.shape, tuple):
+        return give_up(context, (x, rest), options)
+    return resize(context, x)
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "logsumexp")
+def reduce(context: Context, x: Tensor, dims: Any = None, *rest: Any, **options: Any) -> Any:
+    """A reduction. Channels that it brings together can only leave together."""
+    if not isinstance(context.shape, tuple):
+        return give_up(context, (x,), {})
+    named = isinstance(dims, (int, list, tuple)) and not isinstance(dims, bool) and dims != []  # a flag: all of them
+    chosen = pytree.tree_leaves(dims) if named else range(x.dim())
+    reduced = {int(dim) % x.dim() for dim in chosen}
+    if not mix(context, x, reduced):
+        return give_up(context, (x,), {})
+    index = tuple(0 if dim in reduced else slice(None) for dim in range(x.dim()))
+    return canonical(x[index].reshape(context.shape))
+
+
+@rule("softmax", "log_softmax", "_softmax", "cumsum")
+def along_one(context: Context, x: Tensor, dim: int, *rest: Any, **options: Any) -> Any:
+    """Mixes values along one dimension only."""
+    return x if mix(context, x, {dim % x.dim()}) else give_up(context, (x,), {})
+
+
+def mix(context: Context, x: Tensor, dims: set[int]) -> bool:
+    """Values along ``dims`` meet. Unite what meets, unless nothing but these dimensions tells channels apart."""
+    crossed = dims & set(varying(x))
+    if crossed and crossed == set(varying(x)):
+        return False
+    for dim in crossed:  # the parts of a split attention, say: each channel leaves with its counterparts in all parts
+        context.state.space.unite(x.narrow(dim, 0, 1).expand_as(x), x, context.reason)
+    if crossed:
+        require_box(context, x)
+    return True
+
+
+@rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
+def batch_norm(context: Context, x: Tensor, *parameters: Any, **options: Any) -> Any:
+    """Each channel by itself; its scale, shift and statistics go with it."""
+    channels = along(x, 1)
+    if channels is None:
+        return give_up(context, (x, parameters), options)
+    for weight in (*parameters, *options.values()):
+        if isinstance(weight, Weight):
+            context.state.label_dim(weight, 0, channels, "channel", context.reason)
+        elif isinstance(weight, Tensor):
+            context.state.space.unite(channels, along(weight, 0), context.reason)  # type: ignore[arg-type]
+    return x if isinstance(context.shape, tuple) else [x, *map(kept, context.shape[1:])]
+
+
+@rule("group_norm")
+def group_norm(context: Context, x: Tensor, groups: int, *parameters: Any, **options: Any) -> Any:
+    """Normalises the channels of each group together, so that a group leaves as a whole; a single one stays."""
+    channels = along(x, 1)
+    if channels is None or groups == 1 or groups == channels.numel() == 1:
+        return give_up(context, (x, parameters), options)
+    rows = channels.reshape(groups, -1)
+    context.state.space.unite(rows[:, :1].expand_as(rows), rows, context.reason)
+    for weight in (*parameters, *options.values()):
+        if isinstance(weight, Weight):
+            context.state.label_dim(weight, 0, channels, "channel", context.reason)
+        elif isinstance(weight, Tensor):
+            context.state.space.unite(channels, along(weight, 0), context.reason)  # type: ignore[arg-type]
+    return x
+
+
+@rule("_assert_tensor_metadata")
+def assertion(context: Context, *args: Any, **options: Any) -> None:
+    """Says something about a tensor, and changes nothing."""
+
+
+@rule(*SIZES)
+def size_of(context: Context, x: Tensor | Weight, dim: int | None = None) -> int:
+    """Sizes are those of the example."""
+    return x.shape[dim] if dim is not None else torch.Size(x.shape).numel()
+
+
+@rule("prelu")
+def prelu(context: Context, x: Tensor, slope: Any) -> Any:
+    """A slope per channel (dimension 1), or one for all."""
+    channels = along(x, 1)
+    if channels is None or not isinstance(slope, Weight):
+        return give_up(context, (x, slope), {})
+    if slope.shape[0] > 1:
+        context.state.label_dim(slope, 0, channels, "channel", context.reason)
+    return x

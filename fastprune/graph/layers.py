@@ -1,0 +1,85 @@
+"""Convolutions and linear layers: they read channels along one dimension of the weight and make others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprune.graph.labels import along, spread
+from fastprune.graph.propagate import Call, Weight
+from fastprune.graph.rules import Context, give_up, rule
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def convolution(context: Context, x: Tensor, weight: Any, bias: Any = None, *rest: Any, **options: Any) -> Any:
+    """Reads input channels along one dimension of the weight, makes output channels along the other."""
+    kind = context.operator
+    position = 5 if kind == "convolution" else 3
+    groups = int(options.get("groups", rest[position] if len(rest) > position else 1))
+    transposed = "transpose" in kind or (kind == "convolution" and bool(rest[3]))
+    channels = along(x, 1) if x.dim() == len(weight.shape) else None  # one dimension fewer: an image without a batch
+    uses = (tuple(x.shape) if transposed else context.shape, weight.shape[1:])
+    if not isinstance(weight, Weight) or channels is None or isinstance(bias, Tensor):
+        return give_up_layer(context, (x, weight, bias), uses)
+    reads, makes = (0, 1) if transposed else (1, 0)
+    state, depthwise = context.state, groups == channels.numel() > 1
+    if transposed and groups > 1 and not depthwise:
+        return give_up_layer(context, (x, weight, bias), uses)
+    if depthwise:
+        out = channels.repeat_interleave(weight.shape[1] if transposed else weight.shape[0] // groups)
+        state.label_dim(weight, 0, out, "depthwise", context.reason)
+    elif groups > 1:
+        rows = channels.reshape(groups, -1)
+        state.space.unite(rows[:1].expand_as(rows), rows, f"{context.reason} (grouped)")
+        state.label_dim(weight, reads, rows[0], "in", context.reason)
+        out = state.fresh_dim(weight, makes, "out", context.reason, repeat=groups)
+    else:
+        state.label_dim(weight, reads, channels, "in", context.reason)
+        out = state.fresh_dim(weight, makes, "out", context.reason)
+    if isinstance(bias, Weight):
+        state.label_dim(bias, 0, out, "channel", context.reason)
+    pixels = x.shape[2:].numel() if transposed else torch.Size(context.shape[2:]).numel()
+    record_call(
+        context, weight, pixels * x.shape[0] // context.batch, channels, out, channel_dim=1, depthwise=depthwise
+    )
+    return spread(out, context.shape, 1)
+
+
+@rule("linear")
+def linear(context: Context, x: Tensor, weight: Any, bias: Any = None) -> Any:
+    """The last dimension holds the channels."""
+    channels = along(x, x.dim() - 1)
+    if not isinstance(weight, Weight) or channels is None or isinstance(bias, Tensor):
+        return give_up_layer(context, (x, weight, bias), (context.shape, weight.shape[1:]))
+    state = context.state
+    state.label_dim(weight, 1, channels, "in", context.reason)
+    out = state.fresh_dim(weight, 0, "out", context.reason)
+    if isinstance(bias, Weight):
+        state.label_dim(bias, 0, out, "channel", context.reason)
+    record_call(
+        context, weight, x.shape[:-1].numel() // context.batch, channels, out, channel_dim=x.dim() - 1, depthwise=False
+    )
+    return spread(out, context.shape, len(context.shape) - 1)
+
+
+def give_up_layer(context: Context, args: Any, uses: tuple[Sequence[int], Sequence[int]]) -> Any:
+    """A layer that stays as it is costs what it costs: ``uses`` are the shapes whose product counts its MACs."""
+    if context.record:
+        context.state.fixed_macs += math.prod(uses[0]) * math.prod(uses[1]) // context.batch
+    return give_up(context, args, {})
+
+
+def record_call(
+    context: Context, weight: Weight, positions: int, reads: Tensor, makes: Tensor, *, channel_dim: int, depthwise: bool
+) -> None:
+    """Remember the use of a convolution or linear layer in the graph that is costed and masked."""
+    if context.record:
+        call = Call(
+            layer=weight.layer, kind=context.operator, weight=weight.name, positions=positions, node=context.node.name,
+            in_labels=reads, out_labels=makes, channel_dim=channel_dim, depthwise=depthwise,
+        )  # fmt: skip
+        context.state.calls.append(call)

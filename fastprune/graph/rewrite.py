@@ -1,0 +1,292 @@
+"""The exported graph of a full network, rewritten for the channels that stay.
+
+The model's own code may hold widths as numbers (``split(x, [64, 64])``), or cut where channels are no longer. Its graph
+can be changed: sizes that are written in it become those of the compact tensors, and moves select what is left of the
+channels that they selected.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from fastprune.graph.labels import core
+from fastprune.graph.moves import PARTING
+from fastprune.graph.rules import described, operator_name
+from fastprune.graph.selection import Selection
+from fastprune.graph.tracing import attribute_of
+
+Kept = npt.NDArray[np.int64] | None  # the indices that stay along a dimension, None for all
+
+# Operators with sizes among their arguments: the name of the argument.
+SIZED = {
+    **dict.fromkeys(("view", "_unsafe_view", "expand"), "size"),
+    "reshape": "shape",
+    "unflatten": "sizes",
+}
+
+
+class RewriteError(ValueError):
+    """The graph cannot be rewritten for a plan; names the operator and the module."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph without state: its inputs are those of the network, then tensors of the model, then indices.
+
+    Args:
+        module: the graph.
+        tensors: names of the parameters, buffers and constants that it takes.
+        indices: what it selects channels by, int64 each.
+    """
+
+    module: GraphModule
+    tensors: tuple[str, ...]
+    indices: tuple[Tensor, ...]
+
+
+def rewrite(
+    source: GraphModule,
+    labels: Mapping[Node, Any],
+    selections: Mapping[Node, list[Selection]],
+    keep: npt.NDArray[np.bool_],
+) -> Rewritten:
+    """Rewrite an exported graph for compact tensors.
+
+    Args:
+        source: the graph of the full network.
+        labels: the labels of its values.
+        selections: its moves that take channels.
+        keep: for each label, whether its channels stay.
+
+    Raises:
+        RewriteError: if an operator cannot be told the new sizes.
+    """
+    return _Writer(source, labels, selections, keep).write()
+
+
+@dataclass
+class _Writer:
+    source: GraphModule
+    labels: Mapping[Node, Any]
+    selections: Mapping[Node, list[Selection]]
+    keep: npt.NDArray[np.bool_]
+    graph: Graph = field(default_factory=Graph)
+    boxes: dict[Node, list[list[Kept]] | None] = field(default_factory=dict)
+    written: dict[Node, Any] = field(default_factory=dict)
+    indices: list[Tensor] = field(default_factory=list)
+    index_nodes: list[Node] = field(default_factory=list)
+    last_input: Node | None = None
+
+    def write(self) -> Rewritten:
+        nodes = list(self.source.graph.nodes)
+        for node in nodes:
+            if node.op == "placeholder":
+                self.last_input = self.written[node] = self.graph.placeholder(node.name)
+        held = {node: str(node.target) for node in nodes if node.op == "get_attr" and self.is_tensor(str(node.target))}
+        inputs: dict[str, Node] = {}
+        for name in dict.fromkeys(held.values()):
+            self.last_input = inputs[name] = self.graph.placeholder(f"tensor_{len(inputs)}")
+        self.written |= {node: inputs[name] for node, name in held.items()}
+        for node in nodes:
+            if node not in self.written and node.op != "call_module":  # the exporter's guard on input shapes
+                self.written[node] = self.node(node)
+        self.graph.lint()
+        module = GraphModule(self.source, self.graph)
+        return Rewritten(module, tuple(inputs), tuple(self.indices))
+
+    def node(self, node: Node) -> Any:
+        """What stands for a node in the new graph; None for a value that need not exist."""
+        if node.op == "output" or node.op == "get_attr":
+            return self.copy(node)
+        if operator_name(node) == "_assert_tensor_metadata":
+            return None
+        result = self.kept(node)
+        if result is None:
+            return None
+        if node in self.selections and self.changes(node):
+            parts = [
+                self.select(choice, node, labels)
+                for choice, labels in zip(self.selections[node], self.parts(node), strict=True)
+            ]
+            return parts if isinstance(self.labels[node], (list, tuple)) else parts[0]
+        if node.target is operator.getitem and isinstance(parts := self.written[first_of(node)], list):
+            return parts[cast("int", node.args[1])]
+        name = operator_name(node)
+        if name in PARTING:
+            dim = int(argument_of(node, "dim")) % self.parts(node)[0].dim()
+            if any(box[dim] is not None for box in result):
+                return self.part(node, dim)
+        copied = self.copy(node)
+        if not self.changes(node):
+            return copied
+        if name in SIZED:
+            self.resize(node, copied, result[0], SIZED[name])
+        elif "conv" in name:
+            self.regroup(node, copied, "groups", depthwise=True)
+        elif name == "group_norm":
+            self.regroup(node, copied, "num_groups", depthwise=False)
+        elif name == "select":
+            self.reselect(node, copied)
+        return copied
+
+    def is_tensor(self, name: str) -> bool:
+        """Whether an attribute is a tensor, not a graph within the graph."""
+        return isinstance(attribute_of(self.source, name), Tensor)
+
+    def copy(self, node: Node) -> Node:
+        for source in node.all_input_nodes:
+            if self.written.get(source) is None:
+                raise RewriteError(f"{described(node)} reads channels that do not lie along one dimension")
+        return self.graph.node_copy(node, self.written.__getitem__)
+
+    # --- what stays ---------------------------------------------------------------------------------------------
+
+    def parts(self, node: Node) -> list[Tensor]:
+        return [x for x in pytree.tree_leaves(self.labels.get(node)) if isinstance(x, Tensor)]
+
+    def kept(self, node: Node) -> list[list[Kept]] | None:
+        """The indices that stay along each dimension of each result; None where they form no box."""
+        if node not in self.boxes:
+            found = [kept_box(labels, self.keep) for labels in self.parts(node)]
+            self.boxes[node] = None if any(box is None for box in found) else cast("list[list[Kept]]", found)
+        return self.boxes[node]
+
+    def changes(self, node: Node) -> bool:
+        """Whether a node or anything that it reads has fewer channels."""
+        for touched in (node, *node.all_input_nodes):
+            boxes = self.kept(touched)
+            if boxes is None or any(kept is not None for box in boxes for kept in box):
+                return True
+        return False
+
+    # --- moves --------------------------------------------------------------------------------------------------
+
+    def select(self, choice: Selection, node: Node, labels: Tensor) -> Node:
+        """The channels of the base that are left of a selection."""
+        base_boxes, box = self.kept(choice.base), kept_box(labels, self.keep)
+        source: Node | None = self.written[choice.base]
+        if base_boxes is None or box is None or source is None:
+            raise RewriteError(f"{described(node)} takes channels of a value that does not exist on its own")
+        size = labels.size(choice.dim)
+        stays = box[choice.dim] if box[choice.dim] is not None else np.arange(size)
+        held = base_boxes[0][choice.dim]
+        wanted = choice.indices.numpy()[stays]
+        places = wanted if held is None else np.searchsorted(held, wanted)
+        width = None if held is None else len(held)
+        first = int(places[0]) if len(places) else 0
+        if np.array_equal(places, np.arange(first, first + len(places))):
+            if first == 0 and len(places) == (
+                width if width is not None else self.parts(choice.base)[0].size(choice.dim)
+            ):
+                return source
+            return self.graph.call_function(
+                torch.ops.aten.slice.Tensor, (source, choice.dim, first, first + len(places))
+            )
+        return self.graph.call_function(
+            torch.ops.aten.index_select.default, (source, choice.dim, self.index(torch.from_numpy(places)))
+        )
+
+    def index(self, indices: Tensor) -> Node:
+        """A tensor of indices as one more input."""
+        for known, node in zip(self.indices, self.index_nodes, strict=True):
+            if torch.equal(known, indices):
+                return node
+        with self.graph.inserting_after(self.last_input):
+            node = self.graph.placeholder(f"indices_{len(self.indices)}")
+        self.last_input = node
+        self.indices.append(indices)
+        self.index_nodes.append(node)
+        return node
+
+    def part(self, node: Node, dim: int) -> Node:
+        """Parts of the sizes that are left."""
+        boxes = [kept_box(labels, self.keep) for labels in self.parts(node)]
+        kept = [None if box is None else box[dim] for box in boxes]
+        sizes = [part.size(dim) if k is None else len(k) for part, k in zip(self.parts(node), kept, strict=True)]
+        source = self.written[first_of(node)]
+        if source is None:
+            raise RewriteError(f"{described(node)} cuts a value that does not exist on its own")
+        return self.graph.call_function(torch.ops.aten.split_with_sizes.default, (source, sizes, dim))
+
+    # --- arguments ----------------------------------------------------------------------------------------------
+
+    def resize(self, node: Node, copied: Node, box: list[Kept], argument: str) -> None:
+        """Write the compact sizes in place of the full ones."""
+        sizes = list(argument_of(copied, argument))
+        dims = len(box) - len(sizes)  # that "unflatten" leaves as they are
+        first = int(argument_of(node, "dim")) % (dims + 1) if operator_name(node) == "unflatten" else 0
+        for place, size in enumerate(sizes):
+            kept = box[first + place]
+            if kept is None or size == -1:
+                continue
+            if not isinstance(size, int):
+                raise RewriteError(f"{described(node)} computes the number of channels from the size of the input")
+            sizes[place] = len(kept)
+        set_argument(copied, argument, sizes)
+
+    def regroup(self, node: Node, copied: Node, argument: str, *, depthwise: bool) -> None:
+        """As many groups as are left, where whole groups leave: of a depthwise convolution, or of a group norm."""
+        groups = argument_of(node, argument)
+        labels, boxes = self.parts(first_of(node))[0], self.kept(first_of(node))
+        kept = boxes[0][1] if boxes is not None else None
+        if groups is None or kept is None or (depthwise and groups != labels.size(1)):
+            return
+        set_argument(copied, argument, groups * len(kept) // labels.size(1))
+
+    def reselect(self, node: Node, copied: Node) -> None:
+        """The place of a single channel among those that stay."""
+        boxes, dim, index = self.kept(first_of(node)), int(argument_of(node, "dim")), int(argument_of(node, "index"))
+        labels = self.parts(first_of(node))[0]
+        kept = boxes[0][dim % labels.dim()] if boxes is not None else None
+        if kept is not None:
+            set_argument(copied, "index", int(np.searchsorted(kept, index % labels.size(dim))))
+
+
+def kept_box(labels: Tensor, keep: npt.NDArray[np.bool_]) -> list[Kept] | None:
+    """The indices of ``labels`` that stay along each dimension, None if what stays is no box."""
+    small = core(labels)
+    stays = keep[small.numpy()]
+    if stays.all():
+        return [None] * labels.dim()
+    box: list[Kept] = []
+    product = np.ones((1,) * stays.ndim, dtype=bool)
+    for axis in range(stays.ndim):
+        vector = stays.any(axis=tuple(a for a in range(stays.ndim) if a != axis))
+        box.append(None if vector.all() else np.flatnonzero(vector))
+        product = product & vector.reshape([-1 if a == axis else 1 for a in range(stays.ndim)])
+    return box if np.array_equal(product & np.ones_like(stays), stays) else None
+
+
+def first_of(node: Node) -> Node:
+    """What a node reads first."""
+    return cast("Node", node.args[0])
+
+
+def argument_of(node: Node, name: str) -> Any:
+    """An argument of an operator by its name in the schema, its default where it was not given."""
+    for place, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            if place < len(node.args):
+                return node.args[place]
+            return node.kwargs.get(name, argument.default_value if argument.has_default_value() else None)
+    return None
+
+
+def set_argument(node: Node, name: str, value: Any) -> None:
+    """Set an argument of an operator by its name in the schema."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    place = names.index(name)
+    if place < len(node.args):
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(name, value)

@@ -1,0 +1,183 @@
+"""A compact network that runs its rewritten graph, because the model's own code cannot run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fastprune.graph.build import settle, slices_of
+from fastprune.graph.channel_graph import Slice
+from fastprune.graph.interpret import run_on_labels
+from fastprune.graph.propagate import Propagation
+from fastprune.graph.rewrite import Rewritten, rewrite
+from fastprune.graph.tracing import Traced, TraceError, attribute_of, export, state_of, trace_graphs
+from fastprune.plan import PlanError, PruningPlan
+
+
+class RewrittenNetwork(nn.Module):
+    """A compact network as a graph of operators.
+
+    Its parameters and buffers have the names that they have in the model; it can be trained, saved, copied, exported
+    and pruned again. The modules that hold them are no layers: there is nothing to replace in it.
+
+    Args:
+        compact: holds the compact parameters and buffers, which are shared.
+        constants: tensors of the model's code, by their names in the graphs.
+        graphs: the graph for each mode, True = training; where there is none, the reason.
+        inputs: what the network was traced with.
+        any_batch: whether it takes batches of any size; its other sizes are fixed.
+        specs: how its arguments and results are nested.
+    """
+
+    def __init__(
+        self,
+        compact: nn.Module,
+        constants: dict[str, Tensor],
+        graphs: dict[bool, Rewritten | str],
+        inputs: tuple[Tensor, ...],
+        any_batch: bool,
+        specs: dict[bool, tuple[pytree.TreeSpec, pytree.TreeSpec]],
+    ) -> None:
+        super().__init__()
+        hold(self, compact)
+        for name, tensor in constants.items():
+            self.register_buffer(place_of(name), tensor, persistent=False)
+        self._shapes = [tuple(x.shape) for x in inputs]
+        self._any_batch = any_batch
+        self._specs = specs
+        self._takes: dict[bool, list[str]] = {}
+        self._missing: dict[bool, str] = {}
+        for mode, graph in graphs.items():
+            if isinstance(graph, str):
+                self._missing[mode] = graph
+                continue
+            name = "training_graph" if mode else "evaluation_graph"
+            self.add_module(name, graph.module)
+            self._takes[mode] = [tensor if tensor not in constants else place_of(tensor) for tensor in graph.tensors]
+            for number, indices in enumerate(graph.indices):
+                self.register_buffer(f"{name}_indices_{number}", indices, persistent=False)
+                self._takes[mode].append(f"{name}_indices_{number}")
+        self.train(compact.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns.
+
+        Raises:
+            ValueError: for inputs of other sizes than it was traced with.
+            RuntimeError: in train mode, if the model could not be traced there.
+        """
+        mode = self.training
+        if mode in self._missing:
+            raise RuntimeError(self._missing[mode])
+        taken, returned = self._specs[mode]
+        inputs, given = pytree.tree_flatten((args, kwargs))
+        if given != taken:
+            raise ValueError(f"this network was traced with arguments {taken}, got {given}")
+        for x, shape in zip(inputs, self._shapes, strict=True):
+            if tuple(x.shape[1:]) != shape[1:] or not (self._any_batch or x.shape[0] == shape[0]):
+                raise ValueError(f"this network was traced with inputs of shape {shape}, got {tuple(x.shape)}")
+        tensors = [attribute_of(self, name) for name in self._takes[mode]]
+        graph: Any = self.training_graph if mode else self.evaluation_graph
+        return pytree.tree_unflatten(graph(*inputs, *tensors), returned)
+
+
+def place_of(name: str) -> str:
+    """Where a constant of the model's code is held."""
+    return "constant_" + name.replace(".", "_")
+
+
+def hold(holder: nn.Module, model: nn.Module) -> None:
+    """Give ``holder`` the parameters and buffers of ``model`` under the names that they have there."""
+    for name, parameter in model._parameters.items():
+        holder.register_parameter(name, parameter)
+    for name, buffer in model._buffers.items():
+        holder.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
+    for name, child in model.named_children():
+        inner = nn.Module()
+        hold(inner, child)
+        if inner._parameters or inner._buffers or inner._modules:
+            holder.add_module(name, inner)
+
+
+def rewritten(
+    plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced | None = None
+) -> RewrittenNetwork:
+    """The compact network as a rewritten graph.
+
+    Args:
+        plan: what stays.
+        model: the full model.
+        compact: its copy with compact tensors, which are shared.
+        traced: the graphs of the model; None = traced here.
+
+    Raises:
+        PlanError: if the plan is for another model.
+        RewriteError: if the graph cannot be rewritten; names the operator and the module.
+        TraceError: if the model cannot be traced.
+    """
+    traced = traced if traced is not None else trace_graphs(model, sample_inputs(plan, model))
+    state = Propagation(rewrites=True)
+    graphs: dict[bool, GraphModule | str] = {False: traced.evaluation}
+    labels = {False: run_on_labels(traced.evaluation, traced.inputs, state, record=True)}
+    if traced.training is not None:
+        graphs[True] = traced.training
+        labels[True] = run_on_labels(traced.training, traced.inputs, state, record=False)
+    units, _, _ = settle(state)
+    same_slices(plan, slices_of(state, units), model)
+    any_batch = traced.any_batch
+    if True not in graphs:
+        try:
+            training, trains_any = export(model, traced.inputs, training=True)
+        except TraceError as error:
+            graphs[True] = f"this network cannot run in train mode: its model could not be traced there: {error}"
+        else:
+            any_batch = any_batch and trains_any
+            labels[True] = run_on_labels(training, traced.inputs, state, record=False)
+            graphs[True] = training
+    keep = np.ones(state.space.count, dtype=bool)
+    of_label = units.of_label
+    keep[: len(of_label)] = (of_label < 0) | plan.mask.numpy()[of_label.clip(min=0)]
+    written: dict[bool, Rewritten | str] = {}
+    constants: dict[str, Tensor] = {}
+    own = set(state_of(model))
+    for mode, graph in graphs.items():
+        if isinstance(graph, str):
+            written[mode] = graph
+            continue
+        written[mode] = new = rewrite(graph, labels[mode], state.selections, keep)
+        constants |= {name: attribute_of(graph, name) for name in new.tensors if name not in own}
+    specs = {mode: specs_of(graph) for mode, graph in graphs.items() if not isinstance(graph, str)}
+    return RewrittenNetwork(compact, constants, written, traced.inputs, any_batch, specs)
+
+
+def sample_inputs(plan: PruningPlan, model: nn.Module) -> tuple[Tensor, ...]:
+    """Random inputs like those that the plan's network was traced with, where the model is."""
+    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return tuple(spec.sample(generator).to(device) for spec in plan.inputs)
+
+
+def specs_of(graph: GraphModule) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
+    """How a graph's arguments and results are nested."""
+    codegen: Any = graph.graph._codegen
+    return codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
+
+
+def same_slices(plan: PruningPlan, slices: tuple[Slice, ...], model: nn.Module) -> None:
+    """Refuse a plan whose units are not those of this model."""
+    found = {(s.tensor, s.dim): s.units for s in slices}
+    for piece in plan.slices:
+        units = found.pop((piece.tensor, piece.dim), None)
+        if units is None or not torch.equal(units, piece.units):
+            found[piece.tensor, piece.dim] = piece.units
+    if found:
+        tensor, dim = next(iter(found))
+        raise PlanError(
+            f"the plan is for another model: in this {type(model).__name__} other channels of {tensor!r} belong "
+            f"together along dimension {dim}"
+        )
