@@ -15,7 +15,7 @@ from fastprune.graph import ChannelGraph, Cost, TraceError, trace
 from fastprune.plan import PlanError, PruningPlan
 from fastprune.pruning import PruningResult, prune
 from fastprune.rewritten import RewrittenNetwork
-from fastprune.surgery import SurgeryError, apply, masked, verify
+from fastprune.surgery import SurgeryError, apply, masked, slice_optimizer, verify
 
 __version__ = version("fastprune")
 
@@ -36,6 +36,7 @@ __all__ = [
     "ops",
     "prune",
     "reference",
+    "slice_optimizer",
     "trace",
     "verify",
 ]

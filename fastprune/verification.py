@@ -1,0 +1,143 @@
+"""The proof that a compact network computes what the masked one computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastprune.graph.tracing import mode_of, state_of
+from fastprune.plan import PruningPlan
+from fastprune.slicing import SurgeryError, copied, fits
+
+# Largest |compact - masked| / max |masked| that rounding explains beyond doubt. A float32 model that exceeds it, and
+# any model of lower precision, is decided in float64.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6}
+
+
+def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A copy of ``model`` of full size in which nothing reads a closed channel: what the compact model must equal.
+
+    Every weight that reads a closed channel is zeroed, so whatever the channel holds cannot reach anything.
+
+    Raises:
+        PlanError: if the plan does not fit the model.
+    """
+    fits(plan, model)
+    full = copied(model)
+    tensors = state_of(full)
+    with torch.no_grad():
+        for piece in plan.slices:
+            if piece.role == "in":
+                closed = torch.ones(len(piece.units), dtype=torch.bool)
+                closed[plan.kept_indices(piece)] = False
+                weight = tensors[piece.tensor]
+                weight.index_fill_(piece.dim, closed.nonzero().flatten().to(weight.device), 0.0)
+    return full
+
+
+def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: torch.dtype | None = None) -> float:
+    """Prove on a random input that the compact model computes what the masked one computes, in eval mode.
+
+    Args:
+        plan: the plan that was applied.
+        model: the full model.
+        compact: its compact copy.
+        dtype: precision of the comparison, float32 or float64; None = the model's own, and float64 where that does not
+            decide.
+
+    Returns:
+        The largest difference, relative to the largest output.
+
+    Raises:
+        SurgeryError: if the compact model does not run, or differs by more than rounding (float64: 1e-9).
+    """
+    if any(t.is_meta for t in state_of(model).values()):
+        raise SurgeryError(
+            f"{type(model).__name__} is on the meta device and has no values to compare; load its weights first, "
+            "or apply the plan with check=False"
+        )
+    reference = masked(model, plan)
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for chosen in [dtype] if dtype is not None else sorted({own, torch.float64}, key=lambda d: d.itemsize):
+        if chosen in TOLERANCE:
+            difference = compare(plan, reference, compact, chosen)
+            if difference <= TOLERANCE[chosen]:
+                return difference
+    if dtype is not None and dtype not in TOLERANCE:
+        raise ValueError(f"dtype {dtype}: float32 or float64 is needed")
+    raise SurgeryError(
+        f"the plan cannot be applied exactly to {type(model).__name__}: compact and masked outputs differ by "
+        f"{difference:.1e} of the largest output in {str(chosen).removeprefix('torch.')}"
+    )
+
+
+def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: torch.dtype) -> float:
+    """The largest difference of two models' outputs on one random input, relative to the largest output."""
+    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for p in compact.parameters()), torch.device("cpu"))
+    inputs = [spec.sample(generator).to(device) for spec in plan.inputs]
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    with torch.no_grad(), in_dtype(reference, dtype) as full, in_dtype(compact, dtype) as small:
+        with name_the_failing_module(full, f"the model itself does not run in {dtype}", "exactness cannot be checked"):
+            expected = pytree.tree_leaves(full(*inputs))
+        with name_the_failing_module(
+            small, "the compact model does not run", "its code expects a fixed number of channels"
+        ):
+            got = pytree.tree_leaves(small(*inputs))
+    if len(expected) != len(got):
+        raise SurgeryError(f"the compact model returns {len(got)} values, the masked one {len(expected)}")
+    worst = 0.0
+    for a, b in zip(expected, got, strict=True):
+        if isinstance(a, Tensor) and not a.is_floating_point():
+            worst = worst if torch.equal(a, b) else float("inf")  # class indices, say: equal or not
+        elif isinstance(a, Tensor):
+            if a.shape != b.shape:
+                raise SurgeryError(f"the compact model returns shape {tuple(b.shape)}, the masked one {tuple(a.shape)}")
+            scale = float(a.abs().max()) if a.numel() else 0.0
+            error = float((a - b).abs().max()) if a.numel() else 0.0
+            worst = max(worst, error / scale if scale > 0 else error)
+            if not torch.isfinite(a).all() or not torch.isfinite(b).all():
+                raise SurgeryError("the model's output on a random input is not finite, so exactness cannot be checked")
+    return worst
+
+
+@contextmanager
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """``model`` in eval mode and ``dtype``: itself where it has that precision already, a copy elsewhere."""
+    floating = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    converted = model if all(t.dtype == dtype for t in floating) else copy.deepcopy(model).to(dtype)
+    with mode_of(converted, training=False):
+        yield converted
+
+
+@contextmanager
+def name_the_failing_module(model: nn.Module, what: str, why: str) -> Iterator[None]:
+    """Turn an error inside ``model`` into one that says ``what`` failed, in which module, and ``why`` that matters."""
+    names = {module: name for name, module in model.named_modules()}
+    entered: list[str] = []
+    hooks: list[Any] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        entered.append(names[module])
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        entered.pop()
+
+    for module in names:
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    except Exception as error:  # the model's own code may raise anything
+        where = entered[-1] if entered else ""
+        raise SurgeryError(
+            f"{what}: {where or type(model).__name__!r} fails with {' '.join(str(error).split())[:300]}; {why}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
