@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 
 class TraceError(ValueError):
@@ -86,25 +88,54 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> t
 
 
 def trace_graphs(model: nn.Module, example: Tensor | Sequence[Tensor]) -> Traced:
-    """Trace ``model`` in eval mode and, where some parameters are not reached, in train mode too.
+    """Trace ``model`` in eval mode and, where train mode reaches or returns something else, in train mode too.
 
     Auxiliary heads exist only in train mode; without them a compact model would break in ``train()``.
     """
     inputs = as_inputs(example)
     evaluation, any_batch = export(model, inputs, training=False)
     training = None
-    if not parameters_read(evaluation) >= parameter_names(model):
+    all_read = parameters_read(evaluation) >= parameter_names(model)
+    if not all_read or results_in_training(model, inputs) not in (None, results_of(evaluation)):
         try:
             training, _ = export(model, inputs, training=True)
         except TraceError as error:
             unread = parameter_names(model) - parameters_read(evaluation)
             owners = sorted({name.rpartition(".")[0] for name in unread})
+            what = (
+                f"not reached in eval mode: {', '.join(owners[:5])}. They stay as they are"
+                if owners
+                else ("other results in train mode than in eval mode")
+            )
             warnings.warn(
-                f"not reached in eval mode, and train mode cannot be traced: {', '.join(owners[:5])}. They stay as "
-                f"they are, and a compact model may not run in train mode. {error}",
+                f"{what}, and train mode cannot be traced, so that a compact model may not run there. {error}",
                 stacklevel=3,
             )
     return Traced(evaluation, training, inputs, any_batch)
+
+
+Results = tuple[pytree.TreeSpec, list[tuple[int, ...] | None]]  # how they are nested, and the shapes of tensors
+
+
+def results_of(graph: GraphModule) -> Results:
+    """What a graph returns."""
+    codegen: Any = graph.graph._codegen
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    values = [getattr(x, "meta", {}).get("val") for x in pytree.tree_leaves(output.args)]
+    shapes = [tuple(map(concrete, x.shape)) if isinstance(x, Tensor) else None for x in values]
+    return codegen.pytree_info.out_spec, shapes
+
+
+def results_in_training(model: nn.Module, inputs: tuple[Tensor, ...]) -> Results | None:
+    """What a model returns in train mode, found without computing; None where its code cannot do without values."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, mode_of(model, training=True):
+        state: dict[str, Any] = {name: fake.from_tensor(tensor) for name, tensor in state_of(model).items()}
+        try:
+            result = torch.func.functional_call(model, state, tuple(map(fake.from_tensor, inputs)), tie_weights=False)
+        except Exception:  # the model's own code may raise anything
+            return None
+    leaves, spec = pytree.tree_flatten(result)
+    return spec, [tuple(x.shape) if isinstance(x, Tensor) else None for x in leaves]
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

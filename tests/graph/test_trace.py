@@ -228,3 +228,18 @@ def test_inputs_of_different_batch_sizes_are_refused(tiny: nn.Module) -> None:
 def test_inputs_that_are_no_tensors_are_refused(tiny: nn.Module) -> None:
     with pytest.raises(TypeError, match="example_inputs"):
         fp.trace(tiny, "3x16x16")
+
+
+def test_results_that_exist_only_in_train_mode_keep_their_channels() -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            x = self.first(x)
+            return (self.second(x), x) if self.training else self.second(x)
+
+    graph = fp.trace(Features(), torch.zeros(1, 3, 8, 8))
+    assert graph.groups == ()
+    assert dict(graph.unprunable)["first"] == "output of the network"
