@@ -13,7 +13,7 @@ from fastprune.ops.masked_act import masked_act, masked_act_backward
 from fastprune.ops.open_channels import widened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Deferred:
     """``mask * r``, not yet multiplied.
 
@@ -22,7 +22,8 @@ class Deferred:
     convolution, together with the mask's: neither direction has a pass over memory between two convolutions.
 
     Args:
-        r: ``act(…)``, ``[N, K, P, Q]``; without gradients ``[N, open_count, P, Q]``.
+        _r: ``act(…)``, ``[N, K, P, Q]``; without gradients ``[N, open_count, P, Q]``. Private: the gradient that it
+            wants is that of what the activation read.
         mask: ``[K]``, or None for all ones.
         activation: Whose derivative the reader still owes: one that is a function of ``r``.
         channels: K.
@@ -30,7 +31,7 @@ class Deferred:
         hard: Whether the mask is 1 in all channels before.
     """
 
-    r: Tensor
+    _r: Tensor
     mask: Tensor | None
     activation: str
     channels: int
@@ -38,8 +39,11 @@ class Deferred:
     hard: bool
 
     def settled(self) -> Tensor:
-        """``mask * r`` ``[N, K, P, Q]``, for readers that know nothing of this class."""
-        y: Tensor = _Settled.apply(self.r, self.mask, self)
+        """``mask * r`` ``[N, K, P, Q]``, for readers that know nothing of this class.
+
+        Without a mask it is the memory that other readers of this read: not to be written into.
+        """
+        y: Tensor = _Settled.apply(self._r, self.mask, self)
         return y
 
 

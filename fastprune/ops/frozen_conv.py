@@ -143,7 +143,7 @@ class FrozenConv:
         """
         if isinstance(x, Deferred) and x.mask is not None:
             raise ValueError("x: got an activation whose mask is deferred, needs one without; settle it")
-        source = x.r if isinstance(x, Deferred) else x
+        source = x._r if isinstance(x, Deferred) else x
         if not (source.requires_grad and torch.is_grad_enabled()):
             return self.defer(x, mask, open_in=open_in, open_out=open_out, hard=hard), source
         r, source = self._apply(x, mask, None, open_in, open_out, defers=True, branches=True)
@@ -176,7 +176,7 @@ class FrozenConv:
             if x.channels != inputs:
                 raise ValueError(f"x: got {x.channels} channels, needs {inputs}")
             owed, open_in = x, x.open_count
-            x = x.r
+            x = x._r
         check_images(x, self.weight, self.geometry, open_in)
         if residual is not None:
             check_residual(residual, x, self.geometry.output_size(x.shape, self.weight.shape))

@@ -174,8 +174,14 @@ def test_deferring_without_gradients_computes_open_channels_alone():
     conv = FrozenConv(weight, bn, padding=1)
     with torch.no_grad():
         hidden = conv.defer(x, prefix(20, 7), open_out=7, hard=True)
-        assert hidden.r.shape[1] == 7
+        assert hidden._r.shape[1] == 7
         torch.testing.assert_close(hidden.settled(), conv(x, prefix(20, 7)))
+
+
+def test_what_is_deferred_is_compared_by_identity():
+    x, weight, bn, _ = make("1x1")
+    hidden, other = (FrozenConv(weight, bn).defer(x) for _ in range(2))
+    assert hidden != other
 
 
 def test_later_changes_of_the_weight_are_not_seen():
