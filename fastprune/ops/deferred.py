@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from fastprune.ops.masked_act import masked_act, masked_act_backward
 from fastprune.ops.open_channels import widened
@@ -15,7 +16,7 @@ from fastprune.ops.open_channels import widened
 
 @dataclass(frozen=True, eq=False)
 class Deferred:
-    """``mask * r``, not yet multiplied.
+    """``mask * r``, not yet multiplied, where the mask of closed channels counts as zero.
 
     Its reader multiplies the mask into its weight's columns, or reads open channels alone. The gradient that it hands
     back for ``r`` is the one from before the activation, to which it comes in the epilogue of its own backward
@@ -50,12 +51,15 @@ class Deferred:
 class _Settled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, mask: Tensor | None, deferred: Deferred) -> Tensor:
+        channels, open_count = deferred.channels, deferred.open_count
+        if mask is not None and open_count < channels:
+            mask = F.pad(mask[:open_count], (0, channels - open_count))
         ctx.activation = deferred.activation
         ctx.save_for_backward(r, mask)
         if mask is None:
             return r.view_as(r)
         y, _ = masked_act(r, mask=mask[: r.shape[1]], activation="identity")
-        return widened(y, deferred.channels)
+        return widened(y, channels)
 
     @staticmethod
     @once_differentiable

@@ -167,16 +167,17 @@ class FrozenConv:
         branches: bool = False,
     ) -> Any:
         outputs, inputs = self.weight.shape[0], self.weight.shape[1] * self.geometry.groups
-        if isinstance(x, Deferred) and x.mask is not None and not x.hard and self.geometry.groups > 1:
-            x = x.settled()  # columns of a grouped weight are not those of x
         owed = None
         if isinstance(x, Deferred):
             if open_in is not None:
                 raise ValueError(f"open_in: got {open_in} beside a deferred x, needs None: x knows how many are open")
             if x.channels != inputs:
                 raise ValueError(f"x: got {x.channels} channels, needs {inputs}")
-            owed, open_in = x, x.open_count
-            x = x._r
+            open_in = x.open_count
+            if x.mask is not None and not x.hard and self.geometry.groups > 1:
+                x = x.settled()  # columns of a grouped weight are not those of x
+            else:
+                owed, x = x, x._r
         check_images(x, self.weight, self.geometry, open_in)
         if residual is not None:
             check_residual(residual, x, self.geometry.output_size(x.shape, self.weight.shape))

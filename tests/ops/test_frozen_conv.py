@@ -17,6 +17,7 @@ SHAPES = {  # weight, geometry
     "3x3": ((20, 24, 3, 3), {"padding": 1}),
     "strided": ((20, 24, 3, 3), {"padding": 1, "stride": 2}),
     "depthwise": ((24, 1, 3, 3), {"padding": 1, "groups": 24}),
+    "grouped": ((20, 12, 3, 3), {"padding": 1, "groups": 2}),
 }
 
 
@@ -69,9 +70,9 @@ def test_same_values_and_gradients_as_the_operator(name, activation, channels_la
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["soft", "hard", "skipping", "none"])
+@pytest.mark.parametrize("kind", ["soft", "hard", "skipping", "cut", "none"])
 @pytest.mark.parametrize("activation", ["relu", "relu6", "silu"])
-@pytest.mark.parametrize("reader", ["1x1", "3x3", "strided", "depthwise"])
+@pytest.mark.parametrize("reader", SHAPES)
 def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
     _, weight, bn, geometry = make(reader, device)
     x, _, (gamma, beta, mean, variance), _ = make("3x3", device)
@@ -80,8 +81,10 @@ def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
     first_bn = tuple(torch.cat([v, v])[:channels] for v in (gamma, beta, mean, variance))
     first = FrozenConv(first_weight, first_bn, padding=1, activation=activation)
     then = FrozenConv(weight, bn, activation="relu", **geometry)
-    mask = None if kind == "none" else (torch.rand(channels) if kind == "soft" else prefix(channels, 12)).to(device)
-    promises = {"open_out": 12, "hard": True} if kind == "skipping" else {}
+    soft = torch.rand(channels) + 0.5  # "cut": behind open_out, too, where it counts as 0
+    mask = None if kind == "none" else (soft if kind in ("soft", "cut") else prefix(channels, 12)).to(device)
+    opened = {"open_out": 12} if kind in ("skipping", "cut") else {}
+    promises = opened | {"hard": kind == "skipping"}
     residual = torch.randn(2, channels, 9, 9).to(device)
 
     def deferring(x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,7 +94,7 @@ def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
         return then(first.defer(x, mask, residual=residual, **promises).settled())
 
     def plain(x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
-        return then(first(x, mask, residual=residual))
+        return then(first(x, mask, residual=residual, **opened))
 
     same_gradients((deferring, settling, plain), x, residual, *([] if mask is None else [mask]))
 
@@ -199,8 +202,9 @@ def test_refusals():
         conv(x, open_out=3)
     with pytest.raises(ValueError, match="x: got 5 channels, needs 24"):
         conv(x[:, :5])
-    with pytest.raises(ValueError, match="open_in: got 3 beside a deferred x"):
-        conv(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x), open_in=3)
+    for reader in (conv, FrozenConv(torch.randn(24, 1, 3, 3), groups=24)):
+        with pytest.raises(ValueError, match="open_in: got 3 beside a deferred x"):
+            reader(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x, torch.rand(24)), open_in=3)
     with pytest.raises(ValueError, match="x: got an activation whose mask is deferred, needs one without"):
         conv.branch(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x, torch.ones(24)))
     with pytest.raises(ValueError, match=r"x: got 20 channels, needs 24"):
