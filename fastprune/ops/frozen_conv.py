@@ -116,7 +116,10 @@ class FrozenConv:
             open_in: ...
             open_out: ...
             hard: Promise that the mask is 1 in the first ``open_out`` channels, and 0 behind: then the reader need not
-                multiply it into its weight. Where nobody asks for gradients the result lacks the closed channels.
+                multiply it into its weight.
+
+        Where nobody asks for gradients the result lacks the closed channels. Made with gradients off, it gives none to
+        its mask, whoever reads it.
         """
         r: Tensor = self._apply(x, mask, residual, open_in, open_out, defers=True)
         return self._deferred(r, mask, open_out, hard)
@@ -152,6 +155,8 @@ class FrozenConv:
     def _deferred(self, r: Tensor, mask: Tensor | None, open_out: int | None, hard: bool) -> Deferred:
         owes = self.activation if self.activation in DIFFERENTIABLE_BY_VALUE else "identity"
         mask = None if mask is None else mask.to(vector_dtype(r))
+        if mask is not None and not torch.is_grad_enabled():
+            mask = mask.detach()  # r lacks the channels that the gradients of closed gates are made of
         outputs = self.weight.shape[0]
         return Deferred(r, mask, owes, outputs, outputs if open_out is None else open_out, hard)
 

@@ -181,6 +181,23 @@ def test_deferring_without_gradients_computes_open_channels_alone():
         torch.testing.assert_close(hidden.settled(), conv(x, prefix(20, 7)))
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_what_was_deferred_without_gradients_gives_none_later(hard):
+    """Its channels behind open_out are gone, and with them what the gradients of their gates would be made of."""
+    x, weight, bn, _ = make("3x3")
+    first, then = FrozenConv(weight, bn, padding=1), FrozenConv(torch.randn(8, 20, 1, 1))
+    mask = prefix(20, 7).requires_grad_()
+    with torch.no_grad():
+        hidden, expected = first.defer(x, mask, open_out=7, hard=hard), then(first(x, mask))
+    residual = torch.zeros_like(expected).requires_grad_()
+    y = then(hidden, residual=residual)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert residual.grad is not None
+    assert mask.grad is None
+    assert not hidden.settled().requires_grad
+
+
 def test_what_is_deferred_is_compared_by_identity():
     x, weight, bn, _ = make("1x1")
     hidden, other = (FrozenConv(weight, bn).defer(x) for _ in range(2))
