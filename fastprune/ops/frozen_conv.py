@@ -121,6 +121,7 @@ class FrozenConv:
         Where nobody asks for gradients the result lacks the closed channels. Made with gradients off, it gives none to
         its mask, whoever reads it.
         """
+        _check_promise(mask, open_out, hard)
         r: Tensor = self._apply(x, mask, residual, open_in, open_out, defers=True)
         return self._deferred(r, mask, open_out, hard)
 
@@ -149,6 +150,7 @@ class FrozenConv:
         source = x._r if isinstance(x, Deferred) else x
         if not (source.requires_grad and torch.is_grad_enabled()):
             return self.defer(x, mask, open_in=open_in, open_out=open_out, hard=hard), source
+        _check_promise(mask, open_out, hard)
         r, source = self._apply(x, mask, None, open_in, open_out, defers=True, branches=True)
         return self._deferred(r, mask, open_out, hard), source
 
@@ -218,6 +220,11 @@ class FrozenConv:
         if self._packed_transposed is None:
             self._packed_transposed = packed_conv.pack(self.weight, transposed, transposed=True)
         return self._packed_transposed
+
+
+def _check_promise(mask: Tensor | None, open_out: int | None, hard: bool) -> None:
+    if hard and mask is not None and open_out is None:
+        raise ValueError("open_out: got None beside hard=True, needs the number of channels whose mask is 1")
 
 
 @dataclass(frozen=True)

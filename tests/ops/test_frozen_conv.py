@@ -222,6 +222,9 @@ def test_refusals():
     for reader in (conv, FrozenConv(torch.randn(24, 1, 3, 3), groups=24)):
         with pytest.raises(ValueError, match="open_in: got 3 beside a deferred x"):
             reader(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x, torch.rand(24)), open_in=3)
+    for defers in (conv.defer, conv.branch):
+        with pytest.raises(ValueError, match="open_out: got None beside hard=True, needs the number of"):
+            defers(x, prefix(20, 7), hard=True)
     with pytest.raises(ValueError, match="x: got an activation whose mask is deferred, needs one without"):
         conv.branch(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x, torch.ones(24)))
     with pytest.raises(ValueError, match=r"x: got 20 channels, needs 24"):
