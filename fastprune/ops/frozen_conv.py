@@ -44,7 +44,7 @@ class FrozenConv:
     that another of them reads is a :class:`fastprune.ops.deferred.Deferred`, of :meth:`defer` or :meth:`branch`.
 
     Args:
-        weight: ``[K, C / groups, R, S]``. Copied: later changes of it are not seen.
+        weight: ``[K, C / groups, R, S]``. Copied, like what follows: later changes are not seen.
         bn: ``(weight, bias, running_mean, running_var)`` or None.
         bias: ``[K]``.
         stride: One number or (vertical, horizontal), as are padding and dilation.
@@ -71,7 +71,8 @@ class FrozenConv:
         self.geometry = geometry_of(stride, padding, dilation, groups)
         self.activation = checked_activation(activation)
         with torch.no_grad():
-            scale, self.shift = frozen_affine(bn, bias, eps, weight.shape[0], weight)
+            scale, shift = frozen_affine(bn, bias, eps, weight.shape[0], weight)
+            self.shift = None if shift is None else shift.clone()  # it may be the bias itself
             self.weight = fold(weight, scale).clone(memory_format=torch.channels_last)
         self._packed: PackedWeight | None = None
         self._packed_transposed: PackedWeight | None = None

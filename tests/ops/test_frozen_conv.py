@@ -204,11 +204,14 @@ def test_what_is_deferred_is_compared_by_identity():
     assert hidden != other
 
 
-def test_later_changes_of_the_weight_are_not_seen():
+@pytest.mark.parametrize("with_bn", [False, True])
+def test_later_changes_of_what_it_was_made_of_are_not_seen(with_bn):
     x, weight, bn, _ = make("1x1")
-    conv = FrozenConv(weight, bn)
+    bias = torch.randn(20)
+    conv = FrozenConv(weight, bn if with_bn else None, bias=bias)
     before = conv(x)
-    weight.zero_()
+    for tensor in (weight, bias, *bn):
+        tensor.zero_()
     assert torch.equal(conv(x), before)
 
 
