@@ -298,6 +298,7 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
                               std::to_string(highest));
     }
     if (!y && !saved) throw py::value_error("y: got None, needs a tensor unless saved is one");
+    if (previous && shift) throw py::value_error("shift: got a tensor beside previous, needs None");
     if (previous && saved) throw py::value_error("saved: got a tensor beside previous, needs None");
     if (dmask && !previous) throw py::value_error("dmask: got a tensor without previous, needs None");
 

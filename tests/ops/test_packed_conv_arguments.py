@@ -48,7 +48,7 @@ def good_depthwise() -> dict[str, object]:
 
 def good_backward() -> dict[str, object]:
     """The same for the gradient that goes on through what the convolution reads."""
-    return good() | {"saved": None, "previous": pixels(2, 5, 8, 7), "dmask": torch.zeros(5)}
+    return good() | {"shift": None, "saved": None, "previous": pixels(2, 5, 8, 7), "dmask": torch.zeros(5)}
 
 
 def frozen(array: np.ndarray) -> np.ndarray:
@@ -133,6 +133,7 @@ def test_refusals(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"shift": torch.zeros(5)}, "shift: got a tensor beside previous, needs None"),
         ({"saved": pixels(2, 5, 8, 7)}, "saved: got a tensor beside previous, needs None"),
         ({"previous": None}, "dmask: got a tensor without previous, needs None"),
         ({"previous": pixels(2, 5, 7, 7)}, "previous: got size 7 in dimension 2, needs 8"),

@@ -59,7 +59,7 @@ struct MaskedConvArgs {
     ConvGeometry geometry;
     Pixels x;
     const float* packed;  // from pack_masked_conv, for the same algorithm
-    const float* shift;   // [rows], or null: 0
+    const float* shift;   // [rows], or null: 0, as it is backward
     const float* mask;    // [rows], or null: 1
     Pixels residual;      // like y; or null: 0
     float lowest, highest;
