@@ -230,14 +230,15 @@ def test_without_a_result_nothing_is_computed():
         assert all((untouched == -7).all() for untouched in memory.values())
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
-def test_an_empty_image_is_nothing_but_padding(algorithm):
-    """No pixel, though two on each side of it: there is one output, of zeros."""
-    arguments = good(algorithm) | {"x": pixels(2, 3, 0, 3), "padding": (2, 2)}
-    arguments |= {name: pixels(2, 5, 2, 5) for name in ("y", "saved", "residual")}
-    arguments["shift"] = torch.arange(5.0)
+@pytest.mark.parametrize(("size", "out"), [((0, 3), (2, 5)), ((3, 0), (5, 2)), ((0, 0), (2, 2))])
+@pytest.mark.parametrize("algorithm", ["direct", "winograd", "depthwise"])
+def test_an_empty_image_is_nothing_but_padding(algorithm, size, out):
+    """No pixel, though two on each side of it: there are outputs, of zeros."""
+    arguments = good_depthwise() if algorithm == "depthwise" else good(algorithm)
+    arguments |= {"x": pixels(2, 3, *size), "padding": (2, 2), "shift": torch.arange(5.0)}
+    arguments |= {name: pixels(2, 5, *out) for name in ("y", "saved", "residual")}
     _C.masked_conv(**arguments)
-    assert torch.equal(arguments["y"], torch.arange(5.0).view(-1, 1, 1).expand(2, 5, 2, 5))
+    assert torch.equal(arguments["y"], torch.arange(5.0).view(-1, 1, 1).expand(2, 5, *out))
 
 
 @pytest.mark.parametrize("far", [2**19, 2**25, 2**30])
