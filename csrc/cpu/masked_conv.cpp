@@ -80,7 +80,9 @@ class DmaskParts {
     void reduce() const {
         if (args_.dmask == nullptr) return;
         std::vector<double> totals(args_.rows);
-        for (size_t i = 0; i < sums_.size(); ++i) totals[i % args_.rows] += sums_[i];
+        for (auto part = sums_.begin(); part != sums_.end(); part += args_.rows) {
+            for (int64_t c = 0; c < args_.rows; ++c) totals[c] += part[c];
+        }
         for (int64_t c = 0; c < args_.rows; ++c) args_.dmask[c] = static_cast<float>(totals[c]);
     }
 
