@@ -205,7 +205,7 @@ bool has_instructions(Instructions instructions) {
 
 bool masked_conv_supports(ConvAlgorithm algorithm, const ConvGeometry& g) {
     if (algorithm == ConvAlgorithm::direct) return true;
-    if (algorithm == ConvAlgorithm::depthwise) return g.kernel[0] <= 128 / g.kernel[1];  // no sum needs to be cut
+    if (algorithm == ConvAlgorithm::depthwise) return g.kernel[0] <= depthwise_taps / g.kernel[1];
     return g.kernel[0] == 3 && g.kernel[1] == 3 && g.stride[0] == 1 && g.stride[1] == 1 && g.dilation[0] == 1 &&
            g.dilation[1] == 1;
 }
