@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from fastprune import _C
 from fastprune.ops import packed_conv
+from fastprune.ops.activations import BOUNDS
 from fastprune.ops.convolution import Geometry
 from fastprune.ops.masked_act import masked_act_backward
-from fastprune.ops.packed_conv import BOUNDS, PackedWeight
+from fastprune.ops.packed_conv import PackedWeight
 
 INSTRUCTIONS = _C.masked_conv_instructions()
 KERNELS = [(algorithm, instructions) for instructions in INSTRUCTIONS for algorithm in ("direct", "winograd")]
