@@ -113,6 +113,7 @@ LARGE = {
     "pixels in a row": (2, 70, 24, (33, 31), 1),
     "lines": (3, 40, 24, (40, 28), 3),
     "larger than the caches": (8, 96, 16, (56, 56), 1),  # 9 MiB, written past them
+    "larger than the caches, in lines": (8, 80, 16, (64, 64), 3),  # 10 MiB
     "few pixels": (1, 300, 64, (7, 7), 3),
 }
 
