@@ -41,7 +41,9 @@ class FrozenConv:
     """``masked_conv_bn_act`` with the arguments that do not change in a search given in advance.
 
     A network of these goes over no activation between two convolutions, neither forward nor backward, if each result
-    that another of them reads is a :class:`fastprune.ops.deferred.Deferred`, of :meth:`defer` or :meth:`branch`.
+    that another of them reads is a :class:`fastprune.ops.deferred.Deferred`, of :meth:`defer` or :meth:`branch`. This
+    holds on the CPU, in float32 and channels_last, for identity, relu and relu6, where readers have stride 1 and are
+    dense, or depthwise behind a hard mask; elsewhere the results are the same, and passes over memory remain.
 
     Args:
         weight: ``[K, C / groups, R, S]``. Copied, like what follows: later changes are not seen.
