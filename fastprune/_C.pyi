@@ -38,6 +38,9 @@ def emulated_topk_mask(
     warp_size: int = 4,
     capacity: int = 8192,
 ) -> None: ...
+
+depthwise_taps: int
+
 def masked_conv_instructions() -> list[str]: ...
 def packed_conv_size(algorithm: str, instructions: str, weight_size: Sequence[int]) -> int: ...
 def pack_masked_conv(

@@ -87,7 +87,8 @@ ConvKernel kernel_of(const std::string& algorithm, const std::string& instructio
     const bool depthwise = kernel.algorithm == ConvAlgorithm::depthwise;
     if (!cpu::masked_conv_supports(kernel.algorithm, size.geometry) || (depthwise && size.channels != 1)) {
         throw py::value_error("algorithm: got '" + algorithm + "', needs 'direct' for all but " +
-                              (depthwise ? "[K, 1, R, S] weights of up to 128 taps" : "3x3 kernels of stride 1"));
+                              (depthwise ? "[K, 1, R, S] weights of up to " + std::to_string(depthwise_taps) + " taps"
+                                         : "3x3 kernels of stride 1"));
     }
     return kernel;
 }
@@ -298,6 +299,7 @@ void masked_conv(const std::string& algorithm, const std::string& instructions, 
                               std::to_string(highest));
     }
     if (!y && !saved) throw py::value_error("y: got None, needs a tensor unless saved is one");
+    if (previous && shift) throw py::value_error("shift: got a tensor beside previous, needs None");
     if (previous && saved) throw py::value_error("saved: got a tensor beside previous, needs None");
     if (dmask && !previous) throw py::value_error("dmask: got a tensor without previous, needs None");
 
@@ -359,6 +361,7 @@ void bind_masked_conv(py::module_& module) {
     module.def(
         "masked_conv_instructions", &masked_conv_instructions,
         "What masked_conv is written for, this processor has and limit_instruction_set allows, the widest first.");
+    module.attr("depthwise_taps") = depthwise_taps;
     module.def("packed_conv_size", &packed_conv_size, py::arg("algorithm"), py::arg("instructions"),
                py::arg("weight_size"), "How many floats a weight [K, C, R, S] has when packed.");
     module.def("pack_masked_conv", &pack_masked_conv, py::arg("algorithm"), py::arg("instructions"), py::arg("weight"),

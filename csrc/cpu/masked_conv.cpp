@@ -80,7 +80,9 @@ class DmaskParts {
     void reduce() const {
         if (args_.dmask == nullptr) return;
         std::vector<double> totals(args_.rows);
-        for (size_t i = 0; i < sums_.size(); ++i) totals[i % args_.rows] += sums_[i];
+        for (auto part = sums_.begin(); part != sums_.end(); part += args_.rows) {
+            for (int64_t c = 0; c < args_.rows; ++c) totals[c] += part[c];
+        }
         for (int64_t c = 0; c < args_.rows; ++c) args_.dmask[c] = static_cast<float>(totals[c]);
     }
 
@@ -203,7 +205,7 @@ bool has_instructions(Instructions instructions) {
 
 bool masked_conv_supports(ConvAlgorithm algorithm, const ConvGeometry& g) {
     if (algorithm == ConvAlgorithm::direct) return true;
-    if (algorithm == ConvAlgorithm::depthwise) return g.kernel[0] <= 128 / g.kernel[1];  // no sum needs to be cut
+    if (algorithm == ConvAlgorithm::depthwise) return g.kernel[0] <= depthwise_taps / g.kernel[1];
     return g.kernel[0] == 3 && g.kernel[1] == 3 && g.stride[0] == 1 && g.stride[1] == 1 && g.dilation[0] == 1 &&
            g.dilation[1] == 1;
 }

@@ -118,7 +118,8 @@ FASTPRUNE_TARGET inline void depthwise_panel(const MaskedConvArgs& args, int64_t
 inline bool depthwise(const MaskedConvArgs& args, int num_threads) {
     const int64_t panels = (args.rows + panel - 1) / panel;
     constexpr int64_t cached = 64 * 1024;  // floats of x that a task goes through once for every panel: a quarter of L2
-    const double line = static_cast<double>(args.width) * static_cast<double>(args.channels) *
+    const int64_t columns = std::max<int64_t>(args.width, 1);  // an image of none may have outputs, of padding alone
+    const double line = static_cast<double>(columns) * static_cast<double>(args.channels) *
                         static_cast<double>(args.geometry.stride[0]);
     const int64_t lines = std::clamp<int64_t>(static_cast<int64_t>(cached / line), 1, args.out_height);
     const int64_t per_image = (args.out_height + lines - 1) / lines, blocks = per_image * args.batch;

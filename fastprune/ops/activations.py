@@ -1,5 +1,6 @@
 """The activations that the kernels know, by their names."""
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -14,7 +15,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """What each computes, in plain torch."""
 
-DIFFERENTIABLE_BY_VALUE = ("identity", "relu", "relu6")
+BOUNDS = {"identity": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+"""Those that only bound their argument."""
+
+DIFFERENTIABLE_BY_VALUE = tuple(BOUNDS)
 """Their derivative is a function of their value; of the others the value before the activation is saved."""
 
 

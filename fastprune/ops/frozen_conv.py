@@ -41,10 +41,12 @@ class FrozenConv:
     """``masked_conv_bn_act`` with the arguments that do not change in a search given in advance.
 
     A network of these goes over no activation between two convolutions, neither forward nor backward, if each result
-    that another of them reads is a :class:`fastprune.ops.deferred.Deferred`, of :meth:`defer` or :meth:`branch`.
+    that another of them reads is a :class:`fastprune.ops.deferred.Deferred`, of :meth:`defer` or :meth:`branch`. This
+    holds on the CPU, in float32 and channels_last, for identity, relu and relu6, where readers have stride 1 and are
+    dense, or depthwise behind a hard mask; elsewhere the results are the same, and passes over memory remain.
 
     Args:
-        weight: ``[K, C / groups, R, S]``. Copied: later changes of it are not seen.
+        weight: ``[K, C / groups, R, S]``. Copied, like what follows: later changes are not seen.
         bn: ``(weight, bias, running_mean, running_var)`` or None.
         bias: ``[K]``.
         stride: One number or (vertical, horizontal), as are padding and dilation.
@@ -71,7 +73,8 @@ class FrozenConv:
         self.geometry = geometry_of(stride, padding, dilation, groups)
         self.activation = checked_activation(activation)
         with torch.no_grad():
-            scale, self.shift = frozen_affine(bn, bias, eps, weight.shape[0], weight)
+            scale, shift = frozen_affine(bn, bias, eps, weight.shape[0], weight)
+            self.shift = None if shift is None else shift.clone()  # it may be the bias itself
             self.weight = fold(weight, scale).clone(memory_format=torch.channels_last)
         self._packed: PackedWeight | None = None
         self._packed_transposed: PackedWeight | None = None
@@ -116,8 +119,12 @@ class FrozenConv:
             open_in: ...
             open_out: ...
             hard: Promise that the mask is 1 in the first ``open_out`` channels, and 0 behind: then the reader need not
-                multiply it into its weight. Where nobody asks for gradients the result lacks the closed channels.
+                multiply it into its weight.
+
+        Where nobody asks for gradients the result lacks the closed channels. Made with gradients off, it gives none to
+        its mask, whoever reads it.
         """
+        _check_promise(mask, open_out, hard)
         r: Tensor = self._apply(x, mask, residual, open_in, open_out, defers=True)
         return self._deferred(r, mask, open_out, hard)
 
@@ -143,15 +150,18 @@ class FrozenConv:
         """
         if isinstance(x, Deferred) and x.mask is not None:
             raise ValueError("x: got an activation whose mask is deferred, needs one without; settle it")
-        source = x.r if isinstance(x, Deferred) else x
+        source = x._r if isinstance(x, Deferred) else x
         if not (source.requires_grad and torch.is_grad_enabled()):
             return self.defer(x, mask, open_in=open_in, open_out=open_out, hard=hard), source
+        _check_promise(mask, open_out, hard)
         r, source = self._apply(x, mask, None, open_in, open_out, defers=True, branches=True)
         return self._deferred(r, mask, open_out, hard), source
 
     def _deferred(self, r: Tensor, mask: Tensor | None, open_out: int | None, hard: bool) -> Deferred:
         owes = self.activation if self.activation in DIFFERENTIABLE_BY_VALUE else "identity"
         mask = None if mask is None else mask.to(vector_dtype(r))
+        if mask is not None and not torch.is_grad_enabled():
+            mask = mask.detach()  # r lacks the channels that the gradients of closed gates are made of
         outputs = self.weight.shape[0]
         return Deferred(r, mask, owes, outputs, outputs if open_out is None else open_out, hard)
 
@@ -167,16 +177,17 @@ class FrozenConv:
         branches: bool = False,
     ) -> Any:
         outputs, inputs = self.weight.shape[0], self.weight.shape[1] * self.geometry.groups
-        if isinstance(x, Deferred) and x.mask is not None and not x.hard and self.geometry.groups > 1:
-            x = x.settled()  # columns of a grouped weight are not those of x
         owed = None
         if isinstance(x, Deferred):
             if open_in is not None:
                 raise ValueError(f"open_in: got {open_in} beside a deferred x, needs None: x knows how many are open")
             if x.channels != inputs:
                 raise ValueError(f"x: got {x.channels} channels, needs {inputs}")
-            owed, open_in = x, x.open_count
-            x = x.r
+            open_in = x.open_count
+            if x.mask is not None and not x.hard and self.geometry.groups > 1:
+                x = x.settled()  # columns of a grouped weight are not those of x
+            else:
+                owed, x = x, x._r
         check_images(x, self.weight, self.geometry, open_in)
         if residual is not None:
             check_residual(residual, x, self.geometry.output_size(x.shape, self.weight.shape))
@@ -212,6 +223,11 @@ class FrozenConv:
         if self._packed_transposed is None:
             self._packed_transposed = packed_conv.pack(self.weight, transposed, transposed=True)
         return self._packed_transposed
+
+
+def _check_promise(mask: Tensor | None, open_out: int | None, hard: bool) -> None:
+    if hard and mask is not None and open_out is None:
+        raise ValueError("open_out: got None beside hard=True, needs the number of channels whose mask is 1")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastprune.ops.activations import BOUNDS
 from fastprune.ops.convolution import (
     Geometry,
     convolve,
@@ -22,7 +23,7 @@ from fastprune.ops.convolution import (
 from fastprune.ops.cuda_conv import convolve_on_cuda
 from fastprune.ops.layout import layout_of
 from fastprune.ops.masked_act import masked_act
-from fastprune.ops.packed_conv import BOUNDS, PackedWeight, computes, pack
+from fastprune.ops.packed_conv import PackedWeight, computes, pack
 from fastprune.ops.packed_conv import convolve as packed_convolve
 
 

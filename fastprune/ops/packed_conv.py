@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from fastprune import _C
+from fastprune.ops.activations import BOUNDS
 from fastprune.ops.convolution import Geometry
 from fastprune.ops.layout import empty_rows, has_rows, layout_of
-
-BOUNDS = {"identity": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-"""Activations that only bound their argument."""
-
-DEPTHWISE_TAPS = 128
-"""Most taps of a depthwise kernel: no sum of products is so long that it has to be cut."""
 
 WINOGRAD_CHANNELS = 16
 """With fewer, transforming costs more than multiplying saves (measured on AVX-512: 3 channels 1.7x slower, 16 1.15x
@@ -59,7 +54,7 @@ def computes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 def is_depthwise(weight: Tensor, geometry: Geometry) -> bool:
     """Whether each output reads one input, by a kernel of a size that ours takes."""
     channels, inputs, *kernel = weight.shape
-    return geometry.groups == channels and inputs == 1 and math.prod(kernel) <= DEPTHWISE_TAPS
+    return geometry.groups == channels and inputs == 1 and math.prod(kernel) <= _C.depthwise_taps
 
 
 def pack(

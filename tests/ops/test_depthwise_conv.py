@@ -101,10 +101,19 @@ def test_values(batch, channels, closed, absent, size, kernel, stride, padding, 
         assert all(map(torch.equal, results[0], others))
 
 
+LARGE = {  # batch, channels, inputs, rows, size, stride
+    "lines": (4, 200, 200, 200, (33, 40), (1, 1)),
+    "strided": (4, 200, 200, 200, (33, 40), (2, 2)),
+    "larger than the caches": (8, 80, 80, 80, (64, 64), (1, 1)),  # 10 MiB, written past them
+    "larger than the caches, ragged": (8, 80, 80, 69, (64, 64), (1, 1)),  # 9 MiB
+}
+
+
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_same_bits_for_every_number_of_threads(stride, instructions, monkeypatch):
-    case = Case.of(4, 200, 200, 200, (33, 40), (3, 3), (stride, stride), (1, 1), (1, 1))
+@pytest.mark.parametrize("name", LARGE)
+def test_same_bits_for_every_number_of_threads(name, instructions, monkeypatch):
+    *sizes, stride = LARGE[name]
+    case = Case.of(*sizes, (3, 3), stride, (1, 1), (1, 1))
     first = case.run(instructions)
     case.check(first)
     for threads in (2, 3, 8, 100):
@@ -112,31 +121,73 @@ def test_same_bits_for_every_number_of_threads(stride, instructions, monkeypatch
         assert all(map(torch.equal, first, case.run(instructions)))
 
 
+@dataclass(frozen=True)
+class Backward:
+    """The gradients behind ``y = conv(mask * relu(…))``, of which ``dz`` lacks the closed channels."""
+
+    dz: Tensor
+    weight: Tensor
+    previous: Tensor
+    residual: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, batch: int, channels: int, closed: int, size: tuple[int, int]) -> Backward:
+        previous, residual, dz = (pixels(batch, channels, *size) for _ in range(3))
+        weight, mask = torch.randn(channels, 1, 3, 3), torch.randn(channels)
+        return cls(dz[:, : max(1, channels - closed)], weight, F.relu(previous), residual, mask)
+
+    def run(self, instructions: str) -> tuple[Tensor, Tensor]:
+        geometry = Geometry(padding=(1, 1), groups=self.weight.shape[0])
+        packed = packed_conv.pack(self.weight, geometry, transposed=True, instructions=instructions)
+        dx, dmask = packed_conv.convolve_back(
+            self.dz, packed, residual=self.residual, previous=self.previous, mask=self.mask, activation="relu",
+            want_dmask=True,
+        )  # fmt: skip
+        assert dmask is not None
+        return dx, dmask
+
+    def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        """The gradients, and the sum of the absolute values of what is added up for one gate."""
+        channels = self.weight.shape[0]
+        wide = F.pad(self.dz, (0, 0, 0, 0, 0, channels - self.dz.shape[1])).to(dtype)
+        d = F.conv_transpose2d(wide, self.weight.to(dtype), padding=1, groups=channels) + self.residual.to(dtype)
+        products = d * self.previous.to(dtype)
+        dx = d * self.mask.to(dtype).view(-1, 1, 1) * (self.previous > 0)
+        return dx, products.sum((0, 2, 3)), products.abs().sum((0, 2, 3)).max().item()
+
+    def check(self, results: tuple[Tensor, Tensor]) -> None:
+        """At most twice the error of torch's own float32, or a rounding of what is added up."""
+        *plain, _ = self.expected(torch.float32)
+        *exact, added_up = self.expected(torch.float64)
+        floors = 10 * self.residual.abs().max().item(), added_up
+        for ours, theirs, right, floor in zip(results, plain, exact, floors, strict=True):
+            error, worst = ((tensor.double() - right).abs().max().item() for tensor in (ours, theirs))
+            assert error <= max(2.0**-23 * floor, 2 * worst)
+
+
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 70), st.integers(0, 69), st.tuples(st.integers(3, 20), st.integers(3, 20)), st.integers(0, 2**31))
 def test_the_backward_epilogue(instructions, channels, closed, size, seed):
     torch.manual_seed(seed)
-    weight, geometry = torch.randn(channels, 1, 3, 3), Geometry(padding=(1, 1), groups=channels)
-    previous, residual, mask = F.relu(pixels(2, channels, *size)), pixels(2, channels, *size), torch.randn(channels)
-    dz = pixels(2, channels, *size)[:, : max(1, channels - closed)]
-    packed = packed_conv.pack(weight, geometry, transposed=True, instructions=instructions)
-    ours = packed_conv.convolve_back(
-        dz, packed, residual=residual, previous=previous, mask=mask, activation="relu", want_dmask=True
-    )
+    case = Backward.of(2, channels, closed, size)
+    case.check(case.run(instructions))
 
-    def expected(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        wide = F.pad(dz, (0, 0, 0, 0, 0, channels - dz.shape[1])).to(dtype)
-        d = F.conv_transpose2d(wide, weight.to(dtype), padding=1, groups=channels) + residual.to(dtype)
-        products = d * previous.to(dtype)
-        added_up.append(products.abs().sum((0, 2, 3)).max().item())
-        return d * mask.to(dtype).view(-1, 1, 1) * (previous > 0), products.sum((0, 2, 3))
 
-    added_up: list[float] = []
-    both, terms = (expected(torch.float32), expected(torch.float64)), 10 * residual.abs().max().item()
-    for result, plain, exact, floor in zip(ours, *both, (terms, added_up[1]), strict=True):
-        error, worst = ((tensor.double() - exact).abs().max().item() for tensor in (result, plain))
-        assert error <= max(2.0**-23 * floor, 2 * worst)
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize(
+    ("batch", "channels", "size"),
+    [(4, 200, (33, 40)), (8, 80, (64, 64))],  # several tasks for each image; 10 MiB, written past the caches
+)
+def test_same_gradients_for_every_number_of_threads(batch, channels, size, instructions, monkeypatch):
+    torch.manual_seed(0)
+    case = Backward.of(batch, channels, 0, size)
+    first = case.run(instructions)
+    case.check(first)
+    for threads in (1, 3, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        assert all(map(torch.equal, first, case.run(instructions)))
 
 
 def test_what_is_not_finite_reaches_its_own_channel_alone():

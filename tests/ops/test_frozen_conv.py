@@ -17,6 +17,7 @@ SHAPES = {  # weight, geometry
     "3x3": ((20, 24, 3, 3), {"padding": 1}),
     "strided": ((20, 24, 3, 3), {"padding": 1, "stride": 2}),
     "depthwise": ((24, 1, 3, 3), {"padding": 1, "groups": 24}),
+    "grouped": ((20, 12, 3, 3), {"padding": 1, "groups": 2}),
 }
 
 
@@ -69,9 +70,9 @@ def test_same_values_and_gradients_as_the_operator(name, activation, channels_la
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["soft", "hard", "skipping", "none"])
+@pytest.mark.parametrize("kind", ["soft", "hard", "skipping", "cut", "none"])
 @pytest.mark.parametrize("activation", ["relu", "relu6", "silu"])
-@pytest.mark.parametrize("reader", ["1x1", "3x3", "strided", "depthwise"])
+@pytest.mark.parametrize("reader", SHAPES)
 def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
     _, weight, bn, geometry = make(reader, device)
     x, _, (gamma, beta, mean, variance), _ = make("3x3", device)
@@ -80,8 +81,10 @@ def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
     first_bn = tuple(torch.cat([v, v])[:channels] for v in (gamma, beta, mean, variance))
     first = FrozenConv(first_weight, first_bn, padding=1, activation=activation)
     then = FrozenConv(weight, bn, activation="relu", **geometry)
-    mask = None if kind == "none" else (torch.rand(channels) if kind == "soft" else prefix(channels, 12)).to(device)
-    promises = {"open_out": 12, "hard": True} if kind == "skipping" else {}
+    soft = torch.rand(channels) + 0.5  # "cut": behind open_out, too, where it counts as 0
+    mask = None if kind == "none" else (soft if kind in ("soft", "cut") else prefix(channels, 12)).to(device)
+    opened = {"open_out": 12} if kind in ("skipping", "cut") else {}
+    promises = opened | {"hard": kind == "skipping"}
     residual = torch.randn(2, channels, 9, 9).to(device)
 
     def deferring(x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,7 +94,7 @@ def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
         return then(first.defer(x, mask, residual=residual, **promises).settled())
 
     def plain(x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
-        return then(first(x, mask, residual=residual))
+        return then(first(x, mask, residual=residual, **opened))
 
     same_gradients((deferring, settling, plain), x, residual, *([] if mask is None else [mask]))
 
@@ -174,15 +177,41 @@ def test_deferring_without_gradients_computes_open_channels_alone():
     conv = FrozenConv(weight, bn, padding=1)
     with torch.no_grad():
         hidden = conv.defer(x, prefix(20, 7), open_out=7, hard=True)
-        assert hidden.r.shape[1] == 7
+        assert hidden._r.shape[1] == 7
         torch.testing.assert_close(hidden.settled(), conv(x, prefix(20, 7)))
 
 
-def test_later_changes_of_the_weight_are_not_seen():
+@pytest.mark.parametrize("hard", [False, True])
+def test_what_was_deferred_without_gradients_gives_none_later(hard):
+    """Its channels behind open_out are gone, and with them what the gradients of their gates would be made of."""
+    x, weight, bn, _ = make("3x3")
+    first, then = FrozenConv(weight, bn, padding=1), FrozenConv(torch.randn(8, 20, 1, 1))
+    mask = prefix(20, 7).requires_grad_()
+    with torch.no_grad():
+        hidden, expected = first.defer(x, mask, open_out=7, hard=hard), then(first(x, mask))
+    residual = torch.zeros_like(expected).requires_grad_()
+    y = then(hidden, residual=residual)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert residual.grad is not None
+    assert mask.grad is None
+    assert not hidden.settled().requires_grad
+
+
+def test_what_is_deferred_is_compared_by_identity():
     x, weight, bn, _ = make("1x1")
-    conv = FrozenConv(weight, bn)
+    hidden, other = (FrozenConv(weight, bn).defer(x) for _ in range(2))
+    assert hidden != other
+
+
+@pytest.mark.parametrize("with_bn", [False, True])
+def test_later_changes_of_what_it_was_made_of_are_not_seen(with_bn):
+    x, weight, bn, _ = make("1x1")
+    bias = torch.randn(20)
+    conv = FrozenConv(weight, bn if with_bn else None, bias=bias)
     before = conv(x)
-    weight.zero_()
+    for tensor in (weight, bias, *bn):
+        tensor.zero_()
     assert torch.equal(conv(x), before)
 
 
@@ -193,8 +222,12 @@ def test_refusals():
         conv(x, open_out=3)
     with pytest.raises(ValueError, match="x: got 5 channels, needs 24"):
         conv(x[:, :5])
-    with pytest.raises(ValueError, match="open_in: got 3 beside a deferred x"):
-        conv(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x), open_in=3)
+    for reader in (conv, FrozenConv(torch.randn(24, 1, 3, 3), groups=24)):
+        with pytest.raises(ValueError, match="open_in: got 3 beside a deferred x"):
+            reader(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x, torch.rand(24)), open_in=3)
+    for defers in (conv.defer, conv.branch):
+        with pytest.raises(ValueError, match="open_out: got None beside hard=True, needs the number of"):
+            defers(x, prefix(20, 7), hard=True)
     with pytest.raises(ValueError, match="x: got an activation whose mask is deferred, needs one without"):
         conv.branch(FrozenConv(torch.randn(24, 24, 1, 1)).defer(x, torch.ones(24)))
     with pytest.raises(ValueError, match=r"x: got 20 channels, needs 24"):

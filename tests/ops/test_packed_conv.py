@@ -245,6 +245,7 @@ LARGE = {
     "dilated": Case(1, (30, 30), 70, 70, 70, 70, (3, 3), (1, 1), (5, 5), (5, 5)),
     "several tasks": Case(8, (56, 56), 64, 128, 64, 128, (1, 1), residual=False),
     "few pixels, many rows": Case(1, (7, 7), 256, 512, 256, 512, (3, 3), (1, 1), (1, 1)),
+    "larger than the caches": Case(8, (64, 64), 16, 80, 16, 80, (3, 3), (1, 1), (1, 1)),  # 10 MiB, written past them
 }
 
 
@@ -262,6 +263,31 @@ def test_same_bits_for_every_number_of_threads(name, instructions):
         check_values(call, first, algorithm)
         for threads in (1, 2, 3, 8, 100):
             assert all(map(torch.equal, first, call.run(algorithm, instructions, threads)))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_rows_that_fill_no_vector_go_past_the_caches_too(kernel, instructions, monkeypatch):
+    """9 MiB: 69 of 80 channels, whose pixels begin at cache lines."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 16, 64, 64, generator=random).to(memory_format=torch.channels_last)
+    weight = torch.randn(80, 16, kernel, kernel, generator=random)
+    geometry = Geometry(padding=(kernel // 2, kernel // 2))
+    plain, exact = (
+        F.conv2d(x.to(dtype), weight.to(dtype), padding=geometry.padding) for dtype in (x.dtype, torch.double)
+    )
+    worst = (plain.double() - exact)[:, :69].abs().max()
+    for algorithm in ("direct", "winograd") if kernel == 3 else ("direct",):
+        packed = packed_conv.pack(weight, geometry, algorithm=algorithm, instructions=instructions)
+        results = []
+        for threads in (1, 2, 3, 8):
+            monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+            y, saved = packed_conv.convolve(x, packed, 69, saves=True)
+            assert torch.equal(y, saved)
+            results.append(y)
+        assert all(torch.equal(results[0], other) for other in results[1:])
+        assert not results[0][:, 69:].any()
+        assert (results[0].double() - exact)[:, :69].abs().max() <= 2 * worst
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from fastprune import _C
 from fastprune.ops import packed_conv
+from fastprune.ops.activations import BOUNDS
 from fastprune.ops.convolution import Geometry
 from fastprune.ops.masked_act import masked_act_backward
-from fastprune.ops.packed_conv import BOUNDS, PackedWeight
+from fastprune.ops.packed_conv import PackedWeight
 
 INSTRUCTIONS = _C.masked_conv_instructions()
 KERNELS = [(algorithm, instructions) for instructions in INSTRUCTIONS for algorithm in ("direct", "winograd")]
@@ -112,6 +113,7 @@ LARGE = {
     "pixels in a row": (2, 70, 24, (33, 31), 1),
     "lines": (3, 40, 24, (40, 28), 3),
     "larger than the caches": (8, 96, 16, (56, 56), 1),  # 9 MiB, written past them
+    "larger than the caches, in lines": (8, 80, 16, (64, 64), 3),  # 10 MiB
     "few pixels": (1, 300, 64, (7, 7), 3),
 }
 

@@ -22,7 +22,7 @@
 // 36, for 3x3 kernels with stride and dilation 1; its rounding error was 1.3 to 1.7 times that of the direct one, which
 // is as small as torch's or smaller (see docs/decisions.md).
 //
-// A third for depthwise convolutions, whose output k reads input k alone: `depthwise`, for kernels of up to 128 taps.
+// A third for depthwise convolutions, whose output k reads input k alone: `depthwise`, for at most `depthwise_taps`.
 // It takes a weight of one channel, and x may have fewer channels than there are rows, or more.
 //
 // What is not finite in x reaches the outputs that read it and no others. Infinities come out of `winograd` as
@@ -39,6 +39,9 @@ struct ConvGeometry {
     int64_t padding[2];  // less than what the dilated kernel spans
     int64_t dilation[2];
 };
+
+/// Most taps of a depthwise kernel: no sum of products is so long that it has to be cut.
+inline constexpr int64_t depthwise_taps = 128;
 
 /// NHWC: the channels of a pixel are neighbours, the next pixel begins `pitch` elements behind.
 struct Pixels {
@@ -59,7 +62,7 @@ struct MaskedConvArgs {
     ConvGeometry geometry;
     Pixels x;
     const float* packed;  // from pack_masked_conv, for the same algorithm
-    const float* shift;   // [rows], or null: 0
+    const float* shift;   // [rows], or null: 0, as it is backward
     const float* mask;    // [rows], or null: 1
     Pixels residual;      // like y; or null: 0
     float lowest, highest;
