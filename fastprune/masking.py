@@ -68,7 +68,7 @@ class MaskedNetwork(nn.Module):
         super().__init__()
         self.num_units = graph.num_units
         self.any_batch = graph.traced.any_batch
-        self.batch = graph.traced.inputs[0].shape[0]
+        self.batch = graph.traced.inputs.batch
         self.network = gated(graph)
         codegen: Any = graph.traced.evaluation.graph._codegen
         self.out_spec: pytree.TreeSpec = codegen.pytree_info.out_spec

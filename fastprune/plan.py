@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprune.atomic import write_text
 from fastprune.graph.channel_graph import Slice
+from fastprune.graph.inputs import Inputs
 from fastprune.graph.propagate import Role
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Shape and dtype of one input of the network, as traced."""
+    """Shape and dtype of one input of the network, as traced, and its name where it is not given by position."""
 
     shape: tuple[int, ...]
     dtype: str
+    name: str | None = None
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """A random input: normal for floating-point inputs, bytes for images, zeros for others (indices, masks)."""
@@ -85,7 +87,10 @@ class PruningPlan:
             mask=keep,
             groups=unique_names(graph),
             slices=graph.slices,
-            inputs=tuple(InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in graph.traced.inputs),
+            inputs=tuple(
+                InputSpec(tuple(x.shape), str(x.dtype).removeprefix("torch."), name)
+                for x, name in zip(graph.traced.inputs.tensors, graph.traced.inputs.names, strict=True)
+            ),
             macs=(round(float(full.macs)), round(float(planned.macs))),
             params=(round(float(full.params)), round(float(planned.params))),
             code="either" if graph.rewrites else "own",
@@ -108,6 +113,13 @@ class PruningPlan:
         """True if every unit stays."""
         return bool(self.mask.all())
 
+    def example(self, model: nn.Module) -> Inputs:
+        """Random inputs like those that the network was traced with, where ``model`` is; always the same."""
+        generator = torch.Generator().manual_seed(0)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        samples = [(spec.name, spec.sample(generator).to(device)) for spec in self.inputs]
+        return Inputs(tuple(x for name, x in samples if name is None), {name: x for name, x in samples if name})
+
     def kept_indices(self, piece: Slice) -> Tensor:
         """The indices of ``piece`` that stay, int64 ascending."""
         return ((piece.units < 0) | self.mask[piece.units.clamp(min=0)]).nonzero().flatten()
@@ -120,7 +132,10 @@ class PruningPlan:
             "macs": {"full": self.macs[0], "planned": self.macs[1]},
             "params": {"full": self.params[0], "planned": self.params[1]},
             "groups": [{"name": name, "size": self.groups[name], "keep": kept} for name, kept in self.keep.items()],
-            "inputs": [{"shape": list(spec.shape), "dtype": spec.dtype} for spec in self.inputs],
+            "inputs": [
+                {"shape": list(spec.shape), "dtype": spec.dtype} | ({"name": spec.name} if spec.name else {})
+                for spec in self.inputs
+            ],
             "slices": [
                 {"tensor": s.tensor, "dim": s.dim, "role": s.role, "units": encode_runs(s.units)} for s in self.slices
             ],
@@ -150,7 +165,7 @@ class PruningPlan:
             if len({(s.tensor, s.dim) for s in slices}) != len(slices):
                 raise PlanError("one dimension of a tensor is listed twice")
             inputs = tuple(
-                InputSpec(tuple(positive(n, "shape") for n in i["shape"]), dtype_name(i["dtype"]))
+                InputSpec(tuple(positive(n, "shape") for n in i["shape"]), dtype_name(i["dtype"]), name_of(i))
                 for i in values["inputs"]
             )
             code = one_of(Code, values.get("code", "own"), "code")
@@ -246,6 +261,14 @@ def one_of(choices: Any, value: Any, name: str) -> Any:
     if value not in get_args(choices):
         raise PlanError(f"{name} {value!r} is none of {', '.join(get_args(choices))}")
     return value
+
+
+def name_of(spec: Mapping[str, Any]) -> str | None:
+    """The name of an input, None for one by position."""
+    name = spec.get("name")
+    if name is not None and not (isinstance(name, str) and name.isidentifier()):
+        raise PlanError(f"name {name!r} is no name of an argument")
+    return name
 
 
 def dtype_name(name: Any) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastprune.budget import Budget, BudgetError
 from fastprune.distributed import Distributed
@@ -29,6 +29,7 @@ from fastprune.engine import (
 )
 from fastprune.engine.user_data import Loader
 from fastprune.graph import ChannelGraph, trace
+from fastprune.graph.inputs import Example, Inputs
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.options import fields_of
 from fastprune.methods.registry import configure, load
@@ -58,7 +59,7 @@ class PruningResult:
 
 def prune(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Example,
     *,
     method: str | type[Method] = "dmc",
     budget: str | Budget = "flops=0.5",
@@ -77,7 +78,7 @@ def prune(
 
     Args:
         model: the trained network; it is not changed.
-        example_inputs: a batch of inputs, [N, C, H, W] for images.
+        example_inputs: a batch of inputs, [N, C, H, W] for images; several as a tuple, or as a dict by argument name.
         method: a registered method's name, or a ``Method`` class.
         budget: ``flops=0.5``, ``params=0.3``, ``flops=2G``, …; met from below.
         data: training data for methods that search on them: a ``Data`` (see ``engine.load_data``), or a loader of
@@ -123,11 +124,12 @@ def prune(
     where = _device_of(model) if device is None else choose_device(device)
     placement = Placement(where, precision, channels_last)
     source = data.to(where) if isinstance(data, Data) else None if data is None else UserData(data)
+    inputs = Inputs.of(example_inputs, model)
     if source is not None:
-        _same_channels(source, example_inputs)
+        _same_channels(source, inputs)
     seed_everything(seed)
     network = _own_copy(model, placement, trained=method_class.trains_weights)
-    graph = trace(network, _to(example_inputs, where))
+    graph = trace(network, inputs.map(lambda x: x.to(where)))
     chosen.limit(graph)
     task = Task(
         model=network,
@@ -238,10 +240,10 @@ def _own_copy(model: nn.Module, placement: Placement, *, trained: bool) -> nn.Mo
     return model.eval()
 
 
-def _same_channels(data: Data, example: Tensor | Sequence[Tensor]) -> None:
+def _same_channels(data: Data, inputs: Inputs) -> None:
     """Refuse data whose images the traced network cannot take; a convolution would say so only in the first step."""
-    first = example if isinstance(example, Tensor) else next(iter(example), None)
-    if isinstance(first, Tensor) and first.dim() == 4 and first.shape[1] != data.shape[0]:
+    first = inputs.tensors[0]
+    if first.dim() == 4 and first.shape[1] != data.shape[0]:
         raise ValueError(
             f"data: its images have {data.shape[0]} channels, those of example_inputs {first.shape[1]}; "
             "give images of one kind"
@@ -250,9 +252,3 @@ def _same_channels(data: Data, example: Tensor | Sequence[Tensor]) -> None:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def _to(example: Tensor | Sequence[Tensor], device: torch.device) -> Tensor | tuple[Tensor, ...]:
-    if isinstance(example, Tensor):
-        return example.to(device)
-    return tuple(x.to(device) if isinstance(x, Tensor) else x for x in example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph.build import settle, slices_of
 from fastprune.graph.channel_graph import Slice
+from fastprune.graph.inputs import Inputs
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.propagate import Propagation
 from fastprune.graph.rewrite import Rewritten, rewrite
@@ -29,9 +31,9 @@ class RewrittenNetwork(nn.Module):
         compact: holds the compact parameters and buffers, which are shared.
         constants: tensors of the model's code, by their names in the graphs.
         graphs: the graph for each mode, True = training; where there is none, the reason.
+        signature: of the model's ``forward``.
         inputs: what the network was traced with.
         any_batch: whether it takes batches of any size; its other sizes are fixed.
-        specs: how its arguments and results are nested.
     """
 
     def __init__(
@@ -39,17 +41,19 @@ class RewrittenNetwork(nn.Module):
         compact: nn.Module,
         constants: dict[str, Tensor],
         graphs: dict[bool, Rewritten | str],
-        inputs: tuple[Tensor, ...],
+        signature: inspect.Signature,
+        inputs: Inputs,
         any_batch: bool,
-        specs: dict[bool, tuple[pytree.TreeSpec, pytree.TreeSpec]],
     ) -> None:
         super().__init__()
         hold(self, compact)
         for name, tensor in constants.items():
             self.register_buffer(place_of(name), tensor, persistent=False)
-        self._shapes = [tuple(x.shape) for x in inputs]
+        self._shapes = [tuple(x.shape) for x in inputs.tensors]
         self._any_batch = any_batch
-        self._specs = specs
+        self._signature = signature
+        self._arguments = list(signature.bind(*inputs.args, **inputs.kwargs).arguments)
+        self._results: dict[bool, pytree.TreeSpec] = {}
         self._takes: dict[bool, list[str]] = {}
         self._missing: dict[bool, str] = {}
         for mode, graph in graphs.items():
@@ -58,6 +62,7 @@ class RewrittenNetwork(nn.Module):
                 continue
             name = "training_graph" if mode else "evaluation_graph"
             self.add_module(name, graph.module)
+            self._results[mode] = graph.results
             self._takes[mode] = [tensor if tensor not in constants else place_of(tensor) for tensor in graph.tensors]
             for number, indices in enumerate(graph.indices):
                 self.register_buffer(f"{name}_indices_{number}", indices, persistent=False)
@@ -74,16 +79,16 @@ class RewrittenNetwork(nn.Module):
         mode = self.training
         if mode in self._missing:
             raise RuntimeError(self._missing[mode])
-        taken, returned = self._specs[mode]
-        inputs, given = pytree.tree_flatten((args, kwargs))
-        if given != taken:
-            raise ValueError(f"this network was traced with arguments {taken}, got {given}")
+        given = self._signature.bind(*args, **kwargs).arguments
+        if list(given) != self._arguments:
+            raise ValueError(f"this network was traced with arguments {self._arguments}, got {list(given)}")
+        inputs = pytree.tree_leaves(given)
         for x, shape in zip(inputs, self._shapes, strict=True):
             if tuple(x.shape[1:]) != shape[1:] or not (self._any_batch or x.shape[0] == shape[0]):
                 raise ValueError(f"this network was traced with inputs of shape {shape}, got {tuple(x.shape)}")
         tensors = [attribute_of(self, name) for name in self._takes[mode]]
         graph: Any = self.training_graph if mode else self.evaluation_graph
-        return pytree.tree_unflatten(graph(*inputs, *tensors), returned)
+        return pytree.tree_unflatten(graph(*inputs, *tensors), self._results[mode])
 
 
 def place_of(name: str) -> str:
@@ -120,7 +125,7 @@ def rewritten(
         RewriteError: if the graph cannot be rewritten; names the operator and the module.
         TraceError: if the model cannot be traced.
     """
-    traced = traced if traced is not None else trace_graphs(model, sample_inputs(plan, model))
+    traced = traced if traced is not None else trace_graphs(model, plan.example(model))
     state = Propagation(rewrites=True)
     graphs: dict[bool, GraphModule | str] = {False: traced.evaluation}
     labels = {False: run_on_labels(traced.evaluation, traced.inputs, state, record=True)}
@@ -151,21 +156,7 @@ def rewritten(
             continue
         written[mode] = new = rewrite(graph, labels[mode], state.selections, keep)
         constants |= {name: attribute_of(graph, name) for name in new.tensors if name not in own}
-    specs = {mode: specs_of(graph) for mode, graph in graphs.items() if not isinstance(graph, str)}
-    return RewrittenNetwork(compact, constants, written, traced.inputs, any_batch, specs)
-
-
-def sample_inputs(plan: PruningPlan, model: nn.Module) -> tuple[Tensor, ...]:
-    """Random inputs like those that the plan's network was traced with, where the model is."""
-    generator = torch.Generator().manual_seed(0)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return tuple(spec.sample(generator).to(device) for spec in plan.inputs)
-
-
-def specs_of(graph: GraphModule) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
-    """How a graph's arguments and results are nested."""
-    codegen: Any = graph.graph._codegen
-    return codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
+    return RewrittenNetwork(compact, constants, written, inspect.signature(model.forward), traced.inputs, any_batch)
 
 
 def same_slices(plan: PruningPlan, slices: tuple[Slice, ...], model: nn.Module) -> None:

@@ -79,17 +79,14 @@ def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: to
 
 def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: torch.dtype) -> float:
     """The largest difference of two models' outputs on one random input, relative to the largest output."""
-    generator = torch.Generator().manual_seed(0)
-    device = next((p.device for p in compact.parameters()), torch.device("cpu"))
-    inputs = [spec.sample(generator).to(device) for spec in plan.inputs]
-    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    inputs = plan.example(compact).map(lambda x: x.to(dtype) if x.is_floating_point() else x)
     with torch.no_grad(), in_dtype(reference, dtype) as full, in_dtype(compact, dtype) as small:
         with name_the_failing_module(full, f"the model itself does not run in {dtype}", "exactness cannot be checked"):
-            expected = pytree.tree_leaves(full(*inputs))
+            expected = pytree.tree_leaves(inputs.given_to(full))
         with name_the_failing_module(
             small, "the compact model does not run", "its code expects a fixed number of channels"
         ):
-            got = pytree.tree_leaves(small(*inputs))
+            got = pytree.tree_leaves(inputs.given_to(small))
     if len(expected) != len(got):
         raise SurgeryError(f"the compact model returns {len(got)} values, the masked one {len(expected)}")
     worst = 0.0

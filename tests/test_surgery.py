@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -193,3 +194,37 @@ def test_a_plan_for_another_model_is_refused(tiny: nn.Module) -> None:
     tiny.conv1 = nn.Conv2d(8, 13, 3)
     with pytest.raises(fp.PlanError, match=r"'conv1\.weight' has shape \(13, 8, 3, 3\)"):
         fp.apply(plan, tiny)
+
+
+class Two(nn.Module):
+    """Two inputs, the second by name, in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, image: Tensor, *, depth: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"map": self.last(torch.relu(self.left(image) + scale * self.right(depth)))}
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_inputs_by_name(rewritten: bool) -> None:
+    torch.manual_seed(0)
+    model = Two().double().eval()
+    inputs = {name: torch.randn(3, c, 8, 8, dtype=torch.float64) for name, c in (("depth", 2), ("image", 3))}
+    graph = fp.trace(model, inputs)
+    assert [group.size for group in graph.groups] == [8]
+    mask = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0])
+    plan = fp.PruningPlan.from_json(graph.plan(mask).to_json())
+    plan = dataclasses.replace(plan, code="rewritten") if rewritten else plan
+    compact = fp.apply(plan, model)
+    assert isinstance(compact, fp.RewrittenNetwork) == rewritten
+    with torch.no_grad():
+        assert torch.allclose(compact(**inputs)["map"], fp.masked(model, plan)(**inputs)["map"], rtol=1e-12)
+    result = fp.prune(model, inputs, method="l1", budget="flops=0.5")
+    assert result.plan.widths == {"left": (4, 8)}
+
+
+def test_inputs_that_the_model_does_not_take_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"Two\.forward does not take \['image', 'noise'\]"):
+        fp.trace(Two(), {"image": torch.zeros(1, 3, 8, 8), "noise": torch.zeros(1, 2, 8, 8)})

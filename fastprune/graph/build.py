@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastprune.graph.channel_graph import ChannelGraph, Group, Layer, Slice
 from fastprune.graph.cost import CostModel, SlicedDim
+from fastprune.graph.inputs import Example, Inputs
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.labels import IntArray
 from fastprune.graph.propagate import LabelledDim, Propagation
 from fastprune.graph.tracing import Traced, trace_graphs
 
 
-def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, rewrite: bool = True) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Example | Inputs, *, rewrite: bool = True) -> ChannelGraph:
     """Find the channel groups of a network.
 
     Args:
         model: any ``nn.Module`` that ``torch.export`` takes. It is not changed; its mode does not matter.
-        example_inputs: a batch of inputs, or a tuple of them; [N, C, H, W] for an image network. Height and width are
-            those that costs are counted for.
+        example_inputs: a batch of inputs, a tuple of them, or a dict of them by the names of ``forward``'s arguments;
+            [N, C, H, W] for an image network. Height and width are those that costs are counted for.
         rewrite: whether channels count as prunable that the model's own code could not do without, because it holds
             their number or cuts where they lie (a channel shuffle, ``split(x, [64, 64])``). Surgery then gives back the
             rewritten graph of the network, a ``RewrittenNetwork``, where the code cannot run. False = these channels

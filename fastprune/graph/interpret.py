@@ -10,15 +10,14 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fastprune.graph import channelwise, layers, moves  # noqa: F401 - they enter their rules into the table
+from fastprune.graph.inputs import Inputs
 from fastprune.graph.labels import kept
 from fastprune.graph.propagate import Propagation, Weight
 from fastprune.graph.rules import Context, apply_rule
 from fastprune.graph.tracing import attribute_of, concrete
 
 
-def run_on_labels(
-    graph: GraphModule, inputs: tuple[Tensor, ...], state: Propagation, *, record: bool
-) -> dict[Node, Any]:
+def run_on_labels(graph: GraphModule, inputs: Inputs, state: Propagation, *, record: bool) -> dict[Node, Any]:
     """Let labels flow through ``graph``.
 
     Args:
@@ -32,7 +31,7 @@ def run_on_labels(
     """
     weights = weights_of(graph)
     values: dict[Node, Any] = {}
-    remaining = list(inputs)
+    remaining = list(inputs.tensors)
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             values[node] = kept(tuple(remaining.pop(0).shape))
@@ -43,7 +42,7 @@ def run_on_labels(
         elif node.op == "call_function":
             args = map_arg(node.args, values.__getitem__)
             kwargs = map_arg(node.kwargs, values.__getitem__)
-            context = Context(state, node, inputs[0].shape[0], output_shapes(node), record)
+            context = Context(state, node, inputs.batch, output_shapes(node), record)
             values[node] = apply_rule(context, args, kwargs)
         else:  # a call_module is an exporter's guard; it returns nothing
             values[node] = None

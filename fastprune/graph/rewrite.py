@@ -47,11 +47,13 @@ class Rewritten:
         module: the graph.
         tensors: names of the parameters, buffers and constants that it takes.
         indices: what it selects channels by, int64 each.
+        results: how its results are nested.
     """
 
     module: GraphModule
     tensors: tuple[str, ...]
     indices: tuple[Tensor, ...]
+    results: pytree.TreeSpec
 
 
 def rewrite(
@@ -102,7 +104,8 @@ class _Writer:
                 self.written[node] = self.node(node)
         self.graph.lint()
         module = GraphModule(self.source, self.graph)
-        return Rewritten(module, tuple(inputs), tuple(self.indices))
+        codegen: Any = self.source.graph._codegen
+        return Rewritten(module, tuple(inputs), tuple(self.indices), codegen.pytree_info.out_spec)
 
     def node(self, node: Node) -> Any:
         """What stands for a node in the new graph; None for a value that need not exist."""

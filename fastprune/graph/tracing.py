@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
+
+from fastprune.graph.inputs import Example, Inputs
 
 
 class TraceError(ValueError):
@@ -33,29 +36,8 @@ class Traced:
 
     evaluation: GraphModule
     training: GraphModule | None
-    inputs: tuple[Tensor, ...]
+    inputs: Inputs
     any_batch: bool
-
-
-def as_inputs(example: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The example as a tuple of tensors, with batches of one doubled (an exporter takes a size of 1 for a constant).
-
-    Raises:
-        TypeError: if it is neither a tensor nor a sequence of tensors.
-        ValueError: if the inputs differ in their first dimension, so that a cost per sample has no meaning.
-    """
-    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
-    if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs):
-        raise TypeError(
-            "example_inputs: a tensor with a batch dimension or a tuple of them is needed, "
-            f"got {type(example).__name__}"
-        )
-    if len({x.shape[0] for x in inputs}) > 1:
-        sizes = ", ".join(str(x.shape[0]) for x in inputs)
-        raise ValueError(f"example_inputs: all inputs need the same batch size in dimension 0, got {sizes}")
-    if all(x.shape[0] == 1 for x in inputs):
-        inputs = tuple(torch.cat([x, x]) for x in inputs)
-    return tuple(x.detach() for x in inputs)
 
 
 @contextmanager
@@ -70,14 +52,17 @@ def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = was_training
 
 
-def export(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> tuple[GraphModule, bool]:
+def export(model: nn.Module, inputs: Inputs, *, training: bool) -> tuple[GraphModule, bool]:
     """The graph of ``model`` on its own parameters, and whether it holds for any batch size."""
-    any_batch = tuple({0: Dim.AUTO} for _ in inputs)
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    any_batch = pytree.tree_map_only(Tensor, lambda _: {0: Dim.AUTO}, dict(bound))
     errors: list[Exception] = []
     with mode_of(model, training=training):
         for shapes in (any_batch, None):
             try:
-                program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(
+                    model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
+                )
             except Exception as error:  # the exporter raises what the model's own code raises
                 errors.append(error)
                 continue
@@ -87,12 +72,12 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...], *, training: bool) -> t
     raise TraceError(f"{type(model).__name__} cannot be traced by torch.export: {type(errors[-1]).__name__}: {reason}")
 
 
-def trace_graphs(model: nn.Module, example: Tensor | Sequence[Tensor]) -> Traced:
+def trace_graphs(model: nn.Module, example: Example | Inputs) -> Traced:
     """Trace ``model`` in eval mode and, where train mode reaches or returns something else, in train mode too.
 
     Auxiliary heads exist only in train mode; without them a compact model would break in ``train()``.
     """
-    inputs = as_inputs(example)
+    inputs = example if isinstance(example, Inputs) else Inputs.of(example, model)
     evaluation, any_batch = export(model, inputs, training=False)
     training = None
     all_read = parameters_read(evaluation) >= parameter_names(model)
@@ -126,12 +111,13 @@ def results_of(graph: GraphModule) -> Results:
     return codegen.pytree_info.out_spec, shapes
 
 
-def results_in_training(model: nn.Module, inputs: tuple[Tensor, ...]) -> Results | None:
+def results_in_training(model: nn.Module, inputs: Inputs) -> Results | None:
     """What a model returns in train mode, found without computing; None where its code cannot do without values."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, mode_of(model, training=True):
         state: dict[str, Any] = {name: fake.from_tensor(tensor) for name, tensor in state_of(model).items()}
         try:
-            result = torch.func.functional_call(model, state, tuple(map(fake.from_tensor, inputs)), tie_weights=False)
+            given = inputs.map(fake.from_tensor)
+            result = torch.func.functional_call(model, state, given.args, dict(given.kwargs), tie_weights=False)
         except Exception:  # the model's own code may raise anything
             return None
     leaves, spec = pytree.tree_flatten(result)
