@@ -79,6 +79,30 @@ def test_a_compact_model_trains(name: str) -> None:
     assert all(parameter.grad is not None for parameter in compact.parameters())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "deeplabv3_resnet50", "fcn_resnet50"])
+def test_train_only_heads_train_after_surgery(name: str) -> None:
+    torch.manual_seed(0)
+    arguments: dict[str, object] = {"weights": None, "aux_logits": True, "init_weights": False}
+    if "resnet" in name:
+        arguments = {"weights": None, "weights_backbone": None, "aux_loss": True}
+    model = torchvision.models.get_model(name, **arguments).train()
+    frozen = next(iter(model.parameters())).requires_grad_(False)
+    size = 299 if name == "inception_v3" else 96  # auxiliary heads need more pixels than the rest
+    graph = fp.trace(model, torch.zeros(1, 3, size, size))
+    compact = fp.apply(graph.plan(random_mask(graph, 0)), model)
+    assert type(compact) is type(model)
+    assert model.training
+    assert compact.training
+    assert not frozen.requires_grad
+    assert not next(iter(compact.parameters())).requires_grad
+    result = compact(torch.randn(2, 3, size, size))
+    outputs = list(result.values()) if isinstance(result, dict) else list(result)
+    assert len(outputs) == (3 if name == "googlenet" else 2)
+    sum(output.square().mean() for output in outputs).backward()
+    assert all(p.grad is not None for p in compact.parameters() if p.requires_grad)
+
+
 def test_full_mask_is_the_identity(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     compact = fp.apply(graph.plan(torch.ones(graph.num_units)), tiny)
