@@ -81,6 +81,23 @@ def mix(context: Context, x: Tensor, dims: set[int]) -> bool:
     return True
 
 
+@rule("matmul", "bmm")
+def product(context: Context, x: Tensor, y: Tensor) -> Any:
+    """Products of matrices, where the channels are rows or columns and the sums run over something else."""
+    weighted = any(isinstance(value, Weight) for value in (x, y))
+    if weighted or min(x.dim(), y.dim()) < 2 or not isinstance(context.shape, tuple):
+        return give_up(context, (x, y), {})
+    if x.dim() - 1 in varying(x) or y.dim() - 2 in varying(y) or (varying(x) and varying(y)):
+        return give_up(context, (x, y), {})
+    source, along_sum = (x, -1) if varying(x) else (y, -2)
+    padded = source.reshape((1,) * (len(context.shape) - source.dim()) + tuple(source.shape))
+    if any(padded.size(dim) != context.shape[dim] for dim in varying(padded)):
+        return give_up(context, (x, y), {})
+    result = canonical(padded.narrow(along_sum, 0, 1).expand(context.shape))
+    require_box(context, result)
+    return result
+
+
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 def batch_norm(context: Context, x: Tensor, *parameters: Any, **options: Any) -> Any:
     """Each channel by itself; its scale, shift and statistics go with it."""
@@ -109,6 +126,12 @@ def group_norm(context: Context, x: Tensor, groups: int, *parameters: Any, **opt
         elif isinstance(weight, Tensor):
             context.state.space.unite(channels, along(weight, 0), context.reason)  # type: ignore[arg-type]
     return x
+
+
+@rule("new_ones", "new_zeros", "new_full", "new_empty")
+def new(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
+    """Takes nothing but the dtype and the device of a tensor."""
+    return kept(context.shape)
 
 
 @rule("_assert_tensor_metadata")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.labels import IntArray, canonical, core, kept, varying
+from fastprune.graph.labels import IntArray, canonical, core, kept, spread, varying
 from fastprune.graph.propagate import Propagation, Weight
 from fastprune.graph.tracing import TraceError, concrete
 
@@ -92,7 +92,7 @@ def apply_rule(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return RULES[context.operator](context, *args, **kwargs)
     elementwise = torch.Tag.pointwise in context.node.target.tags or context.operator in ELEMENTWISE
     if elementwise and isinstance(context.shape, tuple):
-        return unite(context, tensors_in(context, args, kwargs))
+        return unite(context, operands(context, args, kwargs))
     return give_up(context, args, kwargs)
 
 
@@ -130,6 +130,26 @@ def tensors_in(context: Context, args: Any, kwargs: Any) -> list[Tensor]:
     leaves = pytree.tree_leaves((args, kwargs))
     values = [context.state.labels_of(x, context.reason) if isinstance(x, Weight) else x for x in leaves]
     return [x for x in values if isinstance(x, Tensor)]
+
+
+def operands(context: Context, args: Any, kwargs: Any) -> list[Tensor]:
+    """The labels of what an elementwise operator reads.
+
+    A parameter that is wide in several dimensions (a map of offsets, one for each channel and pixel) is labelled along
+    the one in which the others' channels lie.
+    """
+    leaves, rank = pytree.tree_leaves((args, kwargs)), len(context.shape)
+    across = {dim - x.dim() for x in leaves if isinstance(x, Tensor) for dim in varying(x)}
+    found = []
+    for leaf in leaves:
+        if isinstance(leaf, Weight) and sum(size > 1 for size in leaf.shape) > 1 and len(across) == 1:
+            dim = len(leaf.shape) + min(across)
+            if dim >= 0 and leaf.shape[dim] == context.shape[rank + min(across)] > 1:
+                labels = context.state.fresh_dim(leaf, dim, "channel", context.reason)
+                found.append(spread(labels, leaf.shape, dim))
+                continue
+        found += tensors_in(context, leaf, {})
+    return found
 
 
 def give_up(context: Context, args: Any, kwargs: Any) -> Any:

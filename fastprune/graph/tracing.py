@@ -87,15 +87,10 @@ def trace_graphs(model: nn.Module, example: Example | Inputs) -> Traced:
         except TraceError as error:
             unread = parameter_names(model) - parameters_read(evaluation)
             owners = sorted({name.rpartition(".")[0] for name in unread})
-            what = (
-                f"not reached in eval mode: {', '.join(owners[:5])}. They stay as they are"
-                if owners
-                else ("other results in train mode than in eval mode")
-            )
-            warnings.warn(
-                f"{what}, and train mode cannot be traced, so that a compact model may not run there. {error}",
-                stacklevel=3,
-            )
+            what = "other results in train mode than in eval mode, and train mode cannot be traced"
+            if owners:
+                what = f"not reached in eval mode, and train mode cannot be traced: {', '.join(owners[:5])}. They stay"
+            warnings.warn(f"{what}, and a compact model may not run in train mode. {error}", stacklevel=3)
     return Traced(evaluation, training, inputs, any_batch)
 
 

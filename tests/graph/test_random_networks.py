@@ -446,6 +446,7 @@ def without_gradient(net: Between, x: Tensor) -> Tensor:
         (lambda net, x: x * net.logits.softmax(0)[0], 8),
         (lambda net, x: x + F.interpolate(net.map, size=(8, 8)), 0),
         (lambda net, x: x + net.middle(F.interpolate(net.map, size=(8, 8))), 8),
+        (lambda net, x: F.avg_pool2d(x, 2) + net.map, 8),
         (lambda net, x: x * net.constant, 0),
         (lambda net, x: x * (x[:, :1] > 0).type_as(x.flatten(1)), (0, 7)),
         (lambda net, x: x + net.middle(x[0]), 0),
@@ -457,6 +458,7 @@ def without_gradient(net: Between, x: Tensor) -> Tensor:
     ids=[
         "view overwritten", "viewed overwritten", "overwritten after reading", "region without gradient",
         "depthwise transposed", "grouped transposed", "weight norm", "softmax of a parameter", "map", "convolved map",
+        "offsets",
         "constant", "type_as", "without batch", "pool without batch", "tied to its transpose", "channel shuffle",
         "several results",
     ],

@@ -105,8 +105,22 @@ def group_sizes(between: object, **sizes: int) -> list[int]:
         lambda net, x: x[:, :, ::2, 1:],
         lambda net, x: torch.softmax(x.flatten(2), -1).unflatten(2, (8, 8)),
         lambda net, x: torch.max_pool2d(x, 2),
+        lambda net, x: x * (x.flatten(2) @ x.new_ones(1, 64, 1)).unsqueeze(-1),
+        lambda net, x: x * (x.new_ones(2, 1, 64) @ x.flatten(2).transpose(1, 2)).transpose(1, 2).unsqueeze(-1),
     ],
-    ids=["gelu", "parameter", "pooled", "pad", "interpolate", "permute", "slice pixels", "spatial softmax", "pool"],
+    ids=[
+        "gelu",
+        "parameter",
+        "pooled",
+        "pad",
+        "interpolate",
+        "permute",
+        "slice pixels",
+        "spatial softmax",
+        "pool",
+        "context of rows",
+        "context of columns",
+    ],
 )
 def test_channels_flow_through(between: object) -> None:
     assert group_sizes(between) == [6]
@@ -121,9 +135,21 @@ def test_channels_flow_through(between: object) -> None:
         (lambda net, x: x * x.sum(1, keepdim=True), "sum"),
         (lambda net, x: x[:, [5, 4, 3, 2, 1, 0]], "index"),
         (lambda net, x: x.cumsum(1), "cumsum"),
+        (lambda net, x: (x.flatten(2).transpose(1, 2) @ x.flatten(2)).unsqueeze(1).expand(2, 6, 64, 64), "matmul"),
+        (lambda net, x: (x.flatten(2) @ x.flatten(2).transpose(1, 2)).flatten(1)[:, :6, None, None], "matmul"),
         (lambda net, x: x.view(2, 2, 3, 8, 8).transpose(1, 2).reshape(2, 6, 8, 8) + x, "view"),
     ],
-    ids=["layer norm", "channel softmax", "roll", "channel sum", "index", "cumsum", "shuffle and add"],
+    ids=[
+        "layer norm",
+        "channel softmax",
+        "roll",
+        "channel sum",
+        "index",
+        "cumsum",
+        "sum of products",
+        "products of channels",
+        "shuffle and add",
+    ],
 )
 def test_what_mixes_channels_pins_them_and_says_so(between: object, reason: str) -> None:
     graph = fp.trace(Net(between), torch.zeros(2, 3, 8, 8), rewrite=False)
