@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastprune import atomic, models
 from fastprune.bench.case import BenchmarkError
+from fastprune.bench.coverage import CoverageSettings, coverage
 from fastprune.bench.run import KernelBenchSettings, StepBenchSettings, bench_kernels, bench_step
 from fastprune.budget import Budget
 from fastprune.demo import DemoSettings, demo
@@ -345,6 +346,12 @@ def run_bench_step(values: dict[str, Any], given: set[str]) -> int:
     return timed(lambda: bench_step(pick(StepBenchSettings, values)))
 
 
+def run_bench_coverage(values: dict[str, Any], given: set[str]) -> int:
+    """Prune a long list of networks by half, and say which cannot be."""
+    coverage(pick(CoverageSettings, values))
+    return 0
+
+
 def timed(benchmark: Callable[[], object]) -> int:
     """Run a benchmark; the exit code says whether all agreed."""
     try:
@@ -462,7 +469,7 @@ class Command:
         return str(self.run.__doc__).strip()
 
 
-FAMILIES = {"bench": "Measure how fast things are."}
+FAMILIES = {"bench": "Measure how fast things are, and how many networks can be pruned."}
 """First words of commands that have two."""
 
 COMMANDS: dict[str, Command] = {
@@ -474,6 +481,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(run_evaluate, (EvaluateSettings,)),
     "bench kernels": Command(run_bench_kernels, (KernelBenchSettings,)),
     "bench step": Command(run_bench_step, (StepBenchSettings,)),
+    "bench coverage": Command(run_bench_coverage, (CoverageSettings,)),
     "doctor": Command(run_doctor),
     "demo": Command(run_demo, (DemoSettings,)),
 }

@@ -1,0 +1,66 @@
+"""The table of networks: what is pruned, what is not, and what a failure looks like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastprune.bench import zoo
+from fastprune.bench.coverage import CoverageSettings, coverage, in_process, markdown, prune_by_half, summary
+from fastprune.cli import main
+
+
+def test_the_list_has_all_convolutional_networks_of_torchvision_and_each_name_once() -> None:
+    names = zoo.names()
+    assert sum(name.startswith("torchvision:") for name in names) == 68
+    assert sum(name.startswith("timm:") for name in names) > 150
+    assert len(set(names)) == len(names)
+
+
+def test_a_network_is_pruned_by_half_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, numbers = tmp_path / "table.md", tmp_path / "numbers.json"
+    arguments = ["--only", "timm:lcnet_050", "--markdown", str(table), "--json", str(numbers)]
+    assert main(["bench", "coverage", *arguments]) == 0
+    ours = json.loads(numbers.read_text(encoding="utf-8"))["networks"][0]["ours"]
+    assert ours["difference"] < 1e-12
+    assert ours["cost_is_counted"]
+    assert 0.25 < ours["macs_left"] < 0.4
+    assert not ours["rewritten"]
+    assert "timm: of 1 networks 1 pruned exactly" in capsys.readouterr().out
+    assert "| timm:lcnet_050 | 17 |" in table.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchvision:shufflenet_v2_x0_5", "timm:mixnet_s", "timm:res2net50_14w_8s"])
+def test_channels_that_are_cut_and_shuffled_are_pruned(name: str) -> None:
+    ours = prune_by_half(name)
+    assert ours["difference"] < 1e-12
+    assert ours["cost_is_counted"]
+    assert ours["kept"] == 1
+    assert ours["rewritten"]
+
+
+def test_failures_are_rows_of_the_table() -> None:
+    failed = in_process("ours", "timm:no_such_network", 100)
+    assert failed == {"error": failed["error"]}
+    assert "no_such_network" in failed["error"]
+    assert in_process("ours", "timm:lcnet_050", 0.01) == {"error": "not done after 0.01 s"}
+    nothing = {
+        "groups": 0, "units": 0, "macs": 1, "macs_left": 1.0, "layers": 2, "kept": 2, "reasons": {"mul": 2},
+        "seconds": 1.0,
+    }  # fmt: skip
+    wrong = nothing | {"groups": 1, "difference": 1e-3, "cost_is_counted": True, "rewritten": True}
+    rows = [{"name": f"timm:{n}", "ours": ours} for n, ours in (("a", failed), ("b", nothing), ("c", wrong))]
+    document = {"machine": "m", "threads": 1, "workers": 1, "torch": "t", "networks": rows}
+    assert summary(document) == "timm: of 3 networks 1 failed, 1 without a prunable channel, 1 wrong"
+    assert "| timm:a |  |  |  |  |  |  | failed: ValueError: model 'timm:no_such_network'" in markdown(document)
+    assert "| timm:b | 0 | 0 | 2 of 2: mul | 1.00 | 1.0 |  |  |" in markdown(document)
+
+
+def test_a_pattern_without_a_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="no network of the list has such a name"):
+        coverage(CoverageSettings(only=("timm:nothing*",)))
+    with pytest.raises(ValueError, match="both must be above 0"):
+        CoverageSettings(workers=0)
