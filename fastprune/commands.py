@@ -44,6 +44,7 @@ from fastprune.settings import (
     EvaluateSettings,
     FinetuneConfig,
     FinetuneSettings,
+    InspectSettings,
     ModelSettings,
     NetworkSettings,
     PruneSettings,
@@ -211,6 +212,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         seed=settings.seed,
         device=settings.device,
         precision=settings.precision,
+        rewrite=not settings.keep_class,
         run_config=save_config(settings, "prune", {}),
         **options,
     )
@@ -293,11 +295,11 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
 
 def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     """Show a network's channel groups and what stands in the way of pruning."""
-    settings = pick(ModelSettings, values)
+    settings = pick(InspectSettings, values)
     model, shape = build_model(settings, None), input_shape(settings, None)
     check_fit(model, settings.model, shape)
     begun = time.monotonic()
-    graph = trace(model, example_of(shape))
+    graph = trace(model, example_of(shape), rewrite=not settings.keep_class)
     seconds = time.monotonic() - begun
     if values["json"]:
         print(json.dumps(described(graph, seconds)))
@@ -475,7 +477,7 @@ FAMILIES = {"bench": "Measure how fast things are, and how many networks can be 
 COMMANDS: dict[str, Command] = {
     "train": Command(run_train, (NetworkSettings, TrainConfig), resumes=True),
     "methods": Command(run_methods),
-    "inspect": Command(run_inspect, (ModelSettings,)),
+    "inspect": Command(run_inspect, (InspectSettings,)),
     "prune": Command(run_prune, (PruneSettings,), takes_method=True, resumes=True),
     "finetune": Command(run_finetune, (FinetuneSettings, FinetuneConfig), resumes=True),
     "evaluate": Command(run_evaluate, (EvaluateSettings,)),

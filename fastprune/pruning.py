@@ -70,6 +70,7 @@ def prune(
     device: str | None = None,
     precision: str = "float32",
     channels_last: bool = False,
+    rewrite: bool = True,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
     **options: Any,
@@ -89,6 +90,7 @@ def prune(
         device: "cpu", "cuda", "cuda:N" or "auto"; None = where the model is.
         precision: of the search, "float32" or "bf16" (autocast).
         channels_last: NHWC memory layout in the search.
+        rewrite: whether the compact network may be the rewritten graph of the model; see ``trace``.
         loop: how often log and checkpoints are written.
         run_config: what ``config.yaml`` says; None = the arguments.
         **options: fields of the method's ``Config``.
@@ -129,7 +131,7 @@ def prune(
         _same_channels(source, inputs)
     seed_everything(seed)
     network = _own_copy(model, placement, trained=method_class.trains_weights)
-    graph = trace(network, inputs.map(lambda x: x.to(where)))
+    graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite)
     chosen.limit(graph)
     task = Task(
         model=network,

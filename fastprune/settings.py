@@ -58,6 +58,16 @@ class NetworkSettings(ModelSettings, RunSettings):
     """A network, its data and its run."""
 
 
+KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
+
+
+@dataclass
+class InspectSettings(ModelSettings):
+    """Show a network's channel groups and its cost."""
+
+    keep_class: bool = setting(False, KEEP_CLASS, action="store_true")
+
+
 @dataclass
 class PruneSettings(NetworkSettings):
     """Prune a trained network."""
@@ -65,6 +75,7 @@ class PruneSettings(NetworkSettings):
     method: str = setting("dmc", "a method's name, see 'fastprune methods'")
     budget: str = setting("flops=0.5", "what may stay: flops=0.5, params=0.3, flops=2G, …")
     precision: str = setting("float32", "of the search: float32, or bf16 for autocast")
+    keep_class: bool = setting(False, KEEP_CLASS, action="store_true")
 
 
 @dataclass
