@@ -144,6 +144,10 @@ def rewritten(
             any_batch = any_batch and trains_any
             labels[True] = run_on_labels(training, traced.inputs, state, record=False)
             graphs[True] = training
+            if differing(plan, slices_of(state, settle(state)[0])):
+                graphs[True] = (
+                    "this network cannot run in train mode: its model brings channels together there that leave"
+                )
     keep = np.ones(state.space.count, dtype=bool)
     of_label = units.of_label
     keep[: len(of_label)] = (of_label < 0) | plan.mask.numpy()[of_label.clip(min=0)]
@@ -161,14 +165,19 @@ def rewritten(
 
 def same_slices(plan: PruningPlan, slices: tuple[Slice, ...], model: nn.Module) -> None:
     """Refuse a plan whose units are not those of this model."""
+    wrong = differing(plan, slices)
+    if wrong is not None:
+        raise PlanError(
+            f"the plan is for another model: in this {type(model).__name__} other channels of {wrong[0]!r} belong "
+            f"together along dimension {wrong[1]}"
+        )
+
+
+def differing(plan: PruningPlan, slices: tuple[Slice, ...]) -> tuple[str, int] | None:
+    """A tensor and a dimension along which the plan has other units than ``slices``."""
     found = {(s.tensor, s.dim): s.units for s in slices}
     for piece in plan.slices:
         units = found.pop((piece.tensor, piece.dim), None)
         if units is None or not torch.equal(units, piece.units):
-            found[piece.tensor, piece.dim] = piece.units
-    if found:
-        tensor, dim = next(iter(found))
-        raise PlanError(
-            f"the plan is for another model: in this {type(model).__name__} other channels of {tensor!r} belong "
-            f"together along dimension {dim}"
-        )
+            return piece.tensor, piece.dim
+    return next(iter(found), None)

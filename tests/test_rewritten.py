@@ -158,3 +158,21 @@ def test_without_a_graph_for_train_mode_it_says_so() -> None:
     compact(images(2))
     with pytest.raises(RuntimeError, match="cannot run in train mode"):
         compact.train()(images(2))
+
+
+def test_channels_that_meet_in_train_mode_alone_do_not_go_wrong_there() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = torch.split(self.first(x), [4, 4], 1)
+            return self.second(a * (b.softmax(1) if self.training else b))
+
+    model = Mixing().double().eval()
+    graph = fp.trace(model, images(1))
+    compact = fp.apply(graph.plan(torch.tensor([1, 0, 1, 1])), model)
+    assert isinstance(compact, fp.RewrittenNetwork)
+    with pytest.raises(RuntimeError, match="cannot run in train mode: its model brings channels together"):
+        compact.train()(images(2))

@@ -107,7 +107,7 @@ def require_rewritable(
     if not varying(source):
         return
     for part in parts:
-        if not varying(part) and int(core(part).flatten()[0]) != KEPT:
+        if not varying(part) and part.numel() and int(core(part).flatten()[0]) != KEPT:
             state.space.pin(part, f"{context.reason} (takes a single channel)")
     ragged = any(len(varying(labels)) > 1 for labels in (*sources, *parts))
     if not ragged and not takes_channels(context, source, parts):

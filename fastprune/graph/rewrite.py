@@ -180,24 +180,20 @@ class _Writer:
         source: Node | None = self.written[choice.base]
         if base_boxes is None or box is None or source is None:
             raise RewriteError(f"{described(node)} takes channels of a value that does not exist on its own")
-        size = labels.size(choice.dim)
-        stays = box[choice.dim] if box[choice.dim] is not None else np.arange(size)
-        held = base_boxes[0][choice.dim]
-        wanted = choice.indices.numpy()[stays]
-        places = wanted if held is None else np.searchsorted(held, wanted)
-        width = None if held is None else len(held)
+        kept, held = box[choice.dim], base_boxes[0][choice.dim]
+        if kept is None:
+            kept = np.arange(labels.size(choice.dim))
+        if held is None:
+            held = np.arange(self.parts(choice.base)[0].size(choice.dim))
+        places = np.searchsorted(held, choice.indices.numpy()[kept])
+        if np.array_equal(places, np.arange(len(held))):
+            return source
         first = int(places[0]) if len(places) else 0
-        if np.array_equal(places, np.arange(first, first + len(places))):
-            if first == 0 and len(places) == (
-                width if width is not None else self.parts(choice.base)[0].size(choice.dim)
-            ):
-                return source
-            return self.graph.call_function(
-                torch.ops.aten.slice.Tensor, (source, choice.dim, first, first + len(places))
-            )
-        return self.graph.call_function(
-            torch.ops.aten.index_select.default, (source, choice.dim, self.index(torch.from_numpy(places)))
-        )
+        if np.array_equal(places, np.arange(first, first + len(places))):  # a view, which in-place operators may need
+            ends = (source, choice.dim, first, first + len(places))
+            return self.graph.call_function(torch.ops.aten.slice.Tensor, ends)
+        places_node = self.index(torch.from_numpy(places))
+        return self.graph.call_function(torch.ops.aten.index_select.default, (source, choice.dim, places_node))
 
     def index(self, indices: Tensor) -> Node:
         """A tensor of indices as one more input."""
