@@ -213,6 +213,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         device=settings.device,
         precision=settings.precision,
         rewrite=not settings.keep_class,
+        ignore=settings.ignore,
         run_config=save_config(settings, "prune", {}),
         **options,
     )
@@ -299,7 +300,7 @@ def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     model, shape = build_model(settings, None), input_shape(settings, None)
     check_fit(model, settings.model, shape)
     begun = time.monotonic()
-    graph = trace(model, example_of(shape), rewrite=not settings.keep_class)
+    graph = trace(model, example_of(shape), rewrite=not settings.keep_class, ignore=settings.ignore)
     seconds = time.monotonic() - begun
     if values["json"]:
         print(json.dumps(described(graph, seconds)))
@@ -451,6 +452,10 @@ def described(graph: ChannelGraph, seconds: float) -> dict[str, Any]:
         "params": round(float(cost.params)),
         "units": graph.num_units,
         "groups": [{k: v for k, v in asdict(group).items() if k != "start"} for group in graph.groups],
+        "layers": [
+            {"layer": row.layer, "kind": row.kind, "macs": row.macs, "groups": list(row.groups), "kept": row.reason}
+            for row in graph.table()
+        ],
         "unprunable": [{"layer": layer, "reason": reason} for layer, reason in graph.unprunable],
         "seconds": round(seconds, 3),
     }

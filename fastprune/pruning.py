@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,7 @@ def prune(
     precision: str = "float32",
     channels_last: bool = False,
     rewrite: bool = True,
+    ignore: Sequence[str] = (),
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
     **options: Any,
@@ -91,6 +92,7 @@ def prune(
         precision: of the search, "float32" or "bf16" (autocast).
         channels_last: NHWC memory layout in the search.
         rewrite: whether the compact network may be the rewritten graph of the model; see ``trace``.
+        ignore: names or patterns of layers whose output channels stay; see ``trace``.
         loop: how often log and checkpoints are written.
         run_config: what ``config.yaml`` says; None = the arguments.
         **options: fields of the method's ``Config``.
@@ -131,7 +133,7 @@ def prune(
         _same_channels(source, inputs)
     seed_everything(seed)
     network = _own_copy(model, placement, trained=method_class.trains_weights)
-    graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite)
+    graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite, ignore=ignore)
     chosen.limit(graph)
     task = Task(
         model=network,

@@ -6,13 +6,11 @@ import inspect
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.build import settle, slices_of
-from fastprune.graph.channel_graph import Slice
 from fastprune.graph.inputs import Inputs
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.propagate import Propagation
@@ -132,25 +130,18 @@ def rewritten(
     if traced.training is not None:
         graphs[True] = traced.training
         labels[True] = run_on_labels(traced.training, traced.inputs, state, record=False)
-    units, _, _ = settle(state)
-    same_slices(plan, slices_of(state, units), model)
+    keep = kept_labels(plan, state)
     any_batch = traced.any_batch
     if True not in graphs:
         try:
             training, trains_any = export(model, traced.inputs, training=True)
+            labels[True] = run_on_labels(training, traced.inputs, state, record=False)
+            keep = kept_labels(plan, state)
+            graphs[True], any_batch = training, any_batch and trains_any
         except TraceError as error:
             graphs[True] = f"this network cannot run in train mode: its model could not be traced there: {error}"
-        else:
-            any_batch = any_batch and trains_any
-            labels[True] = run_on_labels(training, traced.inputs, state, record=False)
-            graphs[True] = training
-            if differing(plan, slices_of(state, settle(state)[0])):
-                graphs[True] = (
-                    "this network cannot run in train mode: its model brings channels together there that leave"
-                )
-    keep = np.ones(state.space.count, dtype=bool)
-    of_label = units.of_label
-    keep[: len(of_label)] = (of_label < 0) | plan.mask.numpy()[of_label.clip(min=0)]
+        except PlanError as error:
+            graphs[True] = f"this network cannot run in train mode: {error}"
     written: dict[bool, Rewritten | str] = {}
     constants: dict[str, Tensor] = {}
     own = set(state_of(model))
@@ -163,21 +154,24 @@ def rewritten(
     return RewrittenNetwork(compact, constants, written, inspect.signature(model.forward), traced.inputs, any_batch)
 
 
-def same_slices(plan: PruningPlan, slices: tuple[Slice, ...], model: nn.Module) -> None:
-    """Refuse a plan whose units are not those of this model."""
-    wrong = differing(plan, slices)
-    if wrong is not None:
-        raise PlanError(
-            f"the plan is for another model: in this {type(model).__name__} other channels of {wrong[0]!r} belong "
-            f"together along dimension {wrong[1]}"
-        )
+def kept_labels(plan: PruningPlan, state: Propagation) -> npt.NDArray[np.bool_]:
+    """For each label whether its channels stay.
 
-
-def differing(plan: PruningPlan, slices: tuple[Slice, ...]) -> tuple[str, int] | None:
-    """A tensor and a dimension along which the plan has other units than ``slices``."""
-    found = {(s.tensor, s.dim): s.units for s in slices}
+    Raises:
+        PlanError: if channels that the plan tells apart belong together, or channels that must stay go.
+    """
+    components, reasons = state.settle()
+    kept, gone = (np.zeros(len(components), dtype=bool) for _ in range(2))
     for piece in plan.slices:
-        units = found.pop((piece.tensor, piece.dim), None)
-        if units is None or not torch.equal(units, piece.units):
-            return piece.tensor, piece.dim
-    return next(iter(found), None)
+        known = state.dims.get((piece.tensor, piece.dim))
+        if known is None:
+            raise PlanError(f"the plan is for another model: {piece.tensor!r} has no channels along {piece.dim} here")
+        classes = components[known.labels.numpy()]
+        stays = np.isin(np.arange(len(classes)), plan.kept_indices(piece).numpy())
+        kept[classes[stays]] = True
+        gone[classes[~stays]] = True
+        wrong = np.flatnonzero(gone & (kept | np.isin(np.arange(len(gone)), [0, *reasons])))
+        if len(wrong):
+            why = reasons.get(int(wrong[0]), "others that stay belong to them")
+            raise PlanError(f"channels of {piece.tensor!r} that the plan removes cannot leave: {why}")
+    return ~gone[components]

@@ -58,6 +58,7 @@ class NetworkSettings(ModelSettings, RunSettings):
     """A network, its data and its run."""
 
 
+IGNORE = "names or patterns ('layer4.*.conv1') of layers whose output channels stay"
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
 
 
@@ -65,6 +66,7 @@ KEEP_CLASS = "keep the channels that the model's own code cannot do without, so 
 class InspectSettings(ModelSettings):
     """Show a network's channel groups and its cost."""
 
+    ignore: tuple[str, ...] = setting((), IGNORE, nargs="+")
     keep_class: bool = setting(False, KEEP_CLASS, action="store_true")
 
 
@@ -75,6 +77,7 @@ class PruneSettings(NetworkSettings):
     method: str = setting("dmc", "a method's name, see 'fastprune methods'")
     budget: str = setting("flops=0.5", "what may stay: flops=0.5, params=0.3, flops=2G, …")
     precision: str = setting("float32", "of the search: float32, or bf16 for autocast")
+    ignore: tuple[str, ...] = setting((), IGNORE, nargs="+")
     keep_class: bool = setting(False, KEEP_CLASS, action="store_true")
 
 

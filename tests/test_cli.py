@@ -128,7 +128,7 @@ BAD = [
     ("demo --out p", "'p' exists already: give another --out"),
     ("demo --out new --seed -3", "seed -3: give a whole number from 0"),
     # bench
-    ("bench", 'expected "bench.command" to be one of {kernels,step}'),
+    ("bench", 'expected "bench.command" to be one of {kernels,step,coverage}'),
     ("bench nope", "invalid choice: 'nope'"),
     ("bench kernels --only nope", "only 'nope': there is no such benchmark; give some of gates, group_prox, "),
     ("bench kernels --onyl topk_mask", "there is no option --onyl: did you mean --only?"),
@@ -215,6 +215,9 @@ def test_inspect_of_resnet50(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert (found["macs"], found["params"], found["units"], len(found["groups"])) == (4089184256, 25557032, 11456, 37)
     assert sum(group["size"] for group in found["groups"]) == 11456
+    assert len(found["layers"]) == 54
+    assert found["layers"][0]["groups"] == ["conv1"]
+    assert [layer["layer"] for layer in found["layers"] if layer["kept"]] == ["fc"]
 
 
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastprune as fp
+from fastprune.graph import Slice
 from fastprune.verification import masked
 
 
@@ -137,8 +138,25 @@ def test_a_plan_for_another_model_is_refused(plan: fp.PruningPlan) -> None:
             x = torch.relu(self.norm(self.first(x)))
             return self.last(torch.cat([self.left(x[:, :4]), self.right(x[:, 4:])], 1).mean((2, 3)))
 
-    with pytest.raises(fp.PlanError, match=r"other channels of '[\w.]+' belong together"):
+    with pytest.raises(fp.PlanError, match="channels of 'first.weight' that the plan removes cannot leave: others"):
         fp.apply(dataclasses.replace(plan, code="rewritten"), Other().double().eval())
+
+
+def test_ignored_layers_are_no_obstacle(model: nn.Module) -> None:
+    graph = fp.trace(model, images(1), ignore=["left"])
+    assert [group.producers for group in graph.groups] == [("first",), ("first",), ("right",)]
+    plan = fp.PruningPlan.from_json(graph.plan(torch.arange(graph.num_units) % 3 > 0).to_json())
+    compact = fp.apply(plan, model)
+    assert isinstance(compact, fp.RewrittenNetwork)
+    assert compact.left.weight.shape[0] == 6
+
+
+def test_a_plan_that_removes_what_must_stay_is_refused(model: nn.Module) -> None:
+    graph = fp.trace(model, images(1))
+    head = Slice("last.bias", 0, torch.arange(5), "channel")
+    plan = dataclasses.replace(graph.plan(torch.arange(graph.num_units) % 3 > 0), code="rewritten")
+    with pytest.raises(fp.PlanError, match=r"channels of 'last\.bias' .* cannot leave: output of the network"):
+        fp.apply(dataclasses.replace(plan, slices=(*plan.slices, head)), model)
 
 
 def test_without_a_graph_for_train_mode_it_says_so() -> None:
@@ -174,5 +192,5 @@ def test_channels_that_meet_in_train_mode_alone_do_not_go_wrong_there() -> None:
     graph = fp.trace(model, images(1))
     compact = fp.apply(graph.plan(torch.tensor([1, 0, 1, 1])), model)
     assert isinstance(compact, fp.RewrittenNetwork)
-    with pytest.raises(RuntimeError, match="cannot run in train mode: its model brings channels together"):
+    with pytest.raises(RuntimeError, match=r"cannot run in train mode: channels .* cannot leave: softmax"):
         compact.train()(images(2))

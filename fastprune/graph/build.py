@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
@@ -17,7 +20,9 @@ from fastprune.graph.propagate import LabelledDim, Propagation
 from fastprune.graph.tracing import Traced, trace_graphs
 
 
-def trace(model: nn.Module, example_inputs: Example | Inputs, *, rewrite: bool = True) -> ChannelGraph:
+def trace(
+    model: nn.Module, example_inputs: Example | Inputs, *, rewrite: bool = True, ignore: Sequence[str] = ()
+) -> ChannelGraph:
     """Find the channel groups of a network.
 
     Args:
@@ -28,6 +33,8 @@ def trace(model: nn.Module, example_inputs: Example | Inputs, *, rewrite: bool =
             their number or cuts where they lie (a channel shuffle, ``split(x, [64, 64])``). Surgery then gives back the
             rewritten graph of the network, a ``RewrittenNetwork``, where the code cannot run. False = these channels
             stay, and every compact model has the class of the model.
+        ignore: names or patterns (``layer4.*.conv1``) of layers whose output channels stay; a name of a module stands
+            for all layers in it.
 
     Returns:
         The ``ChannelGraph``.
@@ -35,6 +42,7 @@ def trace(model: nn.Module, example_inputs: Example | Inputs, *, rewrite: bool =
     Raises:
         TraceError: if the model cannot be exported; names the reason.
         TypeError: if the inputs are no tensors.
+        ValueError: for a name or pattern of no layer.
 
     Example:
         >>> import torch, fastprune as fp
@@ -47,7 +55,24 @@ def trace(model: nn.Module, example_inputs: Example | Inputs, *, rewrite: bool =
     run_on_labels(traced.evaluation, traced.inputs, state, record=True)
     if traced.training is not None:
         run_on_labels(traced.training, traced.inputs, state, record=False)
+    for pattern in ignore:
+        keep_outputs(state, pattern)
     return build(model, traced, state)
+
+
+def keep_outputs(state: Propagation, pattern: str) -> None:
+    """Pin the channels that layers of a name or pattern make."""
+    owners = {d.tensor.rpartition(".")[0] for d in state.dims.values()}
+    chosen = {name for name in owners if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+    if not chosen:
+        names = {
+            ".".join(parts[:n]) for parts in (name.split(".") for name in owners) for n in range(1, len(parts) + 1)
+        }
+        near = [f"; did you mean {name!r}?" for name in get_close_matches(pattern, sorted(names), n=1)]
+        raise ValueError(f"ignore {pattern!r}: no layer has such a name" + "".join(near))
+    for labelled in state.dims.values():
+        if labelled.tensor.rpartition(".")[0] in chosen and labelled.role != "in":
+            state.space.pin(labelled.labels, f"ignored ({pattern})")
 
 
 @dataclass(frozen=True)
@@ -58,34 +83,24 @@ class Units:
     offsets: IntArray
 
 
-def settle(state: Propagation) -> tuple[Units, IntArray, dict[int, str]]:
-    """The units that the labels make up, the class of every label, and why the pinned classes are pinned."""
+def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
+    """Number the units, gather them into groups and describe both."""
     dims = list(state.dims.values())
     for labelled in dims_without_producer(state, dims):
         state.space.pin(labelled.labels, "no convolution or linear layer makes its channels")
     components, reasons = state.settle()
-    return number_units(components, reasons, dims), components, reasons
-
-
-def slices_of(state: Propagation, units: Units) -> tuple[Slice, ...]:
-    """Every tensor dimension that shrinks with units."""
-    return tuple(
-        Slice(d.tensor, d.dim, torch.from_numpy(of), d.role)
-        for d in state.dims.values()
-        if (of := units.of_label[d.labels.numpy()]).max(initial=-1) >= 0
-    )
-
-
-def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
-    """Number the units, gather them into groups and describe both."""
-    units, components, reasons = settle(state)
+    units = number_units(components, reasons, dims)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
     filters = {c.weight: tuple(buffers[c.weight].shape) for c in state.calls if c.weight in buffers}
     positions: dict[str, int] = {}
     for call in state.calls:
         positions[call.weight] = positions.get(call.weight, 0) + call.positions
-    slices = slices_of(state, units)
+    slices = tuple(
+        Slice(d.tensor, d.dim, torch.from_numpy(of), d.role)
+        for d in dims
+        if (of := units.of_label[d.labels.numpy()]).max(initial=-1) >= 0
+    )
     offsets = torch.from_numpy(units.offsets)
     cost = CostModel(
         offsets, shapes, positions, sliced_dims(slices, units.offsets, shapes | filters), state.fixed_macs, filters

@@ -62,6 +62,25 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class LayerRow:
+    """What becomes of a layer's output channels.
+
+    Args:
+        layer: the module's name.
+        kind: the operator; "" where the layer is not understood or not reached.
+        macs: multiply-accumulates per sample in the full network, over all its uses.
+        groups: names of the groups that its output channels belong to.
+        reason: why some or all of them always stay; None where none does.
+    """
+
+    layer: str
+    kind: str
+    macs: int
+    groups: tuple[str, ...]
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Group:
     """Units that touch the same dimensions of the same parameters: the channels of one tensor, say.
 
@@ -151,6 +170,18 @@ class ChannelGraph:
         from fastprune.plan import PruningPlan
 
         return PruningPlan.from_mask(self, mask)
+
+    def table(self) -> list[LayerRow]:
+        """Every convolution and linear layer, with its groups or the reason why its channels stay."""
+        reasons = dict(self.unprunable)
+        rows: dict[str, LayerRow] = {}
+        for layer in self.layers:
+            groups = self.group_of_unit[layer.out_units[layer.out_units >= 0]].unique().tolist()
+            names = tuple(self.groups[g].name for g in groups)
+            uses = rows[layer.name].macs if layer.name in rows else 0
+            reason = reasons.pop(layer.name, rows[layer.name].reason if layer.name in rows else None)
+            rows[layer.name] = LayerRow(layer.name, layer.kind, uses + layer.macs, names, reason)
+        return [*rows.values(), *(LayerRow(name, "", 0, (), reason) for name, reason in reasons.items())]
 
     def weights_of_group(self, group: Group, roles: Sequence[Role]) -> list[Slice]:
         """The slices of parameters and buffers in which units of ``group`` have one of ``roles``."""

@@ -48,13 +48,12 @@ def print_graph(name: str, graph: ChannelGraph) -> None:
         table.add_row(group.name, f"{group.size:,}", group.kind, percent(group.share), str(len(group.layers)))
     if graph.groups:
         show(table)
-    if graph.unprunable:
-        reasons = Table()
-        reasons.add_column("channels that stay")
-        reasons.add_column("why")
-        for layer, reason in graph.unprunable:
-            reasons.add_row(layer, reason)
-        show(reasons)
+    layers = Table()
+    for heading in ("layer", "group", "channels that stay"):
+        layers.add_column(heading)
+    for row in graph.table():
+        layers.add_row(row.layer, ", ".join(row.groups), row.reason or "")
+    show(layers)
 
 
 def print_methods(methods: Iterable[MethodInfo], broken: Mapping[str, str]) -> None:

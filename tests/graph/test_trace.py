@@ -269,3 +269,25 @@ def test_results_that_exist_only_in_train_mode_keep_their_channels() -> None:
     graph = fp.trace(Features(), torch.zeros(1, 3, 8, 8))
     assert graph.groups == ()
     assert dict(graph.unprunable)["first"] == "output of the network"
+
+
+def test_ignored_layers_keep_their_outputs(tiny: nn.Module) -> None:
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16), ignore=["stem", "s*ze"])
+    assert [group.name for group in graph.groups] == ["conv1", "expand", "project"]
+    reasons = dict(graph.unprunable)
+    assert reasons["stem.0"] == reasons["conv2"] == "ignored (stem)"
+    assert reasons["squeeze"] == "ignored (s*ze)"
+    with pytest.raises(ValueError, match=r"ignore 'stam': no layer has such a name; did you mean 'stem'\?"):
+        fp.trace(tiny, torch.zeros(1, 3, 16, 16), ignore=["stam"])
+
+
+def test_every_layer_is_in_the_table(tiny: nn.Module) -> None:
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16), ignore=["conv1"])
+    rows = {row.layer: row for row in graph.table()}
+    assert set(rows) == {n for n, m in tiny.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert rows["conv2"].groups == ("stem.0",)
+    assert rows["conv2"].reason is None
+    assert rows["depthwise"].groups == ("expand",)
+    assert rows["conv1"].groups == ()
+    assert rows["conv1"].reason == "ignored (conv1)"
+    assert sum(row.macs for row in rows.values()) == int(graph.cost().macs)
