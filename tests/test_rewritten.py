@@ -138,7 +138,7 @@ def test_a_plan_for_another_model_is_refused(plan: fp.PruningPlan) -> None:
             x = torch.relu(self.norm(self.first(x)))
             return self.last(torch.cat([self.left(x[:, :4]), self.right(x[:, 4:])], 1).mean((2, 3)))
 
-    with pytest.raises(fp.PlanError, match="channels of 'first.weight' that the plan removes cannot leave: others"):
+    with pytest.raises(fp.PlanError, match=r"channels of 'first\.weight' that the plan removes cannot leave: others"):
         fp.apply(dataclasses.replace(plan, code="rewritten"), Other().double().eval())
 
 

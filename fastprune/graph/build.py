@@ -65,10 +65,8 @@ def keep_outputs(state: Propagation, pattern: str) -> None:
     owners = {d.tensor.rpartition(".")[0] for d in state.dims.values()}
     chosen = {name for name in owners if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
     if not chosen:
-        names = {
-            ".".join(parts[:n]) for parts in (name.split(".") for name in owners) for n in range(1, len(parts) + 1)
-        }
-        near = [f"; did you mean {name!r}?" for name in get_close_matches(pattern, sorted(names), n=1)]
+        modules = {owner.rsplit(".", up)[0] for owner in owners for up in range(owner.count(".") + 1)}
+        near = [f"; did you mean {name!r}?" for name in get_close_matches(pattern, sorted(modules), n=1)]
         raise ValueError(f"ignore {pattern!r}: no layer has such a name" + "".join(near))
     for labelled in state.dims.values():
         if labelled.tensor.rpartition(".")[0] in chosen and labelled.role != "in":
