@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastprune import atomic
 from fastprune.bench import zoo
-from fastprune.bench.report import machine
 from fastprune.graph import ChannelGraph, trace
+from fastprune.machine import machine
 from fastprune.rewritten import RewrittenNetwork
 from fastprune.settings import setting
 from fastprune.surgery import cut, verify

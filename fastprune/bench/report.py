@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from rich.text import Text
 from fastprune import _C
 from fastprune.bench.case import OURS
 from fastprune.bench.ceilings import Ceilings
+from fastprune.machine import machine
 
 WIDEST = 1000  # characters: a narrow terminal breaks lines, which is better than digits that are not shown
 
@@ -39,18 +39,6 @@ def document(results: Mapping[str, Mapping[str, Any]], ceilings: Ceilings, *, qu
         "ceilings": ceilings.describe(),
         "kernels": dict(results),
     }
-
-
-def machine(device: torch.device) -> str:
-    """The name of the processor or of the GPU."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def geometric_means(cases: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
