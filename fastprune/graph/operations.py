@@ -1,0 +1,360 @@
+"""The operators of a network as calls that can be made again, alone and with fewer channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from fastprune.graph.interpret import run_on_labels
+from fastprune.graph.labels import core, varying
+from fastprune.graph.propagate import Propagation, Weight
+from fastprune.graph.rewrite import argument_of
+from fastprune.graph.rules import module_of, operator_name
+from fastprune.graph.tracing import attribute_of
+
+if TYPE_CHECKING:
+    from fastprune.graph.channel_graph import ChannelGraph, Layer
+
+POINTS = 4  # widths of each kind that are measured at most
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A number of channels that shrinks with the groups.
+
+    Kernels compute blocks of channels, so that an operator with 65 channels may take as long as with 80, or, without a
+    vectorised path, twice as long as with 64. So widths are measured that are whole blocks, and others.
+
+    Args:
+        size: channels in the full network.
+        fixed: those that always stay.
+        counts: (group, channels of each of its units).
+        step: a grouped convolution has a multiple of so many.
+        block: channels that the machine's kernels compute together, 8 or 16.
+    """
+
+    size: int
+    fixed: int
+    counts: tuple[tuple[int, int], ...]
+    step: int = 1
+    block: int = 8
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Measured widths that are whole blocks, the smallest and the largest among them."""
+        blocks = self.size // self.block if self.counts and self.step == 1 else 0
+        return tuple(self.block * count for count in spread(1, blocks))
+
+    @property
+    def broken(self) -> tuple[int, ...]:
+        """Measured widths that are not, the smallest and the largest among them; all, for a grouped convolution."""
+        if not self.counts:
+            return (self.size,)
+        if self.step > 1:
+            return tuple(self.step * count for count in spread(1, self.size // self.step, 2 * POINTS))
+        largest = self.size if self.size % self.block else self.size - 1
+        found = spread(1, largest)
+        odd = self.block // 2 - 1  # in the middle of a block, and of no use to any kernel
+        inner = (width // self.block * self.block + odd if width > 2 * self.block else width for width in found[1:-1])
+        return tuple(sorted({found[0], *(width - (width % self.block == 0) for width in inner), found[-1]}))
+
+    @property
+    def knots(self) -> tuple[int, ...]:
+        """All measured widths, first those that are not whole blocks."""
+        return (*self.broken, *self.whole)
+
+
+def spread(low: int, high: int, points: int = POINTS) -> list[int]:
+    """Whole numbers from ``low`` to ``high``, evenly, both among them; none where there are none."""
+    if high < low:
+        return []
+    steps = max(1, points - 1)
+    return sorted({round(low + (high - low) * number / steps) for number in range(steps + 1)})
+
+
+def block_of(device: torch.device) -> int:
+    """How many channels the device's kernels compute together."""
+    wide = device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return 16 if wide else 8
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that an operator reads.
+
+    Args:
+        shape: in the full network.
+        strides: likewise.
+        dtype: its type.
+        scaled: (dimension, number of the operation's axis) for those that shrink.
+        source: the node that makes it; None for a parameter, a buffer or an input.
+        value: where it holds no real numbers (indices, say): these.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    scaled: tuple[tuple[int, int], ...] = ()
+    source: str | None = None
+    value: Tensor | None = None
+
+    def at(self, axes: Sequence[Axis], widths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides where the axes have ``widths``: the same order of dimensions in memory, without gaps."""
+        shape = list(self.shape)
+        for dim, axis in self.scaled:
+            shape[dim] = max(1, round(shape[dim] * widths[axis] / axes[axis].size))
+        strides = [0] * len(shape)
+        elements = 1
+        for dim in sorted(range(len(shape)), key=lambda d: (self.strides[d], self.shape[d], -d)):
+            if self.strides[dim] or self.shape[dim] == 1:  # else expanded
+                strides[dim] = elements
+                elements *= shape[dim]
+        return tuple(shape), tuple(strides)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The number of groups of a depthwise convolution, which is its number of channels."""
+
+    size: int
+
+    def at(self, axes: Sequence[Axis], widths: Sequence[int]) -> int:
+        """Their number where the first axis has a width."""
+        return self.size * widths[0] // axes[0].size
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of an operator.
+
+    Args:
+        node: its node in the exported graph.
+        module: the module in whose code it arose; of a layer, that which owns the weight.
+        operator: its name.
+        target: what is called.
+        arguments: (args, kwargs), with an ``Operand`` in place of each tensor.
+        axes: the widths that its time depends on: in and out of a layer, one or none of another operator.
+        layer: whether it is a convolution or linear layer.
+        in_place: whether it writes into its first operand.
+        modules: names of the modules, from the outside, in whose code it arose.
+    """
+
+    node: str
+    module: str
+    operator: str
+    target: Any
+    arguments: tuple[Any, Any]
+    axes: tuple[Axis, ...]
+    layer: bool
+    in_place: bool
+    modules: tuple[str, ...]
+
+    @property
+    def operands(self) -> list[Operand]:
+        """What it reads."""
+        return [leaf for leaf in pytree.tree_leaves(self.arguments) if isinstance(leaf, Operand)]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All operations of one pass.
+
+    Args:
+        operations: in the order of execution.
+        footprint: bytes that the pass reads for the first time or makes.
+    """
+
+    operations: tuple[Operation, ...]
+    footprint: int
+
+
+def record(
+    graph: ChannelGraph, device: torch.device, batch: int, dtype: torch.dtype, *, channels_last: bool
+) -> Recording:
+    """Run the full network once and write down its operations.
+
+    Raises:
+        ValueError: for a batch that the exported graph does not hold for.
+    """
+    inputs = graph.traced.inputs
+    recorder = _Recorder(graph, device, dtype, channels_last=channels_last)
+    rows = torch.arange(batch) % inputs.batch
+    with torch.inference_mode():
+        try:
+            recorder.run(*(recorder.placed(x[rows.to(x.device)]) for x in inputs.tensors))
+        except RuntimeError as error:
+            if batch == inputs.batch or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"batch {batch}: the code of this network depends on the batch size, and it was traced with "
+                f"{inputs.batch}; trace it with an example of {batch} (2 at least), or give batch={inputs.batch}"
+            ) from error
+    return Recording(tuple(recorder.operations), recorder.footprint)
+
+
+class _Recorder(Interpreter):
+    """Executes the exported graph and describes each call."""
+
+    def __init__(self, graph: ChannelGraph, device: torch.device, dtype: torch.dtype, *, channels_last: bool) -> None:
+        super().__init__(graph.traced.evaluation)
+        self.device, self.dtype, self.channels_last = device, dtype, channels_last
+        self.group_of_unit = graph.group_of_unit.numpy()
+        self.sizes = graph.offsets.diff().tolist()
+        self.layers = {layer.node: layer for layer in graph.layers}
+        self.units_of_dim = {(s.tensor, s.dim): s.units for s in graph.slices}
+        state = Propagation(rewrites=graph.rewrites)
+        self.labels = run_on_labels(graph.traced.evaluation, graph.traced.inputs, state, record=True)
+        self.unit_of_label = np.full(state.space.count, -1)
+        for key, labelled in state.dims.items():
+            if key in self.units_of_dim:
+                self.unit_of_label[labelled.labels.numpy()] = self.units_of_dim[key].numpy()
+        self.operations: list[Operation] = []
+        self.footprint = 0
+
+    def placed(self, value: Tensor) -> Tensor:
+        """A tensor of the network where and as it is to be measured."""
+        kind = self.dtype if value.is_floating_point() else value.dtype
+        if self.channels_last and value.dim() == 4:
+            return value.detach().to(self.device, kind, memory_format=torch.channels_last)
+        return value.detach().to(self.device, kind)
+
+    def run_node(self, n: Node) -> Any:
+        """Execute a node, and describe it where it is a call of an operator."""
+        if n.op == "call_module":
+            return None  # the exporter's guard
+        if n.op == "get_attr":
+            value = attribute_of(self.module, str(n.target))
+            if isinstance(value, Tensor):
+                value = self.placed(value)
+                self.footprint += value.numel() * value.element_size()
+            return value
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": self.device}
+        # In-place operators change the shape or the strides of what they read in rare cases: described before the call.
+        described = self.described(n, args, kwargs)
+        result = n.target(*args, **kwargs)  # type: ignore[operator]
+        made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        if made and isinstance(n.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+            read = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            new = [x for x in made if x.untyped_storage().data_ptr() not in read]
+            self.footprint += sum(x.numel() * x.element_size() for x in new)
+            self.operations.append(self.operation(n, described, works=bool(new)))
+        return result
+
+    def described(self, node: Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments with an ``Operand``, not yet scaled, in place of each tensor."""
+
+        def describe(argument: Any, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            source = argument.name if isinstance(argument, Node) and argument.op == "call_function" else None
+            kept = None if value.is_floating_point() else value.clone()
+            return Operand(tuple(value.shape), tuple(value.stride()), value.dtype, (), source, kept)
+
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        sources = pytree.tree_leaves((tuple(node.args), dict(node.kwargs)))
+        if len(sources) != len(leaves):  # an argument that is a list of values goes by one node
+            sources = [None] * len(leaves)
+        found: tuple[Any, Any] = pytree.tree_unflatten([*map(describe, sources, leaves)], spec)
+        return found
+
+    def operation(self, node: Node, described: tuple[Any, Any], *, works: bool) -> Operation:
+        """A call with its axes."""
+        schema = getattr(node.target, "_schema", None)
+        in_place = bool(schema is not None and schema.is_mutable)
+        layer = self.layers.get(node.name)
+        axes: tuple[Axis, ...] = ()
+        if layer is not None:
+            axes, described = self.layer_axes(node, layer, described)
+        elif works or in_place:
+            axes, described = self.axis(node, described)
+        stack = tuple(str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values())
+        module = layer.name if layer is not None else module_of(node)
+        return Operation(
+            node.name, module, operator_name(node), node.target, described, axes, layer is not None, in_place, stack
+        )
+
+    # --- axes ---------------------------------------------------------------------------------------------------
+
+    def axis_of(self, units: Any, step: int = 1) -> Axis:
+        """The width of a vector of channels, given the unit of each."""
+        prunable = units[units >= 0]
+        groups, channels = np.unique(self.group_of_unit[prunable], return_counts=True)
+        counts = tuple((int(g), int(n) // self.sizes[g]) for g, n in zip(groups, channels, strict=True))
+        return Axis(len(units), int((units < 0).sum()), counts, step, block_of(self.device))
+
+    def layer_axes(
+        self, node: Node, layer: Layer, described: tuple[Any, Any]
+    ) -> tuple[tuple[Axis, ...], tuple[Any, Any]]:
+        """The widths in and out of a convolution or linear layer (one, if it is depthwise)."""
+        (x, weight, *rest), kwargs = described
+        groups = int(argument_of(node, "groups") or 1)
+        transposed = "transpose" in layer.kind or (layer.kind == "convolution" and bool(rest[4]))
+        step = 1 if layer.depthwise else groups
+        axes = [self.axis_of(layer.in_units.numpy(), step)]
+        makes = 0
+        if not layer.depthwise:
+            axes.append(self.axis_of(layer.out_units.numpy(), step))
+            makes = 1
+        first, second = (0, 1) if transposed else (1, 0)
+        dims = ((0, 0),) if layer.depthwise else ((first, 0), (second, 1))
+        x = scaled(x, ((layer.channel_dim, 0),), axes)
+        weight = scaled(weight, dims, axes)
+        rest = [scaled(leaf, ((0, makes),), axes) if isinstance(leaf, Operand) else leaf for leaf in rest]
+        kwargs = {
+            name: scaled(leaf, ((0, makes),), axes) if isinstance(leaf, Operand) else leaf
+            for name, leaf in kwargs.items()
+        }
+        if layer.depthwise:
+            names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+            place = names.index("groups")
+            if place < 2 + len(rest):
+                rest[place - 2] = Groups(groups)
+            else:
+                kwargs["groups"] = Groups(groups)
+        return tuple(axes), ((x, weight, *rest), kwargs)
+
+    def axis(self, node: Node, described: tuple[Any, Any]) -> tuple[tuple[Axis, ...], tuple[Any, Any]]:
+        """The width of the widest tensor that an operator reads or makes; the others shrink in proportion."""
+        leaves, spec = pytree.tree_flatten(described)
+        sources = pytree.tree_leaves((tuple(node.args), dict(node.kwargs)))
+        labels = [self.labels.get(s) if isinstance(s, Node) else None for s in sources]
+        found = [x for x in (*labels, *pytree.tree_leaves(self.labels.get(node))) if isinstance(x, Tensor)]
+        vectors = [self.unit_of_label[core(x).flatten().numpy()] for x in found]
+        widest = max((v for v in vectors if (v >= 0).any()), key=len, default=None)
+        if widest is None:
+            return (), described
+        axes = (self.axis_of(widest),)
+        if len(labels) == len(leaves):
+            dims = [self.prunable_dims(x) for x in labels]
+            leaves = [
+                scaled(leaf, tuple((d, 0) for d in where), axes) if isinstance(leaf, Operand) else leaf
+                for leaf, where in zip(leaves, dims, strict=True)
+            ]
+        return axes, pytree.tree_unflatten(leaves, spec)
+
+    def prunable_dims(self, labels: Any) -> list[int]:
+        """The dimensions of a value along which channels leave; none where they lie along several."""
+        if isinstance(labels, Weight):
+            names = [(labels.name, dim) for dim in range(len(labels.shape))]
+            return [dim for name, dim in names if (name, dim) in self.units_of_dim]
+        if not isinstance(labels, Tensor) or not (self.unit_of_label[core(labels).numpy()] >= 0).any():
+            return []
+        ways = varying(labels)
+        return ways if len(ways) == 1 else []
+
+
+def scaled(operand: Operand, dims: Sequence[tuple[int, int]], axes: Sequence[Axis]) -> Operand:
+    """An operand whose dimensions shrink with those axes that can."""
+    shrinking = tuple((dim, axis) for dim, axis in dims if axes[axis].counts)
+    return replace(operand, scaled=shrinking)
