@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from fastprune.graph.propagate import Role
 from fastprune.graph.tracing import Traced
 
 if TYPE_CHECKING:
+    from fastprune.graph.latency import LatencyModel
     from fastprune.plan import PruningPlan
 
 
@@ -136,6 +137,7 @@ class ChannelGraph:
     cost_model: CostModel = field(repr=False)
     traced: Traced = field(repr=False)
     rewrites: bool = True
+    _latencies: dict[tuple[Any, ...], LatencyModel] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_units(self) -> int:
@@ -160,6 +162,43 @@ class ChannelGraph:
             ValueError: if the mask has another shape.
         """
         return self.cost_model(torch.ones(self.num_units) if mask is None else mask)
+
+    def latency(
+        self,
+        device: torch.device | str = "cpu",
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        *,
+        channels_last: bool = False,
+        cache: bool = True,
+    ) -> LatencyModel:
+        """Milliseconds of a forward pass under a mask, from operators measured here on a grid of widths.
+
+        The first call for a network takes a minute or so; times are kept in the user's cache folder
+        (``FASTPRUNE_CACHE_DIR`` names another one), by device, versions, threads, shapes and arguments.
+
+        Args:
+            device: where the network runs.
+            batch: samples in a pass; height and width are those of the example.
+            dtype: of parameters and inputs.
+            channels_last: their memory layout.
+            cache: False measures anew, and keeps nothing on disk.
+
+        Returns:
+            ``LatencyModel``: call it with a flat mask [U].
+
+        Raises:
+            ValueError: for a batch below 1, or one that the network's code does not allow.
+        """
+        from fastprune.graph.latency import measure
+
+        device = torch.device(device)
+        if batch < 1:
+            raise ValueError(f"batch {batch}: at least 1 sample is needed")
+        key = (device, batch, dtype, channels_last, torch.get_num_threads())
+        if key not in self._latencies or not cache:
+            self._latencies[key] = measure(self, device, batch, dtype, channels_last=channels_last, cache=cache)
+        return self._latencies[key]
 
     def plan(self, mask: Tensor) -> PruningPlan:
         """The plan that keeps the units where the flat ``mask`` [U] is 1.
