@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastprune import atomic, models
 from fastprune.bench.case import BenchmarkError
 from fastprune.bench.coverage import CoverageSettings, coverage
+from fastprune.bench.latency import LatencyBenchSettings, bench_latency
 from fastprune.bench.run import KernelBenchSettings, StepBenchSettings, bench_kernels, bench_step
 from fastprune.budget import Budget
 from fastprune.demo import DemoSettings, demo
@@ -355,6 +356,15 @@ def run_bench_coverage(values: dict[str, Any], given: set[str]) -> int:
     return 0
 
 
+def run_bench_latency(values: dict[str, Any], given: set[str]) -> int:
+    """Compare modelled latencies of random plans with measured ones."""
+    settings = pick(LatencyBenchSettings, values)
+    model, shape = build_model(settings, None), input_shape(settings, None)
+    check_fit(model, settings.model, shape)
+    bench_latency(settings, model, shape)
+    return 0
+
+
 def timed(benchmark: Callable[[], object]) -> int:
     """Run a benchmark; the exit code says whether all agreed."""
     try:
@@ -489,6 +499,7 @@ COMMANDS: dict[str, Command] = {
     "bench kernels": Command(run_bench_kernels, (KernelBenchSettings,)),
     "bench step": Command(run_bench_step, (StepBenchSettings,)),
     "bench coverage": Command(run_bench_coverage, (CoverageSettings,)),
+    "bench latency": Command(run_bench_latency, (LatencyBenchSettings,)),
     "doctor": Command(run_doctor),
     "demo": Command(run_demo, (DemoSettings,)),
 }

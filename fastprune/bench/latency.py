@@ -1,0 +1,164 @@
+"""How far modelled latencies are from measured ones: random plans of a network, cut and timed as a whole."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastprune import atomic
+from fastprune.engine import Placement, choose_device, measure_latencies
+from fastprune.graph import ChannelGraph, trace
+from fastprune.graph.latency import LatencyModel, measure
+from fastprune.graph.stopwatch import on_host
+from fastprune.machine import machine
+from fastprune.settings import ModelSettings, check_seed, setting
+from fastprune.surgery import cut
+
+
+@dataclass
+class LatencyBenchSettings(ModelSettings):
+    """Compare modelled latencies with measured ones."""
+
+    model: str = setting("torchvision:resnet50", "resnet20, torchvision:NAME, timm:NAME or package.module:factory")
+    batch: int = setting(1, "images in a pass")
+    plans: int = setting(5, "random plans")
+    repeats: int = setting(30, "passes of each network, in turn")
+    device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
+    channels_last: bool = setting(False, "memory layout of weights and images", action="store_true")
+    processor_time: bool = setting(
+        False, "count the processor's time, not the wall's: for one thread where other jobs run", action="store_true"
+    )
+    no_cache: bool = setting(False, "measure every layer anew, and keep nothing", action="store_true")
+    seed: int = setting(0, "of the plans")
+    json: str | None = setting(None, "file to write the numbers to, too")
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        for name in ("batch", "plans", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
+        if self.processor_time and (self.device != "cpu" or torch.get_num_threads() > 1):
+            raise ValueError("processor_time: it can be told for one thread of the CPU only; set OMP_NUM_THREADS=1")
+        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
+            raise ValueError(f"json {self.json!r}: there is no such folder")
+
+
+def bench_latency(settings: LatencyBenchSettings, model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Measure the layers and the whole networks, print the errors, and write the document where one is asked for.
+
+    Args:
+        settings: what users may say.
+        model: the network.
+        shape: (C, H, W) of one image.
+
+    Returns:
+        The document: facts, a row for each network, the median error of the plans.
+
+    Raises:
+        ValueError: for a network without a channel that can go, or a device that is not there.
+    """
+    device = choose_device(settings.device)
+    model = model.eval()
+    graph = trace(model, torch.zeros(1, *shape))
+    if not graph.groups:
+        raise ValueError(f"model {settings.model!r}: no channel can go, so that there is nothing to model")
+    begin = time.perf_counter()
+    modelled = latency_model(settings, graph, device)
+    seconds = time.perf_counter() - begin
+    masks = {"full network": torch.ones(graph.num_units)}
+    generator = torch.Generator().manual_seed(settings.seed)
+    masks |= {f"plan {number + 1}": random_mask(graph, generator) for number in range(settings.plans)}
+    networks = {
+        name: cut(graph.plan(mask), model, graph.traced).model if name.startswith("plan") else model
+        for name, mask in masks.items()
+    }
+    placement = Placement(device, channels_last=settings.channels_last)
+    networks = {name: placement.model(network) for name, network in networks.items()}
+    clock = time.thread_time if settings.processor_time else time.perf_counter
+    measured = measure_latencies(networks, shape, batch=settings.batch, repeats=settings.repeats, clock=clock)
+    rows = [row(name, graph, mask, float(modelled(mask)), measured[name]) for name, mask in masks.items()]
+    document = {
+        "model": settings.model,
+        "input": list(shape),
+        "batch": settings.batch,
+        "device": device.type,
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "channels_last": settings.channels_last,
+        "clock": "processor time" if settings.processor_time else "wall time",
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg()[0],
+        "seconds": seconds,
+        "overhead_ms": modelled.overhead,
+        "rows": rows,
+        "median_error": statistics.median(abs(r["error"]) for r in rows[1:]),
+    }
+    if settings.json is not None:
+        atomic.write_text(Path(settings.json), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    show(document)
+    return document
+
+
+def latency_model(settings: LatencyBenchSettings, graph: ChannelGraph, device: torch.device) -> LatencyModel:
+    """The model of the settings' layout and clock."""
+    if settings.processor_time:  # is measured anew: the cache holds wall time
+        timer = partial(on_host, clock=time.thread_time)
+        layout = settings.channels_last
+        return measure(graph, device, settings.batch, torch.float32, channels_last=layout, cache=False, timer=timer)
+    return graph.latency(device, settings.batch, channels_last=settings.channels_last, cache=not settings.no_cache)
+
+
+def random_mask(graph: ChannelGraph, generator: torch.Generator) -> Tensor:
+    """A flat mask that keeps a random number of random units in each group, at least one."""
+    mask = torch.zeros(graph.num_units)
+    for group in graph.groups:
+        width = int(torch.randint(1, group.size + 1, (1,), generator=generator))
+        mask[group.start + torch.randperm(group.size, generator=generator)[:width]] = 1
+    return mask
+
+
+def row(name: str, graph: ChannelGraph, mask: Tensor, modelled: float, measured: float) -> dict[str, Any]:
+    """One network for programs."""
+    return {
+        "name": name,
+        "macs": float(graph.cost(mask).macs / graph.cost().macs),
+        "modelled_ms": modelled,
+        "measured_ms": measured,
+        "error": modelled / measured - 1,
+    }
+
+
+def show(document: Mapping[str, Any]) -> None:
+    """Print the table, and what it was made on."""
+    console = Console(markup=False, highlight=False)
+    threads = f", {document['threads']} thread(s)" if document["device"] == "cpu" else ""
+    console.print(
+        f"{document['model']}, batch {document['batch']}, on {document['machine']}{threads}, "
+        f"torch {document['torch']}, {document['clock']}; load {document['load_average']:.1f}; "
+        f"layers measured or read in {document['seconds']:.1f} s",
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("network")
+    for heading in ("MACs", "modelled, ms", "measured, ms", "error"):
+        table.add_column(heading, justify="right")
+    for found in document["rows"]:
+        times = f"{found['modelled_ms']:.3g}", f"{found['measured_ms']:.3g}"
+        table.add_row(found["name"], f"{100 * found['macs']:.0f} %", *times, f"{100 * found['error']:+.1f} %")
+    console.print(table)
+    console.print(f"median error of the plans: {100 * document['median_error']:.1f} %")
