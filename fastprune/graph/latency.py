@@ -274,7 +274,7 @@ def measure(
     for part in parts:
         name = str(part.key)
         if name not in found and name not in missing:
-            tables = known.get(part.key) if cache else None
+            tables = known.get(part.key, part.shapes) if cache else None
             if tables is None:
                 missing[name] = part
             else:

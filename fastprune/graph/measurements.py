@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
 
 from fastprune import atomic
@@ -34,13 +36,15 @@ class Measurements:
         text = json.dumps([FORMAT, self.facts, key], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
-    def get(self, key: Any) -> list[Any] | None:
-        """A measurement, None where it was never made. A damaged file is as none, with a warning."""
+    def get(self, key: Any, shapes: Sequence[tuple[int, int]]) -> list[Any] | None:
+        """A measurement, tables of ``shapes``; None where it was never made or, with a warning, is damaged."""
         path = self.path(key)
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            if document["key"] == key and document["facts"] == self.facts and isinstance(document["ms"], list):
-                return document["ms"]
+            tables = [np.asarray(table, dtype=np.float64) for table in document["ms"]]
+            sound = [t.shape for t in tables] == list(shapes) and all(bool(np.isfinite(t).all()) for t in tables)
+            if document["key"] == key and document["facts"] == self.facts and sound:
+                return [table.tolist() for table in tables]
             reason = "it is another measurement's"
         except FileNotFoundError:
             return None

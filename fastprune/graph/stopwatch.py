@@ -158,6 +158,12 @@ class Segment:
         ]
 
     @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The shape of each operation's table."""
+        counts = [[1, 1, *(len(axis.knots) for axis in operation.axes)] for operation in self.operations]
+        return [(found[-2], found[-1]) for found in counts]
+
+    @property
     def layer(self) -> Operation | None:
         """The layer that it begins with; none at the beginning of a network."""
         return self.operations[0] if self.operations[0].layer else None

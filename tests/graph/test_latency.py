@@ -322,8 +322,11 @@ def test_a_damaged_file_is_measured_again_with_a_warning(tiny: nn.Module, own_ca
     files[0].write_text(files[0].read_text(encoding="utf-8")[:-20], encoding="utf-8")
     other = json.loads(files[1].read_text(encoding="utf-8"))
     files[1].write_text(json.dumps(other | {"key": []}), encoding="utf-8")
-    with pytest.warns(UserWarning, match="is no measurement"):
+    third = json.loads(files[2].read_text(encoding="utf-8"))
+    files[2].write_text(json.dumps(third | {"ms": third["ms"][:-1]}), encoding="utf-8")
+    with pytest.warns(UserWarning, match="is no measurement") as caught:
         again = counted(graph)
+    assert sorted(str(w.message).split("'")[1] for w in caught) == [str(path) for path in files[:3]]
     assert again > 0
     assert counted(graph) == 0
 
@@ -353,7 +356,7 @@ def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
     known = Measurements(tmp_path, {"device": "d"})
     for number in range(60):
         for process_number in (0, 1):
-            assert known.get([number, process_number * (number % 2)]) == [[[float(number)]]]
+            assert known.get([number, process_number * (number % 2)], [(1, 1)]) == [[[float(number)]]]
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".json"]
 
 
