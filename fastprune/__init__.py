@@ -10,8 +10,9 @@ True
 from importlib.metadata import version
 
 from fastprune import models, ops, reference
-from fastprune.budget import Budget, BudgetError
+from fastprune.budget import Budget, BudgetError, Conditions
 from fastprune.graph import ChannelGraph, Cost, TraceError, trace
+from fastprune.limits import LimitError, Limits
 from fastprune.plan import PlanError, PruningPlan
 from fastprune.pruning import PruningResult, prune
 from fastprune.rewritten import RewrittenNetwork
@@ -23,7 +24,10 @@ __all__ = [
     "Budget",
     "BudgetError",
     "ChannelGraph",
+    "Conditions",
     "Cost",
+    "LimitError",
+    "Limits",
     "PlanError",
     "PruningPlan",
     "PruningResult",

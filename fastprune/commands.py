@@ -195,6 +195,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     if method.needs_data and not settings.data:
         raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
     Budget.parse(settings.budget)
+    limits, conditions = settings.limits, settings.conditions
     peers = Distributed.from_environment()
     data = open_data(settings.data, settings) if settings.data else None
     torch.manual_seed(settings.seed)
@@ -214,6 +215,8 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         precision=settings.precision,
         rewrite=not settings.keep_class,
         ignore=settings.ignore,
+        limits=limits,
+        conditions=conditions,
         run_config=save_config(settings, "prune", {}),
         **options,
     )
