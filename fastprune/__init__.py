@@ -16,6 +16,7 @@ from fastprune.limits import LimitError, Limits
 from fastprune.plan import PlanError, PruningPlan
 from fastprune.pruning import PruningResult, prune
 from fastprune.rewritten import RewrittenNetwork
+from fastprune.steps import prune_in_steps
 from fastprune.surgery import SurgeryError, apply, masked, slice_optimizer, verify
 
 __version__ = version("fastprune")
@@ -39,6 +40,7 @@ __all__ = [
     "models",
     "ops",
     "prune",
+    "prune_in_steps",
     "reference",
     "slice_optimizer",
     "trace",

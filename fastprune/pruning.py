@@ -75,6 +75,7 @@ def prune(
     ignore: Sequence[str] = (),
     limits: Limits | None = None,
     conditions: Conditions | None = None,
+    after: PruningPlan | None = None,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
     **options: Any,
@@ -99,6 +100,7 @@ def prune(
         ignore: names or patterns of layers whose output channels stay; see ``trace``.
         limits: least and largest widths and their rounding, whatever the method; None = none.
         conditions: under which a latency counts (device, batch, dtype, layout); None = one image on ``device``.
+        after: the plan that made ``model`` out of a larger network; the result's plan is then for that one.
         loop: how often log and checkpoints are written.
         run_config: what ``config.yaml`` says; None = the arguments.
         **options: fields of the method's ``Config``.
@@ -166,19 +168,20 @@ def prune(
         plan = worker.plan(task)
         check(plan, chosen, limits, graph)
         done = cut(plan, network, graph.traced)
+        whole = done.plan if after is None else after.then(done.plan)
     metrics: dict[str, Any] = {
-        "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
-        "params": {"full": plan.params[0], "planned": plan.params[1]},
+        "macs": {"full": whole.macs[0], "planned": whole.macs[1]},
+        "params": {"full": whole.params[0], "planned": whole.params[1]},
         "difference": done.difference,
         "seconds": time.monotonic() - begun,
         "search": {**search, **{name: float(value) for name, value in worker.results().items()}},
     }
     if run is not None and peers.is_main:
-        done.plan.save(run.plan_path)
+        whole.save(run.plan_path)
         save_weights(done.model, run.model_path)
         run.log({"stage": "plan", **metrics})
     peers.barrier()
-    return PruningResult(done.model.eval(), done.plan, metrics, graph)
+    return PruningResult(done.model.eval(), whole, metrics, graph)
 
 
 def check(plan: PruningPlan, budget: Budget, limits: Limits, graph: ChannelGraph) -> None:

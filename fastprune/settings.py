@@ -76,6 +76,7 @@ class InspectSettings(ModelSettings):
 class PruneSettings(NetworkSettings):
     """Prune a trained network."""
 
+    from_run: str | None = setting(None, "prune the network of an earlier run further, as it was fine-tuned")
     method: str = setting("dmc", "a method's name, see 'fastprune methods'")
     budget: str = setting("flops=0.5", "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …")
     min_keep: int = setting(1, "units that stay at least in each group")
@@ -179,6 +180,7 @@ def save_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[s
     values = asdict(settings)
     for name in ("out", "run"):
         values.pop(name, None)
-    if values.get("weights"):
-        values["weights"] = str(Path(values["weights"]).absolute())
+    for name in ("weights", "from_run"):
+        if values.get(name):
+            values[name] = str(Path(values[name]).absolute())
     return {"fastprune": version("fastprune"), "command": command, **values, **extra}
