@@ -10,11 +10,13 @@ True
 from importlib.metadata import version
 
 from fastprune import models, ops, reference
-from fastprune.budget import Budget, BudgetError
+from fastprune.budget import Budget, BudgetError, Conditions
 from fastprune.graph import ChannelGraph, Cost, TraceError, trace
+from fastprune.limits import LimitError, Limits
 from fastprune.plan import PlanError, PruningPlan
 from fastprune.pruning import PruningResult, prune
 from fastprune.rewritten import RewrittenNetwork
+from fastprune.steps import prune_in_steps
 from fastprune.surgery import SurgeryError, apply, masked, slice_optimizer, verify
 
 __version__ = version("fastprune")
@@ -23,7 +25,10 @@ __all__ = [
     "Budget",
     "BudgetError",
     "ChannelGraph",
+    "Conditions",
     "Cost",
+    "LimitError",
+    "Limits",
     "PlanError",
     "PruningPlan",
     "PruningResult",
@@ -35,6 +40,7 @@ __all__ = [
     "models",
     "ops",
     "prune",
+    "prune_in_steps",
     "reference",
     "slice_optimizer",
     "trace",

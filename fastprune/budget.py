@@ -1,20 +1,24 @@
-"""Budgets: what a pruned network may cost, and the choice of units that meets one from below."""
+"""Budgets: what a pruned network may cost."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 
 from fastprune.graph import ChannelGraph
-from fastprune.graph.cost import Cost
+from fastprune.graph.conventions import Flops
+from fastprune.graph.cost import CostModel
+
+Resource = Literal["flops", "params", "latency", "eq8", "auth"]
 
 SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 SMALLEST_ABSOLUTE = 1000.0  # a plain number between 1 and this is more likely a slip than a budget
-SLACK = 0.005  # part of the full cost below the limit that is not worth filling; the promise is 0.01
 
 
 class BudgetError(ValueError):
@@ -22,136 +26,166 @@ class BudgetError(ValueError):
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """The conditions under which a latency counts: one forward pass in eval mode.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N"; None = where the network is.
+        batch: images per pass.
+        dtype: "float32", "bfloat16" or "float16".
+        channels_last: NHWC memory layout.
+    """
+
+    device: str | None = None
+    batch: int = 1
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise BudgetError(f"latency: a batch of at least 1 image is needed, got {self.batch}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise BudgetError(f"latency: dtype {self.dtype!r} is none of float32, bfloat16, float16")
+
+
+class Meter(Protocol):
+    """What a network costs when only some channels stay."""
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        """The cost under a flat mask [U], 0/1 or soft; a float64 scalar, differentiable in the mask."""
+
+    def of_widths(self, kept: Tensor) -> Tensor:
+        """The cost for numbers of kept units per group, float64 [..., G] -> [...]."""
+
+
+@dataclass(frozen=True)
+class _Counter:
+    """MACs or parameters as a meter."""
+
+    model: CostModel
+    params: bool
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        return self.of_widths(self.model.kept(mask))
+
+    def of_widths(self, kept: Tensor) -> Tensor:
+        cost = self.model.of_widths(kept)
+        return cost.params if self.params else cost.macs
+
+
+@dataclass(frozen=True)
 class Budget:
     """An upper limit on what the pruned network costs.
 
     Args:
-        resource: "flops" (multiply-accumulates of convolutions and linear layers, the papers' count) or "params".
-        value: the fraction of the full network's cost that may stay, in (0, 1], or an absolute number above 1.
+        resource: "flops" (multiply-accumulates of convolutions and linear layers, the papers' count), "params",
+            "latency" (of a forward pass, as ``ChannelGraph.latency`` models it from measurements), or FLOPs counted as
+            in the papers of Gao et al., "eq8" and "auth" (see ``graph.conventions``).
+        value: the fraction of the full network's cost that may stay, in (0, 1], or an absolute number: MACs,
+            parameters, milliseconds.
+        absolute: whether ``value`` is an absolute number; None = if it is above 1.
+        conditions: of a latency.
     """
 
-    resource: Literal["flops", "params"]
+    resource: Resource
     value: float
+    absolute: bool | None = None
+    conditions: Conditions = field(default_factory=Conditions)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "absolute", self.value > 1 if self.absolute is None else self.absolute)
 
     @staticmethod
-    def parse(text: str) -> Budget:
-        """Read ``flops=0.5``, ``params=0.3``, ``flops=2G`` or ``params=1.5M`` (suffixes K, M, G, T).
+    def parse(text: str, conditions: Conditions | None = None) -> Budget:
+        """Read a budget.
+
+        Args:
+            text: ``flops=0.5``, ``params=0.3``, ``latency=0.6``, ``flops=2G``, ``params=1.5M`` (suffixes K, M, G, T),
+                ``latency=12ms`` (us, ms, s), ``auth=0.5``.
+            conditions: of a latency.
 
         Raises:
             BudgetError: if the text is no budget; says what is needed.
 
         Example:
-            >>> Budget.parse("flops=0.5").value, Budget.parse("flops=2G").value
-            (0.5, 2000000000.0)
+            >>> Budget.parse("flops=0.5").value, Budget.parse("flops=2G").value, Budget.parse("latency=12ms").value
+            (0.5, 2000000000.0, 12.0)
         """
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([KMGT]?)\s*", text, re.IGNORECASE)
+        found = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Z]*)\s*", text, re.IGNORECASE)
         resource = found.group(1).lower() if found else ""
-        if found is None or resource not in ("flops", "params"):
+        if found is None or resource not in get_args(Resource):
             raise BudgetError(
-                f"budget {text!r}: 'flops=…' or 'params=…' is needed, "
-                "with a fraction or an absolute number (flops=0.5, flops=2G)"
+                f"budget {text!r}: 'flops=…', 'params=…' or 'latency=…' is needed, "
+                "with a fraction or an absolute number (flops=0.5, flops=2G, latency=12ms)"
             )
+        unit = found.group(3)
+        factor = MILLISECONDS.get(unit.lower()) if resource == "latency" else SUFFIXES.get(unit.upper())
+        if factor is None and unit:
+            known = MILLISECONDS if resource == "latency" else SUFFIXES
+            raise BudgetError(f"budget {text!r}: the unit {unit!r} is none of {', '.join(filter(None, known))}")
         try:
-            value = float(found.group(2)) * SUFFIXES[found.group(3).upper()]
+            value = float(found.group(2)) * (factor or 1.0)
         except ValueError:
             raise BudgetError(f"budget {text!r}: {found.group(2)!r} is not a number") from None
-        if not 0 < value <= 1 and (value < SMALLEST_ABSOLUTE or not value < float("inf")):
-            raise BudgetError(
-                f"budget {text!r}: the fraction to keep must be in (0, 1]; "
-                f"an absolute number of MACs or parameters must be at least {SMALLEST_ABSOLUTE:.0f}"
-            )
-        return Budget("flops" if resource == "flops" else "params", value)
+        absolute = bool(unit) if resource == "latency" else value > 1
+        least = 0.0 if resource == "latency" else SMALLEST_ABSOLUTE
+        if not 0 < value < float("inf") or (value < least if absolute else value > 1):
+            needed = f"an absolute number of MACs or parameters must be at least {SMALLEST_ABSOLUTE:.0f}"
+            if resource == "latency":
+                needed = "a time must be above 0 and have a unit (12ms)"
+            raise BudgetError(f"budget {text!r}: the fraction to keep must be in (0, 1]; {needed}")
+        return Budget(cast("Resource", resource), value, absolute, conditions or Conditions())
 
     def __str__(self) -> str:
-        return f"{self.resource}={self.value:g}"
+        return f"{self.resource}={self.value:g}{self._unit}"
 
-    def of(self, cost: Cost) -> Tensor:
-        """The part of a cost that the budget limits."""
-        return cost.macs if self.resource == "flops" else cost.params
+    @property
+    def text(self) -> str:
+        """What ``parse`` reads as this budget, to the last digit."""
+        return f"{self.resource}={self.value!r}{self._unit}"
+
+    @property
+    def _unit(self) -> str:
+        return "ms" if self.resource == "latency" and self.absolute else ""
+
+    def cost_model(self, graph: ChannelGraph) -> CostModel:
+        """The count behind a budget of MACs or parameters."""
+        return graph.counted(cast("Flops", self.resource) if self.resource in get_args(Flops) else "mac")
+
+    def meter(self, graph: ChannelGraph) -> Meter:
+        """The cost that the budget limits, as a function of masks or widths: MACs, parameters or milliseconds."""
+        if self.resource != "latency":
+            return _Counter(self.cost_model(graph), self.resource == "params")
+        c = self.conditions
+        return graph.latency(
+            c.device or graph.device, batch=c.batch, dtype=getattr(torch, c.dtype), channels_last=c.channels_last
+        )
+
+    def cost(self, graph: ChannelGraph, mask: Tensor | None = None) -> Tensor:
+        """The cost that the budget limits, under a flat mask [U] (None = of the full network)."""
+        return self.meter(graph)(torch.ones(graph.num_units) if mask is None else mask)
 
     def limit(self, graph: ChannelGraph) -> float:
-        """The largest allowed cost, in MACs or parameters.
+        """The largest allowed cost, in MACs, parameters or milliseconds.
 
         Raises:
             BudgetError: if the full network is within the budget already, so that there is nothing to prune.
         """
-        total = float(self.of(graph.cost()))
-        limit = self.value * total if self.value <= 1 else self.value
+        total = float(self.cost(graph))
+        limit = self.value if self.absolute else self.value * total
         if limit >= total:
-            raise BudgetError(f"budget '{self}': the full network costs {total:.0f}, so there is nothing to prune")
+            size = f"{total:.3f} ms" if self.resource == "latency" else f"{total:.0f}"
+            raise BudgetError(f"budget '{self}': the full network costs {size}, so there is nothing to prune")
         return limit
 
-
-def fit(
-    graph: ChannelGraph,
-    budget: Budget,
-    scores: Tensor,
-    *,
-    prunable: Tensor | None = None,
-    min_keep: int = 1,
-) -> Tensor:
-    """Keep the units of highest score whose network costs at most the budget, and nearly as much.
-
-    The longest prefix of the ranking that fits is kept. Where it leaves more than 0.5 % of the full cost unused, the
-    next units that still fit are added.
-
-    Args:
-        graph: the network.
-        budget: what it may cost.
-        scores: importance of each unit [U], comparable across groups; ties go to the lower index.
-        prunable: units that may go, bool [U]; None = all.
-        min_keep: units that stay at least in each group (the best ones).
-
-    Returns:
-        Flat mask, bool [U].
-
-    Raises:
-        ValueError: if there is not one score per unit, a score is NaN, or ``min_keep`` is below 1.
-        BudgetError: if the budget is below what is left when everything that may go has gone; states that limit.
-    """
-    if scores.shape != (graph.num_units,):
-        raise ValueError(f"scores: a vector of {graph.num_units} units is needed, got shape {tuple(scores.shape)}")
-    if min_keep < 1:
-        raise ValueError(f"min_keep: at least 1 unit of each group must stay, got {min_keep}")
-    scores = scores.detach().to("cpu", torch.float64)
-    if bool(torch.isnan(scores).any()):
-        raise ValueError("scores: NaN has no rank")
-    may_go = torch.ones(graph.num_units, dtype=torch.bool) if prunable is None else prunable.cpu()
-    mask = ~may_go
-    for group in graph.groups:
-        mask[group.start + scores[group.units].argsort(descending=True, stable=True)[:min_keep]] = True
-    limit, total = budget.limit(graph), float(budget.of(graph.cost()))
-    least = float(budget.of(graph.cost(mask)))
-    if least > limit:
-        raise BudgetError(
-            f"budget '{budget}': {limit / total:.3f} of the full network is asked for, but with every prunable channel "
-            f"gone {least / total:.3f} remains; ask for more, or let more groups be pruned"
-        )
-    ranking = scores.argsort(descending=True, stable=True)
-    ranking = ranking[~mask[ranking]]
-    low, high = 0, len(ranking)  # the longest prefix that fits, by bisection: the cost grows with every unit
-    while low < high:
-        middle = (low + high + 1) // 2
-        trial = mask.clone()
-        trial[ranking[:middle]] = True
-        low, high = (middle, high) if float(budget.of(graph.cost(trial))) <= limit else (low, middle - 1)
-    mask[ranking[:low]] = True
-    return fill(graph, budget, mask, ranking[low:].tolist(), limit, total)
-
-
-def fill(graph: ChannelGraph, budget: Budget, mask: Tensor, ranking: list[int], limit: float, total: float) -> Tensor:
-    """Add the next units of the ranking that fit, until the slack is small or none does."""
-    groups = graph.group_of_unit.tolist()
-    kept = torch.zeros(len(graph.groups), dtype=torch.float64).index_add(0, graph.group_of_unit, mask.double())
-    one_more = torch.eye(len(graph.groups), dtype=torch.float64)
-    while ranking:
-        gap = limit - float(budget.of(graph.cost_model.of_widths(kept)))
-        if gap <= SLACK * total:
-            break
-        fits = (budget.of(graph.cost_model.of_widths(kept + one_more)) <= limit).tolist()
-        ranking = [unit for unit in ranking if fits[groups[unit]]]
-        if ranking:
-            unit = ranking.pop(0)
-            mask[unit] = True
-            kept[groups[unit]] += 1
-    return mask
+    def largest_layers(self, graph: ChannelGraph, mask: Tensor, count: int = 3) -> list[tuple[str, float]]:
+        """The layers that cost most under a mask [U], with their parts of the whole; empty for a latency."""
+        if self.resource == "latency":
+            return []
+        model = self.cost_model(graph)
+        costs: Counter[str] = Counter()
+        for term, elements in zip(model.terms, model.elements(model.kept(mask)).tolist(), strict=True):
+            name = term.tensor.rpartition(".")[0]
+            costs[name] += elements * (term.params if self.resource == "params" else term.macs)
+        total = max(1.0, float(self.cost(graph, mask)))
+        return [(name, cost / total) for name, cost in costs.most_common(count)]

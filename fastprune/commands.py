@@ -189,18 +189,21 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
                 f"{values['out']!r} is pruned, and its weights have been fine-tuned since: "
                 f"go on with fastprune finetune --run {values['out']} --resume"
             )
-    settings = pick(PruneSettings, values)
+    settings = pick(PruneSettings, continued(values, given))
     needed(model=settings.model, out=settings.out)
     method = registry.load(settings.method)
     options = method_options(method, values.get(settings.method))
     if method.needs_data and not settings.data:
         raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
     Budget.parse(settings.budget)
+    limits, conditions = settings.limits, settings.conditions
     peers = Distributed.from_environment()
     data = open_data(settings.data, settings) if settings.data else None
     torch.manual_seed(settings.seed)
-    model = build_model(settings, data)
-    shape = input_shape(settings, data)
+    model, shape, before = build_model(settings, data), input_shape(settings, data), None
+    if settings.from_run is not None:
+        base = RunDirectory.open(settings.from_run, peers)
+        model, before = compact_of(base, settings, data), PruningPlan.load(base.plan_path)
     check_fit(model, settings.model, shape)
     result = prune(
         model,
@@ -215,6 +218,9 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         precision=settings.precision,
         rewrite=not settings.keep_class,
         ignore=settings.ignore,
+        limits=limits,
+        conditions=conditions,
+        after=before,
         run_config=save_config(settings, "prune", {}),
         **options,
     )
@@ -378,6 +384,20 @@ def timed(benchmark: Callable[[], object]) -> int:
 # --- shared pieces --------------------------------------------------------------------------------------------------
 
 
+def continued(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """The settings of ``prune``; with ``--from_run`` network, input and data are those of the earlier run."""
+    if values.get("from_run") is None or values["resume"]:
+        return values
+    own = sorted({"model", "weights"} & given)
+    if own:
+        raise ValueError(f"--from_run {values['from_run']} has a network of its own: leave out --{own[0]}")
+    earlier = RunDirectory.open(values["from_run"]).config
+    if earlier.get("command") != "prune":
+        raise ValueError(f"--from_run {values['from_run']}: this is a run of 'fastprune {earlier.get('command')}'")
+    taken = {name: earlier.get(name) for name in ("model", "weights")}
+    return {**values, **taken, **{name: values[name] or earlier.get(name) for name in ("input", "data", "image_size")}}
+
+
 def method_options(method: type[Method], values: Any) -> dict[str, Any]:
     """The options of a method as a command line or a file has them, checked."""
     if not isinstance(values or {}, Mapping):
@@ -413,7 +433,7 @@ def data_of(origin: NetworkSettings, other: str | None) -> SourceData:
     return open_data(spec, origin)
 
 
-def compact_of(run: RunDirectory, origin: NetworkSettings, data: SourceData) -> nn.Module:
+def compact_of(run: RunDirectory, origin: NetworkSettings, data: SourceData | None) -> nn.Module:
     """The compact network of a pruning run, with its current weights."""
     if not run.plan_path.is_file():
         raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")

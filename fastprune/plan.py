@@ -124,6 +124,44 @@ class PruningPlan:
         """The indices of ``piece`` that stay, int64 ascending."""
         return ((piece.units < 0) | self.mask[piece.units.clamp(min=0)]).nonzero().flatten()
 
+    def then(self, following: PruningPlan) -> PruningPlan:
+        """This plan and another one for the compact network that it makes, as one plan for the full network.
+
+        Args:
+            following: a plan for a network that ``apply(self, model)`` made.
+
+        Returns:
+            A plan with this one's groups and inputs, and the other's cost.
+
+        Raises:
+            PlanError: if the other is a plan for another network.
+        """
+        own = {(piece.tensor, piece.dim): piece for piece in self.slices}
+        mask = self.mask.clone()
+        for piece in following.slices:
+            first = own.get((piece.tensor, piece.dim))
+            gone = (piece.units >= 0) & ~following.mask[piece.units.clamp(min=0)]
+            if first is None and not bool(gone.any()):
+                continue
+            if first is None or len(self.kept_indices(first)) != len(gone):
+                raise PlanError(f"the second plan is not for what the first one makes: {piece.tensor!r} differs")
+            units = first.units[self.kept_indices(first)[gone]]
+            if bool((units < 0).any()):
+                raise PlanError(f"the second plan removes channels of {piece.tensor!r} that always stay in the first")
+            mask[units] = False
+        codes = {self.code, following.code}
+        both = PruningPlan(
+            mask=mask, groups=self.groups, slices=self.slices, inputs=self.inputs,
+            macs=(self.macs[0], following.macs[1]), params=(self.params[0], following.params[1]),
+            code="rewritten" if "rewritten" in codes else "either" if "either" in codes else "own",
+        )  # fmt: skip
+        left = {(piece.tensor, piece.dim): len(following.kept_indices(piece)) for piece in following.slices}
+        for piece in self.slices:
+            kept = len(both.kept_indices(piece))
+            if kept != left.get((piece.tensor, piece.dim), len(self.kept_indices(piece))):
+                raise PlanError(f"the second plan parts channels of {piece.tensor!r} that belong together in the first")
+        return both
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {

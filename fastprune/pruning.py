@@ -7,14 +7,14 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastprune.budget import Budget, BudgetError
+from fastprune.budget import Budget, BudgetError, Conditions
 from fastprune.distributed import Distributed
 from fastprune.engine import (
     Data,
@@ -30,6 +30,7 @@ from fastprune.engine import (
 from fastprune.engine.user_data import Loader
 from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.inputs import Example, Inputs
+from fastprune.limits import LimitError, Limits
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.options import fields_of
 from fastprune.methods.registry import configure, load
@@ -72,6 +73,9 @@ def prune(
     channels_last: bool = False,
     rewrite: bool = True,
     ignore: Sequence[str] = (),
+    limits: Limits | None = None,
+    conditions: Conditions | None = None,
+    after: PruningPlan | None = None,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
     **options: Any,
@@ -82,7 +86,8 @@ def prune(
         model: the trained network; it is not changed.
         example_inputs: a batch of inputs, [N, C, H, W] for images; several as a tuple, or as a dict by argument name.
         method: a registered method's name, or a ``Method`` class.
-        budget: ``flops=0.5``, ``params=0.3``, ``flops=2G``, …; met from below.
+        budget: ``flops=0.5``, ``params=0.3``, ``latency=0.6``, ``flops=2G``, ``latency=12ms``, …, see
+            ``Budget.parse``; met from below.
         data: training data for methods that search on them: a ``Data`` (see ``engine.load_data``), or a loader of
             (images [N, C, H, W], labels [N]) of one's own.
         out: directory for the run's files (config, plan, weights, log, checkpoints); None = nothing is written.
@@ -93,6 +98,9 @@ def prune(
         channels_last: NHWC memory layout in the search.
         rewrite: whether the compact network may be the rewritten graph of the model; see ``trace``.
         ignore: names or patterns of layers whose output channels stay; see ``trace``.
+        limits: least and largest widths and their rounding, whatever the method; None = none.
+        conditions: under which a latency counts (device, batch, dtype, layout); None = one image on ``device``.
+        after: the plan that made ``model`` out of a larger network; the result's plan is then for that one.
         loop: how often log and checkpoints are written.
         run_config: what ``config.yaml`` says; None = the arguments.
         **options: fields of the method's ``Config``.
@@ -103,11 +111,13 @@ def prune(
     Raises:
         ValueError: for an unknown method or option, missing data, data that do not fit the example, a run to resume
             that was begun with other arguments, or a plan that removes nothing.
-        BudgetError: for a malformed budget, or one out of reach.
+        BudgetError: for a malformed budget, or one out of reach; says what limits it.
+        LimitError: for limits that contradict each other.
         TraceError, SurgeryError, RunError, Interrupted: see those.
     """
     begun = time.monotonic()
     chosen = Budget.parse(budget) if isinstance(budget, str) else budget
+    limits = limits or Limits()
     method_class = load(method) if isinstance(method, str) else method
     worker = method_class(configure(method_class, options))
     if method_class.needs_data and data is None:
@@ -118,7 +128,8 @@ def prune(
         "command": "prune",
         **(run_config or {}),
         "method": method_class.name,
-        "budget": budget if isinstance(budget, str) else f"{budget.resource}={budget.value!r}",
+        "budget": budget if isinstance(budget, str) else budget.text,
+        **limits.as_settings(),
         "seed": seed,
         method_class.name: plain({f.name: getattr(worker.config, f.name) for f in fields_of(type(worker.config))}),
     }
@@ -134,11 +145,15 @@ def prune(
     seed_everything(seed)
     network = _own_copy(model, placement, trained=method_class.trains_weights)
     graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite, ignore=ignore)
+    under = conditions or chosen.conditions
+    chosen = replace(chosen, conditions=replace(under, device=under.device or str(where)))
     chosen.limit(graph)
+    limits.widths(graph)
     task = Task(
         model=network,
         graph=graph,
         budget=chosen,
+        limits=limits,
         device=where,
         seed=seed,
         distributed=peers,
@@ -151,38 +166,42 @@ def prune(
             worker, task, source, run=run, stage="search", resume=resume, placement=placement, options=loop
         )
         plan = worker.plan(task)
-        check(plan, chosen, graph)
+        check(plan, chosen, limits, graph)
         done = cut(plan, network, graph.traced)
+        whole = done.plan if after is None else after.then(done.plan)
     metrics: dict[str, Any] = {
-        "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
-        "params": {"full": plan.params[0], "planned": plan.params[1]},
+        "macs": {"full": whole.macs[0], "planned": whole.macs[1]},
+        "params": {"full": whole.params[0], "planned": whole.params[1]},
         "difference": done.difference,
         "seconds": time.monotonic() - begun,
         "search": {**search, **{name: float(value) for name, value in worker.results().items()}},
     }
     if run is not None and peers.is_main:
-        done.plan.save(run.plan_path)
+        whole.save(run.plan_path)
         save_weights(done.model, run.model_path)
         run.log({"stage": "plan", **metrics})
     peers.barrier()
-    return PruningResult(done.model.eval(), done.plan, metrics, graph)
+    return PruningResult(done.model.eval(), whole, metrics, graph)
 
 
-def check(plan: PruningPlan, budget: Budget, graph: ChannelGraph) -> None:
+def check(plan: PruningPlan, budget: Budget, limits: Limits, graph: ChannelGraph) -> None:
     """Refuse a method's plan that breaks its promise."""
     if plan.removes_nothing:
         raise ValueError(
             f"the plan removes nothing, although the budget '{budget}' asks for less than the full network"
         )
-    planned, limit = plan.macs[1] if budget.resource == "flops" else plan.params[1], budget.limit(graph)
+    planned, limit = float(budget.cost(graph, plan.mask)), budget.limit(graph)
     if planned > limit:
-        raise BudgetError(f"the method's plan costs {planned}, above the budget '{budget}' ({limit:.0f})")
+        raise BudgetError(f"the method's plan costs {planned:.10g}, above the budget '{budget}' ({limit:.10g})")
+    broken = limits.broken_by(graph, plan.mask)
+    if broken is not None:
+        raise LimitError(f"the method's plan: {broken}")
 
 
 def same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
     """Refuse to go on with a search that was begun with another method, budget, seed or options."""
     written = run.config
-    for name in ("method", "budget", "seed", config["method"]):
+    for name in ("method", "budget", "seed", "min_keep", "round_to", "keep_ratio", config["method"]):
         if name in written and written[name] != config[name]:
             raise ValueError(
                 f"resume: {str(run.path)!r} was begun with {name} {written[name]!r}, not {config[name]!r}; "

@@ -8,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from fastprune.budget import Conditions
 from fastprune.engine import RunDirectory, TrainConfig
+from fastprune.limits import Limits
 from fastprune.methods.options import convert
 
 LARGEST_SEED = 2**63 - 1  # what torch's generators take
@@ -74,11 +76,31 @@ class InspectSettings(ModelSettings):
 class PruneSettings(NetworkSettings):
     """Prune a trained network."""
 
+    from_run: str | None = setting(None, "prune the network of an earlier run further, as it was fine-tuned")
     method: str = setting("dmc", "a method's name, see 'fastprune methods'")
-    budget: str = setting("flops=0.5", "what may stay: flops=0.5, params=0.3, flops=2G, …")
+    budget: str = setting("flops=0.5", "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …")
+    min_keep: int = setting(1, "units that stay at least in each group")
+    round_to: int = setting(1, "what the channels that stay in a layer are a multiple of (or all of them); 8, say")
+    keep_ratio: tuple[str, ...] = setting(
+        (), "PATTERN=LEAST:MOST, parts of these layers' channels that must and may stay ('layer1=0.5:1')", nargs="+"
+    )
+    latency_batch: int = setting(1, "images in the forward pass whose latency counts")
+    latency_dtype: str = setting("float32", "its precision: float32, bfloat16 or float16")
+    latency_channels_last: bool = setting(False, "its memory layout is NHWC", action="store_true")
     precision: str = setting("float32", "of the search: float32, or bf16 for autocast")
     ignore: tuple[str, ...] = setting((), IGNORE, nargs="+")
     keep_class: bool = setting(False, KEEP_CLASS, action="store_true")
+
+    @property
+    def limits(self) -> Limits:
+        """Of the widths."""
+        return Limits.parse(self.keep_ratio, min_keep=self.min_keep, round_to=self.round_to)
+
+    @property
+    def conditions(self) -> Conditions:
+        """Under which a latency counts."""
+        dtype: Any = self.latency_dtype
+        return Conditions(batch=self.latency_batch, dtype=dtype, channels_last=self.latency_channels_last)
 
 
 @dataclass
@@ -158,6 +180,7 @@ def save_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[s
     values = asdict(settings)
     for name in ("out", "run"):
         values.pop(name, None)
-    if values.get("weights"):
-        values["weights"] = str(Path(values["weights"]).absolute())
+    for name in ("weights", "from_run"):
+        if values.get(name):
+            values[name] = str(Path(values[name]).absolute())
     return {"fastprune": version("fastprune"), "command": command, **values, **extra}

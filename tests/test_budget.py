@@ -8,12 +8,16 @@ import torchvision
 from torch import Tensor, nn
 
 import fastprune as fp
-from fastprune.budget import Budget, BudgetError, fit
+from fastprune.budget import Budget, BudgetError
+from fastprune.fitting import fit
 
 
 @pytest.mark.parametrize(
     ("text", "resource", "value"),
     [
+        ("auth=0.5", "auth", 0.5),
+        ("eq8=2G", "eq8", 2e9),
+        ("latency=0.6", "latency", 0.6),
         ("flops=0.5", "flops", 0.5),
         ("params=1", "params", 1.0),
         ("flops=2G", "flops", 2e9),
@@ -29,11 +33,44 @@ def test_budgets_that_are_read(text: str, resource: str, value: float) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["flops=1.5", "flops=0", "flops=-1", "flops=nan", "flops=1..2", "latency=0.5", "0.5", "flops", "", "flops=2X"],
+    [
+        "flops=1.5",
+        "flops=0",
+        "flops=-1",
+        "flops=nan",
+        "flops=1..2",
+        "0.5",
+        "flops",
+        "",
+        "flops=2X",
+        "latency=12",
+        "latency=0ms",
+        "latency=2G",
+        "flops=3ms",
+    ],
 )
 def test_budgets_that_are_refused(text: str) -> None:
     with pytest.raises(BudgetError, match="budget"):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("12ms", 12.0), ("0.5 ms", 0.5), ("0.012s", 12.0), ("800us", 0.8)])
+def test_times_are_milliseconds(text: str, value: float) -> None:
+    budget = Budget.parse(f"latency={text}")
+    assert budget.absolute
+    assert budget.value == pytest.approx(value, rel=1e-12)
+    assert Budget.parse(budget.text) == budget
+
+
+def test_text_is_read_as_the_same_budget() -> None:
+    for budget in (Budget("flops", 1 / 3), Budget("params", 123456789.0), Budget("latency", 1 / 3)):
+        assert Budget.parse(budget.text) == budget
+
+
+@pytest.mark.parametrize(("field", "value"), [("batch", 0), ("dtype", "int8")])
+def test_conditions_are_checked(field: str, value: object) -> None:
+    with pytest.raises(BudgetError, match=str(value)):
+        fp.Conditions(**{field: value})  # type: ignore[arg-type]
 
 
 def test_the_message_of_the_style_guide() -> None:
@@ -54,8 +91,8 @@ def test_budgets_are_met_from_below_within_one_percent(graph: fp.ChannelGraph, t
     budget = Budget.parse(text)
     scores = torch.randn(graph.num_units, generator=torch.Generator().manual_seed(seed))
     mask = fit(graph, budget, scores)
-    total, limit = float(budget.of(graph.cost())), budget.limit(graph)
-    assert limit - 0.01 * total <= float(budget.of(graph.cost(mask))) <= limit
+    total, limit = float(budget.cost(graph)), budget.limit(graph)
+    assert limit - 0.01 * total <= float(budget.cost(graph, mask)) <= limit
     assert all(bool(mask[group.units].any()) for group in graph.groups)
 
 
@@ -79,13 +116,16 @@ def test_units_that_may_not_go_stay(graph: fp.ChannelGraph) -> None:
 
 def test_min_keep_holds(graph: fp.ChannelGraph) -> None:
     scores = torch.arange(graph.num_units).float()
-    mask = fit(graph, Budget("flops", 0.3), scores, min_keep=5)
+    mask = fit(graph, Budget("flops", 0.3), scores, limits=fp.Limits(min_keep=5))
     assert min(int(mask[group.units].sum()) for group in graph.groups) == 5
 
 
 def test_a_budget_out_of_reach_says_what_is(graph: fp.ChannelGraph) -> None:
-    with pytest.raises(BudgetError, match=r"0\.001 of the full network is asked for.* 0\.\d+ remains"):
-        fit(graph, Budget("flops", 0.001), torch.zeros(graph.num_units), min_keep=8)
+    with pytest.raises(
+        BudgetError,
+        match=r"0\.001 of the full network is asked for.* 0\.\d+ remains .limits: min_keep 8., most of it in conv1",
+    ):
+        fit(graph, Budget("flops", 0.001), torch.zeros(graph.num_units), limits=fp.Limits(min_keep=8))
 
 
 def test_a_budget_above_the_network_is_refused(graph: fp.ChannelGraph) -> None:

@@ -147,11 +147,16 @@ BAD = [
     (f"{DMC} --out new --dmc.epochs 0", "option epochs=0: must be at least 1"),
     (f"{DMC} --out new --dmc.sampling dice", "--dmc.sampling dice: one of 'stochastic', 'deterministic' is needed"),
     (f"{DMC} --out new --dmc 3", "--dmc 3: a YAML file with options of 'dmc' is needed"),
-    (f"{L1} --budget 0.5", "budget '0.5': 'flops=…' or 'params=…' is needed"),
+    (f"{L1} --budget 0.5", "budget '0.5': 'flops=…', 'params=…' or 'latency=…' is needed"),
     (f"{L1} --budget flops=1.5", r"the fraction to keep must be in \(0, 1\]"),
     (f"{L1} --budget flops=2G", "so there is nothing to prune"),
     (f"{L1} --budget flops=0.001", "with every prunable channel gone 0.011 remains"),
-    (f"{L1} --l1.max_pruned 0", "with every prunable channel gone 1.000 remains"),
+    (f"{L1} --keep_ratio '*=1:1'", "with every prunable channel gone 1.000 remains"),
+    (f"{L1} --keep_ratio layer9=0:1", "no layer has such a name"),
+    (f"{L1} --keep_ratio layer1", "write PATTERN=LEAST:MOST"),
+    (f"{L1} --round_to 0", "round_to 0"),
+    (f"{L1} --budget latency=12", r"a unit \(12ms\)"),
+    (f"{L1} --latency_dtype int8", "none of float32, bfloat16, float16"),
     (f"prune --model resnet20 --method l1 --data {DATA} --weights seven.safetensors --out new", "do not fit ResNet"),
     ("prune --model resnet20 --method l1 --out p", "exists already"),
     # prune: YAML, resume
@@ -167,7 +172,7 @@ BAD = [
     ("prune --resume", "--out is needed"),
     ("prune --resume --out t", "'t' is a run of 'fastprune train', not of 'prune'"),
     ("prune --resume --out p --budget flops=0.3", "leave out --budget"),
-    ("prune --resume --out p --l1.min_keep 3", "leave out --l1.min_keep"),
+    ("prune --resume --out p --l1.groups interior", "leave out --l1.groups"),
     ("prune --resume --out badyaml", "config.yaml' is not YAML"),
     ("prune --resume --out listyaml", "holds no mapping"),
     ("prune --resume --out typeyaml", "seed 'x': type int is needed"),
@@ -254,7 +259,7 @@ def test_every_flag_has_its_own_help(capsys: pytest.CaptureFixture[str], monkeyp
         main(["prune", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "--budget BUDGET       what may stay: flops=0.5, params=0.3, flops=2G, …" in shown
+    assert "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …" in shown
     assert "--dmc.epochs EPOCHS   passes over the samples (type: int, default: 300)" in shown
 
 
@@ -301,13 +306,20 @@ def test_no_data_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_yaml_settings_and_flags_over_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: resnet20\nmethod: l1\nbudget: flops=0.3\nl1: {min_keep: 3}\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "model: resnet20\nmethod: l1\nbudget: flops=0.3\nround_to: 4\nl1: {groups: interior}\n"
+    )
     line = f"prune --config {tmp_path}/recipe.yaml --budget flops=0.6 --out {tmp_path}/run --json"
     assert main(shlex.split(line)) == 0
     found = json.loads(capsys.readouterr().out)
     assert 0.55 < found["compact"]["macs"] / found["baseline"]["macs"] <= 0.6
     config = RunDirectory.open(tmp_path / "run").config
-    assert (config["method"], config["budget"], config["l1"]["min_keep"]) == ("l1", "flops=0.6", 3)
+    assert (config["method"], config["budget"], config["round_to"], config["l1"]["groups"]) == (
+        "l1",
+        "flops=0.6",
+        4,
+        "interior",
+    )
 
 
 def test_settings_from_a_file_are_checked() -> None:

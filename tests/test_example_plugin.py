@@ -24,7 +24,7 @@ from fastprune.surgery import apply
 
 info = available()["fpgm"]
 assert (info.package, info.version) == ("fastprune-fpgm", "0.1.0"), info
-assert {"ranking", "p", "min_keep"} <= {option.name for option in info.options}, info
+assert {"ranking", "p", "groups"} <= {option.name for option in info.options}, info
 torch.manual_seed(0)
 model = models.create("resnet20").eval()
 graph = trace(model, torch.zeros(1, 3, 32, 32))

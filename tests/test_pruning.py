@@ -252,7 +252,9 @@ def test_resume_gives_the_same_bytes(tiny: nn.Module, tmp_path: Path) -> None:
         ({"budget": "flops=0.5"}, "begun with budget 'flops=0.7', not 'flops=0.5'"),
         ({"seed": 3}, "begun with seed 0, not 3"),
         ({"method": "l2"}, "begun with method 'l1', not 'l2'"),
-        ({"min_keep": 2}, "begun with l1 "),
+        ({"ranking": "global"}, "begun with l1 "),
+        ({"limits": fp.Limits(round_to=2)}, "begun with round_to 1, not 2"),
+        ({"limits": fp.Limits(keep_ratios={"*": (0.1, 1)})}, r"begun with keep_ratio \[\], not"),
     ],
 )
 def test_resume_refuses_another_search(other: dict[str, Any], message: str, tiny: nn.Module, tmp_path: Path) -> None:

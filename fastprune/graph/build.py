@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastprune.graph.channel_graph import ChannelGraph, Group, Layer, Slice
-from fastprune.graph.cost import CostModel, SlicedDim
+from fastprune.graph.cost import CostModel, SlicedDim, terms_of
 from fastprune.graph.inputs import Example, Inputs
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.labels import IntArray
@@ -83,11 +83,11 @@ class Units:
 
 def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
     """Number the units, gather them into groups and describe both."""
-    dims = list(state.dims.values())
-    for labelled in dims_without_producer(state, dims):
+    labelled_dims = list(state.dims.values())
+    for labelled in dims_without_producer(state, labelled_dims):
         state.space.pin(labelled.labels, "no convolution or linear layer makes its channels")
     components, reasons = state.settle()
-    units = number_units(components, reasons, dims)
+    units = number_units(components, reasons, labelled_dims)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
     filters = {c.weight: tuple(buffers[c.weight].shape) for c in state.calls if c.weight in buffers}
@@ -96,19 +96,20 @@ def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
         positions[call.weight] = positions.get(call.weight, 0) + call.positions
     slices = tuple(
         Slice(d.tensor, d.dim, torch.from_numpy(of), d.role)
-        for d in dims
+        for d in labelled_dims
         if (of := units.of_label[d.labels.numpy()]).max(initial=-1) >= 0
     )
     offsets = torch.from_numpy(units.offsets)
-    cost = CostModel(
-        offsets, shapes, positions, sliced_dims(slices, units.offsets, shapes | filters), state.fixed_macs, filters
-    )
+    dims = sliced_dims(slices, units.offsets, shapes | filters)
+    terms = terms_of(shapes, dims, positions, counted=True) + terms_of(filters, dims, positions, counted=False)
+    cost = CostModel(offsets, terms, dims, state.fixed_macs)
     layers = tuple(
         Layer(
             c.layer, c.kind, c.weight, c.node,
             torch.from_numpy(units.of_label[c.in_labels.numpy()]),
             torch.from_numpy(units.of_label[c.out_labels.numpy()]),
             c.channel_dim, c.depthwise, c.positions * int(np.prod((shapes | filters)[c.weight])),
+            c.positions,
         )
         for c in state.calls
     )  # fmt: skip
@@ -161,7 +162,7 @@ def sliced_dims(slices: tuple[Slice, ...], offsets: IntArray, shapes: dict[str, 
             held = np.searchsorted(offsets, units[units >= 0], side="right") - 1
             groups, indices = np.unique(held, return_counts=True)
             counts = {int(g): int(n) // int(offsets[g + 1] - offsets[g]) for g, n in zip(groups, indices, strict=True)}
-            dims.append(SlicedDim(s.tensor, s.dim, int((units < 0).sum()), counts))
+            dims.append(SlicedDim(s.tensor, s.dim, len(units), int((units < 0).sum()), counts))
     return dims
 
 

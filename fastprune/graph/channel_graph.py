@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fastprune.graph.conventions import Flops, counted
 from fastprune.graph.cost import Cost, CostModel
 from fastprune.graph.propagate import Role
 from fastprune.graph.tracing import Traced
@@ -49,6 +50,7 @@ class Layer:
         channel_dim: the dimension of its input that holds the channels.
         depthwise: whether each output channel reads its own input channel only.
         macs: multiply-accumulates per sample in the full network.
+        positions: how often each element of the weight is used per sample, the output pixels of a convolution.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Layer:
     channel_dim: int
     depthwise: bool
     macs: int
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class ChannelGraph:
     traced: Traced = field(repr=False)
     rewrites: bool = True
     _latencies: dict[tuple[Any, ...], LatencyModel] = field(default_factory=dict, repr=False, compare=False)
+    _counted: dict[str, CostModel] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_units(self) -> int:
@@ -145,15 +149,22 @@ class ChannelGraph:
         return int(self.offsets[-1])
 
     @property
+    def device(self) -> torch.device:
+        """Where the traced network is."""
+        tensors = (*self.traced.evaluation.parameters(), *self.traced.evaluation.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    @property
     def group_of_unit(self) -> Tensor:
         """The group of each unit, int64 [U]."""
         return torch.repeat_interleave(torch.arange(len(self.groups)), self.offsets.diff())
 
-    def cost(self, mask: Tensor | None = None) -> Cost:
+    def cost(self, mask: Tensor | None = None, *, flops: Flops = "mac") -> Cost:
         """MACs and parameters per sample, exact for 0/1 masks and differentiable for soft ones.
 
         Args:
             mask: flat mask [U] of any real or boolean dtype; None = the full network.
+            flops: what counts as an operation: "mac", or one of the papers' conventions, see ``graph.conventions``.
 
         Returns:
             ``Cost`` of two float64 scalars.
@@ -161,7 +172,13 @@ class ChannelGraph:
         Raises:
             ValueError: if the mask has another shape.
         """
-        return self.cost_model(torch.ones(self.num_units) if mask is None else mask)
+        return self.counted(flops)(torch.ones(self.num_units) if mask is None else mask)
+
+    def counted(self, flops: Flops) -> CostModel:
+        """The cost model in a convention, see ``graph.conventions``."""
+        if flops not in self._counted:
+            self._counted[flops] = counted(self, flops)
+        return self._counted[flops]
 
     def latency(
         self,

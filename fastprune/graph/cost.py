@@ -30,19 +30,40 @@ class SlicedDim:
     Args:
         tensor: the tensor's name.
         dim: the dimension.
+        size: its indices in the full network.
         fixed: indices that always stay.
         counts: for each group, how many indices each of its units holds: {group: count}.
     """
 
     tensor: str
     dim: int
+    size: int
     fixed: int
     counts: Mapping[int, int]
 
 
+@dataclass(frozen=True)
+class Term:
+    """A product of sizes: the elements of a weight, say, or of an activation.
+
+    Args:
+        tensor: what it belongs to.
+        dims: the shrinking dimensions whose sizes it multiplies, as (tensor, dim).
+        constant: the product of its other sizes.
+        macs: multiply-accumulates per element and sample.
+        params: parameters per element.
+    """
+
+    tensor: str
+    dims: tuple[tuple[str, int], ...]
+    constant: float
+    macs: float
+    params: float
+
+
 @dataclass
 class CostModel:
-    """MACs and parameters as polynomials in the kept units of each group.
+    """MACs and parameters as a polynomial in the kept units of each group.
 
     Every parameter has Π_d size_d elements, and a convolution or linear layer uses each element of its weight once
     per output position. So the number of parameters is Σ_p Π_d size_{p,d}, MACs are Σ_p positions_p Π_d size_{p,d},
@@ -50,41 +71,45 @@ class CostModel:
 
     Args:
         offsets: where each group's units start in the flat vector, int64 [G+1].
-        shapes: the parameters' full shapes.
-        positions: uses of each element of a weight per sample.
+        terms: the polynomial.
         dims: the dimensions that shrink.
         fixed_macs: MACs that always stay, of layers whose weights are computed or used in a way that is not understood.
-        filters: full shapes of buffers that convolutions use as weights (blur filters, say): MACs, but no parameters.
     """
 
     offsets: Tensor
-    shapes: Mapping[str, tuple[int, ...]]
-    positions: Mapping[str, int]
+    terms: Sequence[Term]
     dims: Sequence[SlicedDim]
-    fixed_macs: int = 0
-    filters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    _on_device: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    fixed_macs: float = 0
+    _on_device: dict[torch.device, tuple[Tensor, ...]] = field(init=False, default_factory=dict, repr=False)
 
     def __call__(self, mask: Tensor) -> Cost:
         """The cost under a flat mask [U] of keep decisions (0/1 or soft, any real or boolean dtype)."""
+        return self.of_widths(self.kept(mask))
+
+    def kept(self, mask: Tensor) -> Tensor:
+        """The kept units of each group, float64 [G], of a flat mask [U]."""
         units = int(self.offsets[-1])
         if mask.shape != (units,):
             raise ValueError(f"mask: a vector of {units} units is needed, got shape {tuple(mask.shape)}")
         groups = self._tables(mask.device)[0]
         kept = torch.zeros(len(self.offsets) - 1, dtype=torch.float64, device=mask.device)
-        return self.of_widths(kept.index_add(0, groups, mask.to(torch.float64)))
+        return kept.index_add(0, groups, mask.to(torch.float64))
 
     def of_widths(self, kept: Tensor) -> Cost:
         """The cost for numbers of kept units per group, float64 [..., G]."""
-        _, incidence, fixed, factors, constant, positions, counted = self._tables(kept.device)
+        *_, macs, params = self._tables(kept.device)
+        elements = self.elements(kept)
+        return Cost(macs=elements @ macs + self.fixed_macs, params=elements @ params)
+
+    def elements(self, kept: Tensor) -> Tensor:
+        """The value of each term's product, float64 [..., T], for numbers of kept units per group [..., G]."""
+        _, incidence, fixed, factors, constant, *_ = self._tables(kept.device)
         sizes = kept @ incidence.T + fixed
-        elements = constant * sizes[..., factors].prod(-1)
-        return Cost(macs=elements @ positions + self.fixed_macs, params=elements @ counted)
+        return constant * sizes[..., factors].prod(-1)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
         """Group of each unit; incidence [S+1, G] and fixed part [S+1] of each size (the last is 1); and for each
-        parameter or filter the sizes that it multiplies [P, D], the product of its other sizes [P], its positions [P],
-        and whether it is a parameter [P].
+        term the sizes that it multiplies [T, D], its constant [T], its MACs [T] and its parameters [T].
         """
         if device not in self._on_device:
             self._on_device[device] = tuple(table.to(device) for table in self._build())
@@ -94,28 +119,43 @@ class CostModel:
         num_groups = len(self.offsets) - 1
         incidence = np.zeros((len(self.dims) + 1, num_groups))
         fixed = np.ones(len(self.dims) + 1)
-        sized: dict[str, list[int]] = {}
+        rows: dict[tuple[str, int], int] = {}
         for row, sliced in enumerate(self.dims):
+            rows[sliced.tensor, sliced.dim] = row
             fixed[row] = sliced.fixed
             for group, count in sliced.counts.items():
                 incidence[row, group] = count
-            sized.setdefault(sliced.tensor, []).append(row)
-        depth = max((len(rows) for rows in sized.values()), default=1)
+        depth = max((len(term.dims) for term in self.terms), default=1)
         one = len(self.dims)
-        factors, constant, positions = [], [], []
-        for name, shape in (*self.shapes.items(), *self.filters.items()):
-            rows = sized.get(name, [])
-            shrinking = {self.dims[row].dim for row in rows}
-            factors.append(rows + [one] * (depth - len(rows)))
-            constant.append(float(np.prod([size for dim, size in enumerate(shape) if dim not in shrinking])))
-            positions.append(float(self.positions.get(name, 0)))
-        groups = torch.repeat_interleave(torch.arange(num_groups), self.offsets.diff())
-        floats = (torch.tensor(x, dtype=torch.float64) for x in (incidence, fixed))
+        factors = [[rows[dim] for dim in term.dims] + [one] * (depth - len(term.dims)) for term in self.terms]
+        numbers = np.array([(term.constant, term.macs, term.params) for term in self.terms]).reshape(-1, 3)
         return (
-            groups,
-            *floats,
+            torch.repeat_interleave(torch.arange(num_groups), self.offsets.diff()),
+            torch.from_numpy(incidence),
+            torch.from_numpy(fixed),
             torch.tensor(factors, dtype=torch.int64).reshape(len(factors), depth),
-            torch.tensor(constant, dtype=torch.float64),
-            torch.tensor(positions, dtype=torch.float64),
-            torch.tensor([1.0] * len(self.shapes) + [0.0] * len(self.filters), dtype=torch.float64),
+            *torch.from_numpy(numbers.astype(np.float64).T.copy()),
         )
+
+
+def terms_of(
+    shapes: Mapping[str, tuple[int, ...]], dims: Sequence[SlicedDim], positions: Mapping[str, int], *, counted: bool
+) -> list[Term]:
+    """One term per tensor.
+
+    Args:
+        shapes: full shapes of the tensors.
+        dims: the dimensions that shrink.
+        positions: uses of each element of a weight per sample.
+        counted: whether the tensors are parameters. Buffers that convolutions use as weights (blur filters, say) cost
+            MACs, but are no parameters.
+    """
+    shrinking: dict[str, list[int]] = {}
+    for sliced in dims:
+        shrinking.setdefault(sliced.tensor, []).append(sliced.dim)
+    terms = []
+    for name, shape in shapes.items():
+        own = shrinking.get(name, [])
+        constant = float(np.prod([size for dim, size in enumerate(shape) if dim not in own]))
+        terms.append(Term(name, tuple((name, d) for d in own), constant, float(positions.get(name, 0)), float(counted)))
+    return terms

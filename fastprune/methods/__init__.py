@@ -1,8 +1,8 @@
 """Pruning methods: the contract, the registry and what plugins build on."""
 
+from fastprune.graph.interior import interior_units
 from fastprune.methods.contract import Method, Metrics, Phase, Task, TaskData
 from fastprune.methods.filters import unit_filters, unit_norms
-from fastprune.methods.interior import interior_units
 from fastprune.methods.options import OptionInfo, option
 from fastprune.methods.ranking import KeepConfig, RankingConfig, ScoreMethod
 from fastprune.methods.registry import MethodInfo, PluginError, PluginWarning, available, broken, configure, load

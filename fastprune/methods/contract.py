@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastprune.budget import Budget
 from fastprune.distributed import Distributed
 from fastprune.graph import ChannelGraph
+from fastprune.limits import Limits
 from fastprune.masking import MaskedNetwork
 from fastprune.plan import PruningPlan
 
@@ -66,6 +67,7 @@ class Task:
         model: the network to prune, on ``device``, in eval mode.
         graph: its channel groups.
         budget: what the plan may cost.
+        limits: of the plan's widths; ``fitting.fit`` keeps to them.
         device: where tensors live.
         seed: of the whole run; the same on every rank.
         distributed: this process among its peers.
@@ -76,6 +78,7 @@ class Task:
     model: nn.Module
     graph: ChannelGraph
     budget: Budget
+    limits: Limits = field(default_factory=Limits)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     distributed: Distributed = field(default_factory=Distributed)
@@ -122,7 +125,7 @@ class Method(ABC):
 
     @abstractmethod
     def plan(self, task: Task) -> PruningPlan:
-        """The channels that stay. Called once, after the last phase; costs at most ``task.budget``."""
+        """The channels that stay. Called once, after the last phase; keeps to ``task.budget`` and ``task.limits``."""
 
     def results(self) -> Metrics:
         """What to report of the finished search beside the plan; asked for after ``plan``."""

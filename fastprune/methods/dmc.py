@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprune.budget import fit
+from fastprune.fitting import fit
 from fastprune.methods.contract import Method, Metrics, Phase, Task
 from fastprune.methods.filters import unit_norms
+from fastprune.methods.gated import gated_units, prunable_cost
 from fastprune.methods.gates import deterministic_gate
-from fastprune.methods.interior import gated_units, prunable_cost
 from fastprune.methods.options import option
 from fastprune.methods.ranking import across_groups, rank_of
 from fastprune.ops import bernoulli_gate
@@ -117,12 +117,13 @@ class DMC(Method):
         """
         graph, budget = task.graph, task.budget
         may_go = gated_units(graph, self.config.groups)
-        fit(graph, budget, torch.zeros(graph.num_units), prunable=may_go)  # raises before a search that cannot succeed
+        # Raises before a search that cannot succeed.
+        fit(graph, budget, torch.zeros(graph.num_units), prunable=may_go, limits=task.limits)
         self.placement = GatePlacement(
             index=may_go.nonzero().flatten().to(task.device),
             num_units=graph.num_units,
             prunable=prunable_cost(graph, budget, may_go),
-            full=float(budget.of(graph.cost())),
+            full=float(budget.cost(graph)),
             limit=budget.limit(graph),
         )
         self.theta = nn.Parameter(torch.ones(len(self.placement.index), device=task.device))
@@ -178,7 +179,7 @@ class DMC(Method):
     def cost(self, task: Task) -> Tensor:
         """MACs or parameters of the network that the deterministic gates leave; differentiable in θ."""
         gates = self.placement.spread(deterministic_gate(self.theta))
-        return task.budget.of(task.graph.cost(gates))
+        return task.budget.cost(task.graph, gates)
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether the held-out accuracy is measured after ``epoch`` (from 0)."""
@@ -210,11 +211,12 @@ class DMC(Method):
         mask = theta >= 0.5
         for group in graph.groups:
             mask[group.units] |= rank_of(scores[group.units]) == 0
-        cost = float(budget.of(graph.cost(mask)))
+        cost = float(budget.cost(graph, mask))
         projected = mask
-        if not self.placement.limit - TOLERANCE * self.placement.full <= cost <= self.placement.limit:
-            projected = fit(graph, budget, scores, prunable=may_go)
-        final = float(budget.of(graph.cost(projected)))
+        met = self.placement.limit - TOLERANCE * self.placement.full <= cost <= self.placement.limit
+        if not met or task.limits.broken_by(graph, mask):
+            projected = fit(graph, budget, scores, prunable=may_go, limits=task.limits)
+        final = float(budget.cost(graph, projected))
         self._results = {
             f"{budget.resource}_of_gates": cost / self.placement.full,
             f"{budget.resource}_of_plan": final / self.placement.full,

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fastprune.budget import fit
+from fastprune.fitting import fit
 from fastprune.graph import ChannelGraph
 from fastprune.methods.contract import Method, Task
-from fastprune.methods.interior import gated_units
+from fastprune.methods.gated import gated_units
 from fastprune.methods.options import option
 from fastprune.plan import PruningPlan
 
 
 @dataclass(frozen=True)
 class KeepConfig:
-    """What every score-based method lets the user limit."""
+    """Which units a score-based method may prune."""
 
     groups: Literal["all", "interior"] = option(
         "all", "which channels may go: all, or only those inside blocks (no residual stream, stem or classifier input)"
     )
-    min_keep: int = option(1, "channels that stay at least in each group", minimum=1)
-    max_pruned: float = option(1.0, "largest part of a group that may go, in (0, 1]", minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class ScoreMethod(Method):
       scale are comparable, and compete over the whole network.
 
     Either way units are kept in order of priority until the budget is full: met from below, to within 1 % of the full
-    network's cost where single channels are small enough. ``min_keep`` and ``max_pruned`` hold in both.
+    network's cost where single channels are small enough. The run's ``Limits`` hold in both.
 
     Example:
         >>> class FirstChannels(ScoreMethod):
@@ -72,7 +69,7 @@ class ScoreMethod(Method):
 
         Raises:
             ValueError: if the scores have another shape, or are not finite.
-            BudgetError: if the budget is out of reach under these options; says what is in reach.
+            BudgetError: if the budget is out of reach under these options and limits; says what is in reach.
         """
         graph = task.graph
         scores = self.scores(task).detach().to("cpu", torch.float64)
@@ -85,10 +82,8 @@ class ScoreMethod(Method):
         # A Config without the field (Uniform) ranks within groups.
         globally = getattr(self.config, "ranking", "local") == "global"
         priority = across_groups(graph, scores) if globally else within_groups(graph, scores)
-        may_go = gated_units(graph, self.config.groups) & beyond_floor(
-            graph, scores, min_keep=self.config.min_keep, max_pruned=self.config.max_pruned
-        )
-        return graph.plan(fit(graph, task.budget, priority, prunable=may_go))
+        may_go = gated_units(graph, self.config.groups)
+        return graph.plan(fit(graph, task.budget, priority, prunable=may_go, limits=task.limits))
 
 
 def within_groups(graph: ChannelGraph, scores: Tensor) -> Tensor:
@@ -113,15 +108,6 @@ def across_groups(graph: ChannelGraph, scores: Tensor) -> Tensor:
     sums = torch.zeros(len(graph.groups), dtype=torch.float64).index_add(0, groups, scores.double().abs())
     means = sums / graph.offsets.diff()
     return scores.double() / torch.where(means > 0, means, 1.0)[groups]
-
-
-def beyond_floor(graph: ChannelGraph, scores: Tensor, *, min_keep: int, max_pruned: float) -> Tensor:
-    """The units that may go when each group keeps its best ``max(min_keep, (1 - max_pruned) size)``; bool [U]."""
-    may_go = torch.empty(graph.num_units, dtype=torch.bool)
-    for group in graph.groups:
-        floor = max(min_keep, ceil((1 - max_pruned) * group.size - 1e-9))  # 0.3 · 10 is 3, not 4
-        may_go[group.units] = rank_of(scores[group.units]) >= floor
-    return may_go
 
 
 def rank_of(scores: Tensor) -> Tensor:

@@ -22,12 +22,14 @@ from fastprune.budget import Budget, BudgetError
 from fastprune.distributed import Distributed
 from fastprune.engine.checkpoint import load_state, save_state
 from fastprune.engine.run import RunDirectory
+from fastprune.limits import Limits
 from fastprune.methods.contract import Method, Phase
 from fastprune.methods.registry import class_fault, configure
 from fastprune.plan import PruningPlan
 from fastprune.testing.trial import ContractError, Killed, Trial, different, same
 
 BUDGETS = (Budget("flops", 0.5), Budget("params", 0.6), Budget("flops", 1.2e6))
+LIMITS = Limits(min_keep=3, round_to=4, keep_ratios={"*": (0.3, 1.0)})
 PROCESS_SECONDS = 300.0
 
 
@@ -35,9 +37,10 @@ def check_method(method_class: type[Method], *, distributed: bool = False, **opt
     """Check that a method keeps the contract of ``fastprune.methods.Method``.
 
     Budgets (a fraction and an absolute number of MACs, a fraction of the parameters) are met from below, to within 1 %
-    of the full network; one out of reach is refused with ``BudgetError``. The plan can be applied exactly (float64,
-    1e-9). Weights, buffers, gradients and flags are as before unless ``trains_weights``. The same seed gives the same
-    plan, also after a kill and a resume from a checkpoint. The configuration survives JSON and YAML.
+    of the full network; one out of reach is refused with ``BudgetError``. The run's limits (least widths, rounding)
+    hold. The plan can be applied exactly (float64, 1e-9). Weights, buffers, gradients and flags are as before unless
+    ``trains_weights``. The same seed gives the same plan, also after a kill and a resume from a checkpoint. The
+    configuration survives JSON and YAML.
 
     Args:
         method_class: the method.
@@ -57,6 +60,7 @@ def check_method(method_class: type[Method], *, distributed: bool = False, **opt
     plan, steps = first.watched()
     for budget in BUDGETS[1:]:
         Trial(method_class, config, budget).watched()
+    check_limits(method_class, config)
     check_refusal(method_class, config)
     check_seed(method_class, config, plan)
     check_resume(first, plan, steps)
@@ -119,6 +123,13 @@ def check_phases(method_class: type[Method], config: Any) -> None:
         raise trial.fail("phases", f"phases() differs from call to call: {first}, then {second}")
     if first and not method_class.needs_data:
         raise trial.fail("phases", "phases() reads data, but needs_data is False")
+
+
+def check_limits(method_class: type[Method], config: Any) -> None:
+    """Least widths and their rounding hold."""
+    trial = Trial(method_class, config, Budget("flops", 0.65), limits=LIMITS)
+    trial.run()
+    trial.check_limits(trial.plan())
 
 
 def check_refusal(method_class: type[Method], config: Any) -> None:

@@ -17,6 +17,7 @@ from fastprune.engine.device import Placement
 from fastprune.engine.evaluate import HeldOut
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
+from fastprune.limits import Limits
 from fastprune.methods.contract import Method, Metrics, Phase, Task
 from fastprune.plan import PruningPlan
 from fastprune.surgery import SurgeryError, cut, verify
@@ -59,6 +60,7 @@ class Trial:
     config: Any
     budget: Budget
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
+    limits: Limits = dataclasses.field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         self.data = sample_data() if self.method_class.needs_data else None
@@ -66,6 +68,7 @@ class Trial:
             model=network(),
             graph=traced(),
             budget=self.budget,
+            limits=self.limits,
             seed=11,
             distributed=self.distributed,
             data=HeldOut(self.data, Placement(), self.distributed) if self.data is not None else None,
@@ -123,14 +126,23 @@ class Trial:
     def check_budget(self, plan: PruningPlan) -> None:
         """The budget is met from below, and nearly used up."""
         graph = self.task.graph
-        total, limit = float(self.budget.of(graph.cost())), self.budget.limit(graph)
-        cost = float(self.budget.of(graph.cost(plan.mask)))
+        total, limit = float(self.budget.cost(graph)), self.budget.limit(graph)
+        cost = float(self.budget.cost(graph, plan.mask))
         if cost > limit:
             raise self.fail("budget", f"{self.budget}: the plan costs {cost:.0f}, above the limit of {limit:.0f}")
         if cost < limit - TOLERANCE * total:
             raise self.fail(
                 "budget", f"{self.budget}: the plan costs {cost:.0f}, more than 1 % of {total:.0f} below {limit:.0f}"
             )
+
+    def check_limits(self, plan: PruningPlan) -> None:
+        """The widths are allowed ones, and the budget is met none the less."""
+        graph = self.task.graph
+        broken = self.limits.broken_by(graph, plan.mask)
+        if broken is not None:
+            raise self.fail("limits", f"{broken}; take fastprune.fitting.fit(…, limits=task.limits)")
+        if float(self.budget.cost(graph, plan.mask)) > self.budget.limit(graph):
+            raise self.fail("limits", f"with {self.limits} the plan costs more than the budget {self.budget}")
 
     def check_exact(self, plan: PruningPlan) -> None:
         """The compact network computes what the masked one computes, and costs what the plan says."""

@@ -12,8 +12,8 @@ from fastprune.graph import trace
 from fastprune.masking import MaskedNetwork
 from fastprune.methods import Task, interior_units
 from fastprune.methods.dmc import DMC, DMCConfig, log_distance, symmetric_decay_
+from fastprune.methods.gated import prunable_cost
 from fastprune.methods.gates import deterministic_gate
-from fastprune.methods.interior import prunable_cost
 from fastprune.methods.magnitude import Random
 from fastprune.methods.ranking import RankingConfig
 from fastprune.ops import bernoulli_gate
@@ -96,7 +96,7 @@ def test_gradient_of_the_cost_term(budget, groups):
             # The cost is multilinear in the widths of coupled layers, so a symmetric difference of 1e-3 units suffices.
             step = torch.zeros_like(gates)
             step[group.start] = 1e-3
-            change = task.budget.of(task.graph.cost(gates + step)) - task.budget.of(task.graph.cost(gates - step))
+            change = task.budget.cost(task.graph, gates + step) - task.budget.cost(task.graph, gates - step)
             expected = math.copysign(1, r - p) / (abs(r - p) + 1) * float(change) / 2e-3 / place.prunable
             assert float(mine[0]) == pytest.approx(expected, rel=1e-5)
 
@@ -277,8 +277,8 @@ def test_search_goes_as_in_the_paper(trained, budget, groups):
     assert min(randomness) < 0.35
     assert randomness[-1] > min(randomness) + 0.05
     plan = method.plan(task)
-    total, limit = float(task.budget.of(task.graph.cost())), task.budget.limit(task.graph)
-    assert limit - 0.01 * total <= float(task.budget.of(task.graph.cost(plan.mask))) <= limit
+    total, limit = float(task.budget.cost(task.graph)), task.budget.limit(task.graph)
+    assert limit - 0.01 * total <= float(task.budget.cost(task.graph, plan.mask)) <= limit
     assert groups == "all" or bool(plan.mask[~interior_units(task.graph)].all())
     # And the channels are better than random ones.
     images, labels = batch(128)

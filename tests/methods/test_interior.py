@@ -7,7 +7,8 @@ import torchvision
 from fastprune import models
 from fastprune.budget import Budget
 from fastprune.graph import ChannelGraph, trace
-from fastprune.methods.interior import interior_units, prunable_cost
+from fastprune.graph.interior import interior_units
+from fastprune.methods.gated import prunable_cost
 
 
 def chosen(graph: ChannelGraph) -> list[str]:

@@ -7,19 +7,20 @@ import torchvision
 from fastprune import models
 from fastprune.budget import Budget, BudgetError
 from fastprune.graph import trace
+from fastprune.limits import Limits
 from fastprune.methods import ScoreMethod, Task, interior_units
 from fastprune.methods.magnitude import L1, L2, Random, Uniform
-from fastprune.methods.ranking import KeepConfig, RankingConfig, across_groups, beyond_floor, rank_of, within_groups
+from fastprune.methods.ranking import KeepConfig, RankingConfig, across_groups, rank_of, within_groups
 from fastprune.methods.registry import configure
 from fastprune.testing import check_method, network, traced
 
 
-def task_for(budget: str, seed: int = 0) -> Task:
-    return Task(network(), traced(), Budget.parse(budget), seed=seed)
+def task_for(budget: str, seed: int = 0, limits: Limits | None = None) -> Task:
+    return Task(network(), traced(), Budget.parse(budget), limits=limits or Limits(), seed=seed)
 
 
-def plan_of(method, budget="flops=0.5", seed=0, **options):
-    task = task_for(budget, seed)
+def plan_of(method, budget="flops=0.5", seed=0, limits=None, **options):
+    task = task_for(budget, seed, limits)
     return method(configure(method, options)).plan(task)
 
 
@@ -31,7 +32,7 @@ def test_contract(method, ranking):
 
 def test_contract_of_uniform_and_of_interior_groups():
     check_method(Uniform)
-    check_method(Uniform, max_pruned=0.9, min_keep=2)
+    check_method(Uniform, groups="all")
 
 
 @pytest.mark.slow
@@ -63,10 +64,10 @@ def test_budgets_are_met_from_below_within_one_percent(networks, name):
         f"params={0.7 * float(full.params):.0f}",
     ):
         budget = Budget.parse(text)
-        total, limit = float(budget.of(full)), budget.limit(graph)
+        total, limit = float(budget.cost(graph)), budget.limit(graph)
         for method, options in [(Uniform, {}), (Random, {"ranking": "global"}), (L1, {}), (L2, {"ranking": "global"})]:
             plan = method(configure(method, options)).plan(Task(model, graph, budget))
-            cost = float(budget.of(graph.cost(plan.mask)))
+            cost = float(budget.cost(graph, plan.mask))
             assert limit - 0.01 * total <= cost <= limit, (text, method.name, options, cost / total)
 
 
@@ -124,27 +125,28 @@ class OneGroupIsWorthless(ScoreMethod):
 def test_global_empties_a_worthless_group_only_as_far_as_allowed():
     size = traced().groups[0].size
     limits = [
-        ("flops=0.1", {}, 1),
-        ("flops=0.3", {"min_keep": 5}, 5),
-        ("flops=0.7", {"max_pruned": 0.25}, size * 3 // 4),
-        ("flops=0.85", {"max_pruned": 0.25, "min_keep": size}, size),
+        ("flops=0.1", Limits(), 1),
+        ("flops=0.3", Limits(min_keep=5), 5),
+        ("flops=0.3", Limits(min_keep=5, round_to=4), 8),
+        ("flops=0.7", Limits(keep_ratios={"*": (0.75, 1)}), size * 3 // 4),
+        ("flops=0.85", Limits(keep_ratios={"*": (0.75, 1)}, min_keep=size), size),
     ]
-    for budget, options, expected in limits:
-        plan = plan_of(OneGroupIsWorthless, budget, ranking="global", **options)
+    for budget, limit, expected in limits:
+        plan = plan_of(OneGroupIsWorthless, budget, limits=limit, ranking="global")
         assert next(iter(plan.widths.values())) == (expected, size)
 
 
 @pytest.mark.parametrize("ranking", ["local", "global"])
 def test_limits_hold_in_every_group(ranking):
     for method in (L1, Random):
-        plan = plan_of(method, "flops=0.55", ranking=ranking, max_pruned=0.5, min_keep=3)
+        plan = plan_of(method, "flops=0.55", limits=Limits(3, 1, {"*": (0.5, 1)}), ranking=ranking)
         for kept, size in plan.widths.values():
             assert kept >= max(3, size / 2)
 
 
 def test_limits_make_a_budget_infeasible():
     with pytest.raises(BudgetError, match=r"with every prunable channel gone 0\.\d+ remains"):
-        plan_of(L1, "flops=0.1", max_pruned=0.3)
+        plan_of(L1, "flops=0.1", limits=Limits(keep_ratios={"*": (0.7, 1)}))
 
 
 def test_interior_leaves_everything_else():
@@ -173,16 +175,6 @@ def test_priorities():
     assert rank_of(torch.tensor([2.0, 5.0, 2.0])).tolist() == [1, 0, 2]
 
 
-def test_floor_rounds_up_without_rounding_errors():
-    graph = traced()
-    scores = torch.arange(graph.num_units, dtype=torch.float64)
-    for part in (0.0, 0.1, 0.25, 0.7, 1.0):
-        may_go = beyond_floor(graph, scores, min_keep=1, max_pruned=part)
-        for group in graph.groups:
-            exact = max(1, -(-round((1 - part) * 1000) * group.size // 1000))
-            assert int((~may_go[group.units]).sum()) == min(exact, group.size)
-
-
 class Wrong(ScoreMethod):
     name = "wrong"
     made = torch.zeros(3)
@@ -200,5 +192,5 @@ def test_wrong_scores_are_refused():
 
 
 def test_defaults():
-    assert KeepConfig() == KeepConfig(groups="all", min_keep=1, max_pruned=1.0)
+    assert KeepConfig() == KeepConfig(groups="all")
     assert RankingConfig().ranking == "local"

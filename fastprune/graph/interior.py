@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fastprune.budget import Budget
-from fastprune.graph import ChannelGraph, Group, Layer
+from fastprune.graph.rules import operator_name
+from fastprune.graph.tracing import concrete
+
+if TYPE_CHECKING:
+    from fastprune.graph.channel_graph import ChannelGraph, Group, Layer
 
 # Operators after which DMC and its successors put a gate ("always placed after ReLU activation functions").
 ACTIVATIONS = {
@@ -40,37 +44,14 @@ def interior_units(graph: ChannelGraph) -> Tensor:
 
     Source: Gao et al., CVPR 2020, §4.1 and Fig. 3.
     """
-    flow = _Flow(graph)
+    flow = Flow(graph)
     inside = torch.zeros(graph.num_units, dtype=torch.bool)
     for group in graph.groups:
         inside[group.units] = group.kind == "interior" and flow.is_gated(group)
     return inside
 
 
-def gated_units(graph: ChannelGraph, groups: str) -> Tensor:
-    """The units of an option ``groups``: "all", or "interior" for ``interior_units``; bool [U]."""
-    return interior_units(graph) if groups == "interior" else torch.ones(graph.num_units, dtype=torch.bool)
-
-
-def prunable_cost(graph: ChannelGraph, budget: Budget, units: Tensor) -> float:
-    """The cost of the layers that some of ``units`` can make smaller, T_total of the papers.
-
-    Args:
-        graph: the network.
-        budget: says which cost is meant.
-        units: bool [U].
-
-    Returns:
-        MACs of all layers (or parameters of all tensors) that shrink with any of the units, in the full network. For
-        ``interior_units`` these are the layers next to a gate: 3609 of ResNet-50's 4089 million MACs.
-    """
-    model = graph.cost_model
-    shrinking = {s.tensor for s in graph.slices if bool(units[s.units[s.units >= 0]].any())}
-    uses = {name: model.positions.get(name, 0) if budget.resource == "flops" else 1 for name in model.shapes}
-    return float(sum(prod(model.shapes[name]) * uses[name] for name in shrinking & uses.keys()))
-
-
-class _Flow:
+class Flow:
     """Questions about the order of layers, answered on the traced operators."""
 
     def __init__(self, graph: ChannelGraph) -> None:
@@ -82,13 +63,14 @@ class _Flow:
         self.head = self._layers_at_the_end(nodes)
 
     def is_gated(self, group: Group) -> bool:
+        """Whether a group's channels get a gate, see ``interior_units``; residual streams are not asked about."""
         makers = [layer for layer in self.graph.layers if not layer.depthwise and touches(layer.out_units, group)]
         readers = [layer for layer in self.graph.layers if not layer.depthwise and touches(layer.in_units, group)]
         return (
             not any(layer.node in self.stem for layer in makers)
             and not any(layer.node in self.head for layer in readers)
             and any(self._reads_an_activation(layer) for layer in readers)
-            and not (readers and all(self._only_scales(layer) for layer in readers))
+            and not (readers and all(self.only_scales(layer) for layer in readers))
         )
 
     def _layers_at_the_start(self, nodes: list[Node]) -> set[str]:
@@ -112,7 +94,7 @@ class _Flow:
             layer = self.layers.get(node.name)
             ahead = any(user in before_a_layer for user in node.users)
             body_ahead = any(user in before_the_body for user in node.users)
-            vector = layer is not None and layer.kind == "linear" and self.graph.cost_model.positions[layer.weight] == 1
+            vector = layer is not None and layer.kind == "linear" and layer.positions == 1
             if layer is not None and (not ahead or (vector and not body_ahead)):
                 head.add(node.name)
             elif layer is not None:
@@ -137,7 +119,7 @@ class _Flow:
             pending += node.all_input_nodes
         return False
 
-    def _only_scales(self, layer: Layer) -> bool:
+    def only_scales(self, layer: Layer) -> bool:
         """Whether what the layer makes is only ever multiplied to something that it did not make (SE and its kin)."""
         start = self.nodes[layer.node]
         own, pending, multiplied = {start}, list(start.users), False
@@ -153,13 +135,40 @@ class _Flow:
                 pending += node.users
         return multiplied
 
+    def readers(self, layer: Layer) -> set[str]:
+        """The layers that read what a layer makes with no other layer between, by their nodes."""
+        found, pending, seen = set(), list(self.nodes[layer.node].users), set[Node]()
+        while pending:
+            node = pending.pop()
+            if node.name in self.layers:
+                found.add(node.name)
+            elif node not in seen:
+                seen.add(node)
+                pending += node.users
+        return found
+
+    def activation_after(self, layer: Layer) -> str | None:
+        """The activation that alone reads what a layer makes, after its normalisation if it has one."""
+        node = self.nodes[layer.node]
+        while len(node.users) == 1:
+            (node,) = node.users
+            if operator_name(node) in ACTIVATIONS:
+                return operator_name(node)
+            if operator_name(node) != "batch_norm":
+                return None
+        return None
+
+    def pixels_scaled(self, layer: Layer) -> int:
+        """The pixels of what an attention branch's last layer scales."""
+        pending = list(self.nodes[layer.node].users)
+        while pending:
+            node = pending.pop()
+            if operator_name(node) == "mul":
+                return prod(concrete(size) for size in node.meta["val"].shape[2:])
+            pending += node.users
+        return 0
+
 
 def touches(units: Tensor, group: Group) -> bool:
     """Whether any of ``units`` belongs to ``group``."""
     return bool(((units >= group.start) & (units < group.start + group.size)).any())
-
-
-def operator_name(node: Node) -> str:
-    """``relu`` for ``aten.relu_.default``."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return getattr(packet, "__name__", "").rstrip("_")
