@@ -192,7 +192,7 @@ class ChannelGraph:
         """Milliseconds of a forward pass under a mask, from operators measured here on a grid of widths.
 
         The first call for a network takes a minute or so; times are kept in the user's cache folder
-        (``FASTPRUNE_CACHE_DIR`` names another one), by device, versions, threads, shapes and arguments.
+        (``FASTPRUNE_CACHE`` names another one), by device, versions, threads, shapes and arguments.
 
         Args:
             device: where the network runs.

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fastprune.graph.measurements import Measurements, cache_folder
+from fastprune.cache import cache_folder
+from fastprune.graph.measurements import Measurements
 from fastprune.graph.operations import Axis, Operation, record
 from fastprune.graph.stopwatch import Segment, Stopwatch, Table, Timer, pool_bytes, segments
 from fastprune.machine import machine
@@ -267,7 +268,7 @@ def measure(
         call_ms: what the call of a module takes; measured where None.
     """
     recording = record(graph, device, batch, dtype, channels_last=channels_last)
-    known = Measurements(cache_folder(), facts(device, dtype, channels_last, pool_bytes(recording.footprint)))
+    known = Measurements(cache_folder("latency"), facts(device, dtype, channels_last, pool_bytes(recording.footprint)))
     parts = segments(recording.operations)
     found: dict[str, list[Table]] = {}
     missing: dict[str, Segment] = {}

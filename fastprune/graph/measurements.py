@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 
 from fastprune import atomic
 
@@ -61,9 +59,3 @@ class Measurements:
             atomic.write_text(self.path(key), json.dumps(document) + "\n")
         except OSError as error:
             warnings.warn(f"measured times cannot be kept: {error}", stacklevel=2)
-
-
-def cache_folder() -> Path:
-    """The folder ``latency`` in ``$FASTPRUNE_CACHE_DIR``, else ``$FASTPRUNE_CACHE``, else the user's cache folder."""
-    named = os.environ.get("FASTPRUNE_CACHE_DIR") or os.environ.get("FASTPRUNE_CACHE")
-    return Path(named or platformdirs.user_cache_dir("fastprune", appauthor=False)) / "latency"

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fastprune import _C, atomic
+from fastprune.cache import cache_folder
 
 Key = tuple[tuple[str, Any], ...]
 """What a choice depends on besides the machine: operator, dtype, shapes, pitches, parameters. JSON values."""
@@ -378,16 +379,5 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cache_folder() -> Path | None:
-    """``$FASTPRUNE_CACHE``, else ``fastprune`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; None without a home."""
-    if named := os.environ.get("FASTPRUNE_CACHE"):
-        return Path(named) / "autotune"
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return Path(base) / "fastprune" / "autotune"
-
-
-AUTOTUNER = Autotuner(folder=cache_folder(), enabled=os.environ.get("FASTPRUNE_AUTOTUNE", "1") != "0")
+AUTOTUNER = Autotuner(folder=cache_folder("autotune"), enabled=os.environ.get("FASTPRUNE_AUTOTUNE", "1") != "0")
 """The one that the operators use."""

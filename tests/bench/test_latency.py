@@ -15,7 +15,7 @@ COMMAND = ["bench", "latency", "--model", "fastprune.testing.network:network", "
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FASTPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTPRUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

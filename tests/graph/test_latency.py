@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastprune as fp
 from fastprune.graph import latency as latency_module
 from fastprune.graph.latency import LatencyModel, measure
-from fastprune.graph.measurements import Measurements, cache_folder
+from fastprune.graph.measurements import Measurements
 from fastprune.graph.operations import Axis, record
 from fastprune.graph.stopwatch import Call, Stopwatch, on_host, segments
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FASTPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTPRUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "latency"
 
 
@@ -358,17 +358,6 @@ def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
         for process_number in (0, 1):
             assert known.get([number, process_number * (number % 2)], [(1, 1)]) == [[[float(number)]]]
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".json"]
-
-
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTPRUNE_CACHE", "/b")
-    monkeypatch.setenv("FASTPRUNE_CACHE_DIR", "/a")
-    assert cache_folder() == Path("/a/latency")
-    monkeypatch.delenv("FASTPRUNE_CACHE_DIR")
-    assert cache_folder() == Path("/b/latency")
-    monkeypatch.delenv("FASTPRUNE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
-    assert cache_folder() == Path("/c/fastprune/latency")
 
 
 # --- errors, and real time ------------------------------------------------------------------------------------------

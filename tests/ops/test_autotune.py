@@ -309,22 +309,6 @@ def test_real_times():
     assert slow > fast > 0
 
 
-@pytest.mark.parametrize(
-    ("variables", "folder"),
-    [
-        ({"FASTPRUNE_CACHE": "/a"}, "/a/autotune"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/fastprune/autotune"),
-        ({"HOME": "/c"}, "/c/.cache/fastprune/autotune"),
-    ],
-)
-def test_cache_folder(variables, folder, monkeypatch):
-    for name in ("FASTPRUNE_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert autotune.cache_folder() == Path(folder)
-
-
 @pytest.mark.parametrize(("value", "enabled"), [("0", False), ("1", True)])
 def test_the_environment_decides(value, enabled, tmp_path):
     code = "from fastprune.ops.autotune import AUTOTUNER; print(AUTOTUNER.enabled, AUTOTUNER.folder)"
