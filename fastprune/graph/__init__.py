@@ -3,6 +3,7 @@
 from fastprune.graph.build import trace
 from fastprune.graph.channel_graph import ChannelGraph, Group, Layer, Slice
 from fastprune.graph.cost import Cost
-from fastprune.graph.tracing import TraceError
+from fastprune.graph.custom import Operator, rule
+from fastprune.graph.refusals import TraceError
 
-__all__ = ["ChannelGraph", "Cost", "Group", "Layer", "Slice", "TraceError", "trace"]
+__all__ = ["ChannelGraph", "Cost", "Group", "Layer", "Operator", "Slice", "TraceError", "rule", "trace"]

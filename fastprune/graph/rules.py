@@ -49,9 +49,13 @@ SIZES = {"sym_size", "sym_numel"}  # of a weight, too
 
 
 def operator_name(node: Node) -> str:
-    """The operator's name without namespace, overload and the underscore of in-place variants."""
+    """The operator's name without overload and the underscore of in-place variants.
+
+    Those of PyTorch go by their plain name, "add"; others keep their namespace, so that an operator of a user's that is
+    called "mylib::add" is not taken for an addition.
+    """
     schema = getattr(node.target, "_schema", None)
-    name = str(schema.name).rpartition("::")[2] if schema else getattr(node.target, "__name__", "?")
+    name = str(schema.name).removeprefix("aten::") if schema else getattr(node.target, "__name__", "?")
     return name if name.startswith("_") else name.rstrip("_")
 
 
@@ -64,7 +68,10 @@ def module_of(node: Node) -> str:
 
 def described(node: Node) -> str:
     """For people: the operator and the module."""
-    return f"{operator_name(node)} in {module_of(node) or 'the model'}"
+    name = operator_name(node)
+    unknown = "::" in name and name not in RULES
+    hint = " (has no rule; one can be registered, see docs/custom_operators.md)" if unknown else ""
+    return f"{name} in {module_of(node) or 'the model'}{hint}"
 
 
 Rule = Callable[..., Any]
