@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.bench import zoo
-from fastprune.bench.coverage import CoverageSettings, coverage, in_process, markdown, prune_by_half, summary
+from fastprune.bench.coverage import CoverageSettings, coverage, in_process, markdown, outcome, prune_by_half, summary
 from fastprune.cli import main
 
 
@@ -69,6 +69,6 @@ def test_a_pattern_without_a_network_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed:mixer_s32_224", "mixed:pit_ti_224", "mixed:mobilevit_s"])
 def test_networks_of_attention_are_pruned_exactly(name: str) -> None:
-    result = coverage.prune_by_half(name)
+    result = prune_by_half(name)
     assert result["groups"] > 10
-    assert coverage.outcome(result) == "pruned exactly"
+    assert outcome(result) == "pruned exactly"
