@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph
+from fastprune.graph.regions import GRADIENTS
 
 # In-place operators that exporters leave in the graph, and what computes the same without overwriting its input.
 OUT_OF_PLACE: dict[Any, Any] = {
@@ -99,9 +100,9 @@ def gated(graph: ChannelGraph) -> GraphModule:
     traced = graph.traced.evaluation
     module = GraphModule(traced, copy.deepcopy(traced.graph))
     nodes = {node.name: node for node in module.graph.nodes}
-    for node in list(module.graph.nodes):
-        if node.op == "call_module":
-            module.graph.erase_node(node)  # the exporter's guard on input shapes
+    for node in reversed(list(module.graph.nodes)):
+        if node.op == "call_module" or node.target in GRADIENTS:  # a guard on shapes; what would hide a gate's gradient
+            module.graph.erase_node(node)
     module.graph.set_codegen(torch.fx.graph.CodeGen())
     overwrites = make_out_of_place(module)
     with module.graph.inserting_after([node for node in module.graph.nodes if node.op == "placeholder"][-1]):

@@ -38,8 +38,10 @@ class InputSpec:
     name: str | None = None
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """A random input: normal for floating-point inputs, bytes for images, zeros for others (indices, masks)."""
+        """A random input: normal for real and complex inputs, bytes for images, zeros for others (indices, masks)."""
         dtype = getattr(torch, self.dtype)
+        if dtype.is_complex:
+            return torch.randn(self.shape, generator=generator, dtype=torch.complex128).to(dtype)
         if dtype.is_floating_point:
             return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype)
         if dtype == torch.uint8:

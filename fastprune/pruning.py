@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from fastprune.methods.options import fields_of
 from fastprune.methods.registry import configure, load
 from fastprune.models import save_weights
 from fastprune.plan import PruningPlan
+from fastprune.slicing import copied
 from fastprune.surgery import cut
 
 
@@ -259,7 +259,7 @@ def _own_copy(model: nn.Module, placement: Placement, *, trained: bool) -> nn.Mo
     """The model in eval mode on its device; a copy, unless it already is there and nothing will change it."""
     there = _device_of(model) == placement.device and not placement.channels_last
     if trained or not there or any(module.training for module in model.modules()):
-        model = placement.model(copy.deepcopy(model))
+        model = placement.model(copied(model))
     return model.eval()
 
 

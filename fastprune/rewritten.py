@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
@@ -14,8 +17,9 @@ from torch.utils import _pytree as pytree
 from fastprune.graph.inputs import Inputs
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.propagate import Propagation
-from fastprune.graph.rewrite import Rewritten, rewrite
-from fastprune.graph.tracing import Traced, TraceError, attribute_of, export, state_of, trace_graphs
+from fastprune.graph.refusals import TraceError
+from fastprune.graph.rewrite import RewriteError, Rewritten, rewrite
+from fastprune.graph.tracing import Guards, Traced, attribute_of, export, export_for_sizes, state_of, trace_graphs
 from fastprune.plan import PlanError, PruningPlan
 
 
@@ -31,7 +35,8 @@ class RewrittenNetwork(nn.Module):
         graphs: the graph for each mode, True = training; where there is none, the reason.
         signature: of the model's ``forward``.
         inputs: what the network was traced with.
-        any_batch: whether it takes batches of any size; its other sizes are fixed.
+        any_batch: whether it takes batches of any size.
+        guards: for which other sizes of its inputs the graph for each mode holds.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class RewrittenNetwork(nn.Module):
         signature: inspect.Signature,
         inputs: Inputs,
         any_batch: bool,
+        guards: Mapping[bool, Guards],
     ) -> None:
         super().__init__()
         hold(self, compact)
@@ -49,6 +55,7 @@ class RewrittenNetwork(nn.Module):
             self.register_buffer(place_of(name), tensor, persistent=False)
         self._shapes = [tuple(x.shape) for x in inputs.tensors]
         self._any_batch = any_batch
+        self._guards = dict(guards)
         self._signature = signature
         self._arguments = list(signature.bind(*inputs.args, **inputs.kwargs).arguments)
         self._results: dict[bool, pytree.TreeSpec] = {}
@@ -71,7 +78,7 @@ class RewrittenNetwork(nn.Module):
         """What the model returns.
 
         Raises:
-            ValueError: for inputs of other sizes than it was traced with.
+            ValueError: for inputs of sizes for which its graph does not hold.
             RuntimeError: in train mode, if the model could not be traced there.
         """
         mode = self.training
@@ -81,12 +88,21 @@ class RewrittenNetwork(nn.Module):
         if list(given) != self._arguments:
             raise ValueError(f"this network was traced with arguments {self._arguments}, got {list(given)}")
         inputs = pytree.tree_leaves(given)
-        for x, shape in zip(inputs, self._shapes, strict=True):
-            if tuple(x.shape[1:]) != shape[1:] or not (self._any_batch or x.shape[0] == shape[0]):
-                raise ValueError(f"this network was traced with inputs of shape {shape}, got {tuple(x.shape)}")
+        self.require_sizes(inputs)
         tensors = [attribute_of(self, name) for name in self._takes[mode]]
         graph: Any = self.training_graph if mode else self.evaluation_graph
-        return pytree.tree_unflatten(graph(*inputs, *tensors), self._results[mode])
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # as it was, should a region without gradients fail
+            return pytree.tree_unflatten(graph(*inputs, *tensors), self._results[mode])
+
+    def require_sizes(self, inputs: list[Tensor]) -> None:
+        """Refuse inputs of sizes for which the graph does not hold."""
+        shapes = [(shape[0], *x.shape[1:]) for x, shape in zip(inputs, self._shapes, strict=True)]
+        for x, shape, wanted in zip(inputs, self._shapes, shapes, strict=True):
+            given = f"this network was traced with inputs of shape {shape}, got {tuple(x.shape)}"
+            if not (self._any_batch or x.shape[0] == shape[0]):
+                raise ValueError(f"{given}; its graph holds for this batch size")
+            if wanted != shape and (unmet := self._guards.get(self.training, Guards()).unmet(shapes)) is not None:
+                raise ValueError(f"{given}; {unmet}")
 
 
 def place_of(name: str) -> str:
@@ -124,6 +140,24 @@ def rewritten(
         TraceError: if the model cannot be traced.
     """
     traced = traced if traced is not None else trace_graphs(model, plan.example(model))
+    try:
+        return written(plan, model, compact, for_sizes(model, traced))
+    except (PlanError, RewriteError, TraceError):  # with numbers in place of open sizes more is known of the graph
+        return written(plan, model, compact, traced)
+
+
+def for_sizes(model: nn.Module, traced: Traced) -> Traced:
+    """The same graphs with the sizes of images left open, where the model's code allows it."""
+    evaluation, guards = export_for_sizes(model, traced.inputs, training=False)
+    if traced.training is None:
+        return replace(traced, evaluation=evaluation, any_batch=True, guards={False: guards})
+    training, in_training = export_for_sizes(model, traced.inputs, training=True)
+    both = {False: guards, True: in_training}
+    return replace(traced, evaluation=evaluation, training=training, any_batch=True, guards=both)
+
+
+def written(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced) -> RewrittenNetwork:
+    """The compact network as the rewritten form of these graphs."""
     state = Propagation(rewrites=True)
     graphs: dict[bool, GraphModule | str] = {False: traced.evaluation}
     labels = {False: run_on_labels(traced.evaluation, traced.inputs, state, record=True)}
@@ -131,10 +165,14 @@ def rewritten(
         graphs[True] = traced.training
         labels[True] = run_on_labels(traced.training, traced.inputs, state, record=False)
     keep = kept_labels(plan, state)
-    any_batch = traced.any_batch
+    any_batch, guards = traced.any_batch, dict(traced.guards)
     if True not in graphs:
         try:
-            training, trains_any = export(model, traced.inputs, training=True)
+            if guards:
+                training, guards[True] = export_for_sizes(model, traced.inputs, training=True)
+                trains_any = True
+            else:
+                training, trains_any = export(model, traced.inputs, training=True)
             labels[True] = run_on_labels(training, traced.inputs, state, record=False)
             keep = kept_labels(plan, state)
             graphs[True], any_batch = training, any_batch and trains_any
@@ -142,16 +180,17 @@ def rewritten(
             graphs[True] = f"this network cannot run in train mode: its model could not be traced there: {error}"
         except PlanError as error:
             graphs[True] = f"this network cannot run in train mode: {error}"
-    written: dict[bool, Rewritten | str] = {}
+    results: dict[bool, Rewritten | str] = {}
     constants: dict[str, Tensor] = {}
     own = set(state_of(model))
     for mode, graph in graphs.items():
         if isinstance(graph, str):
-            written[mode] = graph
+            results[mode] = graph
             continue
-        written[mode] = new = rewrite(graph, labels[mode], state.selections, keep)
+        results[mode] = new = rewrite(graph, labels[mode], state.selections, keep)
         constants |= {name: attribute_of(graph, name) for name in new.tensors if name not in own}
-    return RewrittenNetwork(compact, constants, written, inspect.signature(model.forward), traced.inputs, any_batch)
+    signature = inspect.signature(model.forward)
+    return RewrittenNetwork(compact, constants, results, signature, traced.inputs, any_batch, guards)
 
 
 def kept_labels(plan: PruningPlan, state: Propagation) -> npt.NDArray[np.bool_]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastprune.graph.channel_graph import Slice
 from fastprune.graph.tracing import state_of
@@ -38,15 +39,20 @@ def sliced(plan: PruningPlan, model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; refuses modules that hold what an autograd graph made, and names them."""
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
+    """A deep copy. Tensors that modules keep of a run (the last weight of ``weight_norm``) are copied as constants.
+
+    Raises:
+        SurgeryError: if a module holds what cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in pytree.tree_leaves(dict(vars(module))):
             if isinstance(value, Tensor) and not value.is_leaf:
-                raise SurgeryError(
-                    f"the model cannot be copied: {attribute!r} of {name or type(model).__name__!r} is computed from "
-                    "other tensors (torch.nn.utils.weight_norm does that; torch.nn.utils.parametrizations does not)"
-                )
-    return copy.deepcopy(model)
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:  # what Python and torch raise for such objects
+        raise SurgeryError(f"{type(model).__name__} holds what cannot be copied: {error}") from error
 
 
 def fits(plan: PruningPlan, model: nn.Module) -> None:

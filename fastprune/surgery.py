@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from fastprune.graph.refusals import TraceError
 from fastprune.graph.rewrite import RewriteError
-from fastprune.graph.tracing import Traced, TraceError
+from fastprune.graph.tracing import Traced
 from fastprune.plan import PruningPlan
 from fastprune.rewritten import rewritten
 from fastprune.slicing import SurgeryError, slice_optimizer, sliced
@@ -78,6 +79,8 @@ def cut(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> Cu
             compact = in_rewritten_graph(plan, model, compact, traced)
             return Cut(compact, verify(plan, model, compact), replace(plan, code="rewritten"))
         except SurgeryError as second:
+            if str(second) == str(error):
+                raise
             raise SurgeryError(f"{error}. Nor can its rewritten graph: {second}") from second
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprune.graph.tracing import mode_of, state_of
 from fastprune.plan import PruningPlan
@@ -63,14 +63,18 @@ def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: to
             "or apply the plan with check=False"
         )
     reference = masked(model, plan)
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    for chosen in [dtype] if dtype is not None else sorted({own, torch.float64}, key=lambda d: d.itemsize):
-        if chosen in TOLERANCE:
-            difference = compare(plan, reference, compact, chosen)
-            if difference <= TOLERANCE[chosen]:
-                return difference
     if dtype is not None and dtype not in TOLERANCE:
         raise ValueError(f"dtype {dtype}: float32 or float64 is needed")
+    all_float32 = {t.dtype for t in state_of(model).values() if t.is_floating_point()} == {torch.float32}
+    for chosen in [dtype] if dtype is not None else [*([torch.float32] if all_float32 else []), torch.float64]:
+        difference = compare(plan, reference, compact, chosen)
+        if difference <= TOLERANCE[chosen]:
+            return difference
+    if compare(plan, reference, reference, chosen) > TOLERANCE[chosen]:
+        raise SurgeryError(
+            f"{type(model).__name__} computes something else each time, also in eval mode (it draws random numbers, or "
+            "changes its state), so exactness cannot be checked; apply(plan, model, check=False) does not check it"
+        )
     raise SurgeryError(
         f"the plan cannot be applied exactly to {type(model).__name__}: compact and masked outputs differ by "
         f"{difference:.1e} of the largest output in {str(chosen).removeprefix('torch.')}"
@@ -79,8 +83,9 @@ def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: to
 
 def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: torch.dtype) -> float:
     """The largest difference of two models' outputs on one random input, relative to the largest output."""
-    inputs = plan.example(compact).map(lambda x: x.to(dtype) if x.is_floating_point() else x)
-    with torch.no_grad(), in_dtype(reference, dtype) as full, in_dtype(compact, dtype) as small:
+    inputs = plan.example(compact).map(lambda x: x.to(converted(x.dtype, dtype)))
+    precise: Any = InFloat64() if dtype == torch.float64 else nullcontext()  # type: ignore[no-untyped-call]
+    with torch.no_grad(), in_dtype(reference, dtype) as full, in_dtype(compact, dtype) as small, precise:
         with name_the_failing_module(full, f"the model itself does not run in {dtype}", "exactness cannot be checked"):
             expected = pytree.tree_leaves(inputs.given_to(full))
         with name_the_failing_module(
@@ -91,7 +96,7 @@ def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: 
         raise SurgeryError(f"the compact model returns {len(got)} values, the masked one {len(expected)}")
     worst = 0.0
     for a, b in zip(expected, got, strict=True):
-        if isinstance(a, Tensor) and not a.is_floating_point():
+        if isinstance(a, Tensor) and not (a.is_floating_point() or a.is_complex()):
             worst = worst if torch.equal(a, b) else float("inf")  # class indices, say: equal or not
         elif isinstance(a, Tensor):
             if a.shape != b.shape:
@@ -104,13 +109,32 @@ def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: 
     return worst
 
 
+class InFloat64(TorchDispatchMode):
+    """Where a model's own code asks for a floating-point type (half precision, say), it gets float64."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if isinstance(kwargs.get("dtype"), torch.dtype):
+            kwargs["dtype"] = converted(kwargs["dtype"], torch.float64)
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     """``model`` in eval mode and ``dtype``: itself where it has that precision already, a copy elsewhere."""
-    floating = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    converted = model if all(t.dtype == dtype for t in floating) else copy.deepcopy(model).to(dtype)
-    with mode_of(converted, training=False):
-        yield converted
+    if any(t.dtype != converted(t.dtype, dtype) for t in state_of(model).values()):
+        model = copied(model)._apply(lambda t: t.to(converted(t.dtype, dtype)))
+    with mode_of(model, training=False):
+        yield model
+
+
+def converted(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of type ``own`` becomes where computations are made in ``dtype``."""
+    if own.is_complex:
+        return dtype.to_complex()
+    return dtype if own.is_floating_point else own
 
 
 @contextmanager

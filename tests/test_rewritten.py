@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import pickle
 from pathlib import Path
 
 import pytest
@@ -127,9 +128,46 @@ def test_it_is_pruned_again(compact: nn.Module) -> None:
     assert sum(p.numel() for p in smaller.parameters()) == graph.plan(mask).params[1]
 
 
-def test_other_sizes_are_refused(compact: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"traced with inputs of shape \(2, 3, 8, 8\), got \(2, 3, 9, 9\)"):
-        compact(torch.zeros(2, 3, 9, 9, dtype=torch.float64))
+@pytest.mark.parametrize("shape", [(1, 3, 12, 9), (3, 3, 2, 2), (2, 3, 32, 8)])
+def test_it_takes_images_of_other_sizes(
+    shape: tuple[int, ...], model: nn.Module, plan: fp.PruningPlan, compact: nn.Module
+) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    for network in (compact, copy.deepcopy(compact)):
+        with torch.no_grad():
+            assert torch.allclose(network(x), masked(model, plan)(x), rtol=1e-12)
+    compact.train()(torch.cat([x, x]))["y"].sum().backward()
+    assert compact.first.weight.grad is not None
+
+
+def test_sizes_that_the_code_does_not_take_are_refused() -> None:
+    class Even(Shuffled):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[2] % 2 == 0
+            return super().forward(x)
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Linear(4 * 64, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x)[:, [4, 1, 0, 3]].flatten(1))
+
+    for model, condition in ((Even(), r"x\.size\(\)\[2\] % 2 == 0"), (Flat(), r"== 256")):
+        graph = fp.trace(model.double().eval(), images(1))
+        compact = fp.apply(graph.plan((torch.arange(graph.num_units) % 3 > 0).int()), model)
+        assert isinstance(compact, fp.RewrittenNetwork)
+        shapes = r"traced with inputs of shape \(2, 3, 8, 8\), got \(5, 3, 9, 9\)"
+        with pytest.raises(ValueError, match=f"{shapes}; {condition}|{shapes}; .*{condition} is needed"):
+            compact(torch.zeros(5, 3, 9, 9, dtype=torch.float64))
+
+
+def test_a_pickled_network_takes_the_traced_size_alone(compact: nn.Module) -> None:
+    again = pickle.loads(pickle.dumps(compact))
+    assert torch.equal(again(images(2)), compact(images(2)))
+    with pytest.raises(ValueError, match=r"got \(2, 3, 9, 9\); its graph holds for these sizes"):
+        again(torch.zeros(2, 3, 9, 9, dtype=torch.float64))
 
 
 def test_a_plan_for_another_model_is_refused(plan: fp.PruningPlan) -> None:

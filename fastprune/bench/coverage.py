@@ -151,6 +151,7 @@ def half(graph: ChannelGraph) -> Tensor:
 
 def macs(model: nn.Module, size: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image as torch counts them."""
+    model.requires_grad_(False)  # torch's counter fails on modules that are given a parameter
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, *size))
     return int(counter.get_total_flops() // 4)

@@ -37,6 +37,16 @@ TIMM = """
     maxvit_pico_rw_256 focalnet_tiny_srf
 """
 
+# Networks of attention, and mixtures of it with convolutions: what is not understood stays, the rest is pruned.
+MIXED = """
+    vit_b_16 swin_t swin_v2_t maxvit_t
+    vit_tiny_patch16_224 deit_tiny_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224
+    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 pvt_v2_b0 twins_svt_small nest_tiny davit_tiny hiera_tiny_224
+    mvitv2_tiny gcvit_xxtiny mobilevit_s coatnet_0_224 edgenext_small maxvit_tiny_tf_224 tiny_vit_5m_224 convit_tiny
+    cait_xxs24_224 volo_d1_224 crossvit_tiny_240 xcit_nano_12_p16_224 tnt_s_legacy_patch16_224 pit_ti_224
+    mixer_s32_224 gmixer_24_224 resmlp_12_224 sequencer2d_s
+"""
+
 # Networks of torchvision that segment, and the part of its detectors that has no boxes to choose.
 SEGMENTERS = ["fcn_resnet50", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
 BACKBONES = [
@@ -47,13 +57,14 @@ SIDES = {"inception_v3": 299, "ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_larg
 
 
 def names() -> list[str]:
-    """All of them: ``torchvision:NAME``, ``timm:NAME``, ``segmentation:NAME`` and ``backbone:NAME``."""
+    """All of them: ``torchvision:NAME``, ``timm:NAME``, ``mixed:NAME``, ``segmentation:NAME``, ``backbone:NAME``."""
     import torchvision
 
     listed = torchvision.models.list_models(module=torchvision.models)
     return [
         *(f"torchvision:{name}" for name in listed if not name.startswith(TRANSFORMERS)),
         *(f"timm:{name}" for name in TIMM.split()),
+        *(f"mixed:{name}" for name in MIXED.split()),
         *(f"segmentation:{name}" for name in SEGMENTERS),
         *(f"backbone:{name}" for name in BACKBONES),
     ]
@@ -71,7 +82,9 @@ def create(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
         model: nn.Module = torchvision.models.get_model(short, weights=None, weights_backbone=None)
         model = model.backbone if kind == "backbone" else model  # type: ignore[assignment]
     else:
-        model = models.create(name)
+        if kind == "mixed":
+            kind = "torchvision" if short in torchvision.models.list_models(module=torchvision.models) else "timm"
+        model = models.create(f"{kind}:{short}")
         size = tuple(getattr(model, "default_cfg", {}).get("input_size", size))
     return randomised(model).eval(), size
 

@@ -3,7 +3,19 @@
 from fastprune.graph.build import trace
 from fastprune.graph.channel_graph import ChannelGraph, Group, Layer, Slice
 from fastprune.graph.cost import Cost
+from fastprune.graph.custom import Operator, rule
 from fastprune.graph.latency import LatencyModel
-from fastprune.graph.tracing import TraceError
+from fastprune.graph.refusals import TraceError
 
-__all__ = ["ChannelGraph", "Cost", "Group", "LatencyModel", "Layer", "Slice", "TraceError", "trace"]
+__all__ = [
+    "ChannelGraph",
+    "Cost",
+    "Group",
+    "LatencyModel",
+    "Layer",
+    "Operator",
+    "Slice",
+    "TraceError",
+    "rule",
+    "trace",
+]

@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 
 from fastprune.graph.channel_graph import ChannelGraph, Group, Layer, Slice
 from fastprune.graph.cost import CostModel, SlicedDim, terms_of
@@ -18,6 +20,8 @@ from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.labels import IntArray
 from fastprune.graph.propagate import LabelledDim, Propagation
 from fastprune.graph.tracing import Traced, trace_graphs
+
+REMOVED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # hooks of torch.nn.utils
 
 
 def trace(
@@ -212,11 +216,26 @@ def unprunable(
             listed[call.layer] = reasons.get(pinned[0], "reads the input of the network channel by channel")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     seen = {id(parameters[d.tensor]) for d in state.dims.values() if d.tensor in parameters}
-    unread = "never reached in the traced graph, or its weight is not read directly"
     for name, module in model.named_modules():
         if (
             isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
             and id(module._parameters.get("weight")) not in seen
         ):
-            listed.setdefault(name, state.locked.get(f"{name}.weight", unread))
+            listed.setdefault(name, state.locked.get(f"{name}.weight", why_unread(name, module)))
     return tuple(listed.items())
+
+
+def why_unread(name: str, module: nn.Module) -> str:
+    """Why no operator reads the weight of a layer as it is, and what makes it a plain parameter."""
+    if is_parametrized(module, "weight"):
+        kinds = ", ".join(type(p).__name__.lstrip("_") for p in module.parametrizations["weight"])  # type: ignore[index]
+        remove = f"torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule({name!r}), 'weight')"
+        return f"its weight is parametrised ({kinds}); {remove} makes it a plain one"
+    for hook in module._forward_pre_hooks.values():
+        known = REMOVED_BY.get(type(hook).__name__) or ("prune.remove" if isinstance(hook, BasePruningMethod) else None)
+        if known is not None and "weight" not in module._parameters:
+            arguments = f"model.get_submodule({name!r}), 'weight'"
+            return f"its weight is computed by a hook; torch.nn.utils.{known}({arguments}) makes it a plain one"
+    if "weight" not in module._parameters:
+        return "its weight is no parameter"
+    return "never reached in the traced graph, or its weight is not read directly"

@@ -72,6 +72,7 @@ class Inputs:
         if len({x.shape[0] for x in inputs.tensors}) > 1:
             sizes = ", ".join(str(x.shape[0]) for x in inputs.tensors)
             raise ValueError(f"example_inputs: all inputs need the same batch size in dimension 0, got {sizes}")
+        bound_to(model, inputs)
         if inputs.batch == 1:
             inputs = inputs.map(lambda x: torch.cat([x, x]))
         return inputs.map(Tensor.detach)
@@ -79,11 +80,22 @@ class Inputs:
 
 def in_order(example: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Inputs by name in the order of the model's signature."""
-    try:
-        bound = inspect.signature(model.forward).bind(**example).arguments
-    except TypeError as error:
-        raise TypeError(
-            f"example_inputs: {type(model).__name__}.forward does not take {sorted(example)}: {error}"
-        ) from error
+    bound = bound_to(model, Inputs((), example))
     ordered = {name: example[name] for name in bound if name in example}
     return ordered | dict(example)
+
+
+def bound_to(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
+    """Inputs by the names of the arguments that take them.
+
+    Raises:
+        TypeError: if the model does not take them.
+    """
+    try:
+        return inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    except TypeError as error:
+        given = sorted(inputs.kwargs) if inputs.kwargs else f"{len(inputs.args)} by position"
+        advice = "" if inputs.kwargs else "; inputs by name are given as a dict"
+        raise TypeError(
+            f"example_inputs: {type(model).__name__}.forward does not take {given}: {error}{advice}"
+        ) from error

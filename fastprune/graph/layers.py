@@ -27,16 +27,18 @@ def convolution(context: Context, x: Tensor, weight: Any, bias: Any = None, *res
         return give_up_layer(context, (x, weight, bias), uses)
     reads, makes = (0, 1) if transposed else (1, 0)
     state, depthwise = context.state, groups == channels.numel() > 1
-    if transposed and groups > 1 and not depthwise:
-        return give_up_layer(context, (x, weight, bias), uses)
     if depthwise:
         out = channels.repeat_interleave(weight.shape[1] if transposed else weight.shape[0] // groups)
-        state.label_dim(weight, 0, out, "depthwise", context.reason)
+        state.label_dim(weight, 0, channels if transposed else out, "depthwise", context.reason)
     elif groups > 1:
         rows = channels.reshape(groups, -1)
         state.space.unite(rows[:1].expand_as(rows), rows, f"{context.reason} (grouped)")
-        state.label_dim(weight, reads, rows[0], "in", context.reason)
-        out = state.fresh_dim(weight, makes, "out", context.reason, repeat=groups)
+        if transposed:  # its weight holds the channels of all groups along one dimension, of one along the other
+            state.label_dim(weight, reads, channels, "in", context.reason)
+            out = state.fresh_dim(weight, makes, "out", context.reason).repeat(groups)
+        else:
+            state.label_dim(weight, reads, rows[0], "in", context.reason)
+            out = state.fresh_dim(weight, makes, "out", context.reason, repeat=groups)
     else:
         state.label_dim(weight, reads, channels, "in", context.reason)
         out = state.fresh_dim(weight, makes, "out", context.reason)
@@ -70,7 +72,8 @@ def give_up_layer(context: Context, args: Any, uses: tuple[Sequence[int], Sequen
     """A layer that stays as it is costs what it costs: ``uses`` are the shapes whose product counts its MACs."""
     if context.record:
         context.state.fixed_macs += math.prod(uses[0]) * math.prod(uses[1]) // context.batch
-    return give_up(context, args, {})
+    computed = not isinstance(args[1], Weight)
+    return give_up(context, args, {}, " (its weight is computed)" if computed else "")
 
 
 def record_call(

@@ -19,7 +19,9 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph.labels import IntArray, canonical, core, kept, spread, varying
 from fastprune.graph.propagate import Propagation, Weight
-from fastprune.graph.tracing import TraceError, concrete
+from fastprune.graph.refusals import TraceError
+from fastprune.graph.regions import MODES
+from fastprune.graph.tracing import concrete
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,13 @@ SIZES = {"sym_size", "sym_numel"}  # of a weight, too
 
 
 def operator_name(node: Node) -> str:
-    """The operator's name without namespace, overload and the underscore of in-place variants."""
+    """The operator's name without overload and the underscore of in-place variants.
+
+    Those of PyTorch go by their plain name, "add"; others keep their namespace, so that an operator of a user's that is
+    called "mylib::add" is not taken for an addition.
+    """
     schema = getattr(node.target, "_schema", None)
-    name = str(schema.name).rpartition("::")[2] if schema else getattr(node.target, "__name__", "?")
+    name = str(schema.name).removeprefix("aten::") if schema else getattr(node.target, "__name__", "?")
     return name if name.startswith("_") else name.rstrip("_")
 
 
@@ -62,7 +68,10 @@ def module_of(node: Node) -> str:
 
 def described(node: Node) -> str:
     """For people: the operator and the module."""
-    return f"{operator_name(node)} in {module_of(node) or 'the model'}"
+    name = operator_name(node)
+    unknown = "::" in name and name not in RULES
+    hint = " (has no rule; one can be registered, see docs/custom_operators.md)" if unknown else ""
+    return f"{name} in {module_of(node) or 'the model'}{hint}"
 
 
 Rule = Callable[..., Any]
@@ -84,15 +93,32 @@ def apply_rule(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if isinstance(context.node.target, torch._ops.HigherOrderOperator):
         count_region(context)
         return give_up(context, args, kwargs)  # a graph of its own: cond, a region under autocast or no_grad
+    if context.node.target in MODES:
+        return None
     if not isinstance(context.node.target, torch._ops.OpOverload):
-        return context.node.target(*args, **kwargs)  # type: ignore[operator]  # arithmetic on sizes, getitem
+        return apply_function(context, args, kwargs)
     if context.operator in RULES:
-        if args and isinstance(args[0], Weight) and context.operator not in SIZES:
+        if args and isinstance(args[0], Weight) and context.operator not in SIZES and "::" not in context.operator:
             args = (context.state.labels_of(args[0], context.reason), *args[1:])  # a parameter in an input's place
         return RULES[context.operator](context, *args, **kwargs)
     elementwise = torch.Tag.pointwise in context.node.target.tags or context.operator in ELEMENTWISE
     if elementwise and isinstance(context.shape, tuple):
         return unite(context, operands(context, args, kwargs))
+    return give_up(context, args, kwargs)
+
+
+def apply_function(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arithmetic on sizes and ``getitem`` are carried out.
+
+    Raises:
+        TraceError: for functions of ``torch.func``, between which tensors lack dimensions that the example has.
+    """
+    home = str(getattr(context.node.target, "__module__", ""))
+    if home in ("_operator", "math", "builtins", "torch"):
+        return context.node.target(*args, **kwargs)  # type: ignore[operator]
+    if "functorch" in home:
+        where = module_of(context.node) or "the model"
+        raise TraceError(f"{where} calls torch.vmap (or a relative of it), which is not supported; write it as a batch")
     return give_up(context, args, kwargs)
 
 
@@ -152,13 +178,14 @@ def operands(context: Context, args: Any, kwargs: Any) -> list[Tensor]:
     return found
 
 
-def give_up(context: Context, args: Any, kwargs: Any) -> Any:
+def give_up(context: Context, args: Any, kwargs: Any, note: str = "") -> Any:
     """An operator that is not understood: what it reads and what it gives stays as it is."""
+    reason = context.reason + note
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Weight):
-            context.state.locked.setdefault(leaf.name, context.reason)
+            context.state.locked.setdefault(leaf.name, reason)
     for labels in tensors_in(context, args, kwargs):
-        context.state.space.pin(labels, context.reason)
+        context.state.space.pin(labels, reason)
     return unlabelled(context)
 
 

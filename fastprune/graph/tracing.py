@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
+import io
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,10 +21,38 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.inputs import Example, Inputs
+from fastprune.graph.refusals import TraceError, explained, refuse
+from fastprune.graph.regions import write_out
 
 
-class TraceError(ValueError):
-    """The model cannot be exported, so nothing is known about its channels."""
+class Guards:
+    """For which other sizes of its inputs a graph holds; one that was pickled holds for the traced sizes alone.
+
+    Args:
+        check: the exporter's conditions, a function that takes tensors and raises; None = the traced sizes alone.
+    """
+
+    def __init__(self, check: Callable[..., Any] | None = None) -> None:
+        self.check = check
+        self.met: set[tuple[tuple[int, ...], ...]] = set()
+
+    def __deepcopy__(self, memo: Any) -> Guards:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Guards, ()
+
+    def unmet(self, shapes: Sequence[tuple[int, ...]]) -> str | None:
+        """What inputs of these shapes do not meet, None if they meet all."""
+        if self.check is None:
+            return "its graph holds for these sizes"
+        if tuple(shapes) not in self.met:
+            try:
+                self.check(*(torch.empty(shape, device="meta") for shape in shapes))
+            except AssertionError as error:
+                return str(error).removeprefix("Guard failed: ") + " is needed"
+            self.met.add(tuple(shapes))
+        return None
 
 
 @dataclass(frozen=True)
@@ -32,24 +64,61 @@ class Traced:
         training: the graph in train mode, None unless it reaches parameters that the eval-mode graph does not.
         inputs: the example that was traced, batch of at least 2.
         any_batch: False where the graph holds for the example's batch size only.
+        guards: {training: for which other sizes its graph holds}; without them for the example's.
     """
 
     evaluation: GraphModule
     training: GraphModule | None
     inputs: Inputs
     any_batch: bool
+    guards: Mapping[bool, Guards] = field(default_factory=dict)
 
 
 @contextmanager
 def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put ``model`` into train or eval mode, and every submodule back into its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
+    """Put ``model`` into train or eval mode, and leave it as it was: modes, ``requires_grad`` and what modules hold.
+
+    A model's own ``train`` may freeze parameters, and its code or hooks may keep what they see, which is no tensor with
+    values while the model is traced.
+    """
+    held = [(module, dict(module.__dict__)) for module in model.modules()]
+    kept = [v for _, attributes in held for name, v in attributes.items() if type(v) in (dict, list) and name[0] != "_"]
+    kept += [module._buffers for module, _ in held]
+    contents = [copy.copy(v) for v in kept]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
+        model.train(training)
         yield
     finally:
-        for module, was_training in modes.items():
-            module.training = was_training
+        for module, attributes in held:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for container, before in zip(kept, contents, strict=True):
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(before)
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep back what the exporter prints before it raises (half a graph), and run compiled modules as they are.
+
+    Nor is it of interest that modules keep what they see: ``mode_of`` undoes it.
+    """
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with (
+            torch.compiler.set_stance("force_eager"),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "The tensor attribute")
+            yield
+    finally:
+        log.disabled = was_disabled
 
 
 def export(model: nn.Module, inputs: Inputs, *, training: bool) -> tuple[GraphModule, bool]:
@@ -60,16 +129,36 @@ def export(model: nn.Module, inputs: Inputs, *, training: bool) -> tuple[GraphMo
     with mode_of(model, training=training):
         for shapes in (any_batch, None):
             try:
-                program = torch.export.export(
-                    model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
-                )
+                with quietly():
+                    program = torch.export.export(
+                        model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
+                    )
             except Exception as error:  # the exporter raises what the model's own code raises
                 errors.append(error)
                 continue
             module: Any = program.module(check_guards=False)
+            write_out(module)
             return module, shapes is not None
-    reason = " ".join(str(errors[-1]).split())[:400]
-    raise TraceError(f"{type(model).__name__} cannot be traced by torch.export: {type(errors[-1]).__name__}: {reason}")
+    raise TraceError(explained(model, errors[-1])) from errors[-1]
+
+
+def export_for_sizes(model: nn.Module, inputs: Inputs, *, training: bool) -> tuple[GraphModule, Guards]:
+    """The graph of ``model`` with the sizes of its inputs left open where its code allows it, and where it does not.
+
+    Raises:
+        TraceError: where its code allows none.
+    """
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    shapes = pytree.tree_map_only(Tensor, lambda x: dict.fromkeys(range(x.dim()), Dim.AUTO), dict(bound))
+    try:
+        with mode_of(model, training=training), quietly():
+            program = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
+            module: Any = program.module(check_guards=True)
+    except Exception as error:  # the exporter raises what the model's own code raises
+        raise TraceError(explained(model, error)) from error
+    check = module._guards_fn.forward
+    write_out(module)
+    return module, Guards(check)
 
 
 def trace_graphs(model: nn.Module, example: Example | Inputs) -> Traced:
@@ -77,8 +166,11 @@ def trace_graphs(model: nn.Module, example: Example | Inputs) -> Traced:
 
     Auxiliary heads exist only in train mode; without them a compact model would break in ``train()``.
     """
+    refuse(model)
     inputs = example if isinstance(example, Inputs) else Inputs.of(example, model)
     evaluation, any_batch = export(model, inputs, training=False)
+    if not any(shape is not None for shape in results_of(evaluation)[1]):
+        raise TraceError(f"{type(model).__name__} returns no tensor, so that nothing depends on its channels")
     training = None
     all_read = parameters_read(evaluation) >= parameter_names(model)
     if not all_read or results_in_training(model, inputs) not in (None, results_of(evaluation)):
@@ -112,7 +204,8 @@ def results_in_training(model: nn.Module, inputs: Inputs) -> Results | None:
         state: dict[str, Any] = {name: fake.from_tensor(tensor) for name, tensor in state_of(model).items()}
         try:
             given = inputs.map(fake.from_tensor)
-            result = torch.func.functional_call(model, state, given.args, dict(given.kwargs), tie_weights=False)
+            with quietly():
+                result = torch.func.functional_call(model, state, given.args, dict(given.kwargs), tie_weights=False)
         except Exception:  # the model's own code may raise anything
             return None
     leaves, spec = pytree.tree_flatten(result)
@@ -146,6 +239,9 @@ def concrete(size: int | torch.SymInt) -> int:
     """The value that a size had on the example."""
     if isinstance(size, torch.SymInt):
         if size.node.hint is None:
-            raise TraceError("the model makes a tensor whose size depends on the values of its input")
+            raise TraceError(
+                "the model makes a tensor whose size depends on the values of its input (nonzero, a boolean index); "
+                "trace the part in front of it, or make it a custom operator (docs/custom_operators.md)"
+            )
         return int(str(size.node.hint))
     return size

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.bench import zoo
-from fastprune.bench.coverage import CoverageSettings, coverage, in_process, markdown, prune_by_half, summary
+from fastprune.bench.coverage import CoverageSettings, coverage, in_process, markdown, outcome, prune_by_half, summary
 from fastprune.cli import main
 
 
@@ -64,3 +64,11 @@ def test_a_pattern_without_a_network_is_refused() -> None:
         coverage(CoverageSettings(only=("timm:nothing*",)))
     with pytest.raises(ValueError, match="both must be above 0"):
         CoverageSettings(workers=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixed:mixer_s32_224", "mixed:pit_ti_224", "mixed:mobilevit_s"])
+def test_networks_of_attention_are_pruned_exactly(name: str) -> None:
+    result = prune_by_half(name)
+    assert result["groups"] > 10
+    assert outcome(result) == "pruned exactly"

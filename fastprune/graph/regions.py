@@ -1,0 +1,86 @@
+"""Regions of a graph that differ in their mode alone: written out in the graph that holds them.
+
+An exporter makes a graph of its own of what runs under ``torch.no_grad`` or ``torch.autocast``. Channels flow through
+such a region as they do elsewhere, so its operators belong to the one graph that labels run through.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+
+def enter_gradients(enabled: bool) -> bool:
+    """Switch the recording of gradients on or off; returns whether it was on."""
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(enabled)
+    return before
+
+
+def leave_gradients(before: bool) -> None:
+    """Switch it back."""
+    torch._C._set_grad_enabled(before)
+
+
+# {a kind of region: the calls that enter and leave its mode, and how many settings it has}
+CALLS: dict[str, tuple[Any, Any, int]] = {
+    "wrap_with_set_grad_enabled": (enter_gradients, leave_gradients, 1),
+    "wrap_with_autocast": (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast, 4),
+}
+GRADIENTS = (enter_gradients, leave_gradients)
+MODES = {call for enter, leave, _ in CALLS.values() for call in (enter, leave)}  # they compute nothing
+
+
+def write_out(module: GraphModule) -> None:
+    """Replace each region by its operators, between calls that enter and leave its mode; regions in regions, too."""
+    graph = module.graph
+    while found := [node for node in graph.nodes if kind_of(node) is not None]:
+        for node in found:
+            replace(module, node)
+    graph.lint()
+    module.recompile()
+
+
+def kind_of(node: Node) -> str | None:
+    """The kind of a region that is written out, None for any other node."""
+    name = node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+    return name if name in CALLS else None
+
+
+def replace(module: GraphModule, node: Node) -> None:
+    """Replace one region."""
+    graph, kind = module.graph, kind_of(node)
+    assert kind is not None
+    enter, leave, count = CALLS[kind]
+    settings, inner, operands = node.args[:count], node.args[count], node.args[count + 1 :]
+    assert isinstance(inner, Node)
+    with graph.inserting_before(node):
+        entered = graph.call_function(enter, settings)
+        results = copied(module, str(inner.target), operands)
+        graph.call_function(leave, (entered,))
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    if not inner.users:
+        graph.erase_node(inner)
+
+
+def copied(module: GraphModule, name: str, operands: Any) -> Any:
+    """Copy the nodes of a region to where the graph is being written; returns what stands for its results."""
+    region: Any = getattr(module, name)
+    places = dict(zip((n for n in region.graph.nodes if n.op == "placeholder"), operands, strict=True))
+    for node in region.graph.nodes:
+        if node.op == "output":
+            return [places[result] if isinstance(result, Node) else result for result in node.args[0]]
+        if node.op == "get_attr":  # a region's own attribute: a graph within it
+            held = f"{name}_{node.target}"
+            setattr(module, held, getattr(region, str(node.target)))
+            places[node] = module.graph.get_attr(held)
+        elif node.op != "placeholder":
+            places[node] = module.graph.node_copy(node, places.__getitem__)
+    raise AssertionError("a graph ends with its output")
