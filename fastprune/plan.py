@@ -60,6 +60,8 @@ class PruningPlan:
         params: (full, planned) number of parameters.
         code: what runs the compact network: "own", the model's own code; "rewritten", its rewritten graph; or "either",
             the own code if it can.
+        exact: whether removing the units equals zeroing what reads them; False = some of them change statistics that
+            others are normalised by, see ``trace(exact=False)``.
     """
 
     mask: Tensor
@@ -69,6 +71,7 @@ class PruningPlan:
     macs: tuple[int, int]
     params: tuple[int, int]
     code: Code = "own"
+    exact: bool = True
 
     @staticmethod
     def from_mask(graph: ChannelGraph, mask: Tensor) -> PruningPlan:
@@ -94,6 +97,7 @@ class PruningPlan:
             macs=(round(float(full.macs)), round(float(planned.macs))),
             params=(round(float(full.params)), round(float(planned.params))),
             code="either" if graph.rewrites else "own",
+            exact=bool((keep | ~graph.inexact_units).all()),
         )
 
     @property
@@ -129,6 +133,7 @@ class PruningPlan:
         return {
             "format": FORMAT,
             "code": self.code,
+            "exact": self.exact,
             "macs": {"full": self.macs[0], "planned": self.macs[1]},
             "params": {"full": self.params[0], "planned": self.params[1]},
             "groups": [{"name": name, "size": self.groups[name], "keep": kept} for name, kept in self.keep.items()],
@@ -137,7 +142,9 @@ class PruningPlan:
                 for spec in self.inputs
             ],
             "slices": [
-                {"tensor": s.tensor, "dim": s.dim, "role": s.role, "units": encode_runs(s.units)} for s in self.slices
+                {"tensor": s.tensor, "dim": s.dim, "role": s.role, "units": encode_runs(s.units)}
+                | ({"computed": True} if s.computed else {})
+                for s in self.slices
             ],
         }
 
@@ -158,7 +165,7 @@ class PruningPlan:
             slices = tuple(
                 Slice(
                     str(s["tensor"]), positive(s["dim"], "dim", least=0), decode_runs(s["units"], len(mask)),
-                    one_of(Role, s["role"], "role"),
+                    one_of(Role, s["role"], "role"), flag(s.get("computed", False), "computed"),
                 )
                 for s in values["slices"]
             )  # fmt: skip
@@ -169,11 +176,12 @@ class PruningPlan:
                 for i in values["inputs"]
             )
             code = one_of(Code, values.get("code", "own"), "code")
+            exact = flag(values.get("exact", True), "exact")
             macs, params = ((int(values[k]["full"]), int(values[k]["planned"])) for k in ("macs", "params"))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise PlanError(f"not a pruning plan: {what}") from error
-        return PruningPlan(mask, groups, slices, inputs, macs, params, code)
+        return PruningPlan(mask, groups, slices, inputs, macs, params, code, exact)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file is complete or not there at all."""
@@ -253,6 +261,13 @@ def positive(value: Any, name: str, *, least: int = 1) -> int:
     if not isinstance(value, int) or value < least:
         needed = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise PlanError(f"{name} must be {needed}, got {value!r}")
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """``value`` if it is true or false."""
+    if not isinstance(value, bool):
+        raise PlanError(f"{name} must be true or false, got {value!r}")
     return value
 
 

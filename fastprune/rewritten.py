@@ -124,7 +124,7 @@ def rewritten(
         TraceError: if the model cannot be traced.
     """
     traced = traced if traced is not None else trace_graphs(model, plan.example(model))
-    state = Propagation(rewrites=True)
+    state = Propagation(exact=False)
     graphs: dict[bool, GraphModule | str] = {False: traced.evaluation}
     labels = {False: run_on_labels(traced.evaluation, traced.inputs, state, record=True)}
     if traced.training is not None:
@@ -161,6 +161,8 @@ def kept_labels(plan: PruningPlan, state: Propagation) -> npt.NDArray[np.bool_]:
         PlanError: if channels that the plan tells apart belong together, or channels that must stay go.
     """
     components, reasons = state.settle()
+    if plan.exact:
+        reasons = reasons | state.mixed_classes(components)
     kept, gone = (np.zeros(len(components), dtype=bool) for _ in range(2))
     for piece in plan.slices:
         known = state.dims.get((piece.tensor, piece.dim))

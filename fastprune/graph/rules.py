@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.labels import IntArray, canonical, core, kept, spread, varying
-from fastprune.graph.propagate import Propagation, Weight
+from fastprune.graph.propagate import Computed, Propagation, Weight
 from fastprune.graph.tracing import TraceError, concrete
 
 
@@ -155,7 +155,7 @@ def operands(context: Context, args: Any, kwargs: Any) -> list[Tensor]:
 def give_up(context: Context, args: Any, kwargs: Any) -> Any:
     """An operator that is not understood: what it reads and what it gives stays as it is."""
     for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Weight):
+        if isinstance(leaf, (Weight, Computed)):
             context.state.locked.setdefault(leaf.name, context.reason)
     for labels in tensors_in(context, args, kwargs):
         context.state.space.pin(labels, context.reason)
