@@ -72,6 +72,7 @@ def prune(
     channels_last: bool = False,
     rewrite: bool = True,
     ignore: Sequence[str] = (),
+    exact: bool = True,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
     **options: Any,
@@ -93,12 +94,15 @@ def prune(
         channels_last: NHWC memory layout in the search.
         rewrite: whether the compact network may be the rewritten graph of the model; see ``trace``.
         ignore: names or patterns of layers whose output channels stay; see ``trace``.
+        exact: whether only channels go whose removal equals zeroing what reads them; see ``trace``. False = the compact
+            network may differ from the masked one: ``metrics["difference"]`` says by how much on a random input, and
+            ``graph.inexact`` because of which operators.
         loop: how often log and checkpoints are written.
         run_config: what ``config.yaml`` says; None = the arguments.
         **options: fields of the method's ``Config``.
 
     Returns:
-        The compact model, verified against the masked one, with its plan and metrics.
+        The compact model, verified against the masked one (measured, under an inexact plan), with its plan and metrics.
 
     Raises:
         ValueError: for an unknown method or option, missing data, data that do not fit the example, a run to resume
@@ -133,7 +137,7 @@ def prune(
         _same_channels(source, inputs)
     seed_everything(seed)
     network = _own_copy(model, placement, trained=method_class.trains_weights)
-    graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite, ignore=ignore)
+    graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite, ignore=ignore, exact=exact)
     chosen.limit(graph)
     task = Task(
         model=network,
