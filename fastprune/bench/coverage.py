@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -291,9 +290,7 @@ def markdown(document: dict[str, Any]) -> str:
 def main(who: str, name: str) -> None:
     """Write one network's result as a line of JSON."""
     try:
-        result = {"ours": prune_by_half, "inexact": partial(prune_by_half, exact=False), "peer": prune_by_peer}[who](
-            name
-        )
+        result = prune_by_peer(name) if who == "peer" else prune_by_half(name, exact=who != "inexact")
     except Exception as error:  # one network's failure is a row of the table
         result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     sys.stdout.write(json.dumps(result) + "\n")
