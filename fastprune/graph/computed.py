@@ -17,7 +17,17 @@ from torch.utils import _pytree as pytree
 from fastprune.graph.labels import kept, varying
 from fastprune.graph.moves import RESHAPING
 from fastprune.graph.propagate import Computed, Weight
-from fastprune.graph.rules import ELEMENTWISE, RULES, SIZES, Context, apply_rule, give_up, module_of, operator_name
+from fastprune.graph.rules import (
+    ELEMENTWISE,
+    RULES,
+    SIZES,
+    Context,
+    apply_rule,
+    give_up,
+    module_of,
+    operator_name,
+    unlabelled,
+)
 
 
 def computed_weights(graph: GraphModule, weights: Mapping[str, Weight]) -> dict[Node, Weight]:
@@ -82,6 +92,9 @@ def apply_by_parts(context: Context, args: Any, kwargs: Any, source: Weight) -> 
         return give_up(context, (args, lifted), kwargs)
     results, added = [], len(state.added)
     for part in (0, 1):
+        if not any(varying(x.parts[part]) for x in lifted):
+            results.append(unlabelled(context))
+            continue
 
         def labels(x: Any, part: int = part) -> Any:
             if isinstance(x, Computed):
