@@ -57,8 +57,7 @@ def print_graph(name: str, graph: ChannelGraph) -> None:
         layers.add_row(row.layer, ", ".join(row.groups), row.reason or "")
     show(layers)
     if not graph.exact:
-        count, units = len(graph.inexact), int(graph.inexact_units.sum())
-        text = f"{count} operators mix the channels of {units:,} units, so that removing these is not exact:"
+        text = f"not exact for {int(graph.inexact_units.sum()):,} units, whose channels are mixed by:"
         Console(markup=False).print(text, *graph.inexact, sep="\n  ", soft_wrap=True, highlight=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -250,8 +251,6 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize("code", ["own", "rewritten"])
 def test_a_plan_that_leaves_mixed_channels_alone_is_held_to_exactness(code: str) -> None:
-    import dataclasses
-
     model = Mixed().double().eval()
     graph = fp.trace(model, IMAGE, exact=False)
     assert {group.name: group.exact for group in graph.groups} == {"stem": False, "expand": True}
