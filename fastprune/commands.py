@@ -221,6 +221,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         limits=limits,
         conditions=conditions,
         after=before,
+        exact=not settings.inexact,
         run_config=save_config(settings, "prune", {}),
         **options,
     )
@@ -229,6 +230,12 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         compared[name] |= {"macs": result.metrics["macs"][column], "params": result.metrics["params"][column]}
     run = RunDirectory.open(str(settings.out), peers)
     run.log({"stage": "result", "method": settings.method, "budget": settings.budget, **compared})
+    if not result.plan.exact:
+        difference, operators = result.metrics["difference"], list(result.graph.inexact)
+        if values["json"]:
+            compared["inexact"] = {"difference": difference, "operators": operators}
+        elif peers.is_main:
+            tables.print_difference(difference, operators)
     report(compared, values["json"], peers, run.path)
     return 0
 
@@ -307,7 +314,9 @@ def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     model, shape = build_model(settings, None), input_shape(settings, None)
     check_fit(model, settings.model, shape)
     begun = time.monotonic()
-    graph = trace(model, example_of(shape), rewrite=not settings.keep_class, ignore=settings.ignore)
+    graph = trace(
+        model, example_of(shape), rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact
+    )
     seconds = time.monotonic() - begun
     if values["json"]:
         print(json.dumps(described(graph, seconds)))
@@ -486,6 +495,8 @@ def described(graph: ChannelGraph, seconds: float) -> dict[str, Any]:
             {"layer": row.layer, "kind": row.kind, "macs": row.macs, "groups": list(row.groups), "kept": row.reason}
             for row in graph.table()
         ],
+        "exact": graph.exact,
+        "inexact": list(graph.inexact),
         "unprunable": [{"layer": layer, "reason": reason} for layer, reason in graph.unprunable],
         "seconds": round(seconds, 3),
     }

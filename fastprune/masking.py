@@ -57,6 +57,9 @@ class MaskedNetwork(nn.Module):
     removing the channel does. A depthwise convolution's input is gated as well, as DMC and DDNP do it: the same vector
     is then used before and after it. Batch norm uses its running statistics and never updates them.
 
+    In an inexact graph (``trace(exact=False)``) the norms in front of a gate see all channels, so that their statistics
+    are not those of the compact network, and the two agree only approximately.
+
     Args:
         graph: the traced network.
         model: the model that was traced; its parameters are shared, not copied.

@@ -62,6 +62,8 @@ class PruningPlan:
         params: (full, planned) number of parameters.
         code: what runs the compact network: "own", the model's own code; "rewritten", its rewritten graph; or "either",
             the own code if it can.
+        exact: whether removing the units equals zeroing what reads them; False = some of them change statistics that
+            others are normalised by, see ``trace(exact=False)``.
     """
 
     mask: Tensor
@@ -71,6 +73,7 @@ class PruningPlan:
     macs: tuple[int, int]
     params: tuple[int, int]
     code: Code = "own"
+    exact: bool = True
 
     @staticmethod
     def from_mask(graph: ChannelGraph, mask: Tensor) -> PruningPlan:
@@ -96,6 +99,7 @@ class PruningPlan:
             macs=(round(float(full.macs)), round(float(planned.macs))),
             params=(round(float(full.params)), round(float(planned.params))),
             code="either" if graph.rewrites else "own",
+            exact=bool((keep | ~graph.inexact_units).all()),
         )
 
     @property
@@ -156,6 +160,7 @@ class PruningPlan:
             mask=mask, groups=self.groups, slices=self.slices, inputs=self.inputs,
             macs=(self.macs[0], following.macs[1]), params=(self.params[0], following.params[1]),
             code="rewritten" if "rewritten" in codes else "either" if "either" in codes else "own",
+            exact=self.exact and following.exact,
         )  # fmt: skip
         left = {(piece.tensor, piece.dim): len(following.kept_indices(piece)) for piece in following.slices}
         for piece in self.slices:
@@ -169,6 +174,7 @@ class PruningPlan:
         return {
             "format": FORMAT,
             "code": self.code,
+            "exact": self.exact,
             "macs": {"full": self.macs[0], "planned": self.macs[1]},
             "params": {"full": self.params[0], "planned": self.params[1]},
             "groups": [{"name": name, "size": self.groups[name], "keep": kept} for name, kept in self.keep.items()],
@@ -177,7 +183,9 @@ class PruningPlan:
                 for spec in self.inputs
             ],
             "slices": [
-                {"tensor": s.tensor, "dim": s.dim, "role": s.role, "units": encode_runs(s.units)} for s in self.slices
+                {"tensor": s.tensor, "dim": s.dim, "role": s.role, "units": encode_runs(s.units)}
+                | ({"computed": True} if s.computed else {})
+                for s in self.slices
             ],
         }
 
@@ -198,7 +206,7 @@ class PruningPlan:
             slices = tuple(
                 Slice(
                     str(s["tensor"]), positive(s["dim"], "dim", least=0), decode_runs(s["units"], len(mask)),
-                    one_of(Role, s["role"], "role"),
+                    one_of(Role, s["role"], "role"), flag(s.get("computed", False), "computed"),
                 )
                 for s in values["slices"]
             )  # fmt: skip
@@ -209,11 +217,12 @@ class PruningPlan:
                 for i in values["inputs"]
             )
             code = one_of(Code, values.get("code", "own"), "code")
+            exact = flag(values.get("exact", True), "exact")
             macs, params = ((int(values[k]["full"]), int(values[k]["planned"])) for k in ("macs", "params"))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise PlanError(f"not a pruning plan: {what}") from error
-        return PruningPlan(mask, groups, slices, inputs, macs, params, code)
+        return PruningPlan(mask, groups, slices, inputs, macs, params, code, exact)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file is complete or not there at all."""
@@ -293,6 +302,13 @@ def positive(value: Any, name: str, *, least: int = 1) -> int:
     if not isinstance(value, int) or value < least:
         needed = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise PlanError(f"{name} must be {needed}, got {value!r}")
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """``value`` if it is true or false."""
+    if not isinstance(value, bool):
+        raise PlanError(f"{name} must be true or false, got {value!r}")
     return value
 
 

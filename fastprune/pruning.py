@@ -76,6 +76,7 @@ def prune(
     limits: Limits | None = None,
     conditions: Conditions | None = None,
     after: PruningPlan | None = None,
+    exact: bool = True,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
     **options: Any,
@@ -101,12 +102,15 @@ def prune(
         limits: least and largest widths and their rounding, whatever the method; None = none.
         conditions: under which a latency counts (device, batch, dtype, layout); None = one image on ``device``.
         after: the plan that made ``model`` out of a larger network; the result's plan is then for that one.
+        exact: whether only channels go whose removal equals zeroing what reads them; see ``trace``. False = the compact
+            network may differ from the masked one: ``metrics["difference"]`` says by how much on a random input, and
+            ``graph.inexact`` because of which operators.
         loop: how often log and checkpoints are written.
         run_config: what ``config.yaml`` says; None = the arguments.
         **options: fields of the method's ``Config``.
 
     Returns:
-        The compact model, verified against the masked one, with its plan and metrics.
+        The compact model, verified against the masked one (measured, under an inexact plan), with its plan and metrics.
 
     Raises:
         ValueError: for an unknown method or option, missing data, data that do not fit the example, a run to resume
@@ -144,7 +148,7 @@ def prune(
         _same_channels(source, inputs)
     seed_everything(seed)
     network = _own_copy(model, placement, trained=method_class.trains_weights)
-    graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite, ignore=ignore)
+    graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite, ignore=ignore, exact=exact)
     under = conditions or chosen.conditions
     chosen = replace(chosen, conditions=replace(under, device=under.device or str(where)))
     chosen.limit(graph)

@@ -158,7 +158,7 @@ def for_sizes(model: nn.Module, traced: Traced) -> Traced:
 
 def written(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced) -> RewrittenNetwork:
     """The compact network as the rewritten form of these graphs."""
-    state = Propagation(rewrites=True)
+    state = Propagation(exact=False)
     graphs: dict[bool, GraphModule | str] = {False: traced.evaluation}
     labels = {False: run_on_labels(traced.evaluation, traced.inputs, state, record=True)}
     if traced.training is not None:
@@ -200,6 +200,8 @@ def kept_labels(plan: PruningPlan, state: Propagation) -> npt.NDArray[np.bool_]:
         PlanError: if channels that the plan tells apart belong together, or channels that must stay go.
     """
     components, reasons = state.settle()
+    if plan.exact:
+        reasons = reasons | state.mixed_classes(components)
     kept, gone = (np.zeros(len(components), dtype=bool) for _ in range(2))
     for piece in plan.slices:
         known = state.dims.get((piece.tensor, piece.dim))

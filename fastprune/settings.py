@@ -63,6 +63,8 @@ class NetworkSettings(ModelSettings, RunSettings):
 IGNORE = "names or patterns ('layer4.*.conv1') of layers whose output channels stay"
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
 
+INEXACT = "let channels leave norms and statistics over channels; the compact network then differs, by what is measured"
+
 
 @dataclass
 class InspectSettings(ModelSettings):
@@ -70,6 +72,7 @@ class InspectSettings(ModelSettings):
 
     ignore: tuple[str, ...] = setting((), IGNORE, nargs="+")
     keep_class: bool = setting(False, KEEP_CLASS, action="store_true")
+    inexact: bool = setting(False, INEXACT, action="store_true")
 
 
 @dataclass
@@ -90,6 +93,7 @@ class PruneSettings(NetworkSettings):
     precision: str = setting("float32", "of the search: float32, or bf16 for autocast")
     ignore: tuple[str, ...] = setting((), IGNORE, nargs="+")
     keep_class: bool = setting(False, KEEP_CLASS, action="store_true")
+    inexact: bool = setting(False, INEXACT, action="store_true")
 
     @property
     def limits(self) -> Limits:

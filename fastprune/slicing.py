@@ -111,8 +111,11 @@ def mend(module: nn.Module, *, depthwise: bool) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.GroupNorm):
         width = next(p.shape[0] for p in module._parameters.values() if p is not None)
-        module.num_groups = module.num_groups * width // module.num_channels
+        module.num_groups = max(1, module.num_groups * width // module.num_channels)  # groups leave as a whole
         module.num_channels = width
+    elif isinstance(getattr(module, "normalized_shape", None), tuple):  # torch's LayerNorm, RMSNorm, and timm's own
+        own = next(p for p in module._parameters.values() if p is not None)
+        setattr(module, "normalized_shape", tuple(own.shape))  # noqa: B010
     elif isinstance(module, (nn.modules.batchnorm._NormBase, nn.PReLU)):
         tensors = (*module._parameters.values(), *module._buffers.values())
         width = next(t.shape[0] for t in tensors if t is not None and t.dim() == 1)

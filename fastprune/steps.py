@@ -56,7 +56,7 @@ def prune_in_steps(
         raise ValueError(f"steps {steps}: at least 1 is needed")
     if arguments.get("resume") or arguments.get("after") is not None:
         raise ValueError("resume and after belong to single calls of prune")
-    tracing = {name: arguments[name] for name in ("rewrite", "ignore") if name in arguments}
+    tracing = {name: arguments[name] for name in ("rewrite", "ignore", "exact") if name in arguments}
     last = Budget.parse(budget) if isinstance(budget, str) else budget
     under = arguments.pop("conditions", None) or last.conditions
     last = replace(last, conditions=replace(under, device=under.device or arguments.get("device")))

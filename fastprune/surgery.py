@@ -1,4 +1,4 @@
-"""Plan + model → compact model, proven exact."""
+"""Plan + model → compact model, proven exact where the plan is."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from fastprune.graph.tracing import Traced
 from fastprune.plan import PruningPlan
 from fastprune.rewritten import rewritten
 from fastprune.slicing import SurgeryError, slice_optimizer, sliced
-from fastprune.verification import masked, verify
+from fastprune.verification import masked, precisions_for, prove_equal, verify
 
 __all__ = ["Cut", "SurgeryError", "apply", "cut", "masked", "slice_optimizer", "verify"]
 
 
 def apply(plan: PruningPlan, model: nn.Module, *, check: bool = True) -> nn.Module:
     """A compact copy of ``model`` that has only the channels that stay, verified against the masked model.
+
+    Under an inexact plan (see ``trace(exact=False)``) outputs may differ, by what ``verify`` returns.
 
     Where the model's own code cannot run on fewer channels (it holds their number, or cuts where they were), the copy
     is a ``RewrittenNetwork``, if the plan's graph was traced with ``rewrite=True``.
@@ -45,11 +47,12 @@ def apply(plan: PruningPlan, model: nn.Module, *, check: bool = True) -> nn.Modu
 
 @dataclass(frozen=True)
 class Cut:
-    """A compact network that is proven exact.
+    """A compact network that is proven exact where its plan is.
 
     Args:
         model: the network.
-        difference: the largest difference from the masked model's outputs, relative to the largest output.
+        difference: the largest difference from the masked model's outputs, relative to the largest output. Rounding,
+            or under an inexact plan what the removal changed beyond closing channels.
         plan: the plan, which says whose code runs the network.
     """
 
@@ -67,6 +70,8 @@ def cut(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> Cu
         traced: its graphs; None = traced here where they are needed.
     """
     compact = sliced(plan, model)
+    if not plan.exact:
+        return cut_inexactly(plan, model, compact, traced)
     if plan.code == "rewritten":
         compact = in_rewritten_graph(plan, model, compact, traced)
         return Cut(compact, verify(plan, model, compact), plan)
@@ -82,6 +87,25 @@ def cut(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> Cu
             if str(second) == str(error):
                 raise
             raise SurgeryError(f"{error}. Nor can its rewritten graph: {second}") from second
+
+
+def cut_inexactly(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced | None) -> Cut:
+    """The compact network and its measured difference.
+
+    The masked model cannot tell whether the model's own code cuts compact tensors in the right places. The rewritten
+    graph can: it follows from the labels, and both must compute the same.
+    """
+    graph = in_rewritten_graph(plan, model, compact, traced)
+    difference = verify(plan, model, graph)
+    if plan.code != "rewritten":
+        try:
+            failure = f"{type(model).__name__} computes on fewer channels something else than its graph: they differ"
+            prove_equal(plan, graph, compact, precisions_for(model), failure)
+            return Cut(compact, difference, replace(plan, code="own"))
+        except SurgeryError:
+            if plan.code == "own":
+                raise
+    return Cut(graph, difference, replace(plan, code="rewritten"))
 
 
 def in_rewritten_graph(

@@ -1,4 +1,4 @@
-"""Which networks can be pruned: every group of each of a long list by half, exactly, and by a peer beside it."""
+"""Which networks can be pruned: every group of each of a long list by half, exactly or not, and by a peer beside it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class CoverageSettings:
     only: tuple[str, ...] = setting((), "names or patterns ('timm:res*'); all without it", nargs="+")
     workers: int = setting(1, "networks at a time, each in a process of its own")
     limit: float = setting(300.0, "seconds that one network may take")
+    inexact: bool = setting(False, "let channels leave norms and statistics over channels, too", action="store_true")
     peer: bool = setting(False, f"prune the same networks by {PEER}, too", action="store_true")
     json: str | None = setting(None, "file to write the numbers to")
     markdown: str | None = setting(None, "file to write the table to")
@@ -66,6 +67,7 @@ def coverage(settings: CoverageSettings) -> dict[str, Any]:
         "machine": machine(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "workers": settings.workers,
+        "inexact": settings.inexact,
         "torch": torch.__version__,
         **{package: version(package) for package in ("torchvision", "timm", *([PEER] if settings.peer else []))},
         "networks": [],
@@ -86,7 +88,7 @@ def rows(names: Sequence[str], settings: CoverageSettings) -> Iterator[dict[str,
     """What became of each network; a process of its own each, so that none can take the others with it."""
 
     def both(name: str) -> dict[str, Any]:
-        row = {"name": name, "ours": in_process("ours", name, settings.limit)}
+        row = {"name": name, "ours": in_process("inexact" if settings.inexact else "ours", name, settings.limit)}
         return row | ({"peer": in_process("peer", name, settings.limit)} if settings.peer else {})
 
     with ThreadPoolExecutor(settings.workers) as pool:
@@ -108,11 +110,11 @@ def in_process(who: str, name: str, limit: float) -> dict[str, Any]:
     return result
 
 
-def prune_by_half(name: str) -> dict[str, Any]:
-    """Trace, prune every group by a random half of its units, and verify in float64."""
+def prune_by_half(name: str, *, exact: bool = True) -> dict[str, Any]:
+    """Trace, prune every group by a random half of its units, and verify in float64; see ``trace`` for ``exact``."""
     model, size = zoo.create(name)
     begin = time.perf_counter()
-    graph = trace(model, torch.zeros(1, *size))
+    graph = trace(model, torch.zeros(1, *size), exact=exact)
     mask = half(graph)
     full, left = graph.cost(), graph.cost(mask)
     result: dict[str, Any] = {
@@ -120,6 +122,8 @@ def prune_by_half(name: str) -> dict[str, Any]:
         "units": graph.num_units,
         "macs": int(full.macs),
         "macs_left": float(left.macs / full.macs),
+        "prunable": prunable(graph),
+        "inexact": list(graph.inexact),
         "layers": len({layer.name for layer in graph.layers} | {name for name, _ in graph.unprunable}),
         "kept": len(graph.unprunable),
         "reasons": dict(Counter(reason.partition(" in ")[0] for _, reason in graph.unprunable).most_common(3)),
@@ -129,7 +133,7 @@ def prune_by_half(name: str) -> dict[str, Any]:
         done = cut(plan, model, graph.traced)
         result["seconds"] = time.perf_counter() - begin
         result["rewritten"] = isinstance(done.model, RewrittenNetwork)
-        result["difference"] = verify(plan, model, done.model, dtype=torch.float64)
+        result["difference"] = verify(plan, model, done.model, dtype=torch.float64) if plan.exact else done.difference
         counted = macs(done.model.float(), size), sum(p.numel() for p in done.model.parameters())
         result["cost_is_counted"] = counted[1] == plan.params[1] and (
             counted[0] == plan.macs[1] or macs(model, size) != plan.macs[0]  # torch counts attention, too
@@ -147,6 +151,12 @@ def half(graph: ChannelGraph) -> Tensor:
         order = torch.randperm(group.size, generator=generator)
         mask[group.start + order[: max(1, group.size // 2)]] = 1
     return mask
+
+
+def prunable(graph: ChannelGraph) -> float:
+    """The share of MACs that goes if every group is left with one unit."""
+    least = graph.cost_model.of_widths(torch.ones(len(graph.groups), dtype=torch.float64))
+    return float(1 - least.macs / graph.cost().macs)
 
 
 def macs(model: nn.Module, size: tuple[int, int, int]) -> int:
@@ -186,7 +196,8 @@ def line(row: dict[str, Any]) -> str:
         text = f"failed: {ours['error']}"
     else:
         text = (
-            f"{ours['groups']} groups, {ours['units']} units, {ours['macs_left']:.2f} of MACs left, "
+            f"{ours['groups']} groups, {ours['units']} units, {ours['macs_left']:.2f} of MACs left "
+            f"({ours['prunable']:.1%} prunable), "
             f"{ours['seconds']:.1f} s, difference {ours.get('difference', 0.0):.0e}"
         )
     peer = row.get("peer")
@@ -201,7 +212,9 @@ def outcome(ours: dict[str, Any]) -> str:
         return "failed"
     if not ours["groups"]:
         return "without a prunable channel"
-    return "pruned exactly" if ours["difference"] <= 1e-9 and ours["cost_is_counted"] else "wrong"
+    if not ours["cost_is_counted"] or (ours["difference"] > 1e-9 and not ours["inexact"]):
+        return "wrong"
+    return "pruned inexactly" if ours["inexact"] else "pruned exactly"
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -217,6 +230,13 @@ def summary(document: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+INEXACT = [
+    "Channels leave norms and statistics over channels, too (`exact=False`). Where they do, `difference` is what the",
+    "removal changed beyond closing channels: it is a measurement, in float32, and no error.",
+    "",
+]
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The table as a page."""
     peer = PEER in document
@@ -224,10 +244,12 @@ def markdown(document: dict[str, Any]) -> str:
         f"{name} {document[name]}" for name in ("torch", "torchvision", "timm", PEER) if name in document
     )
     command = f"OMP_NUM_THREADS={document['threads']} fastprune bench coverage --workers {document['workers']}"
-    command += f"{' --peer' if peer else ''} --markdown docs/coverage.md"
-    head = ["network", "groups", "units", "layers kept", "MACs left", "s", "difference", "runs"]
+    inexact = document["inexact"]
+    command += f"{' --inexact' if inexact else ''}{' --peer' if peer else ''}"
+    command += f" --markdown docs/coverage{'-inexact' if inexact else ''}.md"
+    head = ["network", "groups", "units", "layers kept", "MACs left", "prunable", "s", "difference", "runs"]
     lines = [
-        "# Which networks can be pruned",
+        f"# Which networks can be pruned{', where that need not be exact' if inexact else ''}",
         "",
         f"    {command}",
         "",
@@ -237,8 +259,10 @@ def markdown(document: dict[str, Any]) -> str:
         "one on random inputs in float64 (`difference`, relative), and its MACs and parameters with those predicted.",
         "`s` is the time to trace, plan, cut and verify. `runs` says whether the model's own code runs the compact",
         "network, or its graph had to be rewritten. `layers kept` counts convolutions and linear layers with output",
-        "channels that always stay, with the operators that are the most frequent reasons.",
+        "channels that always stay, with the operators that are the most frequent reasons. `prunable` is the share of",
+        "MACs that goes if every group is left with one unit.",
         "",
+        *(INEXACT if inexact else []),
         *summary(document).replace("\n", "\n\n").splitlines(),
         "",
         "| " + " | ".join(head + ([f"{PEER}: MACs left", "s"] if peer else [])) + " |",
@@ -247,12 +271,12 @@ def markdown(document: dict[str, Any]) -> str:
     for row in document["networks"]:
         ours, cells = row["ours"], [row["name"]]
         if "error" in ours:
-            cells += ["", "", "", "", "", "", f"failed: {ours['error']}"]
+            cells += ["", "", "", "", "", "", "", f"failed: {ours['error']}"]
         else:
             reasons = ", ".join(ours["reasons"])
             cells += [
                 f"{ours['groups']}", f"{ours['units']:,}", f"{ours['kept']} of {ours['layers']}: {reasons}",
-                f"{ours['macs_left']:.2f}", f"{ours['seconds']:.1f}",
+                f"{ours['macs_left']:.2f}", f"{100 * ours['prunable']:.1f} %", f"{ours['seconds']:.1f}",
                 f"{ours['difference']:.0e}" if "difference" in ours else "",
                 {True: "rewritten", False: "own code", None: ""}[ours.get("rewritten")],
             ]  # fmt: skip
@@ -267,7 +291,7 @@ def markdown(document: dict[str, Any]) -> str:
 def main(who: str, name: str) -> None:
     """Write one network's result as a line of JSON."""
     try:
-        result = {"ours": prune_by_half, "peer": prune_by_peer}[who](name)
+        result = prune_by_peer(name) if who == "peer" else prune_by_half(name, exact=who != "inexact")
     except Exception as error:  # one network's failure is a row of the table
         result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     sys.stdout.write(json.dumps(result) + "\n")

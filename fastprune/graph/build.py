@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 
@@ -25,7 +25,12 @@ REMOVED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectr
 
 
 def trace(
-    model: nn.Module, example_inputs: Example | Inputs, *, rewrite: bool = True, ignore: Sequence[str] = ()
+    model: nn.Module,
+    example_inputs: Example | Inputs,
+    *,
+    rewrite: bool = True,
+    ignore: Sequence[str] = (),
+    exact: bool = True,
 ) -> ChannelGraph:
     """Find the channel groups of a network.
 
@@ -39,6 +44,10 @@ def trace(
             stay, and every compact model has the class of the model.
         ignore: names or patterns (``layer4.*.conv1``) of layers whose output channels stay; a name of a module stands
             for all layers in it.
+        exact: whether only channels count as prunable whose removal equals zeroing what reads them. False = channels
+            pass operators that bring them together, too (layer norm, statistics over channels, efficient channel
+            attention, weight standardisation); ``graph.inexact`` lists these operators, and surgery measures by how
+            much the compact network then differs.
 
     Returns:
         The ``ChannelGraph``.
@@ -55,7 +64,7 @@ def trace(
         (10, 352, 40.55)
     """
     traced = trace_graphs(model, example_inputs)
-    state = Propagation(rewrites=rewrite)
+    state = Propagation(exact=exact, rewrites=rewrite)
     run_on_labels(traced.evaluation, traced.inputs, state, record=True)
     if traced.training is not None:
         run_on_labels(traced.training, traced.inputs, state, record=False)
@@ -99,13 +108,21 @@ def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
     for call in state.calls:
         positions[call.weight] = positions.get(call.weight, 0) + call.positions
     slices = tuple(
-        Slice(d.tensor, d.dim, torch.from_numpy(of), d.role)
+        Slice(d.tensor, d.dim, torch.from_numpy(of), d.role, d.computed)
         for d in labelled_dims
         if (of := units.of_label[d.labels.numpy()]).max(initial=-1) >= 0
     )
     offsets = torch.from_numpy(units.offsets)
-    dims = sliced_dims(slices, units.offsets, shapes | filters)
-    terms = terms_of(shapes, dims, positions, counted=True) + terms_of(filters, dims, positions, counted=False)
+    # Kernels along the channels, as if filters, one for each channel.
+    repeats = {f"{r.node} (node)": (len(r.labels), r.macs) for r in state.repeats}
+    repeated = tuple(
+        Slice(name, 0, torch.from_numpy(units.of_label[r.labels.numpy()]), "channel")
+        for name, r in zip(repeats, state.repeats, strict=True)
+    )
+    uncounted = filters | repeats
+    dims = sliced_dims((*slices, *repeated), units.offsets, shapes | uncounted)
+    uses = positions | dict.fromkeys(repeats, 1)
+    terms = terms_of(shapes, dims, uses, counted=True) + terms_of(uncounted, dims, uses, counted=False)
     cost = CostModel(offsets, terms, dims, state.fixed_macs)
     layers = tuple(
         Layer(
@@ -117,9 +134,22 @@ def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
         )
         for c in state.calls
     )  # fmt: skip
-    groups = describe_groups(units, layers, slices, cost, state)
+    inexact_units, inexact = mixed_units(units, state)
+    groups = describe_groups(units, layers, slices, cost, state, inexact_units)
     kept = unprunable(model, state, components, reasons)
-    return ChannelGraph(groups, offsets, slices, layers, kept, cost, traced, state.rewrites)
+    return ChannelGraph(groups, offsets, slices, layers, kept, cost, traced, state.rewrites, inexact_units, inexact)
+
+
+def mixed_units(units: Units, state: Propagation) -> tuple[Tensor, tuple[str, ...]]:
+    """The units that cannot be removed exactly, and the operators that mix them."""
+    inexact = torch.zeros(int(units.offsets[-1]), dtype=torch.bool)
+    operators: dict[str, None] = {}
+    for labels, reason in state.mixed:
+        of = units.of_label[labels.numpy()]
+        if (of >= 0).any():
+            inexact[torch.from_numpy(of[of >= 0])] = True
+            operators[reason] = None
+    return inexact, tuple(operators)
 
 
 def dims_without_producer(state: Propagation, dims: list[LabelledDim]) -> list[LabelledDim]:
@@ -171,7 +201,12 @@ def sliced_dims(slices: tuple[Slice, ...], offsets: IntArray, shapes: dict[str, 
 
 
 def describe_groups(
-    units: Units, layers: tuple[Layer, ...], slices: tuple[Slice, ...], cost: CostModel, state: Propagation
+    units: Units,
+    layers: tuple[Layer, ...],
+    slices: tuple[Slice, ...],
+    cost: CostModel,
+    state: Propagation,
+    inexact_units: Tensor,
 ) -> tuple[Group, ...]:
     """Name each group and say which layers make and read its channels."""
     offsets = units.offsets
@@ -200,6 +235,7 @@ def describe_groups(
             name=next(iter(producers[g])), start=int(offsets[g]), size=int(sizes[g]),
             kind="stream" if g in streams else "interior", producers=tuple(producers[g]),
             consumers=tuple(consumers[g]), layers=tuple(touched[g]), share=share[g],
+            exact=not bool(inexact_units[int(offsets[g]) : int(offsets[g + 1])].any()),
         )
         for g in range(num_groups)
     )  # fmt: skip

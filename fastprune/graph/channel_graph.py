@@ -28,12 +28,15 @@ class Slice:
         dim: the dimension.
         units: the unit of each index, int64 [size(dim)]; -1 = always kept.
         role: "out" makes channels, "in" reads them, "depthwise" does both, "channel" goes along (batch norm, bias).
+        computed: whether a layer's weight is computed from the tensor (weight standardisation), so that zeros in it do
+            not close a channel.
     """
 
     tensor: str
     dim: int
     units: Tensor
     role: Role
+    computed: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Group:
         consumers: layers that read its channels (depthwise ones left out).
         layers: all layers that shrink with it.
         share: the part of the network's MACs that goes if the whole group goes.
+        exact: whether all its units can be removed exactly.
     """
 
     name: str
@@ -107,6 +111,7 @@ class Group:
     consumers: tuple[str, ...]
     layers: tuple[str, ...]
     share: float
+    exact: bool = True
 
     @property
     def units(self) -> slice:
@@ -130,6 +135,8 @@ class ChannelGraph:
         cost_model: MACs and parameters under a mask.
         traced: the exported graphs.
         rewrites: whether plans may need the network's graph rewritten; see ``trace``.
+        inexact_units: whether the removal of a unit changes statistics that others are normalised by, bool [U].
+        inexact: the operators that compute these statistics, with their modules.
     """
 
     groups: tuple[Group, ...]
@@ -139,9 +146,16 @@ class ChannelGraph:
     unprunable: tuple[tuple[str, str], ...]
     cost_model: CostModel = field(repr=False)
     traced: Traced = field(repr=False)
-    rewrites: bool = True
+    rewrites: bool
+    inexact_units: Tensor
+    inexact: tuple[str, ...]
     _latencies: dict[tuple[Any, ...], LatencyModel] = field(default_factory=dict, repr=False, compare=False)
     _counted: dict[str, CostModel] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every unit can be removed exactly."""
+        return not bool(self.inexact_units.any())
 
     @property
     def num_units(self) -> int:

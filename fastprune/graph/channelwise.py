@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph.labels import along, canonical, core, kept, varying
 from fastprune.graph.propagate import Weight
-from fastprune.graph.rules import SIZES, Context, give_up, require_box, rule
+from fastprune.graph.rules import SIZES, Context, give_up, require_box, rule, unlabelled
 
 
 @rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
@@ -49,24 +49,34 @@ def spatial(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
     return resize(context, x)
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std", "logsumexp")
+@rule("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "var_mean", "std_mean")
 def reduce(context: Context, x: Tensor, dims: Any = None, *rest: Any, **options: Any) -> Any:
     """A reduction. Channels that it brings together can only leave together."""
-    if not isinstance(context.shape, tuple):
+    if context.shape is None:
         return give_up(context, (x,), {})
     named = isinstance(dims, (int, list, tuple)) and not isinstance(dims, bool) and dims != []  # a flag: all of them
     chosen = pytree.tree_leaves(dims) if named else range(x.dim())
     reduced = {int(dim) % x.dim() for dim in chosen}
     if not mix(context, x, reduced):
-        return give_up(context, (x,), {})
+        return unlabelled(context) if let_mix(context, x) else give_up(context, (x,), {})
     index = tuple(0 if dim in reduced else slice(None) for dim in range(x.dim()))
+    if isinstance(context.shape, list):
+        return [canonical(x[index].reshape(shape)) for shape in context.shape]
     return canonical(x[index].reshape(context.shape))
+
+
+@rule("linalg_vector_norm", "norm")
+def norm(context: Context, x: Tensor, order: Any = 2, dims: Any = None, *rest: Any, **options: Any) -> Any:
+    """A reduction, too."""
+    return reduce(context, x, dims)
 
 
 @rule("softmax", "log_softmax", "_softmax", "cumsum")
 def along_one(context: Context, x: Tensor, dim: int, *rest: Any, **options: Any) -> Any:
     """Mixes values along one dimension only."""
-    return x if mix(context, x, {dim % x.dim()}) else give_up(context, (x,), {})
+    if mix(context, x, {dim % x.dim()}) or (context.operator != "cumsum" and let_mix(context, x)):
+        return x
+    return give_up(context, (x,), {})
 
 
 def mix(context: Context, x: Tensor, dims: set[int]) -> bool:
@@ -79,6 +89,23 @@ def mix(context: Context, x: Tensor, dims: set[int]) -> bool:
     if crossed:
         require_box(context, x)
     return True
+
+
+def let_mix(context: Context, x: Tensor) -> bool:
+    """Whether the channels of ``x`` may leave although their values meet here; see ``trace(exact=False)``."""
+    allowed = context.state.let_mix(x, context.reason)
+    if allowed:
+        require_box(context, x)
+    return allowed
+
+
+def follow(context: Context, parameters: Iterable[Any], channels: Tensor, dim: int = 0) -> None:
+    """The scale, shift and statistics of a normalisation go with its channels, along their dimension ``dim``."""
+    for weight in parameters:
+        if isinstance(weight, Weight):
+            context.state.label_dim(weight, dim, channels, "channel", context.reason)
+        elif isinstance(weight, Tensor):
+            context.state.space.unite(channels, along(weight, dim), context.reason)  # type: ignore[arg-type]
 
 
 @rule("matmul", "bmm")
@@ -103,29 +130,50 @@ def batch_norm(context: Context, x: Tensor, *parameters: Any, **options: Any) ->
     """Each channel by itself; its scale, shift and statistics go with it."""
     channels = along(x, 1)
     if channels is None:
+        if standardises(context, x) and let_mix(context, x):
+            return x
         return give_up(context, (x, parameters), options)
-    for weight in (*parameters, *options.values()):
-        if isinstance(weight, Weight):
-            context.state.label_dim(weight, 0, channels, "channel", context.reason)
-        elif isinstance(weight, Tensor):
-            context.state.space.unite(channels, along(weight, 0), context.reason)  # type: ignore[arg-type]
+    follow(context, (*parameters, *options.values()), channels)
     return x if isinstance(context.shape, tuple) else [x, *map(kept, context.shape[1:])]
+
+
+def standardises(context: Context, x: Tensor) -> bool:
+    """Whether a batch norm computes its statistics, over dimensions along which the labels lie: of a weight, say."""
+    arguments = context.node.args
+    training = context.operator == "batch_norm" and len(arguments) > 5 and bool(arguments[5])
+    return training and 1 not in varying(x)
 
 
 @rule("group_norm")
 def group_norm(context: Context, x: Tensor, groups: int, *parameters: Any, **options: Any) -> Any:
     """Normalises the channels of each group together, so that a group leaves as a whole; a single one stays."""
     channels = along(x, 1)
-    if channels is None or groups == 1 or groups == channels.numel() == 1:
+    if channels is None or (groups == 1 and not let_mix(context, x)):
         return give_up(context, (x, parameters), options)
-    rows = channels.reshape(groups, -1)
-    context.state.space.unite(rows[:, :1].expand_as(rows), rows, context.reason)
-    for weight in (*parameters, *options.values()):
-        if isinstance(weight, Weight):
-            context.state.label_dim(weight, 0, channels, "channel", context.reason)
-        elif isinstance(weight, Tensor):
-            context.state.space.unite(channels, along(weight, 0), context.reason)  # type: ignore[arg-type]
+    if groups > 1:
+        rows = channels.reshape(groups, -1)
+        context.state.space.unite(rows[:, :1].expand_as(rows), rows, context.reason)
+    follow(context, (*parameters, *options.values()), channels)
     return x
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(context: Context, x: Tensor, shape: Sequence[int], *parameters: Any, **options: Any) -> Any:
+    """Normalises over the last dimensions. Where the channels lie there, each changes the statistics of all."""
+    across, first = varying(x), x.dim() - len(shape)
+    if len(across) != 1 or across[0] < first or not let_mix(context, x):
+        return give_up(context, (x, parameters), options)
+    follow(context, (*parameters, *options.values()), core(x).flatten(), across[0] - first)
+    return x
+
+
+@rule("_weight_norm")
+def weight_norm(context: Context, v: Tensor, g: Any, dim: int = 0) -> Any:
+    """A weight computed from a parameter: ``g v / ‖v‖``, the norm over all dimensions but one."""
+    if set(varying(v)) <= {dim % v.dim()}:
+        follow(context, [g], core(v).flatten(), dim) if varying(v) else None
+        return v
+    return v if let_mix(context, v) else give_up(context, (v, g), {})
 
 
 @rule("new_ones", "new_zeros", "new_full", "new_empty")

@@ -10,6 +10,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fastprune.graph import channelwise, layers, moves  # noqa: F401 - they enter their rules into the table
+from fastprune.graph.computed import apply_by_parts, computed_weights
 from fastprune.graph.inputs import Inputs
 from fastprune.graph.labels import kept
 from fastprune.graph.propagate import Propagation, Weight
@@ -30,6 +31,7 @@ def run_on_labels(graph: GraphModule, inputs: Inputs, state: Propagation, *, rec
         The labels of every node's value.
     """
     weights = weights_of(graph)
+    computed = {} if state.exact else computed_weights(graph, weights)
     values: dict[Node, Any] = {}
     remaining = list(inputs.tensors)
     for node in graph.graph.nodes:
@@ -43,7 +45,10 @@ def run_on_labels(graph: GraphModule, inputs: Inputs, state: Propagation, *, rec
             args = map_arg(node.args, values.__getitem__)
             kwargs = map_arg(node.kwargs, values.__getitem__)
             context = Context(state, node, inputs.batch, output_shapes(node), record)
-            values[node] = apply_rule(context, args, kwargs)
+            if node in computed:
+                values[node] = apply_by_parts(context, args, kwargs, computed[node])
+            else:
+                values[node] = apply_rule(context, args, kwargs)
         else:  # a call_module is an exporter's guard; it returns nothing
             values[node] = None
     return values

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprune.graph.labels import along, spread
-from fastprune.graph.propagate import Call, Weight
+from fastprune.graph.labels import along, core, spread, varying
+from fastprune.graph.propagate import Call, Computed, Repeats, Weight
 from fastprune.graph.rules import Context, give_up, rule
 
 
@@ -23,7 +23,9 @@ def convolution(context: Context, x: Tensor, weight: Any, bias: Any = None, *res
     transposed = "transpose" in kind or (kind == "convolution" and bool(rest[3]))
     channels = along(x, 1) if x.dim() == len(weight.shape) else None  # one dimension fewer: an image without a batch
     uses = (tuple(x.shape) if transposed else context.shape, weight.shape[1:])
-    if not isinstance(weight, Weight) or channels is None or isinstance(bias, Tensor):
+    if not transposed and runs_along_channels(context, x, weight, options.get("stride", rest[0] if rest else 1)):
+        return along_channels(context, x, weight, bias)
+    if not is_weight(weight) or channels is None or isinstance(bias, Tensor):
         return give_up_layer(context, (x, weight, bias), uses)
     reads, makes = (0, 1) if transposed else (1, 0)
     state, depthwise = context.state, groups == channels.numel() > 1
@@ -51,11 +53,38 @@ def convolution(context: Context, x: Tensor, weight: Any, bias: Any = None, *res
     return spread(out, context.shape, 1)
 
 
+def is_weight(weight: Any) -> bool:
+    """Whether the channels of a layer's weight are known: a parameter, or computed from one."""
+    return isinstance(weight, Weight) or (isinstance(weight, Computed) and weight.is_weight)
+
+
+def runs_along_channels(context: Context, x: Tensor, weight: Any, stride: Any) -> bool:
+    """Whether a convolution takes channels for pixels, as many out as in (efficient channel attention), and may."""
+    across = varying(x)
+    if not isinstance(weight, Weight) or len(across) != 1 or across[0] < 2 or x.dim() != len(weight.shape):
+        return False
+    strides = [stride] if isinstance(stride, int) else list(stride)
+    same = x.size(across[0]) == context.shape[across[0]] and strides[min(across[0] - 2, len(strides) - 1)] == 1
+    return same and context.state.let_mix(x, context.reason)
+
+
+def along_channels(context: Context, x: Tensor, weight: Weight, bias: Any) -> Tensor:
+    """Each channel reads its neighbours; the kernel stays, and is used once for each channel that is left."""
+    dim = varying(x)[0]
+    for kept in (weight, bias):
+        if isinstance(kept, Weight):
+            context.state.locked.setdefault(kept.name, context.reason)
+    if context.record:
+        uses = math.prod(context.shape) // context.shape[dim] * math.prod(weight.shape[1:]) // context.batch
+        context.state.repeats.append(Repeats(context.node.name, core(x).flatten(), uses))
+    return spread(core(x).flatten(), context.shape, dim)
+
+
 @rule("linear")
 def linear(context: Context, x: Tensor, weight: Any, bias: Any = None) -> Any:
     """The last dimension holds the channels."""
     channels = along(x, x.dim() - 1)
-    if not isinstance(weight, Weight) or channels is None or isinstance(bias, Tensor):
+    if not is_weight(weight) or channels is None or isinstance(bias, Tensor):
         return give_up_layer(context, (x, weight, bias), (context.shape, weight.shape[1:]))
     state = context.state
     state.label_dim(weight, 1, channels, "in", context.reason)
@@ -77,7 +106,14 @@ def give_up_layer(context: Context, args: Any, uses: tuple[Sequence[int], Sequen
 
 
 def record_call(
-    context: Context, weight: Weight, positions: int, reads: Tensor, makes: Tensor, *, channel_dim: int, depthwise: bool
+    context: Context,
+    weight: Weight | Computed,
+    positions: int,
+    reads: Tensor,
+    makes: Tensor,
+    *,
+    channel_dim: int,
+    depthwise: bool,
 ) -> None:
     """Remember the use of a convolution or linear layer in the graph that is costed and masked."""
     if context.record:

@@ -57,6 +57,16 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
+@rule("expand_as")
+def expand_as(context: Context, x: Any, other: Any) -> Any:
+    """What is the same for all channels (a norm over them) and is copied for each leaves with the channel."""
+    values = [context.state.labels_of(v, context.reason) if isinstance(v, Weight) else v for v in (x, other)]
+    own, channels = values[0].reshape((1,) * (values[1].dim() - values[0].dim()) + tuple(values[0].shape)), values[1]
+    if varying(own) or any(own.size(dim) > 1 for dim in varying(channels)):
+        return move(context, *values)
+    return channels
+
+
 @rule("index_select", "index")
 def index(context: Context, x: Tensor, *places: Any) -> Any:
     """Takes the channels that a constant of the network names; indices that depend on the input pin."""

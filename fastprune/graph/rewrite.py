@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph.labels import core
 from fastprune.graph.moves import PARTING
+from fastprune.graph.propagate import Computed
 from fastprune.graph.rules import described, operator_name
 from fastprune.graph.selection import Selection
 from fastprune.graph.tracing import attribute_of
@@ -138,6 +139,10 @@ class _Writer:
             self.regroup(node, copied, "groups", depthwise=True)
         elif name == "group_norm":
             self.regroup(node, copied, "num_groups", depthwise=False)
+        elif name in ("layer_norm", "rms_norm"):
+            sizes = argument_of(node, "normalized_shape")
+            kept = zip(sizes, result[0][-len(sizes) :], strict=True)
+            set_argument(copied, "normalized_shape", [n if k is None else len(k) for n, k in kept])
         elif name == "select":
             self.reselect(node, copied)
         return copied
@@ -160,9 +165,17 @@ class _Writer:
     def kept(self, node: Node) -> list[list[Kept]] | None:
         """The indices that stay along each dimension of each result; None where they form no box."""
         if node not in self.boxes:
-            found = [kept_box(labels, self.keep) for labels in self.parts(node)]
+            values = pytree.tree_leaves(self.labels.get(node))
+            found = [self.box(x) for x in values if isinstance(x, (Tensor, Computed))]
             self.boxes[node] = None if any(box is None for box in found) else cast("list[list[Kept]]", found)
         return self.boxes[node]
+
+    def box(self, value: Tensor | Computed) -> list[Kept] | None:
+        """The indices that stay along each dimension; of a weight, along those of its rows and of its columns."""
+        if isinstance(value, Tensor):
+            return kept_box(value, self.keep)
+        rows, columns = (kept_box(part, self.keep) for part in value.parts)
+        return None if rows is None or columns is None else [*map(both, rows, columns)]
 
     def changes(self, node: Node) -> bool:
         """Whether a node or anything that it reads has fewer channels."""
@@ -240,7 +253,7 @@ class _Writer:
         kept = boxes[0][1] if boxes is not None else None
         if groups is None or kept is None or (depthwise and groups != labels.size(1)):
             return
-        set_argument(copied, argument, groups * len(kept) // labels.size(1))
+        set_argument(copied, argument, max(1, groups * len(kept) // labels.size(1)))
 
     def reselect(self, node: Node, copied: Node) -> None:
         """The place of a single channel among those that stay."""
@@ -264,6 +277,11 @@ def kept_box(labels: Tensor, keep: npt.NDArray[np.bool_]) -> list[Kept] | None:
         box.append(None if vector.all() else np.flatnonzero(vector))
         product = product & vector.reshape([-1 if a == axis else 1 for a in range(stays.ndim)])
     return box if np.array_equal(product & np.ones_like(stays), stays) else None
+
+
+def both(a: Kept, b: Kept) -> Kept:
+    """The indices that stay for two reasons."""
+    return b if a is None else a if b is None else np.intersect1d(a, b)
 
 
 def first_of(node: Node) -> Node:

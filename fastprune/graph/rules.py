@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.labels import IntArray, canonical, core, kept, spread, varying
-from fastprune.graph.propagate import Propagation, Weight
+from fastprune.graph.propagate import Computed, Propagation, Weight
 from fastprune.graph.refusals import TraceError
 from fastprune.graph.regions import MODES
 from fastprune.graph.tracing import concrete
@@ -182,7 +182,7 @@ def give_up(context: Context, args: Any, kwargs: Any, note: str = "") -> Any:
     """An operator that is not understood: what it reads and what it gives stays as it is."""
     reason = context.reason + note
     for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Weight):
+        if isinstance(leaf, (Weight, Computed)):
             context.state.locked.setdefault(leaf.name, reason)
     for labels in tensors_in(context, args, kwargs):
         context.state.space.pin(labels, reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -42,10 +42,12 @@ def print_graph(name: str, graph: ChannelGraph) -> None:
         ("kind", "left"),
         ("share of MACs", "right"),
         ("layers", "right"),
+        *([] if graph.exact else [("exact", "left")]),
     ):
         table.add_column(heading, justify=side)  # type: ignore[arg-type]
     for group in graph.groups:
-        table.add_row(group.name, f"{group.size:,}", group.kind, percent(group.share), str(len(group.layers)))
+        exact = [] if graph.exact else [listed(group.exact)]
+        table.add_row(group.name, f"{group.size:,}", group.kind, percent(group.share), str(len(group.layers)), *exact)
     if graph.groups:
         show(table)
     layers = Table()
@@ -54,6 +56,15 @@ def print_graph(name: str, graph: ChannelGraph) -> None:
     for row in graph.table():
         layers.add_row(row.layer, ", ".join(row.groups), row.reason or "")
     show(layers)
+    if not graph.exact:
+        text = f"not exact for {int(graph.inexact_units.sum()):,} units, whose channels are mixed by:"
+        Console(markup=False).print(text, *graph.inexact, sep="\n  ", soft_wrap=True, highlight=False)
+
+
+def print_difference(difference: float, operators: Sequence[str]) -> None:
+    """How much a compact network differs from the masked one, and what it is that mixes channels."""
+    text = f"not exact: outputs differ by {difference:.1e} of the largest on a random input, as channels left:"
+    Console(markup=False).print(text, *operators, sep="\n  ", soft_wrap=True, highlight=False)
 
 
 def print_methods(methods: Iterable[MethodInfo], broken: Mapping[str, str]) -> None:

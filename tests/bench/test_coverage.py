@@ -42,6 +42,20 @@ def test_channels_that_are_cut_and_shuffled_are_pruned(name: str) -> None:
     assert ours["rewritten"]
 
 
+def test_channels_that_norms_mix_are_pruned_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, numbers = tmp_path / "table.md", tmp_path / "numbers.json"
+    arguments = ["--only", "timm:convnextv2_atto", "--inexact", "--markdown", str(table), "--json", str(numbers)]
+    assert main(["bench", "coverage", *arguments]) == 0
+    ours = json.loads(numbers.read_text(encoding="utf-8"))["networks"][0]["ours"]
+    assert 1e-3 < ours["difference"] < 1
+    assert ours["cost_is_counted"]
+    assert ours["macs_left"] < 0.27
+    assert ours["prunable"] > 0.97
+    assert len(ours["inexact"]) == 29
+    assert "timm: of 1 networks 1 pruned inexactly" in capsys.readouterr().out
+    assert "coverage --workers 1 --inexact --markdown docs/coverage-inexact.md" in table.read_text(encoding="utf-8")
+
+
 def test_failures_are_rows_of_the_table() -> None:
     failed = in_process("ours", "timm:no_such_network", 100)
     assert failed == {"error": failed["error"]}
@@ -49,14 +63,14 @@ def test_failures_are_rows_of_the_table() -> None:
     assert in_process("ours", "timm:lcnet_050", 0.01) == {"error": "not done after 0.01 s"}
     nothing = {
         "groups": 0, "units": 0, "macs": 1, "macs_left": 1.0, "layers": 2, "kept": 2, "reasons": {"mul": 2},
-        "seconds": 1.0,
+        "seconds": 1.0, "prunable": 0.0, "inexact": [],
     }  # fmt: skip
     wrong = nothing | {"groups": 1, "difference": 1e-3, "cost_is_counted": True, "rewritten": True}
     rows = [{"name": f"timm:{n}", "ours": ours} for n, ours in (("a", failed), ("b", nothing), ("c", wrong))]
-    document = {"machine": "m", "threads": 1, "workers": 1, "torch": "t", "networks": rows}
+    document = {"machine": "m", "threads": 1, "workers": 1, "inexact": False, "torch": "t", "networks": rows}
     assert summary(document) == "timm: of 3 networks 1 failed, 1 without a prunable channel, 1 wrong"
-    assert "| timm:a |  |  |  |  |  |  | failed: ValueError: model 'timm:no_such_network'" in markdown(document)
-    assert "| timm:b | 0 | 0 | 2 of 2: mul | 1.00 | 1.0 |  |  |" in markdown(document)
+    assert "| timm:a |  |  |  |  |  |  |  | failed: ValueError: model 'timm:no_such_network'" in markdown(document)
+    assert "| timm:b | 0 | 0 | 2 of 2: mul | 1.00 | 0.0 % | 1.0 |  |  |" in markdown(document)
 
 
 def test_a_pattern_without_a_network_is_refused() -> None:
