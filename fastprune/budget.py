@@ -10,6 +10,7 @@ from typing import Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
+from fastprune.distributed import Distributed
 from fastprune.graph import ChannelGraph
 from fastprune.graph.conventions import Flops
 from fastprune.graph.cost import CostModel
@@ -152,14 +153,20 @@ class Budget:
         """The count behind a budget of MACs or parameters."""
         return graph.counted(cast("Flops", self.resource) if self.resource in get_args(Flops) else "mac")
 
-    def meter(self, graph: ChannelGraph) -> Meter:
-        """The cost that the budget limits, as a function of masks or widths: MACs, parameters or milliseconds."""
+    def meter(self, graph: ChannelGraph, peers: Distributed | None = None) -> Meter:
+        """The cost that the budget limits, as a function of masks or widths: MACs, parameters or milliseconds.
+
+        Args:
+            graph: the network.
+            peers: at the first call processes that have to agree on a latency, which all make it.
+        """
         if self.resource != "latency":
             return _Counter(self.cost_model(graph), self.resource == "params")
         c = self.conditions
         return graph.latency(
-            c.device or graph.device, batch=c.batch, dtype=getattr(torch, c.dtype), channels_last=c.channels_last
-        )
+            c.device or graph.device, batch=c.batch, dtype=getattr(torch, c.dtype), channels_last=c.channels_last,
+            peers=peers,
+        )  # fmt: skip
 
     def cost(self, graph: ChannelGraph, mask: Tensor | None = None) -> Tensor:
         """The cost that the budget limits, under a flat mask [U] (None = of the full network)."""

@@ -21,6 +21,7 @@ from fastprune.bench.case import BenchmarkError
 from fastprune.bench.coverage import CoverageSettings, coverage
 from fastprune.bench.latency import LatencyBenchSettings, bench_latency
 from fastprune.bench.run import KernelBenchSettings, StepBenchSettings, bench_kernels, bench_step
+from fastprune.bench.trace import TraceBenchSettings, bench_trace
 from fastprune.budget import Budget
 from fastprune.demo import DemoSettings, demo
 from fastprune.distributed import Distributed
@@ -227,7 +228,10 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     )
     compared = measure({"baseline": model, "compact": result.model}, data, settings.device, peers)
     for name, column in (("baseline", "full"), ("compact", "planned")):
-        compared[name] |= {"macs": result.metrics["macs"][column], "params": result.metrics["params"][column]}
+        measured = {
+            what: result.metrics[what] for what in ("macs", "params", "ms", "measured_ms") if what in result.metrics
+        }
+        compared[name] |= {what: both[column] for what, both in measured.items()}
     run = RunDirectory.open(str(settings.out), peers)
     run.log({"stage": "result", "method": settings.method, "budget": settings.budget, **compared})
     if not result.plan.exact:
@@ -377,6 +381,12 @@ def run_bench_latency(values: dict[str, Any], given: set[str]) -> int:
     model, shape = build_model(settings, None), input_shape(settings, None)
     check_fit(model, settings.model, shape)
     bench_latency(settings, model, shape)
+    return 0
+
+
+def run_bench_trace(values: dict[str, Any], given: set[str]) -> int:
+    """Time tracing, planning, cutting and verifying networks, beside a peer where it is installed."""
+    bench_trace(pick(TraceBenchSettings, values))
     return 0
 
 
@@ -530,6 +540,7 @@ COMMANDS: dict[str, Command] = {
     "bench kernels": Command(run_bench_kernels, (KernelBenchSettings,)),
     "bench step": Command(run_bench_step, (StepBenchSettings,)),
     "bench coverage": Command(run_bench_coverage, (CoverageSettings,)),
+    "bench trace": Command(run_bench_trace, (TraceBenchSettings,)),
     "bench latency": Command(run_bench_latency, (LatencyBenchSettings,)),
     "doctor": Command(run_doctor),
     "demo": Command(run_demo, (DemoSettings,)),

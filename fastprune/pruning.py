@@ -23,6 +23,7 @@ from fastprune.engine import (
     RunDirectory,
     UserData,
     choose_device,
+    measure_latencies,
     run_phases,
     seed_everything,
 )
@@ -48,7 +49,8 @@ class PruningResult:
         plan: the channels that stay.
         metrics: ``macs`` and ``params`` (each ``{"full": …, "planned": …}``), ``difference`` (of compact and masked
             output, relative), ``seconds``, and ``search`` (the method's results and the last value of every metric that
-            it logged).
+            it logged); under a budget of latency ``ms``, with which the plan was made, and ``measured_ms``, of the
+            networks themselves.
         graph: the channel graph of the full model.
     """
 
@@ -151,6 +153,7 @@ def prune(
     graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite, ignore=ignore, exact=exact)
     under = conditions or chosen.conditions
     chosen = replace(chosen, conditions=replace(under, device=under.device or str(where)))
+    chosen.meter(graph, peers)
     chosen.limit(graph)
     limits.widths(graph)
     task = Task(
@@ -176,6 +179,7 @@ def prune(
     metrics: dict[str, Any] = {
         "macs": {"full": whole.macs[0], "planned": whole.macs[1]},
         "params": {"full": whole.params[0], "planned": whole.params[1]},
+        **milliseconds(chosen, graph, plan, {"full": network, "planned": done.model}),
         "difference": done.difference,
         "seconds": time.monotonic() - begun,
         "search": {**search, **{name: float(value) for name, value in worker.results().items()}},
@@ -186,6 +190,27 @@ def prune(
         run.log({"stage": "plan", **metrics})
     peers.barrier()
     return PruningResult(done.model.eval(), whole, metrics, graph)
+
+
+def milliseconds(
+    budget: Budget, graph: ChannelGraph, plan: PruningPlan, networks: Mapping[str, nn.Module]
+) -> dict[str, dict[str, float]]:
+    """Under a budget of latency ``ms``, what the plan was made with, and ``measured_ms``, the networks themselves."""
+    if budget.resource != "latency":
+        return {}
+    found = {"ms": {"full": float(budget.cost(graph)), "planned": float(budget.cost(graph, plan.mask))}}
+    images, under = graph.traced.inputs.tensors, budget.conditions
+    if len(images) > 1 or images[0].dim() != 4:
+        return found
+    layout = torch.channels_last if under.channels_last else torch.contiguous_format
+    copies = {
+        name: copied(network).to(torch.device(under.device or graph.device), getattr(torch, under.dtype))
+        .to(memory_format=layout)
+        for name, network in networks.items()
+    }  # fmt: skip
+    channels, height, width = images[0].shape[1:]
+    found["measured_ms"] = measure_latencies(copies, (channels, height, width), batch=under.batch, repeats=10)
+    return found
 
 
 def check(plan: PruningPlan, budget: Budget, limits: Limits, graph: ChannelGraph) -> None:

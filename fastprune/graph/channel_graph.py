@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fastprune.distributed import Distributed
 from fastprune.graph.conventions import Flops, counted
 from fastprune.graph.cost import Cost, CostModel
 from fastprune.graph.propagate import Role
@@ -202,6 +203,7 @@ class ChannelGraph:
         *,
         channels_last: bool = False,
         cache: bool = True,
+        peers: Distributed | None = None,
     ) -> LatencyModel:
         """Milliseconds of a forward pass under a mask, from operators measured here on a grid of widths.
 
@@ -214,6 +216,7 @@ class ChannelGraph:
             dtype: of parameters and inputs.
             channels_last: their memory layout.
             cache: False measures anew, and keeps nothing on disk.
+            peers: processes that have to agree and all call this: the first one measures, and all take its times.
 
         Returns:
             ``LatencyModel``: call it with a flat mask [U].
@@ -228,7 +231,9 @@ class ChannelGraph:
             raise ValueError(f"batch {batch}: at least 1 sample is needed")
         key = (device, batch, dtype, channels_last, torch.get_num_threads())
         if key not in self._latencies or not cache:
-            self._latencies[key] = measure(self, device, batch, dtype, channels_last=channels_last, cache=cache)
+            self._latencies[key] = measure(
+                self, device, batch, dtype, channels_last=channels_last, cache=cache, peers=peers or Distributed()
+            )
         return self._latencies[key]
 
     def plan(self, mask: Tensor) -> PruningPlan:

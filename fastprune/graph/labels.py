@@ -21,8 +21,8 @@ def canonical(labels: Tensor) -> Tensor:
     """
     for dim in range(labels.dim()):
         if labels.size(dim) > 1 and labels.stride(dim) != 0:
-            first = labels.narrow(dim, 0, 1)
-            if torch.equal(labels, first.expand_as(labels)):
+            first, varied = labels.narrow(dim, 0, 1), core(labels)
+            if torch.equal(varied, core(first).expand_as(varied)):
                 labels = first.expand_as(labels)
     return labels
 

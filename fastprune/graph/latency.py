@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,15 +15,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from fastprune.cache import cache_folder
+from fastprune.distributed import Distributed
 from fastprune.graph.measurements import Measurements
 from fastprune.graph.operations import Axis, Operation, record
-from fastprune.graph.stopwatch import Segment, Stopwatch, Table, Timer, pool_bytes, segments
+from fastprune.graph.stopwatch import Call, Segment, Stopwatch, Table, Timer, pool_bytes, segments
 from fastprune.machine import machine
 
 if TYPE_CHECKING:
     from fastprune.graph.channel_graph import ChannelGraph
 
 ALWAYS = Axis(1, 1, ())
+ALONE = Distributed()
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,17 @@ class LatencyModel:
     def table(self) -> list[LatencyRow]:
         """What each operator of the full network takes, in the order of execution."""
         return [LatencyRow(m.operation.module, m.operation.operator, m.full_ms) for m in self.measured]
+
+    def times(self) -> Tensor:
+        """All that was measured, as one float64 vector."""
+        flat = [ms for m in self.measured for row in m.table for ms in row]
+        return torch.tensor([*flat, self.overhead], dtype=torch.float64)
+
+    def with_times(self, times: Tensor) -> LatencyModel:
+        """The same model with other times, a vector as ``times`` gives it for the same network."""
+        values = iter(times.tolist())
+        measured = [replace(m, table=[[next(values) for _ in row] for row in m.table]) for m in self.measured]
+        return replace(self, measured=measured, overhead=next(values), _on_device={})
 
     def _tables(self, device: torch.device) -> _Tables:
         if device not in self._on_device:
@@ -254,6 +267,7 @@ def measure(
     cache: bool = True,
     timer: Timer | None = None,
     call_ms: float | None = None,
+    peers: Distributed = ALONE,
 ) -> LatencyModel:
     """Measure a network's operators, or take what was measured before.
 
@@ -266,7 +280,10 @@ def measure(
         cache: whether times are kept on disk, and taken from there.
         timer: what times calls; the device's usual one where None.
         call_ms: what the call of a module takes; measured where None.
+        peers: processes that take the times of the first one.
     """
+    if not peers.is_main:
+        timer, call_ms, cache = without_clock, 0.0, False
     recording = record(graph, device, batch, dtype, channels_last=channels_last)
     known = Measurements(cache_folder("latency"), facts(device, dtype, channels_last, pool_bytes(recording.footprint)))
     parts = segments(recording.operations)
@@ -293,9 +310,15 @@ def measure(
     ]
     modules = {name for operation in recording.operations for name in operation.modules}
     overhead = len(modules) * (module_call_ms() if call_ms is None else call_ms)
-    return LatencyModel(
+    model = LatencyModel(
         graph.offsets, measured, overhead, machine(device), batch, dtype, channels_last, torch.get_num_threads()
     )
+    return model if peers.world_size == 1 else model.with_times(peers.broadcast_(model.times()))
+
+
+def without_clock(calls: Sequence[Call]) -> list[float]:
+    """In place of a timer, where somebody else measures."""
+    return [0.0] * len(calls)
 
 
 def facts(device: torch.device, dtype: torch.dtype, channels_last: bool, pool: int) -> dict[str, str]:

@@ -120,5 +120,7 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "accuracy": ("accuracy", percent),
     "macs": ("MACs", millions),
     "params": ("parameters", millions),
+    "ms": ("latency as modelled", lambda value: f"{value:.2f} ms"),
+    "measured_ms": ("latency", lambda value: f"{value:.2f} ms"),
     "latency_ms": ("CPU latency (batch 64)", lambda value: f"{value:.2f} ms"),
 }

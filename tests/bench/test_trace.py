@@ -1,0 +1,36 @@
+"""Times of tracing and surgery, beside the peer where it is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastprune.bench.trace import STEPS, TraceBenchSettings, bench_trace, geometric_means, line
+from fastprune.cli import main
+
+
+def test_a_network_is_timed_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = tmp_path / "numbers.json"
+    assert main(["bench", "trace", "--only", "timm:lcnet_050", "--rounds", "1", "--json", str(numbers)]) == 0
+    row = json.loads(numbers.read_text(encoding="utf-8"))["networks"][0]
+    seconds = row["seconds"]
+    assert all(seconds[step] > 0 for step in STEPS)
+    assert seconds["total"] == pytest.approx(sum(seconds[step] for step in STEPS))
+    assert "timm:lcnet_050: trace" in capsys.readouterr().out
+
+
+def test_means_leave_out_where_the_peer_fails() -> None:
+    rows = [{"ratios": {"in total": 2.0}}, {"peer_error": "x"}, {"ratios": {"in total": 8.0}}]
+    assert geometric_means(rows) == {"in total": pytest.approx(4.0)}
+    assert geometric_means([{}]) == {}
+    failed = {"name": "a", "seconds": {"total": 1.0}, "peer_error": "ValueError"}
+    assert line(failed) == "a: total 1.00 s; torch-pruning failed: ValueError"
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        TraceBenchSettings(rounds=0)
+    with pytest.raises(ValueError, match="no network of the list has such a name"):
+        bench_trace(TraceBenchSettings(only=("timm:nothing*",)))
