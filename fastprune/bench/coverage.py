@@ -26,6 +26,7 @@ from fastprune.graph import ChannelGraph, trace
 from fastprune.machine import machine
 from fastprune.rewritten import RewrittenNetwork
 from fastprune.settings import setting
+from fastprune.slicing import copied
 from fastprune.surgery import cut, verify
 
 PEER = "torch-pruning"
@@ -161,7 +162,7 @@ def prunable(graph: ChannelGraph) -> float:
 
 def macs(model: nn.Module, size: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image as torch counts them."""
-    model.requires_grad_(False)  # torch's counter fails on modules that are given a parameter
+    model = copied(model).requires_grad_(False)  # torch's counter fails on modules that are given a parameter
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, *size))
     return int(counter.get_total_flops() // 4)

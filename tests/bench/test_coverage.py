@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from fastprune.bench import zoo
-from fastprune.bench.coverage import CoverageSettings, coverage, in_process, markdown, outcome, prune_by_half, summary
+from fastprune.bench.coverage import (
+    CoverageSettings,
+    coverage,
+    in_process,
+    macs,
+    markdown,
+    outcome,
+    prune_by_half,
+    summary,
+)
 from fastprune.cli import main
 
 
@@ -86,3 +95,11 @@ def test_networks_of_attention_are_pruned_exactly(name: str) -> None:
     result = prune_by_half(name)
     assert result["groups"] > 10
     assert outcome(result) == "pruned exactly"
+
+
+def test_counting_leaves_the_model_alone() -> None:
+    """The peer prunes nothing of a frozen model, and does not say so."""
+    model, size = zoo.create("timm:lcnet_050")
+    assert macs(model, size) > 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
