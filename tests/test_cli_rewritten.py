@@ -18,6 +18,7 @@ def run(line: str, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, fl
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_whole_way_with_a_rewritten_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     pruned = run(f"prune {NETWORK} --method l1 --budget flops=0.4 --out {out}", capsys)

@@ -14,7 +14,10 @@ import fastprune as fp
 from fastprune.masking import MaskedNetwork
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "densenet121"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("shufflenet_v2_x1_0", "densenet121")]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", *LARGE])
 def test_gates_equal_removal(name: str, randomised: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
     model = randomised(getattr(torchvision.models, name)()).double().eval()

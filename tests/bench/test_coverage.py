@@ -51,6 +51,7 @@ def test_channels_that_are_cut_and_shuffled_are_pruned(name: str) -> None:
     assert ours["rewritten"]
 
 
+@pytest.mark.slow
 def test_channels_that_norms_mix_are_pruned_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, numbers = tmp_path / "table.md", tmp_path / "numbers.json"
     arguments = ["--only", "timm:convnextv2_atto", "--inexact", "--markdown", str(table), "--json", str(numbers)]

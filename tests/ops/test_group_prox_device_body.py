@@ -30,7 +30,7 @@ def run(kernel, case, limits, threshold=True, **block):
     return after, norms
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seeds, st.integers(1, 30), st.sampled_from([torch.float32, torch.float64]), st.sampled_from(LIMITS),
     st.sampled_from(BLOCKS),
