@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, cast, get_args
 
 import torch
@@ -14,6 +14,7 @@ from fastprune.distributed import Distributed
 from fastprune.graph import ChannelGraph
 from fastprune.graph.conventions import Flops
 from fastprune.graph.cost import CostModel
+from fastprune.lineage import InFirst, Lineage
 
 Resource = Literal["flops", "params", "latency", "eq8", "auth"]
 
@@ -75,6 +76,21 @@ class _Counter:
 
 
 @dataclass(frozen=True)
+class _InFirst:
+    """The cost of a network that came from another one, as a meter of that one counts it."""
+
+    lineage: InFirst
+    model: CostModel
+    first: Meter
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        return self.of_widths(self.model.kept(mask))
+
+    def of_widths(self, kept: Tensor) -> Tensor:
+        return self.first.of_widths(self.lineage.widths(kept))
+
+
+@dataclass(frozen=True)
 class Budget:
     """An upper limit on what the pruned network costs.
 
@@ -86,12 +102,14 @@ class Budget:
             parameters, milliseconds.
         absolute: whether ``value`` is an absolute number; None = if it is above 1.
         conditions: of a latency.
+        lineage: where the network came from; its cost and the fraction are then those of the channels in that network.
     """
 
     resource: Resource
     value: float
     absolute: bool | None = None
     conditions: Conditions = field(default_factory=Conditions)
+    lineage: Lineage | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "absolute", self.value > 1 if self.absolute is None else self.absolute)
@@ -160,6 +178,9 @@ class Budget:
             graph: the network.
             peers: at the first call processes that have to agree on a latency, which all make it.
         """
+        if self.lineage is not None:
+            first = replace(self, lineage=None).meter(self.lineage.first, peers)
+            return _InFirst(self.lineage.in_first(graph), graph.cost_model, first)
         if self.resource != "latency":
             return _Counter(self.cost_model(graph), self.resource == "params")
         c = self.conditions
@@ -179,7 +200,10 @@ class Budget:
             BudgetError: if the full network is within the budget already, so that there is nothing to prune.
         """
         total = float(self.cost(graph))
-        limit = self.value if self.absolute else self.value * total
+        whole = total if self.lineage is None else float(replace(self, lineage=None).cost(self.lineage.first))
+        limit = self.value if self.absolute else self.value * whole
+        if total == 0:
+            raise BudgetError(f"budget '{self}': nothing in this network counts (no layer lies next to a gate)")
         if limit >= total:
             size = f"{total:.3f} ms" if self.resource == "latency" else f"{total:.0f}"
             raise BudgetError(f"budget '{self}': the full network costs {size}, so there is nothing to prune")
@@ -192,7 +216,7 @@ class Budget:
         model = self.cost_model(graph)
         costs: Counter[str] = Counter()
         for term, elements in zip(model.terms, model.elements(model.kept(mask)).tolist(), strict=True):
-            name = term.tensor.rpartition(".")[0]
+            name = term.tensor.rpartition(".")[0] or term.tensor.partition(" ")[0]
             costs[name] += elements * (term.params if self.resource == "params" else term.macs)
         total = max(1.0, float(self.cost(graph, mask)))
         return [(name, cost / total) for name, cost in costs.most_common(count)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprune.graph import ChannelGraph, Group
+from fastprune.lineage import Lineage
 
 ROUNDING = 1e-9  # 0.3 · 10 units are 3, not 4
 
@@ -33,6 +34,7 @@ class Limits:
             that always stay, they are not counted.)
         keep_ratios: {name or pattern of layers: (least, most)}, the parts of the output channels of these layers that
             must and may stay, in [0, 1]. A module's name stands for all layers in it. Where several fit, all hold.
+        lineage: where the network came from; the parts are then those of the channels in that network.
 
     Raises:
         LimitError: for a number out of range.
@@ -45,6 +47,7 @@ class Limits:
     min_keep: int = 1
     round_to: int = 1
     keep_ratios: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
+    lineage: Lineage | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.min_keep < 1:
@@ -98,14 +101,15 @@ class Limits:
             LimitError: where a group has none, or a pattern is no layer's name.
         """
         ratios, per_unit = self._ratios(graph), channels_per_unit(graph)
+        sizes = graph.offsets.diff() if self.lineage is None else self.lineage.in_first(graph).sizes
         return [
-            self._widths(group, self.round_to // gcd(self.round_to, channels), *ratio)
-            for group, channels, ratio in zip(graph.groups, per_unit, ratios, strict=True)
+            self._widths(group, size, self.round_to // gcd(self.round_to, channels), *ratio)
+            for group, size, channels, ratio in zip(graph.groups, sizes.tolist(), per_unit, ratios, strict=True)
         ]
 
-    def _widths(self, group: Group, step: int, lowest: float, highest: float) -> Widths:
-        least = min(group.size, max(self.min_keep, ceil(lowest * group.size - ROUNDING)))
-        most = floor(highest * group.size + ROUNDING)
+    def _widths(self, group: Group, size: int, step: int, lowest: float, highest: float) -> Widths:
+        least = min(group.size, max(self.min_keep, ceil(lowest * size - ROUNDING)))
+        most = floor(highest * size + ROUNDING)
         allowed = Widths(group.size, step, 0, group.size)
         least, most = allowed.at_least(least), allowed.at_most(most)
         if most < least:

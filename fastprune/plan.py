@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -134,38 +134,45 @@ class PruningPlan:
         """This plan and another one for the compact network that it makes, as one plan for the full network.
 
         Args:
-            following: a plan for a network that ``apply(self, model)`` made.
+            following: a plan for a network that ``apply(self, model)`` made. It may prune groups that always stay in
+                this one (which was made with ``ignore``, say): they become groups of the result.
 
         Returns:
-            A plan with this one's groups and inputs, and the other's cost.
+            A plan with this one's inputs, and the other's cost.
 
         Raises:
             PlanError: if the other is a plan for another network.
         """
         own = {(piece.tensor, piece.dim): piece for piece in self.slices}
-        mask = self.mask.clone()
-        for piece in following.slices:
-            first = own.get((piece.tensor, piece.dim))
-            gone = (piece.units >= 0) & ~following.mask[piece.units.clamp(min=0)]
-            if first is None and not bool(gone.any()):
-                continue
-            if first is None or len(self.kept_indices(first)) != len(gone):
-                raise PlanError(f"the second plan is not for what the first one makes: {piece.tensor!r} differs")
-            units = first.units[self.kept_indices(first)[gone]]
-            if bool((units < 0).any()):
-                raise PlanError(f"the second plan removes channels of {piece.tensor!r} that always stay in the first")
-            mask[units] = False
+        theirs = {(piece.tensor, piece.dim): piece for piece in following.slices}
+        places = places_of(self, following)
+        added = {name: size for name, size in following.groups.items() if int(places[start_of(following, name)]) < 0}
+        number = {int(unit): len(self.mask) + n for n, unit in enumerate((places < 0).nonzero().flatten())}
+        mask = torch.cat([self.mask, following.mask[places < 0]])
+        mask[places[places >= 0]] &= following.mask[places >= 0]
+        slices = []
+        for key in {**own, **theirs}:
+            piece, other = own.get(key, theirs.get(key)), theirs.get(key)
+            assert piece is not None
+            size = len(piece.units) if key in own else len(theirs[key].units)
+            units = piece.units.clone() if key in own else torch.full((size,), -1)
+            if other is not None:
+                left = self.kept_indices(own[key]) if key in own else torch.arange(size)
+                fresh = (other.units >= 0) & (places[other.units.clamp(min=0)] < 0)
+                units[left[fresh]] = torch.tensor([number[int(u)] for u in other.units[fresh]], dtype=torch.int64)
+            slices.append(replace(piece, units=units))
         codes = {self.code, following.code}
         both = PruningPlan(
-            mask=mask, groups=self.groups, slices=self.slices, inputs=self.inputs,
+            mask=mask, groups={**self.groups, **{free_name(name, self.groups): n for name, n in added.items()}},
+            slices=tuple(slices), inputs=self.inputs,
             macs=(self.macs[0], following.macs[1]), params=(self.params[0], following.params[1]),
             code="rewritten" if "rewritten" in codes else "either" if "either" in codes else "own",
             exact=self.exact and following.exact,
         )  # fmt: skip
-        left = {(piece.tensor, piece.dim): len(following.kept_indices(piece)) for piece in following.slices}
-        for piece in self.slices:
-            kept = len(both.kept_indices(piece))
-            if kept != left.get((piece.tensor, piece.dim), len(self.kept_indices(piece))):
+        for piece in both.slices:
+            key = piece.tensor, piece.dim
+            expected = following.kept_indices(theirs[key]) if key in theirs else self.kept_indices(own[key])
+            if len(both.kept_indices(piece)) != len(expected):
                 raise PlanError(f"the second plan parts channels of {piece.tensor!r} that belong together in the first")
         return both
 
@@ -244,15 +251,51 @@ class PruningPlan:
             raise PlanError(f"{path}: not a pruning plan: no valid JSON ({error})") from error
 
 
+def places_of(first: PruningPlan, following: PruningPlan) -> Tensor:
+    """For each unit of a plan for a compact network its unit in the plan that made it, -1 for channels that stay there.
+
+    Raises:
+        PlanError: if the second plan is for another network, or takes units together that stay and that may go.
+    """
+    own = {(piece.tensor, piece.dim): piece for piece in first.slices}
+    unseen = -2
+    places = torch.full((len(following.mask),), unseen)
+    for piece in following.slices:
+        made = own.get((piece.tensor, piece.dim))
+        units = torch.full((len(piece.units),), -1)
+        if made is not None:
+            units = made.units[first.kept_indices(made)]
+            if len(units) != len(piece.units):
+                raise PlanError(f"the second plan is not for what the first one makes: {piece.tensor!r} differs")
+        inside = piece.units >= 0
+        before = places[piece.units[inside]]
+        both = (before != unseen) & ((before < 0) != (units[inside] < 0))
+        if bool(both.any()):
+            raise PlanError(f"channels of {piece.tensor!r} that the second plan takes together stay apart in the first")
+        places[piece.units[inside]] = units[inside]
+    return places
+
+
+def start_of(plan: PruningPlan, name: str) -> int:
+    """The first unit of a group."""
+    names = list(plan.groups)
+    return sum(plan.groups[before] for before in names[: names.index(name)])
+
+
+def free_name(name: str, taken: Mapping[str, int]) -> str:
+    """The name, with a number where it is taken."""
+    count, free = 1, name
+    while free in taken:
+        count += 1
+        free = f"{name}#{count}"
+    return free
+
+
 def unique_names(graph: ChannelGraph) -> dict[str, int]:
     """Group names with "#2", "#3" … where one layer makes the channels of several groups."""
     named: dict[str, int] = {}
     for group in graph.groups:
-        name, count = group.name, 1
-        while name in named:
-            count += 1
-            name = f"{group.name}#{count}"
-        named[name] = group.size
+        named[free_name(group.name, named)] = group.size
     return named
 
 

@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastprune.budget import Budget
-from fastprune.graph import ChannelGraph, trace
-from fastprune.graph.inputs import Example
-from fastprune.limits import Limits, groups_of_layers
+from fastprune.distributed import Distributed
+from fastprune.engine import choose_device
+from fastprune.graph import trace
+from fastprune.graph.inputs import Example, Inputs
+from fastprune.limits import Limits
+from fastprune.lineage import Lineage
 from fastprune.pruning import PruningResult, prune
 
 
@@ -32,14 +36,15 @@ def prune_in_steps(
         model: the trained network; it is not changed.
         example_inputs: as ``prune`` takes them.
         steps: how many; after step i of n, the part i/n of what the budget takes away is gone.
-        budget: of the last step, relative to ``model``.
+        budget: of the last step. Every step counts the channels that are left as they cost in ``model``.
         limits: of the widths, relative to ``model`` in every step.
         out: directory for the runs ``step-1``, ``step-2``, …; None = nothing is written.
         **arguments: the others of ``prune`` (method, data, its options, …).
 
     Yields:
         The result of each step. Its ``model`` is the network to train before the next one is asked for; its ``plan``
-        leads from the first ``model`` to it, its ``graph`` is that of the network before the step.
+        leads from the first ``model`` to it, its ``graph`` is that of the network before the step. A step that an
+        earlier one has reached already (with coarse widths) is left out.
 
     Raises:
         ValueError: if there are no steps, or for arguments that ``prune`` refuses.
@@ -57,38 +62,28 @@ def prune_in_steps(
     if arguments.get("resume") or arguments.get("after") is not None:
         raise ValueError("resume and after belong to single calls of prune")
     tracing = {name: arguments[name] for name in ("rewrite", "ignore", "exact") if name in arguments}
+    home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    first = trace(model, Inputs.of(example_inputs, model).map(lambda x: x.to(home)), **tracing)
     last = Budget.parse(budget) if isinstance(budget, str) else budget
     under = arguments.pop("conditions", None) or last.conditions
-    last = replace(last, conditions=replace(under, device=under.device or arguments.get("device")))
-    first = current = trace(model, example_inputs, **tracing)
+    device = under.device or arguments.get("device") or str(home)
+    last = replace(last, conditions=replace(under, device=str(choose_device(device))))
+    last.meter(first, Distributed.from_environment())
     full, limit = float(last.cost(first)), last.limit(first)
-    plan = None
+    limits, plan = limits or Limits(), None
     for step in range(1, steps + 1):
+        target = full - (full - limit) * step / steps
+        if plan is not None and float(last.cost(first, plan.mask)) <= target:
+            continue
+        lineage = Lineage(first, plan) if plan is not None else None
         result = prune(
             model,
             example_inputs,
-            budget=replace(last, value=full - (full - limit) * step / steps, absolute=True),
-            limits=relative_to(limits or Limits(), first, current),
+            budget=replace(last, value=target, absolute=True, lineage=lineage),
+            limits=replace(limits, lineage=lineage),
             out=None if out is None else Path(out) / f"step-{step}",
             after=plan,
             **arguments,
         )
         yield result
-        if step < steps:
-            model, plan = result.model, result.plan
-            current = trace(model, example_inputs, **tracing)
-
-
-def relative_to(limits: Limits, first: ChannelGraph, current: ChannelGraph) -> Limits:
-    """Limits of the first network's widths as limits of what is left of it."""
-    if first is current:
-        return limits
-    sizes = {group.name: group.size for group in first.groups}
-    ratios: dict[str, tuple[float, float]] = {}
-    for pattern, (least, most) in limits.keep_ratios.items():
-        for g in groups_of_layers(current, pattern):
-            group = current.groups[g]
-            grown = sizes.get(group.name, group.size) / group.size
-            before = ratios.get(group.name, (0.0, 1.0))
-            ratios[group.name] = max(before[0], min(1.0, least * grown)), min(before[1], min(1.0, most * grown))
-    return replace(limits, keep_ratios=ratios)
+        model, plan = result.model, result.plan

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import fastprune as fp
 from fastprune.masking import MaskedNetwork
 
-
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("shufflenet_v2_x1_0", "densenet121")]
 
 

@@ -148,3 +148,64 @@ def test_runs_that_cannot_be_pruned_further(
     assert main(shlex.split(f"prune --method l1 --out b {options}")) == 2
     assert message in capsys.readouterr().err
     assert not Path("b").exists()
+
+
+def test_a_second_plan_may_prune_what_the_first_left_alone() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18().eval()
+    first = fp.prune(model, EXAMPLE, method="l1", budget="flops=0.8", ignore=["layer1"])
+    second = fp.prune(first.model, EXAMPLE, method="l1", budget="flops=0.5", after=first.plan)
+    assert len(second.plan.groups) > len(first.plan.groups)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(fp.apply(second.plan, model)(images), second.model(images))
+    assert second.plan.widths["layer1.0.conv1"][0] < 64
+    again = fp.PruningPlan.from_json(second.plan.to_json())
+    assert torch.equal(again.mask, second.plan.mask)
+
+
+def test_steps_that_are_reached_already_are_left_out() -> None:
+    model = fp.models.create("resnet20")
+    results = list(
+        fp.prune_in_steps(model, EXAMPLE, steps=20, budget="flops=0.65", method="l1", limits=fp.Limits(round_to=16))
+    )
+    assert 1 <= len(results) < 20
+    assert results[-1].plan.macs[1] <= 0.65 * results[-1].plan.macs[0]
+
+
+@pytest.mark.parametrize("budget", ["eq8=0.4", "auth=0.6"])
+def test_counts_of_steps_are_those_of_the_first_network(budget: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 64, 1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1),
+    )  # fmt: skip
+    graph, example = fp.trace(model, EXAMPLE), EXAMPLE
+    *_, last = fp.prune_in_steps(model, example, steps=4, budget=budget, method="l1")
+    flops, _, part = budget.partition("=")
+    left = graph.cost(last.plan.mask, flops=flops).macs / graph.cost(flops=flops).macs  # type: ignore[arg-type]
+    assert float(part) - 0.02 < float(left) <= float(part)
+
+
+class Split(nn.Module):
+    """One layer that makes the channels of two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 32, 1), nn.Conv2d(24, 40, 1), nn.Conv2d(8, 40, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = self.a(x).relu().split([24, 8], 1)
+        return self.b(x), self.c(y)
+
+
+def test_limits_of_steps_where_a_layer_makes_several_groups() -> None:
+    torch.manual_seed(0)
+    limits = fp.Limits(keep_ratios={"a": (0.5, 1.0)})
+    model = Split()
+    for result in fp.prune_in_steps(
+        model, torch.zeros(1, 3, 8, 8), steps=4, budget="flops=0.55", method="l1", limits=limits, ranking="global"
+    ):
+        assert result.plan.widths["a"][0] >= 12
+        assert result.plan.widths["a#2"][0] >= 4
