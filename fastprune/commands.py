@@ -84,14 +84,15 @@ def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, 
     return (3, 32, 32) if settings.model in models.available() else (3, 224, 224)
 
 
-def build_model(settings: ModelSettings, data: SourceData | None) -> nn.Module:
-    """The network with its weights, sized for the data."""
+def build_model(settings: ModelSettings, data: SourceData | None, *, classes_of: str | None = None) -> nn.Module:
+    """The network with its weights, sized for the data; without data for its weights, or those of another file."""
     needed(model=settings.model)
     channels = input_shape(settings, data)[0]
     if data is not None:
         classes: int | None = data.num_classes
     else:
-        classes = classes_in(settings.weights) if settings.weights is not None else None
+        weights = settings.weights or classes_of
+        classes = classes_in(weights) if weights is not None else None
     # Every factory makes networks for 3 channels; only some can be asked for another number.
     in_channels = None if channels == 3 else channels
     try:
@@ -201,8 +202,10 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     peers = Distributed.from_environment()
     data = open_data(settings.data, settings) if settings.data else None
     torch.manual_seed(settings.seed)
-    model, shape, before = build_model(settings, data), input_shape(settings, data), None
-    if settings.from_run is not None:
+    shape, before = input_shape(settings, data), None
+    if settings.from_run is None:
+        model = build_model(settings, data)
+    else:
         base = RunDirectory.open(settings.from_run, peers)
         model, before = compact_of(base, settings, data), PruningPlan.load(base.plan_path)
     check_fit(model, settings.model, shape)
@@ -227,11 +230,12 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         **options,
     )
     compared = measure({"baseline": model, "compact": result.model}, data, settings.device, peers)
+    begun_with = result.graph.cost()  # with --from_run that of a compact network already
+    compared["baseline"] |= {"macs": round(float(begun_with.macs)), "params": round(float(begun_with.params))}
+    compared["compact"] |= {what: result.metrics[what]["planned"] for what in ("macs", "params")}
     for name, column in (("baseline", "full"), ("compact", "planned")):
-        measured = {
-            what: result.metrics[what] for what in ("macs", "params", "ms", "measured_ms") if what in result.metrics
-        }
-        compared[name] |= {what: both[column] for what, both in measured.items()}
+        times = {"ms", "measured_ms"} & result.metrics.keys()
+        compared[name] |= {what: result.metrics[what][column] for what in times}
     run = RunDirectory.open(str(settings.out), peers)
     run.log({"stage": "result", "method": settings.method, "budget": settings.budget, **compared})
     if not result.plan.exact:
@@ -413,8 +417,11 @@ def continued(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     earlier = RunDirectory.open(values["from_run"]).config
     if earlier.get("command") != "prune":
         raise ValueError(f"--from_run {values['from_run']}: this is a run of 'fastprune {earlier.get('command')}'")
-    taken = {name: earlier.get(name) for name in ("model", "weights")}
-    return {**values, **taken, **{name: values[name] or earlier.get(name) for name in ("input", "data", "image_size")}}
+    # The held-out part stays what it was: the earlier run has trained on the rest.
+    inherited = {"data", "image_size", "held_out", "seed"} - given
+    if not values["data"]:
+        inherited.add("input")  # the size that was told for want of images
+    return {**values, **{name: earlier.get(name) for name in ("model", "weights", *(inherited - given))}}
 
 
 def method_options(method: type[Method], values: Any) -> dict[str, Any]:
@@ -456,7 +463,7 @@ def compact_of(run: RunDirectory, origin: NetworkSettings, data: SourceData | No
     """The compact network of a pruning run, with its current weights."""
     if not run.plan_path.is_file():
         raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")
-    full = build_model(ModelSettings(origin.model, None, origin.input), data)
+    full = build_model(ModelSettings(origin.model, None, origin.input), data, classes_of=str(run.model_path))
     compact = apply(PruningPlan.load(run.plan_path), full, check=False)  # verified when the run was made
     models.load_weights(compact, run.model_path)
     return compact.eval()

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,25 +124,36 @@ def prune(
     begun = time.monotonic()
     chosen = Budget.parse(budget) if isinstance(budget, str) else budget
     limits = limits or Limits()
+    where = _device_of(model) if device is None else choose_device(device)
+    if conditions is not None and conditions != Conditions() and chosen.resource != "latency":
+        raise ValueError(f"conditions: the budget '{chosen}' is none of latency")
+    under = conditions or chosen.conditions
+    chosen = replace(chosen, conditions=replace(under, device=under.device or str(where)))
     method_class = load(method) if isinstance(method, str) else method
     worker = method_class(configure(method_class, options))
     if method_class.needs_data and data is None:
         raise ValueError(f"method {method_class.name!r} searches on training data: give data=")
     if resume and out is None:
         raise ValueError("resume: give out=, the directory of the run to continue")
+    of_latency = chosen.resource == "latency"
     config = {
         "command": "prune",
         **(run_config or {}),
         "method": method_class.name,
         "budget": budget if isinstance(budget, str) else budget.text,
         **limits.as_settings(),
+        **({f"latency_{name}": value for name, value in asdict(chosen.conditions).items()} if of_latency else {}),
+        "keep_class": not rewrite,
+        "inexact": not exact,
+        "ignore": list(ignore),
+        "precision": precision,
+        "channels_last": channels_last,
         "seed": seed,
         method_class.name: plain({f.name: getattr(worker.config, f.name) for f in fields_of(type(worker.config))}),
     }
     peers = Distributed.from_environment()
     if resume:
         same_run(RunDirectory.open(str(out), peers), config)
-    where = _device_of(model) if device is None else choose_device(device)
     placement = Placement(where, precision, channels_last)
     source = data.to(where) if isinstance(data, Data) else None if data is None else UserData(data)
     inputs = Inputs.of(example_inputs, model)
@@ -151,8 +162,6 @@ def prune(
     seed_everything(seed)
     network = _own_copy(model, placement, trained=method_class.trains_weights)
     graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite, ignore=ignore, exact=exact)
-    under = conditions or chosen.conditions
-    chosen = replace(chosen, conditions=replace(under, device=under.device or str(where)))
     chosen.meter(graph, peers)
     chosen.limit(graph)
     limits.widths(graph)
@@ -179,7 +188,6 @@ def prune(
     metrics: dict[str, Any] = {
         "macs": {"full": whole.macs[0], "planned": whole.macs[1]},
         "params": {"full": whole.params[0], "planned": whole.params[1]},
-        **milliseconds(chosen, graph, plan, {"full": network, "planned": done.model}),
         "difference": done.difference,
         "seconds": time.monotonic() - begun,
         "search": {**search, **{name: float(value) for name, value in worker.results().items()}},
@@ -187,30 +195,29 @@ def prune(
     if run is not None and peers.is_main:
         whole.save(run.plan_path)
         save_weights(done.model, run.model_path)
+    if of_latency:
+        metrics["ms"] = {"full": float(chosen.cost(graph)), "planned": float(chosen.cost(graph, plan.mask))}
+        if peers.is_main:  # one process at a time, and what took hours is saved by now
+            metrics |= measured(chosen.conditions, graph, {"full": network, "planned": done.model})
+    if run is not None and peers.is_main:
         run.log({"stage": "plan", **metrics})
     peers.barrier()
     return PruningResult(done.model.eval(), whole, metrics, graph)
 
 
-def milliseconds(
-    budget: Budget, graph: ChannelGraph, plan: PruningPlan, networks: Mapping[str, nn.Module]
-) -> dict[str, dict[str, float]]:
-    """Under a budget of latency ``ms``, what the plan was made with, and ``measured_ms``, the networks themselves."""
-    if budget.resource != "latency":
-        return {}
-    found = {"ms": {"full": float(budget.cost(graph)), "planned": float(budget.cost(graph, plan.mask))}}
-    images, under = graph.traced.inputs.tensors, budget.conditions
+def measured(under: Conditions, graph: ChannelGraph, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+    """``measured_ms``, of the networks themselves; nothing where they take something else than one batch of images."""
+    images = graph.traced.inputs.tensors
     if len(images) > 1 or images[0].dim() != 4:
-        return found
+        return {}
     layout = torch.channels_last if under.channels_last else torch.contiguous_format
     copies = {
-        name: copied(network).to(torch.device(under.device or graph.device), getattr(torch, under.dtype))
+        name: copied(network).to(torch.device(str(under.device)), getattr(torch, under.dtype))
         .to(memory_format=layout)
         for name, network in networks.items()
     }  # fmt: skip
     channels, height, width = images[0].shape[1:]
-    found["measured_ms"] = measure_latencies(copies, (channels, height, width), batch=under.batch, repeats=10)
-    return found
+    return {"measured_ms": measure_latencies(copies, (channels, height, width), batch=under.batch, repeats=10)}
 
 
 def check(plan: PruningPlan, budget: Budget, limits: Limits, graph: ChannelGraph) -> None:
@@ -228,9 +235,13 @@ def check(plan: PruningPlan, budget: Budget, limits: Limits, graph: ChannelGraph
 
 
 def same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
-    """Refuse to go on with a search that was begun with another method, budget, seed or options."""
+    """Refuse to go on with a search that was begun with other arguments."""
     written = run.config
-    for name in ("method", "budget", "seed", "min_keep", "round_to", "keep_ratio", config["method"]):
+    result_depends_on = {name for name in config if name.startswith("latency_")} | {
+        *("method", "budget", "seed", config["method"], "min_keep", "round_to", "keep_ratio"),
+        *("keep_class", "inexact", "ignore", "precision", "channels_last"),
+    }
+    for name in sorted(result_depends_on):
         if name in written and written[name] != config[name]:
             raise ValueError(
                 f"resume: {str(run.path)!r} was begun with {name} {written[name]!r}, not {config[name]!r}; "

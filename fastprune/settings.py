@@ -79,7 +79,9 @@ class InspectSettings(ModelSettings):
 class PruneSettings(NetworkSettings):
     """Prune a trained network."""
 
-    from_run: str | None = setting(None, "prune the network of an earlier run further, as it was fine-tuned")
+    from_run: str | None = setting(
+        None, "prune the network of an earlier run further, as it is now; budget and limits are relative to it"
+    )
     method: str = setting("dmc", "a method's name, see 'fastprune methods'")
     budget: str = setting("flops=0.5", "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …")
     min_keep: int = setting(1, "units that stay at least in each group")
@@ -87,6 +89,7 @@ class PruneSettings(NetworkSettings):
     keep_ratio: tuple[str, ...] = setting(
         (), "PATTERN=LEAST:MOST, parts of these layers' channels that must and may stay ('layer1=0.5:1')", nargs="+"
     )
+    latency_device: str | None = setting(None, "device whose latency counts; the run's own without it")
     latency_batch: int = setting(1, "images in the forward pass whose latency counts")
     latency_dtype: str = setting("float32", "its precision: float32, bfloat16 or float16")
     latency_channels_last: bool = setting(False, "its memory layout is NHWC", action="store_true")
@@ -104,7 +107,7 @@ class PruneSettings(NetworkSettings):
     def conditions(self) -> Conditions:
         """Under which a latency counts."""
         dtype: Any = self.latency_dtype
-        return Conditions(batch=self.latency_batch, dtype=dtype, channels_last=self.latency_channels_last)
+        return Conditions(self.latency_device, self.latency_batch, dtype, self.latency_channels_last)
 
 
 @dataclass

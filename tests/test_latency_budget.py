@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from subprocess import run
 from typing import Any
@@ -17,7 +18,7 @@ import fastprune as fp
 from fastprune.budget import Budget, BudgetError
 from fastprune.cli import main
 from fastprune.distributed import Distributed
-from fastprune.fitting import fit
+from fastprune.fitting import fit, longest_prefix, rank
 from fastprune.graph import latency
 from fastprune.graph.stopwatch import Call, Stopwatch
 from fastprune.methods import registry
@@ -151,3 +152,41 @@ def test_two_processes_agree(tmp_path: Path) -> None:
 def test_one_process_has_nothing_to_agree_on(model: torch.nn.Module) -> None:
     graph = fp.trace(model, EXAMPLE)
     assert graph.latency(peers=Distributed()) is graph.latency()
+
+
+class Jagged:
+    """A meter that does not grow with every unit: odd widths take as long as the next four units would."""
+
+    def __init__(self, graph: fp.ChannelGraph) -> None:
+        self.model = graph.cost_model
+
+    def __call__(self, mask: torch.Tensor) -> torch.Tensor:
+        return self.of_widths(self.model.kept(mask))
+
+    def of_widths(self, kept: torch.Tensor) -> torch.Tensor:
+        return (kept + 4 * (kept % 2)).sum(-1)
+
+
+def test_the_longest_prefix_is_found_where_times_do_not_grow(model: torch.nn.Module) -> None:
+    graph = fp.trace(model, EXAMPLE)
+    scores = torch.rand(graph.num_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    order = rank(graph, fp.Limits().widths(graph), scores, torch.ones(graph.num_units, dtype=torch.bool))
+    meter = Jagged(graph)
+    costs = [float(meter(order.of_unit < count)) for count in range(len(order.sizes) + 1)]
+    assert any(a > b for a, b in pairwise(costs))
+    for limit in (min(costs), 100.0, 151.0, 203.0, 300.0):
+        expected = max((count for count, cost in enumerate(costs) if cost <= limit), default=None)
+        assert longest_prefix(graph, meter, order, limit, grows=False) == expected
+    assert longest_prefix(graph, meter, order, min(costs) - 1, grows=False) is None
+
+
+def test_conditions_without_a_latency_are_refused(model: torch.nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"the budget 'flops=0\.5' is none of latency"):
+        fp.prune(model, EXAMPLE, method="l1", budget="flops=0.5", conditions=fp.Conditions(batch=8))
+
+
+def test_steps_take_the_times_of_the_first_network(model: torch.nn.Module) -> None:
+    results = list(fp.prune_in_steps(model, EXAMPLE, steps=3, budget="latency=0.7", method="l1", device="auto"))
+    own = fp.trace(model, EXAMPLE).latency()
+    left = float(own(results[-1].plan.mask)) / float(own(torch.ones(352)))
+    assert 0.66 < left <= 0.7

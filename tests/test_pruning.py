@@ -254,6 +254,10 @@ def test_resume_gives_the_same_bytes(tiny: nn.Module, tmp_path: Path) -> None:
         ({"method": "l2"}, "begun with method 'l1', not 'l2'"),
         ({"ranking": "global"}, "begun with l1 "),
         ({"limits": fp.Limits(round_to=2)}, "begun with round_to 1, not 2"),
+        ({"ignore": ["0"]}, r"begun with ignore \[\], not \['0'\]"),
+        ({"rewrite": False}, "begun with keep_class False, not True"),
+        ({"exact": False}, "begun with inexact False, not True"),
+        ({"channels_last": True}, "begun with channels_last False, not True"),
         ({"limits": fp.Limits(keep_ratios={"*": (0.1, 1)})}, r"begun with keep_ratio \[\], not"),
     ],
 )

@@ -130,6 +130,21 @@ def test_a_run_is_pruned_further(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(shlex.split(f"finetune --run {tmp_path}/b --epochs 1 --batch_size 32")) == 0
 
 
+def test_a_run_without_data_is_pruned_further(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its classes are those of its weights; what is compared are the network before and after this run."""
+    torch.manual_seed(0)
+    fp.models.save_weights(fp.models.create("resnet20", num_classes=7), tmp_path / "seven.safetensors")
+    weights = f"--weights {tmp_path}/seven.safetensors --input 3x16x16"
+    line = f"prune --model resnet20 {weights} --method l1 --ignore layer1 --out {tmp_path}/a --json"
+    assert main(shlex.split(line)) == 0
+    first = json.loads(capsys.readouterr().out)
+    line = f"prune --from_run {tmp_path}/a --method l1 --budget flops=0.7 --out {tmp_path}/b --json"
+    assert main(shlex.split(line)) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["baseline"] == first["compact"]
+    assert second["compact"]["macs"] <= 0.7 * second["baseline"]["macs"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -159,13 +159,16 @@ class Flow:
         return None
 
     def pixels_scaled(self, layer: Layer) -> int:
-        """The pixels of what an attention branch's last layer scales."""
-        pending = list(self.nodes[layer.node].users)
+        """The pixels of what an attention branch's last layer scales, see ``only_scales``."""
+        start = self.nodes[layer.node]
+        own, pending = {start}, list(start.users)
         while pending:
             node = pending.pop()
-            if operator_name(node) == "mul":
+            if operator_name(node) == "mul" and any(x not in own and x.op != "get_attr" for x in node.all_input_nodes):
                 return prod(concrete(size) for size in node.meta["val"].shape[2:])
-            pending += node.users
+            if node not in own:
+                own.add(node)
+                pending += node.users
         return 0
 
 
