@@ -575,7 +575,10 @@ def observed() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "DataParallel": (lambda: nn.DataParallel(Net()), r"the model is a DataParallel: .*\(model\.module\)"),
     "compiled": (lambda: torch.compile(Net()), r"OptimizedModule: .*\(model\._orig_mod\)"),
-    "compiled part": (lambda: nn.Sequential(torch.compile(nn.Conv2d(3, 4, 1))), r"'0' .*\(model\.0\._orig_mod\)"),
+    "compiled part": (
+        lambda: nn.Sequential(torch.compile(nn.Conv2d(3, 4, 1))), r"'0' .*\(model\.get_submodule\('0'\)\._orig_mod\)"
+    ),
+    "wrapped part": (lambda: Net(inner=nn.DataParallel(nn.Conv2d(3, 4, 1))), r"'inner' .*\(model\.inner\.module\)"),
     "scripted": (lambda: nn.Sequential(torch.jit.script(nn.Conv2d(3, 4, 1))), "'0' is a ScriptModule: give the module"),
     "exported": (
         lambda: torch.export.export(Net().eval(), (IMAGES,)).module(), "the model is an exported program: give the"
