@@ -148,9 +148,19 @@ def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: 
 
 
 class InFloat64(TorchDispatchMode):
-    """Where a model's own code asks for a floating-point type (half precision, say), it gets float64."""
+    """Where a model's own code asks for a floating-point type (half precision, say) or for none, it gets float64."""
 
     supports_higher_order_operators = True
+
+    def __enter__(self) -> InFloat64:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self.default)
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
