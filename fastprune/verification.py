@@ -80,17 +80,22 @@ def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: to
     """
     if dtype is not None and dtype not in TOLERANCE:
         raise ValueError(f"dtype {dtype}: float32 or float64 is needed")
-    if any(t.is_meta for t in state_of(model).values()):
-        raise SurgeryError(
-            f"{type(model).__name__} is on the meta device and has no values to compare; load its weights first, "
-            "or apply the plan with check=False"
-        )
+    require_values(model)
     reference = masked(model, plan)
     precisions = [dtype] if dtype is not None else precisions_for(model)
     if not plan.exact:
         return compare(plan, reference, compact, precisions[0])
     failure = f"the plan cannot be applied exactly to {type(model).__name__}: compact and masked outputs differ"
     return prove_equal(plan, reference, compact, precisions, failure)
+
+
+def require_values(model: nn.Module) -> None:
+    """Refuse to compare a model that has no values yet."""
+    if any(t.is_meta for t in state_of(model).values()):
+        raise SurgeryError(
+            f"{type(model).__name__} is on the meta device and has no values to compare; load its weights first, "
+            "or apply the plan with check=False"
+        )
 
 
 def precisions_for(model: nn.Module) -> list[torch.dtype]:

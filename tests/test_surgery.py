@@ -281,3 +281,16 @@ def test_the_default_type_is_as_it_was_after_a_failure(tiny: nn.Module) -> None:
     with pytest.raises(fp.SurgeryError, match="the compact model does not run"):
         fp.verify(plan, tiny, broken, dtype=torch.float64)
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_a_model_without_values_is_traced_and_refused_once(tiny: nn.Module, rewrite: bool) -> None:
+    example = torch.zeros(1, 3, 16, 16)
+    graph = fp.trace(tiny, example, rewrite=rewrite)
+    empty = copy.deepcopy(tiny).to("meta")
+    assert fp.trace(empty, example, rewrite=rewrite).groups == graph.groups
+    plan = graph.plan(random_mask(graph, 0))
+    with pytest.raises(fp.SurgeryError, match=r"^[^.]*check=False$") as caught:
+        fp.apply(plan, empty)
+    assert str(caught.value).count("meta device") == 1
+    assert all(p.is_meta for p in fp.apply(plan, empty, check=False).parameters())

@@ -191,6 +191,8 @@ def trace_graphs(model: nn.Module, example: Example | Inputs) -> Traced:
     """
     refuse(model)
     inputs = example if isinstance(example, Inputs) else Inputs.of(example, model)
+    if has_no_values(model):
+        inputs = inputs.map(lambda x: x.to("meta"))
     evaluation, any_batch = export(model, inputs, training=False)
     if not any(shape is not None for shape in results_of(evaluation)[1]):
         raise TraceError(f"{type(model).__name__} returns no tensor, so that nothing depends on its channels")
@@ -239,6 +241,12 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under all their names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def has_no_values(model: nn.Module) -> bool:
+    """Whether all of a model is on the meta device."""
+    tensors = state_of(model).values()
+    return bool(tensors) and all(t.is_meta for t in tensors)
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:
