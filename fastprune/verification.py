@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastprune.closed_inputs import ClosedInputs
 from fastprune.graph.tracing import mode_of, state_of
 from fastprune.plan import PruningPlan
 from fastprune.slicing import SurgeryError, copied, fits
@@ -37,26 +37,20 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
     fits(plan, model)
     full = copied(model)
     tensors = state_of(full)
+    closed_inputs: dict[str, Tensor] = {}
     with torch.no_grad():
         for piece in plan.slices:
             if piece.role == "in":
                 closed = torch.ones(len(piece.units), dtype=torch.bool)
                 closed[plan.kept_indices(piece)] = False
-                weight = tensors[piece.tensor]
                 if piece.computed:
-                    owner = piece.tensor.rpartition(".")[0].partition(".parametrizations")[0]
-                    close = partial(close_inputs, closed=closed, dim=-1 if weight.dim() == 2 else 1)
-                    full.get_submodule(owner).register_forward_pre_hook(close)
-                    continue
-                weight.index_fill_(piece.dim, closed.nonzero().flatten().to(weight.device), 0.0)
+                    closed_inputs[piece.tensor] = closed
+                else:
+                    weight = tensors[piece.tensor]
+                    weight.index_fill_(piece.dim, closed.nonzero().flatten().to(weight.device), 0.0)
+    if closed_inputs:
+        ClosedInputs(closed_inputs).around(full)
     return full
-
-
-def close_inputs(module: nn.Module, args: tuple[Any, ...], *, closed: Tensor, dim: int) -> tuple[Any, ...]:
-    """Zero the closed channels of a layer's input; a grouped layer reads the same channels of each group."""
-    x: Tensor = args[0]
-    indices = closed.repeat(x.shape[dim] // len(closed)).nonzero().flatten()
-    return (x.index_fill(dim, indices.to(x.device), 0.0), *args[1:])
 
 
 def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: torch.dtype | None = None) -> float:
@@ -165,7 +159,7 @@ class InFloat64(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         torch.set_default_dtype(self.default)
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
