@@ -15,7 +15,6 @@ from fastprune.graph.regions import autocast_depth
 from fastprune.masking import MaskedNetwork
 from fastprune.rewritten import rewritten as as_graph
 
-
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("shufflenet_v2_x1_0", "densenet121")]
 
 
