@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph
-from fastprune.graph.regions import GRADIENTS
+from fastprune.graph.regions import GRADIENTS, modes_kept
 
 # In-place operators that exporters leave in the graph, and what computes the same without overwriting its input.
 OUT_OF_PLACE: dict[Any, Any] = {
@@ -95,7 +95,8 @@ class MaskedNetwork(nn.Module):
                 f"images: this model could only be traced for batches of {self.batch}, got {images[0].shape[0]}; "
                 "trace it with an example of the batch size that is used"
             )
-        return pytree.tree_unflatten(self.network(*images, gates), self.out_spec)
+        with modes_kept():
+            return pytree.tree_unflatten(self.network(*images, gates), self.out_spec)
 
 
 def gated(graph: ChannelGraph) -> GraphModule:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
@@ -18,6 +17,7 @@ from fastprune.graph.inputs import Inputs
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.propagate import Propagation
 from fastprune.graph.refusals import TraceError
+from fastprune.graph.regions import modes_kept
 from fastprune.graph.rewrite import RewriteError, Rewritten, rewrite
 from fastprune.graph.tracing import Guards, Traced, attribute_of, export, export_for_sizes, state_of, trace_graphs
 from fastprune.plan import PlanError, PruningPlan
@@ -91,7 +91,7 @@ class RewrittenNetwork(nn.Module):
         self.require_sizes(inputs)
         tensors = [attribute_of(self, name) for name in self._takes[mode]]
         graph: Any = self.training_graph if mode else self.evaluation_graph
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # as it was, should a region without gradients fail
+        with modes_kept():
             return pytree.tree_unflatten(graph(*inputs, *tensors), self._results[mode])
 
     def require_sizes(self, inputs: list[Tensor]) -> None:

@@ -12,7 +12,7 @@ from fastprune.graph.tracing import Traced
 from fastprune.plan import PruningPlan
 from fastprune.rewritten import rewritten
 from fastprune.slicing import SurgeryError, slice_optimizer, sliced
-from fastprune.verification import masked, precisions_for, prove_equal, verify
+from fastprune.verification import masked, precisions_for, prove_equal, require_values, verify
 
 __all__ = ["Cut", "SurgeryError", "apply", "cut", "masked", "slice_optimizer", "verify"]
 
@@ -69,6 +69,7 @@ def cut(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> Cu
         model: the full model.
         traced: its graphs; None = traced here where they are needed.
     """
+    require_values(model)
     compact = sliced(plan, model)
     if not plan.exact:
         return cut_inexactly(plan, model, compact, traced)

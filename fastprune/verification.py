@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastprune.closed_inputs import ClosedInputs
 from fastprune.graph.tracing import mode_of, state_of
 from fastprune.plan import PruningPlan
 from fastprune.slicing import SurgeryError, copied, fits
@@ -37,26 +37,20 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
     fits(plan, model)
     full = copied(model)
     tensors = state_of(full)
+    closed_inputs: dict[str, Tensor] = {}
     with torch.no_grad():
         for piece in plan.slices:
             if piece.role == "in":
                 closed = torch.ones(len(piece.units), dtype=torch.bool)
                 closed[plan.kept_indices(piece)] = False
-                weight = tensors[piece.tensor]
                 if piece.computed:
-                    owner = piece.tensor.rpartition(".")[0].partition(".parametrizations")[0]
-                    close = partial(close_inputs, closed=closed, dim=-1 if weight.dim() == 2 else 1)
-                    full.get_submodule(owner).register_forward_pre_hook(close)
-                    continue
-                weight.index_fill_(piece.dim, closed.nonzero().flatten().to(weight.device), 0.0)
+                    closed_inputs[piece.tensor] = closed
+                else:
+                    weight = tensors[piece.tensor]
+                    weight.index_fill_(piece.dim, closed.nonzero().flatten().to(weight.device), 0.0)
+    if closed_inputs:
+        ClosedInputs(closed_inputs).around(full)
     return full
-
-
-def close_inputs(module: nn.Module, args: tuple[Any, ...], *, closed: Tensor, dim: int) -> tuple[Any, ...]:
-    """Zero the closed channels of a layer's input; a grouped layer reads the same channels of each group."""
-    x: Tensor = args[0]
-    indices = closed.repeat(x.shape[dim] // len(closed)).nonzero().flatten()
-    return (x.index_fill(dim, indices.to(x.device), 0.0), *args[1:])
 
 
 def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: torch.dtype | None = None) -> float:
@@ -80,17 +74,22 @@ def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: to
     """
     if dtype is not None and dtype not in TOLERANCE:
         raise ValueError(f"dtype {dtype}: float32 or float64 is needed")
-    if any(t.is_meta for t in state_of(model).values()):
-        raise SurgeryError(
-            f"{type(model).__name__} is on the meta device and has no values to compare; load its weights first, "
-            "or apply the plan with check=False"
-        )
+    require_values(model)
     reference = masked(model, plan)
     precisions = [dtype] if dtype is not None else precisions_for(model)
     if not plan.exact:
         return compare(plan, reference, compact, precisions[0])
     failure = f"the plan cannot be applied exactly to {type(model).__name__}: compact and masked outputs differ"
     return prove_equal(plan, reference, compact, precisions, failure)
+
+
+def require_values(model: nn.Module) -> None:
+    """Refuse to compare a model that has no values yet."""
+    if any(t.is_meta for t in state_of(model).values()):
+        raise SurgeryError(
+            f"{type(model).__name__} is on the meta device and has no values to compare; load its weights first, "
+            "or apply the plan with check=False"
+        )
 
 
 def precisions_for(model: nn.Module) -> list[torch.dtype]:
@@ -148,9 +147,19 @@ def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: 
 
 
 class InFloat64(TorchDispatchMode):
-    """Where a model's own code asks for a floating-point type (half precision, say), it gets float64."""
+    """Where a model's own code asks for a floating-point type (half precision, say) or for none, it gets float64."""
 
     supports_higher_order_operators = True
+
+    def __enter__(self) -> InFloat64:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self.default)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -11,7 +11,9 @@ import torchvision
 from torch import Tensor, nn
 
 import fastprune as fp
+from fastprune.graph.regions import autocast_depth
 from fastprune.masking import MaskedNetwork
+from fastprune.rewritten import rewritten as as_graph
 
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("shufflenet_v2_x1_0", "densenet121")]
 
@@ -120,3 +122,38 @@ def test_gates_of_another_length_are_refused(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="a vector of 50 units is needed"):
         MaskedNetwork(graph, tiny)(torch.randn(2, 3, 16, 16), torch.ones(49))
+
+
+class Regions(nn.Module):
+    """A layer without gradients and one in lower precision, which takes images of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Linear(4 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            return self.head(torch.relu(self.second(torch.relu(self.first(x)))).flatten(1)).float()
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_a_failure_within_a_region_leaves_the_modes_as_they_were(rewritten: bool) -> None:
+    model, example = Regions().eval(), torch.zeros(2, 3, 4, 4)
+    graph = fp.trace(model, example)
+    plan = graph.plan(torch.ones(graph.num_units))
+    network = as_graph(plan, model, copy.deepcopy(model)) if rewritten else MaskedNetwork(graph, model)
+    gates = () if rewritten else (torch.ones(graph.num_units),)
+    assert torch.isfinite(network(example, *gates)).all()
+    (network.head if rewritten else network.network.head)._parameters["weight"] = torch.zeros(3, 5)
+    before = torch.get_autocast_dtype("cpu"), autocast_depth()
+    with torch.autocast("cpu", dtype=torch.float16):
+        with pytest.raises(RuntimeError, match="shapes"):
+            network(example, *gates)
+        assert torch.get_autocast_dtype("cpu") == torch.float16
+        assert torch.is_grad_enabled()
+    with pytest.raises(RuntimeError, match="shapes"):
+        network(example, *gates)
+    assert not torch.is_autocast_enabled("cpu")
+    assert (torch.get_autocast_dtype("cpu"), autocast_depth()) == before
+    assert torch.is_grad_enabled()
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

@@ -252,3 +252,45 @@ def test_inputs_by_name(rewritten: bool) -> None:
 def test_inputs_that_the_model_does_not_take_are_refused() -> None:
     with pytest.raises(TypeError, match=r"Two\.forward does not take \['image', 'noise'\]"):
         fp.trace(Two(), {"image": torch.zeros(1, 3, 8, 8), "noise": torch.zeros(1, 2, 8, 8)})
+
+
+@pytest.mark.parametrize("code", [lambda x: torch.ones(len(x), 3), lambda x: torch.eye(3)[:1].expand(len(x), 3)])
+def test_tensors_of_the_default_type_are_compared_in_float64(code: Callable[[Tensor], Tensor]) -> None:
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+            self.w = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x))).mean((2, 3)) + nn.functional.linear(code(x), self.w)
+
+    model = Made().eval()
+    graph = fp.trace(model, torch.zeros(1, 3, 8, 8))
+    plan = graph.plan(random_mask(graph, 0))
+    compact = fp.apply(plan, model)
+    assert fp.verify(plan, model, compact, dtype=torch.float64) < 1e-12
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_default_type_is_as_it_was_after_a_failure(tiny: nn.Module) -> None:
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
+    plan = graph.plan(torch.ones(graph.num_units))
+    broken = copy.deepcopy(tiny)
+    broken.register_forward_pre_hook(lambda module, args: args[0][:, :1])
+    with pytest.raises(fp.SurgeryError, match="the compact model does not run"):
+        fp.verify(plan, tiny, broken, dtype=torch.float64)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_a_model_without_values_is_traced_and_refused_once(tiny: nn.Module, rewrite: bool) -> None:
+    example = torch.zeros(1, 3, 16, 16)
+    graph = fp.trace(tiny, example, rewrite=rewrite)
+    empty = copy.deepcopy(tiny).to("meta")
+    assert fp.trace(empty, example, rewrite=rewrite).groups == graph.groups
+    plan = graph.plan(random_mask(graph, 0))
+    with pytest.raises(fp.SurgeryError, match=r"^[^.]*check=False$") as caught:
+        fp.apply(plan, empty)
+    assert str(caught.value).count("meta device") == 1
+    assert all(p.is_meta for p in fp.apply(plan, empty, check=False).parameters())

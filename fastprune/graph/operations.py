@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.labels import core, varying
 from fastprune.graph.propagate import Propagation, Weight
+from fastprune.graph.regions import modes_kept
 from fastprune.graph.rewrite import argument_of
 from fastprune.graph.rules import module_of, operator_name
 from fastprune.graph.tracing import attribute_of
@@ -186,7 +187,7 @@ def record(
     inputs = graph.traced.inputs
     recorder = _Recorder(graph, device, dtype, channels_last=channels_last)
     rows = torch.arange(batch) % inputs.batch
-    with torch.inference_mode():
+    with torch.inference_mode(), modes_kept():
         try:
             recorder.run(*(recorder.placed(x[rows.to(x.device)]) for x in inputs.tensors))
         except RuntimeError as error:

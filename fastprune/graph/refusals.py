@@ -43,7 +43,7 @@ def refuse(model: nn.Module) -> None:
         kind = type(module).__name__
         where = repr(name) if name else "the model"
         if kind in WRAPPERS and type(module).__module__.startswith("torch."):
-            inner = f"model.{name}.{WRAPPERS[kind]}" if name else f"model.{WRAPPERS[kind]}"
+            inner = f"{expression_of(name)}.{WRAPPERS[kind]}"
             raise TraceError(f"{where} is a {kind}: give the network that it wraps ({inner}), and wrap the compact one")
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(
@@ -66,6 +66,13 @@ def refuse(model: nn.Module) -> None:
                     f"{where} is quantised (its {attribute} is {str(tensor.dtype).removeprefix('torch.')}): prune the "
                     "float model, and quantise the compact one"
                 )
+
+
+def expression_of(name: str) -> str:
+    """What stands for a module in Python, where the names of modules may be numbers."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return f"model.get_submodule({name!r})" if name else "model"
+    return f"model.{name}"
 
 
 def explained(model: nn.Module, error: Exception) -> str:

@@ -7,6 +7,8 @@ such a region as they do elsewhere, so its operators belong to the one graph tha
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,8 +32,35 @@ CALLS: dict[str, tuple[Any, Any, int]] = {
     "wrap_with_set_grad_enabled": (enter_gradients, leave_gradients, 1),
     "wrap_with_autocast": (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast, 4),
 }
+DEVICES = ("cpu", "cuda")  # those whose autocast settings a region may change
 GRADIENTS = (enter_gradients, leave_gradients)
 MODES = {call for enter, leave, _ in CALLS.values() for call in (enter, leave)}  # they compute nothing
+
+
+@contextmanager
+def modes_kept() -> Iterator[None]:
+    """Leave the modes as they were where a graph is executed: one that fails in a region does not reach its end."""
+    gradients, depth = torch.is_grad_enabled(), autocast_depth()
+    cached = torch.is_autocast_cache_enabled()
+    settings = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES]
+    try:
+        yield
+    except BaseException:
+        torch._C._set_grad_enabled(gradients)
+        torch.set_autocast_cache_enabled(cached)
+        for device, enabled, dtype in settings:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        while autocast_depth() > depth:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()  # as torch does where the outermost autocast ends
+        raise
+
+
+def autocast_depth() -> int:
+    """How many regions of autocast enclose the caller."""
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
 
 
 def write_out(module: GraphModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
@@ -337,6 +338,70 @@ def test_standardised_depthwise_and_grouped_convolutions(conv: Callable[..., nn.
     with torch.no_grad():
         weight = done.model[4].weight
         assert torch.equal(weight, model[4].weight[out][:, kept])
+
+
+class Pair(nn.Module):
+    """Two convolutions whose weights its own code standardises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        x = torch.relu(F.conv2d(x * kept["one"] if kept else x, self.standard(self.one)))
+        return F.conv2d(weight=self.standard(self.two), input=x * kept["two"] if kept else x)
+
+    def standard(self, weight: Tensor) -> Tensor:
+        return (weight - weight.mean((1, 2, 3), keepdim=True)) / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
+
+
+class AroundPair(nn.Module):
+    """Such a block between two layers; ``kept`` are the channels that its convolutions read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pair, self.last = nn.Conv2d(3, 8, 1), Pair(), nn.Linear(8, 4)
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.pair(torch.relu(self.first(x)), self.kept)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("weights", [["one"], ["two"], ["one", "two"]])
+def test_a_block_with_two_computed_weights_closes_what_each_of_them_reads(weights: list[str]) -> None:
+    torch.manual_seed(0)
+    model = AroundPair().double().eval()
+    graph = fp.trace(model, IMAGE, exact=False)
+    read = {s.tensor: s.units for s in graph.slices if s.computed and s.role == "in"}
+    assert set(read) == {"pair.one", "pair.two"}
+    mask, expected = torch.ones(graph.num_units), copy.deepcopy(model)
+    expected.kept = {name: torch.ones(8, 1, 1, dtype=torch.float64) for name in ("one", "two")}
+    for name in weights:
+        mask[read[f"pair.{name}"][2:5]] = 0
+        expected.kept[name][2:5] = 0
+    plan = graph.plan(mask)
+    done, reference = cut(plan, model), fp.masked(model, plan)
+    closed, compact = outputs(expected, plan), outputs(done.model, plan)
+    difference = float((closed - compact).abs().max() / closed.abs().max())
+    assert difference > 1e-3
+    assert done.difference == pytest.approx(difference, rel=1e-6)
+    for network in (reference, copy.deepcopy(reference)):
+        assert torch.allclose(outputs(network, plan), closed, rtol=1e-12)
+    with pytest.raises(RuntimeError):
+        reference(plan.example(model).tensors[0][:, :1])
+    assert torch.allclose(outputs(expected, plan), closed, rtol=1e-12)  # the run that failed left nothing behind
+    assert torch.allclose(outputs(reference, plan), closed, rtol=1e-12)
+
+
+def test_a_layer_that_cannot_be_found_is_refused() -> None:
+    torch.manual_seed(0)
+    model = AroundPair().double().eval()
+    graph = fp.trace(model, IMAGE, exact=False)
+    mask = torch.ones(graph.num_units)
+    mask[graph.layers[0].out_units[0]] = 0
+    model.pair.forward = MethodType(lambda pair, x, kept: x * pair.standard(pair.one).mean(), model.pair)
+    with pytest.raises(fp.SurgeryError, match=r"'pair.one': the layer .* could not be found"):
+        outputs(fp.masked(model, graph.plan(mask)), graph.plan(mask))
 
 
 def test_a_computed_weight_that_something_else_reads_stays() -> None:

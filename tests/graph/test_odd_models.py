@@ -327,6 +327,93 @@ def test_what_a_model_does_in_train_and_forward_is_undone() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+class Merging(nn.Linear):
+    """A layer of loralib's kind: in eval mode its weight holds the product of two small ones."""
+
+    def __init__(self, reads: int, makes: int) -> None:
+        super().__init__(reads, makes)
+        self.a, self.b = nn.Parameter(torch.randn(2, reads)), nn.Parameter(torch.randn(makes, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.b @ self.a).data
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self.merged else self.weight + self.b @ self.a, self.bias)
+
+
+class Moving(Merging):
+    """Its ``train`` gives the weight other memory, and keeps what it was."""
+
+    def train(self, mode: bool = True) -> Moving:
+        if mode == self.merged:
+            self.weight.data = self.weight.data.clone()
+        super().train(mode)
+        return self
+
+
+@pytest.mark.parametrize("layer", [Merging, Moving])
+@pytest.mark.parametrize("training", [True, False, None])
+def test_weights_that_train_changes_are_as_they_were(layer: type[Merging], training: bool | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), layer(8, 8), nn.Linear(8, 4))
+    model.train(training is not False)
+    if training is None:  # a model in train mode, a part of which is in eval mode
+        model[4].eval()
+    memory = [t.data_ptr() for t in model.state_dict().values()]
+    before, example = state(model), torch.randn(2, 6)
+    output, merged = model(example), model[4].merged
+    graph = fp.trace(model, example)
+    assert_same(model, before)
+    mask = torch.ones(graph.num_units)
+    mask[graph.layers[0].out_units[:5]] = 0
+    compact = fp.apply(graph.plan(mask), model)
+    assert_same(model, before)
+    assert [m.training for m in compact.modules()] == before[0]
+    fp.verify(graph.plan(mask), model, compact)
+    fp.prune(model, example, method="l1", budget="flops=0.8")
+    assert_same(model, before)
+    assert model[4].merged == merged
+    assert torch.equal(model(example), output)
+    assert [t.data_ptr() for t in model.state_dict().values()] == memory
+
+
+def assert_same(model: nn.Module, before: tuple[Any, ...]) -> None:
+    after = state(model)
+    torch.testing.assert_close(after[2], before[2], rtol=0, atol=0)
+    assert (after[0], after[1], after[3]) == (before[0], before[1], before[3])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_that_train_swaps_are_refused_by_name(training: bool) -> None:
+    class Swapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.full = nn.Conv2d(3, 8, 3)
+
+        def train(self, mode: bool = True) -> Swapping:
+            super().train(mode)
+            old, new = ("fused", "full") if mode else ("full", "fused")
+            if hasattr(self, old):
+                setattr(self, new, getattr(self, old))
+                delattr(self, old)
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.full if hasattr(self, "full") else self.fused)(x)
+
+    model = nn.Sequential(Swapping(), nn.ReLU(), nn.Conv2d(8, 4, 1)).train(training)
+    before = state(model)
+    with pytest.raises(fp.TraceError, match=r"'0' \(Swapping\) has other parameters .* 0\.full\.bias"):
+        fp.trace(model, torch.zeros(2, 3, 8, 8))
+    assert_same(model, before)
+    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_precision(dtype: torch.dtype) -> None:
     model = Net(norm_of_two, norm=nn.BatchNorm2d(8)).to(dtype)
@@ -575,7 +662,10 @@ def observed() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "DataParallel": (lambda: nn.DataParallel(Net()), r"the model is a DataParallel: .*\(model\.module\)"),
     "compiled": (lambda: torch.compile(Net()), r"OptimizedModule: .*\(model\._orig_mod\)"),
-    "compiled part": (lambda: nn.Sequential(torch.compile(nn.Conv2d(3, 4, 1))), r"'0' .*\(model\.0\._orig_mod\)"),
+    "compiled part": (
+        lambda: nn.Sequential(torch.compile(nn.Conv2d(3, 4, 1))), r"'0' .*\(model\.get_submodule\('0'\)\._orig_mod\)"
+    ),
+    "wrapped part": (lambda: Net(inner=nn.DataParallel(nn.Conv2d(3, 4, 1))), r"'inner' .*\(model\.inner\.module\)"),
     "scripted": (lambda: nn.Sequential(torch.jit.script(nn.Conv2d(3, 4, 1))), "'0' is a ScriptModule: give the module"),
     "exported": (
         lambda: torch.export.export(Net().eval(), (IMAGES,)).module(), "the model is an exported program: give the"
