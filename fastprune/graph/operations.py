@@ -13,7 +13,7 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.interpret import run_on_labels
-from fastprune.graph.labels import core, varying
+from fastprune.graph.labels import KEPT, core, varying
 from fastprune.graph.propagate import Propagation, Weight
 from fastprune.graph.rewrite import argument_of
 from fastprune.graph.rules import module_of, operator_name
@@ -209,12 +209,14 @@ class _Recorder(Interpreter):
         self.sizes = graph.offsets.diff().tolist()
         self.layers = {layer.node: layer for layer in graph.layers}
         self.units_of_dim = {(s.tensor, s.dim): s.units for s in graph.slices}
-        state = Propagation(rewrites=graph.rewrites)
+        # Labels end at nothing that mixes channels: which of them are prunable is what the graph says.
+        state = Propagation(exact=False, rewrites=graph.rewrites)
         self.labels = run_on_labels(graph.traced.evaluation, graph.traced.inputs, state, record=True)
         self.unit_of_label = np.full(state.space.count, -1)
         for key, labelled in state.dims.items():
             if key in self.units_of_dim:
                 self.unit_of_label[labelled.labels.numpy()] = self.units_of_dim[key].numpy()
+        self.unit_of_label[KEPT] = -1
         self.operations: list[Operation] = []
         self.footprint = 0
 

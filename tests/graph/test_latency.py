@@ -190,6 +190,58 @@ def test_grouped_convolutions_are_measured_at_whole_groups() -> None:
     assert knots == (32, 64, 96, 128)
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        centred = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, centred, self.bias, self.stride, self.padding)
+
+
+class Attention(nn.Module):
+    """Efficient channel attention: a kernel runs along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.kernel(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
+        return x * torch.sigmoid(y)[:, :, None, None]
+
+
+class Mixing(nn.Module):
+    """A layer norm over channels, channel attention, and a standardised weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 16), nn.LayerNorm(16)
+        self.second, self.attention = Standardised(16, 24, 1), Attention()
+        self.head = nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))[:, :, None, None]
+        return self.head(torch.tanh(self.attention(self.second(x))))
+
+
+def axes_of(graph: fp.ChannelGraph) -> list[tuple[str, list[tuple[int, tuple[tuple[int, int], ...]]]]]:
+    """Of each operator that has some: channels and groups."""
+    recording = record(graph, CPU, 2, torch.float32, channels_last=False)
+    return [(o.operator, [(axis.size, axis.counts) for axis in o.axes]) for o in recording.operations if o.axes]
+
+
+def test_operators_behind_what_mixes_channels_shrink_with_them() -> None:
+    images = torch.zeros(2, 6)
+    first, second = (16, ((0, 1),)), (24, ((1, 1),))
+    assert axes_of(fp.trace(Mixing(), images, exact=False)) == [
+        ("linear", [(6, ()), first]),
+        ("layer_norm", [first]), ("relu", [first]), ("conv2d", [first, second]),
+        ("mean", [second]), ("conv1d", [second]), ("sigmoid", [second]), ("mul", [second]), ("tanh", [second]),
+        ("conv2d", [second, (5, ())]),
+    ]  # fmt: skip
+    exact = fp.trace(Mixing(), images)
+    assert exact.num_units == 0
+    assert [axes for _, axes in axes_of(exact)] == [[(6, ()), (16, ())], [(1, ()), (1, ())], [(24, ()), (5, ())]]
+
+
 # --- what is run ----------------------------------------------------------------------------------------------------
 
 
