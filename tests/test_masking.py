@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import fastprune as fp
 from fastprune.masking import MaskedNetwork
 
-
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("shufflenet_v2_x1_0", "densenet121")]
 
 
@@ -115,6 +114,31 @@ def test_autocast_keeps_the_networks_precision(tiny: nn.Module) -> None:
     network = MaskedNetwork(graph, tiny)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert network(torch.randn(2, 3, 16, 16), torch.ones(graph.num_units)).dtype == torch.bfloat16
+
+
+class InFloat32(nn.Module):
+    """Its code says that its head reads float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.first(x)).float().mean((2, 3)).to(x.dtype))
+
+
+def test_autocast_runs_networks_that_convert_types() -> None:
+    model = InFloat32().eval()
+    graph = fp.trace(model, torch.zeros(1, 3, 8, 8))
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    gates = torch.ones(graph.num_units, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = MaskedNetwork(graph, model)(images, gates)
+        assert torch.equal(results, model(images))
+    assert results.dtype == torch.bfloat16
+    results.square().sum().backward()
+    assert gates.grad is not None
+    assert bool((gates.grad != 0).any())
 
 
 def test_gates_of_another_length_are_refused(tiny: nn.Module) -> None:

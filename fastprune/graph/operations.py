@@ -205,6 +205,7 @@ class _Recorder(Interpreter):
     def __init__(self, graph: ChannelGraph, device: torch.device, dtype: torch.dtype, *, channels_last: bool) -> None:
         super().__init__(graph.traced.evaluation)
         self.device, self.dtype, self.channels_last = device, dtype, channels_last
+        self.traced_dtype = next((x.dtype for x in graph.traced.inputs.tensors if x.is_floating_point()), None)
         self.group_of_unit = graph.group_of_unit.numpy()
         self.sizes = graph.offsets.diff().tolist()
         self.layers = {layer.node: layer for layer in graph.layers}
@@ -242,6 +243,8 @@ class _Recorder(Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": self.device}
+        # The network's own type is written in what converts to it ("x.to(y.dtype)") and in what makes tensors.
+        args, kwargs = pytree.tree_map(lambda x: self.dtype if x is self.traced_dtype else x, (args, kwargs))
         # In-place operators change the shape or the strides of what they read in rare cases: described before the call.
         described = self.described(n, args, kwargs)
         result = n.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,7 +1,8 @@
 """Regions of a graph that differ in their mode alone: written out in the graph that holds them.
 
 An exporter makes a graph of its own of what runs under ``torch.no_grad`` or ``torch.autocast``. Channels flow through
-such a region as they do elsewhere, so its operators belong to the one graph that labels run through.
+such a region as they do elsewhere, so its operators belong to the one graph that labels run through. What the exporter
+asserts of the types that it saw is left out: a network also runs with others, under autocast or in half precision.
 """
 
 from __future__ import annotations
@@ -30,16 +31,22 @@ CALLS: dict[str, tuple[Any, Any, int]] = {
     "wrap_with_set_grad_enabled": (enter_gradients, leave_gradients, 1),
     "wrap_with_autocast": (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast, 4),
 }
+ASSERTED_TYPE = torch.ops.aten._assert_tensor_metadata.default
 GRADIENTS = (enter_gradients, leave_gradients)
 MODES = {call for enter, leave, _ in CALLS.values() for call in (enter, leave)}  # they compute nothing
 
 
 def write_out(module: GraphModule) -> None:
-    """Replace each region by its operators, between calls that enter and leave its mode; regions in regions, too."""
+    """Replace each region by its operators, between calls that enter and leave its mode; regions in regions, too.
+
+    Assertions of types are left out.
+    """
     graph = module.graph
     while found := [node for node in graph.nodes if kind_of(node) is not None]:
         for node in found:
             replace(module, node)
+    for node in graph.find_nodes(op="call_function", target=ASSERTED_TYPE):
+        graph.erase_node(node)
     graph.lint()
     module.recompile()
 

@@ -30,7 +30,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def milliseconds(operator: str, shapes: Sequence[Sequence[int]]) -> float:
     """A made time: a product of widths for layers, a multiple of the width for others."""
-    width = shapes[0][1] if len(shapes[0]) > 1 else 0
+    width = shapes[0][1] if shapes and len(shapes[0]) > 1 else 0
     if operator == "conv2d" and shapes[1][1] == 1 and width > 1:
         return 0.2 + 1e-2 * width  # depthwise
     if operator in ("conv2d", "linear"):
@@ -301,6 +301,25 @@ def test_what_cannot_run_on_fewer_channels_is_scaled() -> None:
         model.of_widths(torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64)),
         torch.tensor([4.0, 8, 16], dtype=torch.float64),
     )
+
+
+class InFloat32(nn.Module):
+    """Its code says that its head reads float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x)).to(x.dtype).mean((2, 3))
+        return self.head(x + torch.ones(8, dtype=torch.float32))
+
+
+def test_networks_that_convert_types_are_measured_in_others() -> None:
+    graph = fp.trace(InFloat32(), torch.zeros(2, 3, 8, 8))
+    recording = record(graph, CPU, 2, torch.bfloat16, channels_last=False)
+    assert {x.dtype for o in recording.operations for x in o.operands} == {torch.bfloat16}
+    assert measure(graph, CPU, 2, torch.bfloat16, cache=False, timer=made, call_ms=0.0).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", pytest.param("densenet121", marks=pytest.mark.slow)])
