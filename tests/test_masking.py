@@ -141,6 +141,26 @@ def test_autocast_runs_networks_that_convert_types() -> None:
     assert bool((gates.grad != 0).any())
 
 
+class OfTwo(nn.Module):
+    """Works for two samples only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.reshape(2, 3, 4, 4))
+
+
+def test_a_batch_that_the_code_does_not_allow_is_refused() -> None:
+    model = OfTwo().eval()
+    network = MaskedNetwork(fp.trace(model, torch.zeros(2, 3, 4, 4)), model)
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.allclose(network(images, torch.ones(8)), model(images))
+    with pytest.raises(ValueError, match="this model could only be traced for batches of 2, got 3"):
+        network(torch.randn(3, 3, 4, 4), torch.ones(8))
+
+
 def test_gates_of_another_length_are_refused(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="a vector of 50 units is needed"):
