@@ -181,7 +181,7 @@ def record(
     """Run the full network once and write down its operations.
 
     Raises:
-        ValueError: for a batch that the exported graph does not hold for.
+        ValueError: for a batch that the exported graph does not hold for, or a type in which the network cannot run.
     """
     inputs = graph.traced.inputs
     recorder = _Recorder(graph, device, dtype, channels_last=channels_last)
@@ -189,14 +189,23 @@ def record(
     with torch.inference_mode():
         try:
             recorder.run(*(recorder.placed(x[rows.to(x.device)]) for x in inputs.tensors))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if batch == inputs.batch or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(
-                f"batch {batch}: the code of this network depends on the batch size, and it was traced with "
-                f"{inputs.batch}; trace it with an example of {batch} (2 at least), or give batch={inputs.batch}"
-            ) from error
+            raise ValueError(_refusal(graph, device, batch, dtype, error)) from error
     return Recording(tuple(recorder.operations), recorder.footprint)
+
+
+def _refusal(graph: ChannelGraph, device: torch.device, batch: int, dtype: torch.dtype, error: RuntimeError) -> str:
+    """Why the network could not be run once, and what to do."""
+    traced = graph.traced.inputs.batch
+    if batch == traced or graph.traced.any_batch:
+        return f"this network cannot run in {dtype} on {device.type!r} with a batch of {batch}: {error}"
+    again = f"trace it with an example of {batch}, or " if batch > 1 else ""  # one sample is traced as two
+    return (
+        f"batch {batch}: the code of this network depends on the batch size, and it was traced with "
+        f"{traced}; {again}give batch={traced}"
+    )
 
 
 class _Recorder(Interpreter):
@@ -204,6 +213,7 @@ class _Recorder(Interpreter):
 
     def __init__(self, graph: ChannelGraph, device: torch.device, dtype: torch.dtype, *, channels_last: bool) -> None:
         super().__init__(graph.traced.evaluation)
+        self.extra_traceback = False  # errors are in the operators' own words
         self.device, self.dtype, self.channels_last = device, dtype, channels_last
         self.traced_dtype = next((x.dtype for x in graph.traced.inputs.tensors if x.is_floating_point()), None)
         self.group_of_unit = graph.group_of_unit.numpy()

@@ -460,7 +460,30 @@ def test_a_batch_that_the_code_does_not_allow_is_refused() -> None:
     graph = fp.trace(OfTwo(), torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match="batch 3: the code of this network depends on the batch size"):
         measure(graph, CPU, 3, torch.float32, cache=False, timer=made)
+    with pytest.raises(ValueError, match=r"it was traced with 2; give batch=2$"):
+        measure(graph, CPU, 1, torch.float32, cache=False, timer=made)
     assert measure(graph, CPU, 2, torch.float32, cache=False, timer=made, call_ms=0.0).batch == 2
+
+
+class InFloat64(nn.Module):
+    """Its head has another type than the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.first(x)).mean((2, 3)).double())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_type_in_which_a_network_cannot_run_is_not_taken_for_a_batch(batch: int) -> None:
+    graph = fp.trace(InFloat64(), torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=rf"cannot run in torch.bfloat16 on 'cpu' with a batch of {batch}: ") as caught:
+        measure(graph, CPU, batch, torch.bfloat16, cache=False, timer=made)
+    assert str(caught.value).endswith(str(caught.value.__cause__))
+    assert "dtype" in str(caught.value)
+    assert "While executing" not in str(caught.value)
 
 
 def test_a_real_clock_and_the_cache_on_disk(tiny: nn.Module, own_cache: Path) -> None:
