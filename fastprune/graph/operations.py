@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.labels import KEPT, core, varying
-from fastprune.graph.propagate import Propagation, Weight
+from fastprune.graph.propagate import Computed, Propagation, Weight
 from fastprune.graph.rewrite import argument_of
 from fastprune.graph.rules import module_of, operator_name
 from fastprune.graph.tracing import attribute_of
@@ -219,14 +219,14 @@ class _Recorder(Interpreter):
         self.group_of_unit = graph.group_of_unit.numpy()
         self.sizes = graph.offsets.diff().tolist()
         self.layers = {layer.node: layer for layer in graph.layers}
-        self.units_of_dim = {(s.tensor, s.dim): s.units for s in graph.slices}
+        self.slices = {(s.tensor, s.dim): s for s in graph.slices}
         # Labels end at nothing that mixes channels: which of them are prunable is what the graph says.
         state = Propagation(exact=False, rewrites=graph.rewrites)
         self.labels = run_on_labels(graph.traced.evaluation, graph.traced.inputs, state, record=True)
         self.unit_of_label = np.full(state.space.count, -1)
         for key, labelled in state.dims.items():
-            if key in self.units_of_dim:
-                self.unit_of_label[labelled.labels.numpy()] = self.units_of_dim[key].numpy()
+            if key in self.slices:
+                self.unit_of_label[labelled.labels.numpy()] = self.slices[key].units.numpy()
         self.unit_of_label[KEPT] = -1
         self.operations: list[Operation] = []
         self.footprint = 0
@@ -312,32 +312,52 @@ class _Recorder(Interpreter):
         self, node: Node, layer: Layer, described: tuple[Any, Any]
     ) -> tuple[tuple[Axis, ...], tuple[Any, Any]]:
         """The widths in and out of a convolution or linear layer (one, if it is depthwise)."""
-        (x, weight, *rest), kwargs = described
-        groups = int(argument_of(node, "groups") or 1)
-        transposed = "transpose" in layer.kind or (layer.kind == "convolution" and bool(rest[4]))
+        groups = int(argument_of(node, "groups") or 1) if layer.depthwise or layer.kind.startswith("conv") else 1
         step = 1 if layer.depthwise else groups
         axes = [self.axis_of(layer.in_units.numpy(), step)]
-        makes = 0
         if not layer.depthwise:
             axes.append(self.axis_of(layer.out_units.numpy(), step))
-            makes = 1
-        first, second = (0, 1) if transposed else (1, 0)
-        dims = ((0, 0),) if layer.depthwise else ((first, 0), (second, 1))
-        x = scaled(x, ((layer.channel_dim, 0),), axes)
-        weight = scaled(weight, dims, axes)
-        rest = [scaled(leaf, ((0, makes),), axes) if isinstance(leaf, Operand) else leaf for leaf in rest]
-        kwargs = {
-            name: scaled(leaf, ((0, makes),), axes) if isinstance(leaf, Operand) else leaf
-            for name, leaf in kwargs.items()
-        }
+        leaves, spec = pytree.tree_flatten(described)
+        sources = self.sources(node, len(leaves))
+        for place, (leaf, source) in enumerate(zip(leaves, sources, strict=True)):
+            if isinstance(leaf, Operand):
+                dims = [(layer.channel_dim, 0)] if place == 0 else self.layer_dims(layer, source)
+                leaves[place] = scaled(leaf, dims, axes)
+        (args, kwargs) = pytree.tree_unflatten(leaves, spec)
         if layer.depthwise:
             names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
             place = names.index("groups")
-            if place < 2 + len(rest):
-                rest[place - 2] = Groups(groups)
+            if place < len(args):
+                args = (*args[:place], Groups(groups), *args[place + 1 :])
             else:
                 kwargs["groups"] = Groups(groups)
-        return tuple(axes), ((x, weight, *rest), kwargs)
+        return tuple(axes), (args, kwargs)
+
+    def layer_dims(self, layer: Layer, source: Any) -> list[tuple[int, int]]:
+        """The dimensions of what a layer reads, besides its input, along which channels lie; the axis of each."""
+        labels = self.labels.get(source)
+        makes = 0 if layer.depthwise else 1
+        found = []
+        if isinstance(labels, (Weight, Computed)):
+            for dim in range(len(labels.shape)):
+                piece = self.slices.get((labels.name, dim))
+                if piece is not None:
+                    reads = piece.role == "in" or (piece.role == "channel" and self.is_read(layer, piece.units))
+                    found.append((dim, 0 if reads else makes))
+        elif isinstance(labels, Tensor):
+            for dim in self.prunable_dims(labels):
+                units = torch.from_numpy(self.unit_of_label[core(labels).flatten().numpy()])
+                found.append((dim, 0 if self.is_read(layer, units) else makes))
+        return found
+
+    def is_read(self, layer: Layer, units: Tensor) -> bool:
+        """Whether channels are those that a layer reads, not those that it makes."""
+        return torch.equal(units, layer.in_units) and not torch.equal(units, layer.out_units)
+
+    def sources(self, node: Node, leaves: int) -> list[Node | None]:
+        """The node of each argument; of none where one node stands for several."""
+        found = pytree.tree_leaves((tuple(node.args), dict(node.kwargs)))
+        return [x if isinstance(x, Node) else None for x in found] if len(found) == leaves else [None] * leaves
 
     def axis(self, node: Node, described: tuple[Any, Any]) -> tuple[tuple[Axis, ...], tuple[Any, Any]]:
         """The width of the widest tensor that an operator reads or makes; the others shrink in proportion."""
@@ -362,7 +382,7 @@ class _Recorder(Interpreter):
         """The dimensions of a value along which channels leave; none where they lie along several."""
         if isinstance(labels, Weight):
             names = [(labels.name, dim) for dim in range(len(labels.shape))]
-            return [dim for name, dim in names if (name, dim) in self.units_of_dim]
+            return [dim for name, dim in names if (name, dim) in self.slices]
         if not isinstance(labels, Tensor) or not (self.unit_of_label[core(labels).numpy()] >= 0).any():
             return []
         ways = varying(labels)

@@ -8,6 +8,7 @@ comes from elsewhere, are views that wander through a pool as large as what the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -232,15 +233,18 @@ class Stopwatch:
         ]
 
     def runnable(self, operation: Operation) -> Operation:
-        """The operation, without its axes where it cannot be run on fewer channels (it holds their number, say)."""
-        if operation.layer or not operation.axes:
+        """The operation, without its axes where it cannot be run on fewer channels (it holds their number, say).
+
+        Of PyTorch's layers it is known that they can; of a user's own, its rule does not say so.
+        """
+        if (operation.layer and namespace(operation) == "aten") or not operation.axes:
             return operation
         try:
-            for knot in range(len(operation.axes[0].knots)):
-                call = self.calls(Segment((operation,)), ((knot,),))[0]
+            for knots in itertools.product(*(range(len(axis.knots)) for axis in operation.axes)):
+                call = self.calls(Segment((operation,)), (knots,))[0]
                 args, kwargs = call.arguments([])
                 operation.target(*args, **kwargs)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
             return full(operation)
         return operation
 
@@ -272,6 +276,11 @@ def pool_bytes(footprint: int) -> int:
     return min(LARGEST_POOL, 1 << max(0, math.ceil(math.log2(max(footprint, 1)))))
 
 
+def namespace(operation: Operation) -> str:
+    """Whose operator it is: "aten" for PyTorch's."""
+    return str(getattr(operation.target, "namespace", "aten"))
+
+
 def full(operation: Operation) -> Operation:
     """An operation that is run with all channels only."""
 
@@ -285,7 +294,8 @@ def table(operation: Operation, times: dict[tuple[int, ...], float]) -> Table:
     """Times by knots as rows; those of an operator that ran with all channels only, in proportion to them."""
     knots = [axis.knots for axis in operation.axes]
     if () in times and knots:
-        return [[times[()] * width / knots[0][-1] for width in knots[0]]]
+        first, second = [(1.0,), *([width / axis.size for width in axis.knots] for axis in operation.axes)][-2:]
+        return [[times[()] * a * b for b in second] for a in first]
     if len(knots) == 2:
         return [[times[i, j] for j in range(len(knots[1]))] for i in range(len(knots[0]))]
     return [[times[j,] for j in range(len(knots[0]))]] if knots else [[times[()]]]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ import torchvision
 from torch import Tensor, nn
 
 import fastprune as fp
+from fastprune.graph import Operator, rule
 from fastprune.graph import latency as latency_module
 from fastprune.graph.latency import LatencyModel, measure
 from fastprune.graph.measurements import Measurements
 from fastprune.graph.operations import Axis, record
+from fastprune.graph.rules import RULES
 from fastprune.graph.stopwatch import Call, Stopwatch, on_host, segments
 
 CPU = torch.device("cpu")
@@ -320,6 +323,87 @@ def test_networks_that_convert_types_are_measured_in_others() -> None:
     recording = record(graph, CPU, 2, torch.bfloat16, channels_last=False)
     assert {x.dtype for o in recording.operations for x in o.operands} == {torch.bfloat16}
     assert measure(graph, CPU, 2, torch.bfloat16, cache=False, timer=made, call_ms=0.0).dtype == torch.bfloat16
+
+
+@torch.library.custom_op("fastprune_latency::product", mutates_args=())
+def product(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = (x + before) @ weight
+    return y if bias is None else y + bias
+
+
+@product.register_fake
+def _(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("fastprune_latency::of_width", mutates_args=())
+def of_width(x: Tensor, weight: Tensor, width: int) -> Tensor:
+    assert x.shape[1] == width
+    return x @ weight
+
+
+@of_width.register_fake
+def _(x: Tensor, weight: Tensor, width: int) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@pytest.fixture
+def own_rules() -> Iterator[None]:
+    def product_channels(op: Operator, x: Any, before: Any, weight: Any, bias: Any = None) -> Any:
+        made = op.layer(x, weight, dim=1, reads=0, makes=1)
+        op.goes_with(before, 0, op.channels(x, 1))
+        op.goes_with(bias, 0, made)
+        return op.result(made, dim=1)
+
+    def of_width_channels(op: Operator, x: Any, weight: Any, width: int) -> Any:
+        return op.result(op.layer(x, weight, dim=1, reads=0, makes=1), dim=1)
+
+    known = dict(RULES)
+    rule("fastprune_latency::product")(product_channels)
+    rule("fastprune_latency::of_width")(of_width_channels)
+    yield
+    RULES.clear()
+    RULES.update(known)
+
+
+class OwnLayer(nn.Module):
+    """A custom operator between linear layers, with its weight the other way round than theirs."""
+
+    def __init__(self, operator: Callable[[OwnLayer, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.operator = nn.Linear(6, 16), nn.Linear(24, 3), operator
+        self.weight = nn.Parameter(torch.randn(16, 24))
+        self.before, self.bias = nn.Parameter(torch.zeros(16)), nn.Parameter(torch.zeros(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.operator(self, torch.relu(self.first(x)))))
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_layers_with_rules_of_their_own_shrink_as_these_say() -> None:
+    network = OwnLayer(lambda m, x: product(x, m.before, m.weight, bias=m.bias)).eval()
+    graph = fp.trace(network, torch.zeros(2, 6))
+    seen = set()
+
+    def times(calls: Sequence[Call]) -> list[float]:
+        on_host(calls)  # it runs
+        own = [call for call in calls if "product" in call.operation.operator]
+        seen.update(tuple(call.shapes) for call in own)
+        return [call.shapes[0][1] * call.shapes[2][1] / 1000 if call in own else 0.0 for call in calls]
+
+    model = model_of(graph, times)
+    widths = torch.tensor([[16.0, 24], [5, 24], [16, 7], [5, 7]], dtype=torch.float64)
+    torch.testing.assert_close(model.of_widths(widths), widths.prod(1))
+    assert len(seen) > 9
+    assert all(shapes == ((2, i), (i,), (i, j), (j,)) for shapes in seen for i, j in [shapes[2]])
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_layers_that_hold_their_width_are_scaled() -> None:
+    graph = fp.trace(OwnLayer(lambda m, x: of_width(x, m.weight, 16)).eval(), torch.zeros(2, 6))
+    model = model_of(graph, lambda calls: [0.384 * ("of_width" in call.operation.operator) for call in calls])
+    widths = torch.tensor([[16.0, 24], [5, 24], [16, 7], [5, 7]], dtype=torch.float64)
+    torch.testing.assert_close(model.of_widths(widths), widths.prod(1))
 
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", pytest.param("densenet121", marks=pytest.mark.slow)])
