@@ -12,77 +12,17 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from fastprune.graph.axes import Axis, block_of
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.labels import KEPT, core, varying
 from fastprune.graph.propagate import Computed, Propagation, Weight
+from fastprune.graph.regions import CALLS, MODES, Autocast, under
 from fastprune.graph.rewrite import argument_of
 from fastprune.graph.rules import module_of, operator_name
 from fastprune.graph.tracing import attribute_of
 
 if TYPE_CHECKING:
     from fastprune.graph.channel_graph import ChannelGraph, Layer
-
-POINTS = 4  # widths of each kind that are measured at most
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A number of channels that shrinks with the groups.
-
-    Kernels compute blocks of channels, so that an operator with 65 channels may take as long as with 80, or, without a
-    vectorised path, twice as long as with 64. So widths are measured that are whole blocks, and others.
-
-    Args:
-        size: channels in the full network.
-        fixed: those that always stay.
-        counts: (group, channels of each of its units).
-        step: a grouped convolution has a multiple of so many.
-        block: channels that the machine's kernels compute together, 8 or 16.
-    """
-
-    size: int
-    fixed: int
-    counts: tuple[tuple[int, int], ...]
-    step: int = 1
-    block: int = 8
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        """Measured widths that are whole blocks, the smallest and the largest among them."""
-        blocks = self.size // self.block if self.counts and self.step == 1 else 0
-        return tuple(self.block * count for count in spread(1, blocks))
-
-    @property
-    def broken(self) -> tuple[int, ...]:
-        """Measured widths that are not, the smallest and the largest among them; all, for a grouped convolution."""
-        if not self.counts:
-            return (self.size,)
-        if self.step > 1:
-            return tuple(self.step * count for count in spread(1, self.size // self.step, 2 * POINTS))
-        largest = self.size if self.size % self.block else self.size - 1
-        found = spread(1, largest)
-        odd = self.block // 2 - 1  # in the middle of a block, and of no use to any kernel
-        inner = (width // self.block * self.block + odd if width > 2 * self.block else width for width in found[1:-1])
-        return tuple(sorted({found[0], *(width - (width % self.block == 0) for width in inner), found[-1]}))
-
-    @property
-    def knots(self) -> tuple[int, ...]:
-        """All measured widths, first those that are not whole blocks."""
-        return (*self.broken, *self.whole)
-
-
-def spread(low: int, high: int, points: int = POINTS) -> list[int]:
-    """Whole numbers from ``low`` to ``high``, evenly, both among them; none where there are none."""
-    if high < low:
-        return []
-    steps = max(1, points - 1)
-    return sorted({round(low + (high - low) * number / steps) for number in range(steps + 1)})
-
-
-def block_of(device: torch.device) -> int:
-    """How many channels the device's kernels compute together."""
-    wide = device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return 16 if wide else 8
 
 
 @dataclass(frozen=True)
@@ -144,6 +84,7 @@ class Operation:
         layer: whether it is a convolution or linear layer.
         in_place: whether it writes into its first operand.
         modules: names of the modules, from the outside, in whose code it arose.
+        modes: of the regions under ``torch.autocast`` that it lies in, the outermost first.
     """
 
     node: str
@@ -155,6 +96,7 @@ class Operation:
     layer: bool
     in_place: bool
     modules: tuple[str, ...]
+    modes: tuple[Autocast, ...] = ()
 
     @property
     def operands(self) -> list[Operand]:
@@ -215,6 +157,7 @@ class _Recorder(Interpreter):
         super().__init__(graph.traced.evaluation)
         self.extra_traceback = False  # errors are in the operators' own words
         self.device, self.dtype, self.channels_last = device, dtype, channels_last
+        self.traced_device = graph.traced.inputs.tensors[0].device.type
         self.traced_dtype = next((x.dtype for x in graph.traced.inputs.tensors if x.is_floating_point()), None)
         self.group_of_unit = graph.group_of_unit.numpy()
         self.sizes = graph.offsets.diff().tolist()
@@ -229,6 +172,7 @@ class _Recorder(Interpreter):
                 self.unit_of_label[labelled.labels.numpy()] = self.slices[key].units.numpy()
         self.unit_of_label[KEPT] = -1
         self.operations: list[Operation] = []
+        self.modes: list[Autocast] = []
         self.footprint = 0
 
     def placed(self, value: Tensor) -> Tensor:
@@ -251,13 +195,16 @@ class _Recorder(Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target in MODES:
+            return self.switch_mode(n, args)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": self.device}
         # The network's own type is written in what converts to it ("x.to(y.dtype)") and in what makes tensors.
         args, kwargs = pytree.tree_map(lambda x: self.dtype if x is self.traced_dtype else x, (args, kwargs))
         # In-place operators change the shape or the strides of what they read in rare cases: described before the call.
         described = self.described(n, args, kwargs)
-        result = n.target(*args, **kwargs)  # type: ignore[operator]
+        with under(self.modes):
+            result = n.target(*args, **kwargs)  # type: ignore[operator]
         made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         if made and isinstance(n.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
             read = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
@@ -265,6 +212,17 @@ class _Recorder(Interpreter):
             self.footprint += sum(x.numel() * x.element_size() for x in new)
             self.operations.append(self.operation(n, described, works=bool(new)))
         return result
+
+    def switch_mode(self, node: Node, args: Any) -> None:
+        """Enter or leave a region; gradients are off in all of them."""
+        enter, leave, _ = CALLS["wrap_with_autocast"]
+        if node.target is enter:
+            device, dtype, enabled, _ = args
+            if device == self.traced_device:  # "x.device.type", say, where the region's code was traced
+                device = self.device.type
+            self.modes.append(Autocast(device, dtype, enabled))
+        elif node.target is leave:
+            self.modes.pop()
 
     def described(self, node: Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments with an ``Operand``, not yet scaled, in place of each tensor."""
@@ -296,7 +254,16 @@ class _Recorder(Interpreter):
         stack = tuple(str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values())
         module = layer.name if layer is not None else module_of(node)
         return Operation(
-            node.name, module, operator_name(node), node.target, described, axes, layer is not None, in_place, stack
+            node.name,
+            module,
+            operator_name(node),
+            node.target,
+            described,
+            axes,
+            layer is not None,
+            in_place,
+            stack,
+            tuple(self.modes),
         )
 
     # --- axes ---------------------------------------------------------------------------------------------------

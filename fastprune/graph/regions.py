@@ -8,6 +8,9 @@ asserts of the types that it saw is left out: a network also runs with others, u
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +37,30 @@ CALLS: dict[str, tuple[Any, Any, int]] = {
 ASSERTED_TYPE = torch.ops.aten._assert_tensor_metadata.default
 GRADIENTS = (enter_gradients, leave_gradients)
 MODES = {call for enter, leave, _ in CALLS.values() for call in (enter, leave)}  # they compute nothing
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The mode of a region under ``torch.autocast``.
+
+    Args:
+        device: the kind of device whose operators it concerns.
+        dtype: in which they run; None = PyTorch's default for the device.
+        enabled: False where it switches a mode around it off.
+    """
+
+    device: str
+    dtype: torch.dtype | None
+    enabled: bool
+
+
+@contextmanager
+def under(modes: Sequence[Autocast]) -> Iterator[None]:
+    """Run under these modes, the outermost first."""
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(torch.autocast(mode.device, mode.dtype, mode.enabled))
+        yield
 
 
 def write_out(module: GraphModule) -> None:

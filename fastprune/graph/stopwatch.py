@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.operations import Groups, Operand, Operation
+from fastprune.graph.regions import under
 
 LARGEST_POOL = 1 << 27  # bytes; beyond the caches of nearly every machine
 REPEATS = 5
@@ -64,6 +65,15 @@ class Call:
         arguments: tuple[Any, Any] = pytree.tree_unflatten(leaves, self.spec)
         return arguments
 
+    def made(self, results: Sequence[Any], begin: Callable[[], Any], end: Callable[[], Any]) -> Any:
+        """The result of the call in the mode of its region; what begins and ends its time is called in it, too."""
+        args, kwargs = self.arguments(results)
+        with under(self.operation.modes):
+            begin()
+            result = self.operation.target(*args, **kwargs)
+            end()
+        return result
+
 
 Timer = Callable[[Sequence[Call]], list[float]]
 """Makes the calls of a segment in turn; gives the seconds of each."""
@@ -72,14 +82,14 @@ Timer = Callable[[Sequence[Call]], list[float]]
 def on_host(calls: Sequence[Call], clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Time of each call on the CPU."""
     results: list[Any] = []
-    seconds = []
+    times: list[float] = []
+
+    def read() -> None:
+        times.append(clock())
+
     for call in calls:
-        args, kwargs = call.arguments(results)
-        begin = clock()
-        result = call.operation.target(*args, **kwargs)
-        seconds.append(clock() - begin)
-        results.append(result)
-    return seconds
+        results.append(call.made(results, read, read))
+    return [end - begin for begin, end in zip(times[::2], times[1::2], strict=True)]
 
 
 def on_cuda(calls: Sequence[Call], device: torch.device) -> list[float]:
@@ -90,10 +100,7 @@ def on_cuda(calls: Sequence[Call], device: torch.device) -> list[float]:
     for _ in range(1 + len(calls)):
         busy.zero_()
     for call, (begin, end) in zip(calls, events, strict=True):
-        args, kwargs = call.arguments(results)
-        begin.record()
-        results.append(call.operation.target(*args, **kwargs))
-        end.record()
+        results.append(call.made(results, begin.record, end.record))
     torch.cuda.synchronize(device)
     return [begin.elapsed_time(end) / 1000 for begin, end in events]
 
@@ -154,6 +161,7 @@ class Segment:
                 str(operation.target),
                 [describe(leaf) for leaf in pytree.tree_leaves(operation.arguments)],
                 [list(axis.knots) for axis in operation.axes],
+                [[mode.device, str(mode.dtype), mode.enabled] for mode in operation.modes],
             ]
             for operation in self.operations
         ]
@@ -241,9 +249,7 @@ class Stopwatch:
             return operation
         try:
             for knots in itertools.product(*(range(len(axis.knots)) for axis in operation.axes)):
-                call = self.calls(Segment((operation,)), (knots,))[0]
-                args, kwargs = call.arguments([])
-                operation.target(*args, **kwargs)
+                self.calls(Segment((operation,)), (knots,))[0].made([], int, int)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
             return full(operation)
         return operation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 import fastprune as fp
 from fastprune.graph import Operator, rule
 from fastprune.graph import latency as latency_module
+from fastprune.graph.axes import Axis
 from fastprune.graph.latency import LatencyModel, measure
 from fastprune.graph.measurements import Measurements
-from fastprune.graph.operations import Axis, record
+from fastprune.graph.operations import record
+from fastprune.graph.regions import Autocast
 from fastprune.graph.rules import RULES
-from fastprune.graph.stopwatch import Call, Stopwatch, on_host, segments
+from fastprune.graph.stopwatch import Call, Segment, Stopwatch, on_host, segments
 
 CPU = torch.device("cpu")
 
@@ -323,6 +326,60 @@ def test_networks_that_convert_types_are_measured_in_others() -> None:
     recording = record(graph, CPU, 2, torch.bfloat16, channels_last=False)
     assert {x.dtype for o in recording.operations for x in o.operands} == {torch.bfloat16}
     assert measure(graph, CPU, 2, torch.bfloat16, cache=False, timer=made, call_ms=0.0).dtype == torch.bfloat16
+
+
+class Regions(nn.Module):
+    """A convolution under autocast, one in a region in it that switches it off, and one in neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, last = self.layers
+        x = first(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = second(x)
+            with torch.autocast("cpu", enabled=False):
+                x = third(x.float())
+        return last(x)
+
+
+def test_operators_of_a_region_are_timed_in_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fp.trace(Regions(), torch.zeros(2, 3, 8, 8))
+    seen: list[bool] = []
+    results: dict[str, set[torch.dtype]] = {}
+
+    def clock() -> float:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return 0.0
+
+    def times(calls: Sequence[Call]) -> list[float]:
+        made: list[Tensor] = []
+        for call in calls:
+            made.append(call.made(made, int, int))
+            if call.operation.layer:
+                results.setdefault(call.operation.module, set()).add(made[-1].dtype)
+        return on_host(calls, clock)
+
+    model_of(graph, times)
+    expected = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    assert results == {f"layers.{number}": {dtype} for number, dtype in enumerate(expected)}
+    modes = {o.module: o.modes for m in model_of(graph).measured for o in [m.operation] if o.operator == "conv2d"}
+    enabled = Autocast("cpu", torch.bfloat16, enabled=True)
+    assert (modes["layers.0"], modes["layers.1"], modes["layers.3"]) == ((), (enabled,), ())
+    assert modes["layers.2"][0] == enabled
+    assert not modes["layers.2"][1].enabled
+    assert True in seen
+    assert False in seen
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_measurements_in_a_region_are_not_those_outside() -> None:
+    graph = fp.trace(Regions(), torch.zeros(2, 3, 8, 8))
+    part = segments(record(graph, CPU, 2, torch.float32, channels_last=False).operations)[1]
+    outside = Segment(tuple(replace(operation, modes=()) for operation in part.operations))
+    assert part.key != outside.key
 
 
 @torch.library.custom_op("fastprune_latency::product", mutates_args=())
