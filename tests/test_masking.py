@@ -118,6 +118,51 @@ def test_autocast_keeps_the_networks_precision(tiny: nn.Module) -> None:
         assert network(torch.randn(2, 3, 16, 16), torch.ones(graph.num_units)).dtype == torch.bfloat16
 
 
+class InFloat32(nn.Module):
+    """Its code says that its head reads float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.first(x)).float().mean((2, 3)).to(x.dtype))
+
+
+def test_autocast_runs_networks_that_convert_types() -> None:
+    model = InFloat32().eval()
+    graph = fp.trace(model, torch.zeros(1, 3, 8, 8))
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    gates = torch.ones(graph.num_units, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = MaskedNetwork(graph, model)(images, gates)
+        assert torch.equal(results, model(images))
+    assert results.dtype == torch.bfloat16
+    results.square().sum().backward()
+    assert gates.grad is not None
+    assert bool((gates.grad != 0).any())
+
+
+class OfTwo(nn.Module):
+    """Works for two samples only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.reshape(2, 3, 4, 4))
+
+
+def test_a_batch_that_the_code_does_not_allow_is_refused() -> None:
+    model = OfTwo().eval()
+    network = MaskedNetwork(fp.trace(model, torch.zeros(2, 3, 4, 4)), model)
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.allclose(network(images, torch.ones(8)), model(images))
+    with pytest.raises(ValueError, match="this model could only be traced for batches of 2, got 3"):
+        network(torch.randn(3, 3, 4, 4), torch.ones(8))
+
+
 def test_gates_of_another_length_are_refused(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="a vector of 50 units is needed"):

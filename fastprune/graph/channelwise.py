@@ -182,11 +182,6 @@ def new(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
     return kept(context.shape)
 
 
-@rule("_assert_tensor_metadata")
-def assertion(context: Context, *args: Any, **options: Any) -> None:
-    """Says something about a tensor, and changes nothing."""
-
-
 @rule(*SIZES)
 def size_of(context: Context, x: Tensor | Weight, dim: int | None = None) -> int:
     """Sizes are those of the example."""

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastprune.cache import cache_folder
 from fastprune.distributed import Distributed
+from fastprune.graph.axes import Axis
 from fastprune.graph.measurements import Measurements
-from fastprune.graph.operations import Axis, Operation, record
+from fastprune.graph.operations import Operation, record
 from fastprune.graph.stopwatch import Call, Segment, Stopwatch, Table, Timer, pool_bytes, segments
 from fastprune.machine import machine
 

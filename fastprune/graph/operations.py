@@ -12,78 +12,17 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from fastprune.graph.axes import Axis, block_of
 from fastprune.graph.interpret import run_on_labels
-from fastprune.graph.labels import core, varying
-from fastprune.graph.propagate import Propagation, Weight
-from fastprune.graph.regions import modes_kept
+from fastprune.graph.labels import KEPT, core, varying
+from fastprune.graph.propagate import Computed, Propagation, Weight
+from fastprune.graph.regions import CALLS, MODES, Autocast, modes_kept, under
 from fastprune.graph.rewrite import argument_of
 from fastprune.graph.rules import module_of, operator_name
 from fastprune.graph.tracing import attribute_of
 
 if TYPE_CHECKING:
     from fastprune.graph.channel_graph import ChannelGraph, Layer
-
-POINTS = 4  # widths of each kind that are measured at most
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A number of channels that shrinks with the groups.
-
-    Kernels compute blocks of channels, so that an operator with 65 channels may take as long as with 80, or, without a
-    vectorised path, twice as long as with 64. So widths are measured that are whole blocks, and others.
-
-    Args:
-        size: channels in the full network.
-        fixed: those that always stay.
-        counts: (group, channels of each of its units).
-        step: a grouped convolution has a multiple of so many.
-        block: channels that the machine's kernels compute together, 8 or 16.
-    """
-
-    size: int
-    fixed: int
-    counts: tuple[tuple[int, int], ...]
-    step: int = 1
-    block: int = 8
-
-    @property
-    def whole(self) -> tuple[int, ...]:
-        """Measured widths that are whole blocks, the smallest and the largest among them."""
-        blocks = self.size // self.block if self.counts and self.step == 1 else 0
-        return tuple(self.block * count for count in spread(1, blocks))
-
-    @property
-    def broken(self) -> tuple[int, ...]:
-        """Measured widths that are not, the smallest and the largest among them; all, for a grouped convolution."""
-        if not self.counts:
-            return (self.size,)
-        if self.step > 1:
-            return tuple(self.step * count for count in spread(1, self.size // self.step, 2 * POINTS))
-        largest = self.size if self.size % self.block else self.size - 1
-        found = spread(1, largest)
-        odd = self.block // 2 - 1  # in the middle of a block, and of no use to any kernel
-        inner = (width // self.block * self.block + odd if width > 2 * self.block else width for width in found[1:-1])
-        return tuple(sorted({found[0], *(width - (width % self.block == 0) for width in inner), found[-1]}))
-
-    @property
-    def knots(self) -> tuple[int, ...]:
-        """All measured widths, first those that are not whole blocks."""
-        return (*self.broken, *self.whole)
-
-
-def spread(low: int, high: int, points: int = POINTS) -> list[int]:
-    """Whole numbers from ``low`` to ``high``, evenly, both among them; none where there are none."""
-    if high < low:
-        return []
-    steps = max(1, points - 1)
-    return sorted({round(low + (high - low) * number / steps) for number in range(steps + 1)})
-
-
-def block_of(device: torch.device) -> int:
-    """How many channels the device's kernels compute together."""
-    wide = device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return 16 if wide else 8
 
 
 @dataclass(frozen=True)
@@ -145,6 +84,7 @@ class Operation:
         layer: whether it is a convolution or linear layer.
         in_place: whether it writes into its first operand.
         modules: names of the modules, from the outside, in whose code it arose.
+        modes: of the regions under ``torch.autocast`` that it lies in, the outermost first.
     """
 
     node: str
@@ -156,6 +96,7 @@ class Operation:
     layer: bool
     in_place: bool
     modules: tuple[str, ...]
+    modes: tuple[Autocast, ...] = ()
 
     @property
     def operands(self) -> list[Operand]:
@@ -182,7 +123,7 @@ def record(
     """Run the full network once and write down its operations.
 
     Raises:
-        ValueError: for a batch that the exported graph does not hold for.
+        ValueError: for a batch that the exported graph does not hold for, or a type in which the network cannot run.
     """
     inputs = graph.traced.inputs
     recorder = _Recorder(graph, device, dtype, channels_last=channels_last)
@@ -190,14 +131,23 @@ def record(
     with torch.inference_mode(), modes_kept():
         try:
             recorder.run(*(recorder.placed(x[rows.to(x.device)]) for x in inputs.tensors))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if batch == inputs.batch or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(
-                f"batch {batch}: the code of this network depends on the batch size, and it was traced with "
-                f"{inputs.batch}; trace it with an example of {batch} (2 at least), or give batch={inputs.batch}"
-            ) from error
+            raise ValueError(_refusal(graph, device, batch, dtype, error)) from error
     return Recording(tuple(recorder.operations), recorder.footprint)
+
+
+def _refusal(graph: ChannelGraph, device: torch.device, batch: int, dtype: torch.dtype, error: RuntimeError) -> str:
+    """Why the network could not be run once, and what to do."""
+    traced = graph.traced.inputs.batch
+    if batch == traced or graph.traced.any_batch:
+        return f"this network cannot run in {dtype} on {device.type!r} with a batch of {batch}: {error}"
+    again = f"trace it with an example of {batch}, or " if batch > 1 else ""  # one sample is traced as two
+    return (
+        f"batch {batch}: the code of this network depends on the batch size, and it was traced with "
+        f"{traced}; {again}give batch={traced}"
+    )
 
 
 class _Recorder(Interpreter):
@@ -205,18 +155,24 @@ class _Recorder(Interpreter):
 
     def __init__(self, graph: ChannelGraph, device: torch.device, dtype: torch.dtype, *, channels_last: bool) -> None:
         super().__init__(graph.traced.evaluation)
+        self.extra_traceback = False  # errors are in the operators' own words
         self.device, self.dtype, self.channels_last = device, dtype, channels_last
+        self.traced_device = graph.traced.inputs.tensors[0].device.type
+        self.traced_dtype = next((x.dtype for x in graph.traced.inputs.tensors if x.is_floating_point()), None)
         self.group_of_unit = graph.group_of_unit.numpy()
         self.sizes = graph.offsets.diff().tolist()
         self.layers = {layer.node: layer for layer in graph.layers}
-        self.units_of_dim = {(s.tensor, s.dim): s.units for s in graph.slices}
-        state = Propagation(rewrites=graph.rewrites)
+        self.slices = {(s.tensor, s.dim): s for s in graph.slices}
+        # Labels end at nothing that mixes channels: which of them are prunable is what the graph says.
+        state = Propagation(exact=False, rewrites=graph.rewrites)
         self.labels = run_on_labels(graph.traced.evaluation, graph.traced.inputs, state, record=True)
         self.unit_of_label = np.full(state.space.count, -1)
         for key, labelled in state.dims.items():
-            if key in self.units_of_dim:
-                self.unit_of_label[labelled.labels.numpy()] = self.units_of_dim[key].numpy()
+            if key in self.slices:
+                self.unit_of_label[labelled.labels.numpy()] = self.slices[key].units.numpy()
+        self.unit_of_label[KEPT] = -1
         self.operations: list[Operation] = []
+        self.modes: list[Autocast] = []
         self.footprint = 0
 
     def placed(self, value: Tensor) -> Tensor:
@@ -239,11 +195,16 @@ class _Recorder(Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target in MODES:
+            return self.switch_mode(n, args)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": self.device}
+        # The network's own type is written in what converts to it ("x.to(y.dtype)") and in what makes tensors.
+        args, kwargs = pytree.tree_map(lambda x: self.dtype if x is self.traced_dtype else x, (args, kwargs))
         # In-place operators change the shape or the strides of what they read in rare cases: described before the call.
         described = self.described(n, args, kwargs)
-        result = n.target(*args, **kwargs)  # type: ignore[operator]
+        with under(self.modes):
+            result = n.target(*args, **kwargs)  # type: ignore[operator]
         made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         if made and isinstance(n.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
             read = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
@@ -251,6 +212,17 @@ class _Recorder(Interpreter):
             self.footprint += sum(x.numel() * x.element_size() for x in new)
             self.operations.append(self.operation(n, described, works=bool(new)))
         return result
+
+    def switch_mode(self, node: Node, args: Any) -> None:
+        """Enter or leave a region; gradients are off in all of them."""
+        enter, leave, _ = CALLS["wrap_with_autocast"]
+        if node.target is enter:
+            device, dtype, enabled, _ = args
+            if device == self.traced_device:  # "x.device.type", say, where the region's code was traced
+                device = self.device.type
+            self.modes.append(Autocast(device, dtype, enabled))
+        elif node.target is leave:
+            self.modes.pop()
 
     def described(self, node: Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments with an ``Operand``, not yet scaled, in place of each tensor."""
@@ -282,7 +254,16 @@ class _Recorder(Interpreter):
         stack = tuple(str(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values())
         module = layer.name if layer is not None else module_of(node)
         return Operation(
-            node.name, module, operator_name(node), node.target, described, axes, layer is not None, in_place, stack
+            node.name,
+            module,
+            operator_name(node),
+            node.target,
+            described,
+            axes,
+            layer is not None,
+            in_place,
+            stack,
+            tuple(self.modes),
         )
 
     # --- axes ---------------------------------------------------------------------------------------------------
@@ -298,32 +279,52 @@ class _Recorder(Interpreter):
         self, node: Node, layer: Layer, described: tuple[Any, Any]
     ) -> tuple[tuple[Axis, ...], tuple[Any, Any]]:
         """The widths in and out of a convolution or linear layer (one, if it is depthwise)."""
-        (x, weight, *rest), kwargs = described
-        groups = int(argument_of(node, "groups") or 1)
-        transposed = "transpose" in layer.kind or (layer.kind == "convolution" and bool(rest[4]))
+        groups = int(argument_of(node, "groups") or 1) if layer.depthwise or layer.kind.startswith("conv") else 1
         step = 1 if layer.depthwise else groups
         axes = [self.axis_of(layer.in_units.numpy(), step)]
-        makes = 0
         if not layer.depthwise:
             axes.append(self.axis_of(layer.out_units.numpy(), step))
-            makes = 1
-        first, second = (0, 1) if transposed else (1, 0)
-        dims = ((0, 0),) if layer.depthwise else ((first, 0), (second, 1))
-        x = scaled(x, ((layer.channel_dim, 0),), axes)
-        weight = scaled(weight, dims, axes)
-        rest = [scaled(leaf, ((0, makes),), axes) if isinstance(leaf, Operand) else leaf for leaf in rest]
-        kwargs = {
-            name: scaled(leaf, ((0, makes),), axes) if isinstance(leaf, Operand) else leaf
-            for name, leaf in kwargs.items()
-        }
+        leaves, spec = pytree.tree_flatten(described)
+        sources = self.sources(node, len(leaves))
+        for place, (leaf, source) in enumerate(zip(leaves, sources, strict=True)):
+            if isinstance(leaf, Operand):
+                dims = [(layer.channel_dim, 0)] if place == 0 else self.layer_dims(layer, source)
+                leaves[place] = scaled(leaf, dims, axes)
+        (args, kwargs) = pytree.tree_unflatten(leaves, spec)
         if layer.depthwise:
             names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
             place = names.index("groups")
-            if place < 2 + len(rest):
-                rest[place - 2] = Groups(groups)
+            if place < len(args):
+                args = (*args[:place], Groups(groups), *args[place + 1 :])
             else:
                 kwargs["groups"] = Groups(groups)
-        return tuple(axes), ((x, weight, *rest), kwargs)
+        return tuple(axes), (args, kwargs)
+
+    def layer_dims(self, layer: Layer, source: Any) -> list[tuple[int, int]]:
+        """The dimensions of what a layer reads, besides its input, along which channels lie; the axis of each."""
+        labels = self.labels.get(source)
+        makes = 0 if layer.depthwise else 1
+        found = []
+        if isinstance(labels, (Weight, Computed)):
+            for dim in range(len(labels.shape)):
+                piece = self.slices.get((labels.name, dim))
+                if piece is not None:
+                    reads = piece.role == "in" or (piece.role == "channel" and self.is_read(layer, piece.units))
+                    found.append((dim, 0 if reads else makes))
+        elif isinstance(labels, Tensor):
+            for dim in self.prunable_dims(labels):
+                units = torch.from_numpy(self.unit_of_label[core(labels).flatten().numpy()])
+                found.append((dim, 0 if self.is_read(layer, units) else makes))
+        return found
+
+    def is_read(self, layer: Layer, units: Tensor) -> bool:
+        """Whether channels are those that a layer reads, not those that it makes."""
+        return torch.equal(units, layer.in_units) and not torch.equal(units, layer.out_units)
+
+    def sources(self, node: Node, leaves: int) -> list[Node | None]:
+        """The node of each argument; of none where one node stands for several."""
+        found = pytree.tree_leaves((tuple(node.args), dict(node.kwargs)))
+        return [x if isinstance(x, Node) else None for x in found] if len(found) == leaves else [None] * leaves
 
     def axis(self, node: Node, described: tuple[Any, Any]) -> tuple[tuple[Axis, ...], tuple[Any, Any]]:
         """The width of the widest tensor that an operator reads or makes; the others shrink in proportion."""
@@ -348,7 +349,7 @@ class _Recorder(Interpreter):
         """The dimensions of a value along which channels leave; none where they lie along several."""
         if isinstance(labels, Weight):
             names = [(labels.name, dim) for dim in range(len(labels.shape))]
-            return [dim for name, dim in names if (name, dim) in self.units_of_dim]
+            return [dim for name, dim in names if (name, dim) in self.slices]
         if not isinstance(labels, Tensor) or not (self.unit_of_label[core(labels).numpy()] >= 0).any():
             return []
         ways = varying(labels)

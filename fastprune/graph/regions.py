@@ -1,14 +1,16 @@
 """Regions of a graph that differ in their mode alone: written out in the graph that holds them.
 
 An exporter makes a graph of its own of what runs under ``torch.no_grad`` or ``torch.autocast``. Channels flow through
-such a region as they do elsewhere, so its operators belong to the one graph that labels run through.
+such a region as they do elsewhere, so its operators belong to the one graph that labels run through. What the exporter
+asserts of the types that it saw is left out: a network also runs with others, under autocast or in half precision.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ CALLS: dict[str, tuple[Any, Any, int]] = {
     "wrap_with_autocast": (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast, 4),
 }
 DEVICES = ("cpu", "cuda")  # those whose autocast settings a region may change
+ASSERTED_TYPE = torch.ops.aten._assert_tensor_metadata.default
 GRADIENTS = (enter_gradients, leave_gradients)
 MODES = {call for enter, leave, _ in CALLS.values() for call in (enter, leave)}  # they compute nothing
 
@@ -63,12 +66,41 @@ def autocast_depth() -> int:
     return int(torch.autocast_decrement_nesting())
 
 
+@dataclass(frozen=True)
+class Autocast:
+    """The mode of a region under ``torch.autocast``.
+
+    Args:
+        device: the kind of device whose operators it concerns.
+        dtype: in which they run; None = PyTorch's default for the device.
+        enabled: False where it switches a mode around it off.
+    """
+
+    device: str
+    dtype: torch.dtype | None
+    enabled: bool
+
+
+@contextmanager
+def under(modes: Sequence[Autocast]) -> Iterator[None]:
+    """Run under these modes, the outermost first."""
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(torch.autocast(mode.device, mode.dtype, mode.enabled))
+        yield
+
+
 def write_out(module: GraphModule) -> None:
-    """Replace each region by its operators, between calls that enter and leave its mode; regions in regions, too."""
+    """Replace each region by its operators, between calls that enter and leave its mode; regions in regions, too.
+
+    Assertions of types are left out.
+    """
     graph = module.graph
     while found := [node for node in graph.nodes if kind_of(node) is not None]:
         for node in found:
             replace(module, node)
+    for node in graph.find_nodes(op="call_function", target=ASSERTED_TYPE):
+        graph.erase_node(node)
     graph.lint()
     module.recompile()
 

@@ -112,8 +112,6 @@ class _Writer:
         """What stands for a node in the new graph; None for a value that need not exist."""
         if node.op == "output" or node.op == "get_attr":
             return self.copy(node)
-        if operator_name(node) == "_assert_tensor_metadata":
-            return None
         result = self.kept(node)
         if result is None:
             return None

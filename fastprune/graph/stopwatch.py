@@ -8,6 +8,7 @@ comes from elsewhere, are views that wander through a pool as large as what the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -22,6 +23,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.operations import Groups, Operand, Operation
+from fastprune.graph.regions import under
 
 LARGEST_POOL = 1 << 27  # bytes; beyond the caches of nearly every machine
 REPEATS = 5
@@ -63,6 +65,15 @@ class Call:
         arguments: tuple[Any, Any] = pytree.tree_unflatten(leaves, self.spec)
         return arguments
 
+    def made(self, results: Sequence[Any], begin: Callable[[], Any], end: Callable[[], Any]) -> Any:
+        """The result of the call in the mode of its region; what begins and ends its time is called in it, too."""
+        args, kwargs = self.arguments(results)
+        with under(self.operation.modes):
+            begin()
+            result = self.operation.target(*args, **kwargs)
+            end()
+        return result
+
 
 Timer = Callable[[Sequence[Call]], list[float]]
 """Makes the calls of a segment in turn; gives the seconds of each."""
@@ -71,14 +82,14 @@ Timer = Callable[[Sequence[Call]], list[float]]
 def on_host(calls: Sequence[Call], clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Time of each call on the CPU."""
     results: list[Any] = []
-    seconds = []
+    times: list[float] = []
+
+    def read() -> None:
+        times.append(clock())
+
     for call in calls:
-        args, kwargs = call.arguments(results)
-        begin = clock()
-        result = call.operation.target(*args, **kwargs)
-        seconds.append(clock() - begin)
-        results.append(result)
-    return seconds
+        results.append(call.made(results, read, read))
+    return [end - begin for begin, end in zip(times[::2], times[1::2], strict=True)]
 
 
 def on_cuda(calls: Sequence[Call], device: torch.device) -> list[float]:
@@ -89,10 +100,7 @@ def on_cuda(calls: Sequence[Call], device: torch.device) -> list[float]:
     for _ in range(1 + len(calls)):
         busy.zero_()
     for call, (begin, end) in zip(calls, events, strict=True):
-        args, kwargs = call.arguments(results)
-        begin.record()
-        results.append(call.operation.target(*args, **kwargs))
-        end.record()
+        results.append(call.made(results, begin.record, end.record))
     torch.cuda.synchronize(device)
     return [begin.elapsed_time(end) / 1000 for begin, end in events]
 
@@ -153,6 +161,7 @@ class Segment:
                 str(operation.target),
                 [describe(leaf) for leaf in pytree.tree_leaves(operation.arguments)],
                 [list(axis.knots) for axis in operation.axes],
+                [[mode.device, str(mode.dtype), mode.enabled] for mode in operation.modes],
             ]
             for operation in self.operations
         ]
@@ -232,15 +241,16 @@ class Stopwatch:
         ]
 
     def runnable(self, operation: Operation) -> Operation:
-        """The operation, without its axes where it cannot be run on fewer channels (it holds their number, say)."""
-        if operation.layer or not operation.axes:
+        """The operation, without its axes where it cannot be run on fewer channels (it holds their number, say).
+
+        Of PyTorch's layers it is known that they can; of a user's own, its rule does not say so.
+        """
+        if (operation.layer and namespace(operation) == "aten") or not operation.axes:
             return operation
         try:
-            for knot in range(len(operation.axes[0].knots)):
-                call = self.calls(Segment((operation,)), ((knot,),))[0]
-                args, kwargs = call.arguments([])
-                operation.target(*args, **kwargs)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+            for knots in itertools.product(*(range(len(axis.knots)) for axis in operation.axes)):
+                self.calls(Segment((operation,)), (knots,))[0].made([], int, int)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
             return full(operation)
         return operation
 
@@ -272,6 +282,11 @@ def pool_bytes(footprint: int) -> int:
     return min(LARGEST_POOL, 1 << max(0, math.ceil(math.log2(max(footprint, 1)))))
 
 
+def namespace(operation: Operation) -> str:
+    """Whose operator it is: "aten" for PyTorch's."""
+    return str(getattr(operation.target, "namespace", "aten"))
+
+
 def full(operation: Operation) -> Operation:
     """An operation that is run with all channels only."""
 
@@ -285,7 +300,8 @@ def table(operation: Operation, times: dict[tuple[int, ...], float]) -> Table:
     """Times by knots as rows; those of an operator that ran with all channels only, in proportion to them."""
     knots = [axis.knots for axis in operation.axes]
     if () in times and knots:
-        return [[times[()] * width / knots[0][-1] for width in knots[0]]]
+        first, second = [(1.0,), *([width / axis.size for width in axis.knots] for axis in operation.axes)][-2:]
+        return [[times[()] * a * b for b in second] for a in first]
     if len(knots) == 2:
         return [[times[i, j] for j in range(len(knots[1]))] for i in range(len(knots[0]))]
     return [[times[j,] for j in range(len(knots[0]))]] if knots else [[times[()]]]

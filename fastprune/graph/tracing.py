@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.inputs import Example, Inputs
@@ -227,8 +227,14 @@ def export(model: nn.Module, inputs: Inputs, *, training: bool) -> tuple[GraphMo
                 continue
             module: Any = program.module(check_guards=False)
             write_out(module)
-            return module, shapes is not None
+            return module, all(map(open_batch, module.graph.find_nodes(op="placeholder")))
     raise TraceError(explained(model, errors[-1])) from errors[-1]
+
+
+def open_batch(node: Node) -> bool:
+    """Whether a graph leaves the batch size of an input open, which the exporter does where the model allows it."""
+    size = node.meta["val"].shape[0]
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
 def export_for_sizes(model: nn.Module, inputs: Inputs, *, training: bool) -> tuple[GraphModule, Guards]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import fastprune as fp
 from fastprune.graph import latency as latency_module
+from fastprune.graph.axes import Axis
 from fastprune.graph.latency import LatencyModel, measure
 from fastprune.graph.measurements import Measurements
-from fastprune.graph.operations import Axis, record
+from fastprune.graph.operations import record
 from fastprune.graph.stopwatch import Call, Stopwatch, on_host, segments
 
 CPU = torch.device("cpu")
@@ -372,24 +373,6 @@ def test_errors_say_what_is_needed(tiny: nn.Module) -> None:
         model.of_widths(torch.ones(2, 1, dtype=torch.float64))
     with pytest.raises(ValueError, match="batch 0: at least 1 sample is needed"):
         graph.latency(batch=0)
-
-
-class OfTwo(nn.Module):
-    """Works for two samples only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x.reshape(2, 3, 8, 8)).mean((2, 3))
-
-
-def test_a_batch_that_the_code_does_not_allow_is_refused() -> None:
-    graph = fp.trace(OfTwo(), torch.zeros(2, 3, 8, 8))
-    with pytest.raises(ValueError, match="batch 3: the code of this network depends on the batch size"):
-        measure(graph, CPU, 3, torch.float32, cache=False, timer=made)
-    assert measure(graph, CPU, 2, torch.float32, cache=False, timer=made, call_ms=0.0).batch == 2
 
 
 def test_a_real_clock_and_the_cache_on_disk(tiny: nn.Module, own_cache: Path) -> None:
