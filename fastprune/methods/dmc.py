@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from fastprune.fitting import fit
 from fastprune.methods.contract import Method, Metrics, Phase, Task
 from fastprune.methods.filters import unit_norms
-from fastprune.methods.gated import gated_units, prunable_cost
+from fastprune.methods.gated import GatePlacement, gated_units, weights_frozen
 from fastprune.methods.gates import deterministic_gate
 from fastprune.methods.options import option
 from fastprune.methods.ranking import across_groups, rank_of
@@ -59,44 +58,6 @@ class DMCConfig:
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
 
-@dataclass(frozen=True)
-class GatePlacement:
-    """Where the gates are, and how a cost of the whole network reads as the ratio of what they control.
-
-    The user's budget is a part of the whole network; the paper's p is a part of T, the cost of the layers next to
-    gates. Only with r and p relative to T does λ weigh as much as in the paper: with full, T and limit in MACs,
-    p = 1 − (full − limit)/T and r = 1 − (full − cost)/T.
-
-    Args:
-        index: units with a gate, int64 [n], ascending.
-        num_units: U.
-        prunable: T.
-        full: cost of the whole network.
-        limit: of the budget.
-    """
-
-    index: Tensor
-    num_units: int
-    prunable: float
-    full: float
-    limit: float
-
-    @property
-    def target(self) -> float:
-        """The p of eq. 9."""
-        return 1 - (self.full - self.limit) / self.prunable
-
-    def ratio(self, cost: Tensor) -> Tensor:
-        """The r = T̂/T of a cost of the whole network."""
-        return 1 - (self.full - cost) / self.prunable
-
-    def spread(self, gates: Tensor) -> Tensor:
-        """The flat vector [U] with ``gates`` [n] in their places and 1 elsewhere."""
-        if len(gates) == self.num_units:
-            return gates
-        return gates.new_ones(self.num_units).index_copy(0, self.index, gates)
-
-
 class DMC(Method):
     """Learn which channels to keep: one discrete, stochastic gate per channel, trained under the budget.
 
@@ -119,13 +80,7 @@ class DMC(Method):
         may_go = gated_units(graph, self.config.groups)
         # Raises before a search that cannot succeed.
         fit(graph, budget, torch.zeros(graph.num_units), prunable=may_go, limits=task.limits)
-        self.placement = GatePlacement(
-            index=may_go.nonzero().flatten().to(task.device),
-            num_units=graph.num_units,
-            prunable=prunable_cost(graph, budget, may_go),
-            full=float(budget.cost(graph)),
-            limit=budget.limit(graph),
-        )
+        self.placement = GatePlacement.of(graph, budget, may_go, task.device)
         self.theta = nn.Parameter(torch.ones(len(self.placement.index), device=task.device))
         self.optimizer = torch.optim.Adam([self.theta], lr=self.config.learning_rate)
         self.step = 0
@@ -265,16 +220,3 @@ def symmetric_decay_(theta: Tensor, amount: float) -> None:
     """θ ← θ − β sign(θ − ½), in place; sign(0) = 0. Source: Gao et al., CVPR 2020, eq. 12."""
     with torch.no_grad():
         theta.sub_(torch.sign(theta - 0.5), alpha=amount)
-
-
-@contextmanager
-def weights_frozen(model: nn.Module) -> Iterator[None]:
-    """No gradient reaches the weights, so none is computed or stored for; the flags are put back afterwards."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -1,0 +1,265 @@
+"""Disentangled Differentiable Network Pruning (Gao, Huang, Zhang and Huang, ECCV 2022).
+
+What is kept and how much of it are learnt apart, by two small networks, while the pruned network is frozen. For a group
+of C channels g_k gives the part k that stays and g_s raw scores s̄, of which s = σ(s̄) rank the channels. The mask opens
+the Ck channels of highest score, with a soft edge of γ channels (eq. 7). One step (Algorithm 1):
+
+    J = cross-entropy(masked network) + λ R(T(k), pT) + ρ C(k, s̄)
+    R = log(max(T, pT) / pT)                             the cost of the widths k, until it is within the budget
+    C = Σ_l (k_l − mean_i σ(s̄_{l,i} / t))²               widths follow how many scores are high
+
+The mask is built from k without its gradient and passes its own straight through to s. So g_s gets the gradients of the
+cross-entropy and of C, and g_k those of R and of C: k never sees the data, and s never sees the cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprune.fitting import fit
+from fastprune.methods.contract import Method, Metrics, Phase, Task
+from fastprune.methods.gated import GatePlacement, gated_units, weights_frozen
+from fastprune.methods.generators import ScoreGenerator, WidthGenerator
+from fastprune.methods.options import option
+from fastprune.methods.ranking import rank_of
+from fastprune.ops import topk_mask
+from fastprune.plan import PruningPlan
+
+log = logging.getLogger(__name__)
+
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "abs": torch.abs, "square": torch.square}
+
+
+@dataclass(frozen=True)
+class DDNPConfig:
+    """Options of DDNP; the defaults are the paper's for CIFAR-10 (§5.1)."""
+
+    epochs: int = option(200, "passes over the samples", minimum=1)
+    samples: int = option(2500, "random training samples to search on; the paper takes 25000 on ImageNet", minimum=1)
+    batch_size: int = option(256, "samples per step over all processes together", minimum=1)
+    learning_rate: float = option(1e-3, "of Adam, constant, for both generators", minimum=0.0)
+    regularisation: float = option(2.0, "λ, the weight of the cost term; the paper takes 4 on ImageNet", minimum=0.0)
+    coupling: float = option(2.0, "ρ, the weight of the term that lets widths follow scores", minimum=0.0)
+    temperature: float = option(0.4, "t of the scores in that term", minimum=1e-3)
+    window: float = option(0.1, "γ, the mask's soft edge, as a part of a group's channels; 0 = hard masks", minimum=0.0)
+    output: Literal["sigmoid", "abs", "square"] = option("sigmoid", "from raw scores to scores (§5.4)")
+    architecture: Literal["gru", "fc", "channel"] = option(
+        "gru", "of g_s: gru (GRU and linear layers, the paper's), fc (linear layers), channel (one parameter each)"
+    )
+    score_bias: float = option(0.0, "added to raw scores; the authors' release has 3")
+    resource: Literal["one_sided", "two_sided"] = option(
+        "one_sided", "the cost term: log(max(T, pT)/pT) as in the paper, or |log(T/pT)|, which also pulls upwards"
+    )
+    groups: Literal["interior", "all"] = option(
+        "interior", "gates inside blocks only, as in the paper, or on every channel that can go"
+    )
+    augment: bool = option(False, "whether the search sees augmented images")
+    evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
+
+
+class DDNP(Method):
+    """Learn which channels to keep apart from how many: two generators, trained on the frozen network.
+
+    The weights stay as they are. In the end each group keeps its round(Ck) channels of highest score; where that misses
+    the budget, one common shift of all widths meets it.
+    """
+
+    name = "ddnp"
+    paper = "Gao et al., Disentangled Differentiable Network Pruning, ECCV 2022"
+    needs_data = True
+    Config: ClassVar[type[Any]] = DDNPConfig
+    config: DDNPConfig
+
+    def setup(self, task: Task) -> None:
+        """Make the generators.
+
+        Raises:
+            BudgetError: if the budget is out of reach with these gates; says what is in reach.
+        """
+        graph, budget = task.graph, task.budget
+        may_go = gated_units(graph, self.config.groups)
+        # Raises before a search that cannot succeed.
+        fit(graph, budget, torch.zeros(graph.num_units), prunable=may_go, limits=task.limits)
+        self.placement = GatePlacement.of(graph, budget, may_go, task.device)
+        self.gated = torch.tensor([g for g, group in enumerate(graph.groups) if bool(may_go[group.start])])
+        sizes = graph.offsets.diff()
+        self.sizes = sizes[self.gated].to(task.device)
+        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[self.gated].cumsum(0)]).to(task.device)
+        self.owner = torch.repeat_interleave(torch.arange(len(self.gated), device=task.device), self.sizes)
+        self.full_widths = sizes.double().to(task.device)
+        self.gated = self.gated.to(task.device)
+        self.windows = (self.config.window * self.sizes).round()
+        self.scores = ScoreGenerator(self.sizes.tolist(), self.config.architecture, task.seed).to(task.device)
+        self.widths = WidthGenerator(len(self.gated), task.seed + 1).to(task.device)
+        self.parameters = [*self.scores.parameters(), *self.widths.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.config.learning_rate)
+        self._results: dict[str, float] = {}
+
+    def phases(self, task: Task) -> Iterator[Phase]:
+        """One phase: the training of the generators."""
+
+        def step(images: Tensor, labels: Tensor) -> Metrics:
+            return self.train_generators(task, images, labels)
+
+        def end_epoch(epoch: int) -> Metrics:
+            return self.proxy_accuracy(task) if self.evaluates_after(epoch) and task.data is not None else {}
+
+        config = self.config
+        yield Phase(
+            "generators", config.epochs, step, config.samples, config.batch_size, augment=config.augment,
+            end_epoch=end_epoch,
+        )  # fmt: skip
+
+    def raw_scores(self) -> Tensor:
+        """s̄ of every gate's channels, [n]."""
+        raw: Tensor = self.scores()
+        return raw + self.config.score_bias
+
+    def keep(self) -> Tensor:
+        """K of every gate, [L]."""
+        return torch.sigmoid(self.widths())
+
+    def mask(self, raw: Tensor, keep: Tensor) -> Tensor:
+        """Soft top-k masks [n] of all gates (eq. 7), with the gradient straight through to the scores."""
+        scores = OUTPUTS[self.config.output](raw)
+        return topk_mask(scores, keep.detach(), self.offsets, self.windows.to(scores.dtype))
+
+    def coupling(self, raw: Tensor, keep: Tensor) -> Tensor:
+        """C of eq. 5: squared distances of widths from the mean of sharpened scores, summed over the gates."""
+        sharpened = torch.sigmoid(raw / self.config.temperature)
+        sums = torch.zeros_like(keep).index_add(0, self.owner, sharpened)
+        distance: Tensor = keep - sums / self.sizes
+        return distance.square().sum()
+
+    def cost(self, task: Task, keep: Tensor) -> Tensor:
+        """The cost of the whole network with widths Ck; differentiable in k."""
+        widths = self.full_widths.index_copy(0, self.gated, (self.sizes * keep).double())
+        return task.budget.meter(task.graph).of_widths(widths)
+
+    def train_generators(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+        """One iteration of Algorithm 1."""
+        config = self.config
+        raw, keep = self.raw_scores(), self.keep()
+        with weights_frozen(task.model):
+            outputs = task.masked(images, self.placement.spread(self.mask(raw, keep)))
+            cross_entropy = F.cross_entropy(outputs.float(), labels)
+            cost = self.cost(task, keep)
+            regulariser = RESOURCES[config.resource](self.placement.ratio(cost), self.placement.target)
+            coupling = self.coupling(raw, keep)
+            loss = cross_entropy + config.regularisation * regulariser.float() + config.coupling * coupling
+            gradients = torch.autograd.grad(loss, self.parameters)
+        # The generators are the same on every rank, the images are not.
+        flat = task.distributed.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = flat.split([parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        self.optimizer.step()
+        return {
+            "loss": loss.detach(),
+            "cross_entropy": cross_entropy.detach(),
+            "regulariser": regulariser.detach(),
+            "coupling": coupling.detach(),
+            f"{task.budget.resource}_ratio": cost.detach() / self.placement.full,
+            "keep": keep.detach().mean(),
+        }
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether the held-out accuracy is measured after ``epoch`` (from 0)."""
+        every = self.config.evaluate_every
+        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs)
+
+    def proxy_accuracy(self, task: Task) -> Metrics:
+        """Held-out accuracy of the network that hard masks leave now, before any fine-tuning."""
+        assert task.data is not None
+        with torch.no_grad():
+            gates = self.placement.spread(topk_mask(self.scores_now(), self.keep(), self.offsets))
+            return {"proxy_accuracy": task.data.accuracy(lambda images: task.masked(images, gates))}
+
+    def scores_now(self) -> Tensor:
+        """S of every gate's channels, without gradients."""
+        with torch.no_grad():
+            return OUTPUTS[self.config.output](self.raw_scores())
+
+    def plan(self, task: Task) -> PruningPlan:
+        """Keep round(Ck) channels of each group; where that misses the budget, shift all widths alike.
+
+        With k = σ(z + δ) channel i of a group's ranking is open if i − ½ < C σ(z + δ), that is, if
+        z − logit((i − ½)/C) > −δ: one ranking of all channels, along which ``fit`` finds the shift δ.
+        """
+        graph, budget = task.graph, task.budget
+        may_go = torch.zeros(graph.num_units, dtype=torch.bool)
+        may_go[self.placement.index.cpu()] = True
+        scores, logits = self.scores_now().cpu(), self.widths().detach().cpu().double()
+        priority = torch.empty(len(scores), dtype=torch.float64)
+        bounds = self.offsets.tolist()
+        for number, (begin, end) in enumerate(pairwise(bounds)):
+            place = (rank_of(scores[begin:end]).double() + 0.5) / (end - begin)
+            priority[begin:end] = logits[number] - torch.logit(place)
+        flat = torch.zeros(graph.num_units, dtype=torch.float64)
+        flat[may_go] = priority
+        chosen = flat > 0  # δ = 0
+        chosen[~may_go] = True
+        for group in graph.groups:
+            chosen[group.units] |= rank_of(flat[group.units]) == 0
+        cost = float(budget.cost(graph, chosen))
+        projected = fit(graph, budget, flat, prunable=may_go, limits=task.limits)
+        final = float(budget.cost(graph, projected))
+        self._results = {
+            f"{budget.resource}_of_widths": cost / self.placement.full,
+            f"{budget.resource}_of_plan": final / self.placement.full,
+            "channels_changed_by_projection": float((chosen != projected).sum()),
+        }
+        log.info("the widths cost %.4f of the network, the plan %.4f (budget %s)",
+                 cost / self.placement.full, final / self.placement.full, budget)  # fmt: skip
+        return graph.plan(projected)
+
+    def results(self) -> Metrics:
+        """Cost of the generators' own widths and of the plan, as parts of the full network."""
+        return dict(self._results)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both generators with their inputs, and Adam's moments."""
+        copies = {
+            name: {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
+            for name, module in (("scores", self.scores), ("widths", self.widths))
+        }
+        # Copies: torch hands out the optimiser's live tensors, which further steps would change.
+        return {**copies, "optimizer": copy.deepcopy(self.optimizer.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if the state is for other gates.
+        """
+        for name, module in (("scores", self.scores), ("widths", self.widths)):
+            try:
+                module.load_state_dict(dict(state[name]))
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(
+                    "ddnp: the state is for other gates; was it made with another model, or other options 'groups' or "
+                    f"'architecture'? ({error})"
+                ) from error
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+
+
+def one_sided(ratio: Tensor, target: float) -> Tensor:
+    """R = log(max(T, pT)/pT): nothing once the budget is met. Source: Gao et al., ECCV 2022, §3.4."""
+    return torch.log(ratio.clamp(min=target) / target)
+
+
+def two_sided(ratio: Tensor, target: float) -> Tensor:
+    """|log(T/pT)|, which also draws back what went too far; the authors' release has it for ResNets."""
+    return torch.log(ratio / target).abs()
+
+
+RESOURCES: dict[str, Callable[[Tensor, float], Tensor]] = {"one_sided": one_sided, "two_sided": two_sided}

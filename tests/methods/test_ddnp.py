@@ -1,0 +1,307 @@
+"""DDNP: which gradient reaches which generator, masks, the plan, and the paper's dynamics without data."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastprune import Limits, models
+from fastprune.budget import Budget, BudgetError
+from fastprune.graph import trace
+from fastprune.methods import Task, interior_units
+from fastprune.methods.ddnp import DDNP, DDNPConfig, one_sided, two_sided
+from fastprune.methods.generators import ScoreGenerator, WidthGenerator
+from fastprune.testing import check_method, network, photograph, sample_data, traced
+
+QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}
+
+
+def prepared(budget: str = "flops=0.5", seed: int = 0, **options) -> tuple[DDNP, Task]:
+    """A method that is set up on the contract's test network."""
+    task = Task(network(), traced(), Budget.parse(budget), seed=seed)
+    method = DDNP(DDNPConfig(**options))
+    method.setup(task)
+    return method, task
+
+
+def batch(skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = iter(sample_data().batches("train", 16))
+    for _ in range(skip):
+        next(batches)
+    return next(batches)
+
+
+def spread_scores(method: DDNP, seed: int = 0) -> None:
+    """Scores and widths that are not all nearly the same."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in method.parameters:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"architecture": "channel", "resource": "two_sided", "groups": "all"}])
+def test_contract(options):
+    check_method(DDNP, **QUICK, **options)
+
+
+@pytest.mark.slow
+def test_contract_in_two_processes():
+    check_method(DDNP, distributed=True, **QUICK)
+
+
+def test_defaults_are_the_papers():
+    config = DDNPConfig()
+    assert (config.regularisation, config.coupling, config.temperature, config.window) == (2, 2, 0.4, 0.1)
+    assert (config.epochs, config.samples, config.learning_rate, config.output) == (200, 2500, 1e-3, "sigmoid")
+    assert (config.architecture, config.resource, config.score_bias) == ("gru", "one_sided", 0)
+
+
+# --- generators -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parameters"), [("gru", 2 * 3 * 128 * (64 + 128 + 2)), ("fc", 64 * 256 + 256)]
+)
+def test_score_generator(architecture, parameters):
+    sizes = [16, 5, 32]
+    made = ScoreGenerator(sizes, architecture, seed=3)
+    assert made().shape == (53,)
+    assert sum(p.numel() for p in made.parameters()) == parameters + 2 * 256 + 256 * 53
+    rows = made.input[:, 0]
+    torch.testing.assert_close(rows @ rows.T, torch.eye(3))
+    assert not made.input.requires_grad
+    assert torch.equal(made(), ScoreGenerator(sizes, architecture, seed=3)())
+    assert not torch.equal(made(), ScoreGenerator(sizes, architecture, seed=4)())
+
+
+def test_generators_leave_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    ScoreGenerator([4], "gru", 0)
+    WidthGenerator(3, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_pruning_starts_from_nearly_the_whole_network():
+    for seed in range(3):
+        keep = torch.sigmoid(WidthGenerator(27, seed)()).detach()
+        assert 0.85 < float(keep.mean()) < 0.99
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def gradients(method: DDNP, task: Task, **which: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a weighted sum of terms, with respect to the parameters of g_s and of g_k."""
+    images, labels = batch()
+    raw, keep = method.raw_scores(), method.keep()
+    mask = method.mask(raw, keep)
+    terms = {
+        "data": F.cross_entropy(task.masked(images, method.placement.spread(mask)), labels),
+        "cost": one_sided(method.placement.ratio(method.cost(task, keep)), method.placement.target).float(),
+        "coupling": method.coupling(raw, keep),
+    }
+    loss = sum(weight * terms[name] for name, weight in which.items())
+    found = torch.autograd.grad(loss, method.parameters, allow_unused=True, materialize_grads=True)
+    count = len(list(method.scores.parameters()))
+    return tuple(torch.cat([g.flatten() for g in part]) for part in (found[:count], found[count:]))
+
+
+def test_data_reach_the_scores_and_the_cost_reaches_the_widths():
+    method, task = prepared()
+    spread_scores(method)
+    of_scores, of_widths = gradients(method, task, data=1.0)
+    assert float(of_scores.abs().max()) > 0
+    assert float(of_widths.abs().max()) == 0
+    of_scores, of_widths = gradients(method, task, cost=1.0)
+    assert float(of_scores.abs().max()) == 0
+    assert float(of_widths.abs().max()) > 0
+    of_scores, of_widths = gradients(method, task, coupling=1.0)
+    assert float(of_scores.abs().max()) > 0
+    assert float(of_widths.abs().max()) > 0
+
+
+def test_a_step_follows_these_gradients_and_widths_do_not_see_the_batch():
+    expected = None
+    for skip in (0, 1):
+        method, task = prepared(learning_rate=0.0)
+        spread_scores(method)
+        method.train_generators(task, *batch(skip))
+        count = len(list(method.scores.parameters()))
+        got = torch.cat([p.grad.flatten() for p in method.parameters[count:]])
+        if expected is None:
+            expected = got
+            of_scores, of_widths = gradients(method, task, data=1.0, cost=2.0, coupling=2.0)
+            torch.testing.assert_close(got, of_widths)
+            torch.testing.assert_close(torch.cat([p.grad.flatten() for p in method.parameters[:count]]), of_scores)
+        else:
+            assert torch.equal(got, expected)
+
+
+def test_the_gradient_of_scores_is_that_of_the_mask():
+    method, task = prepared(groups="all")
+    spread_scores(method)
+    images, labels = batch()
+    raw = method.raw_scores().detach()
+    scores = torch.sigmoid(raw).requires_grad_()
+    mask = method.mask(raw.requires_grad_(), torch.full_like(method.keep(), 0.5))
+    (of_raw,) = torch.autograd.grad(F.cross_entropy(task.masked(images, mask), labels), raw)
+    gates = mask.detach().requires_grad_()
+    (of_mask,) = torch.autograd.grad(F.cross_entropy(task.masked(images, gates), labels), gates)
+    through_sigmoid = scores * (1 - scores)
+    torch.testing.assert_close(of_raw, of_mask * through_sigmoid.detach())
+    assert bool((of_raw[mask.detach() == 0] != 0).any())  # closed gates learn, too
+
+
+@pytest.mark.parametrize("output", ["sigmoid", "abs", "square"])
+def test_masks_follow_the_output_function(output):
+    method, _ = prepared(output=output, window=0.0)
+    spread_scores(method)
+    raw, keep = method.raw_scores().detach(), torch.full_like(method.keep(), 0.5)
+    mask = method.mask(raw, keep).detach()
+    ranked_by = {"sigmoid": raw, "abs": raw.abs(), "square": raw.abs()}[output]
+    for begin, end in zip(method.offsets[:-1].tolist(), method.offsets[1:].tolist(), strict=True):
+        part, stays = ranked_by[begin:end], mask[begin:end] == 1
+        assert int(stays.sum()) == (end - begin) // 2
+        assert part[stays].min() >= part[~stays].max()
+
+
+def test_windows_are_a_tenth_of_the_channels():
+    graph = trace(models.create("resnet56"), torch.zeros(1, 3, 32, 32))
+    method = DDNP(DDNPConfig())
+    method.setup(Task(models.create("resnet56"), graph, Budget("flops", 0.5)))
+    assert method.windows.tolist() == [2] * 9 + [3] * 9 + [6] * 9
+    mask = method.mask(method.raw_scores(), torch.full((27,), 0.5)).detach()
+    sums = torch.zeros(27).index_add(0, method.owner, mask)
+    bound = 3 / (math.pi**3 * method.windows**2) + 1e-5
+    assert bool(((sums - 0.5 * method.sizes).abs() <= bound).all())
+
+
+# --- the terms --------------------------------------------------------------------------------------------------------
+
+
+def test_cost_terms():
+    ratio = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    value = one_sided(ratio, 0.5)
+    (slope,) = torch.autograd.grad(value, ratio)
+    assert float(value.detach()) == pytest.approx(math.log(0.6 / 0.5))
+    assert float(slope) == pytest.approx(1 / 0.6)
+    below = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(one_sided(below, 0.5), below)
+    assert float(one_sided(below, 0.5).detach()) == 0
+    assert float(slope) == 0
+    (slope,) = torch.autograd.grad(two_sided(below, 0.5), below)
+    assert float(slope) == pytest.approx(-1 / 0.4)
+
+
+def test_the_coupling_is_eq_5():
+    method, _ = prepared()
+    spread_scores(method)
+    raw, keep = method.raw_scores().detach().double(), method.keep().detach().double()
+    expected = 0.0
+    for k, begin, end in zip(keep, method.offsets[:-1].tolist(), method.offsets[1:].tolist(), strict=True):
+        expected += float((k - torch.sigmoid(raw[begin:end] / 0.4).mean()) ** 2)
+    assert float(method.coupling(raw, keep)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_cost_of_widths_is_that_of_masks():
+    method, task = prepared("params=0.6", groups="all")
+    keep = torch.tensor([0.5 if size % 2 == 0 else 1.0 for size in method.sizes.tolist()])
+    mask = method.mask(method.raw_scores(), keep).detach()
+    hard = (mask > 0.5).double()
+    assert float(method.cost(task, keep).detach()) == pytest.approx(
+        float(task.budget.cost(task.graph, method.placement.spread(hard)))
+    )
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_keeps_the_channels_of_highest_score():
+    method, task = prepared("flops=0.6")
+    spread_scores(method)
+    plan = method.plan(task)
+    scores = torch.zeros(task.graph.num_units)
+    scores[method.placement.index] = method.scores_now()
+    inside = interior_units(task.graph)
+    assert bool(plan.mask[~inside].all())
+    for group in task.graph.groups:
+        part, stays = scores[group.units], plan.mask[group.units]
+        if not bool(stays.all()):
+            assert part[stays].min() >= part[~stays].max()
+
+
+def test_widths_that_meet_the_budget_stay_and_others_are_shifted_alike():
+    method, task = prepared("flops=0.6")
+    with torch.no_grad():
+        method.widths.linear.weight.zero_()  # k = sigmoid(3) everywhere, far above the budget
+    plan = method.plan(task)
+    ratios = [kept / size for name, (kept, size) in plan.widths.items() if kept < size]
+    assert len(ratios) == len(method.sizes)
+    assert max(ratios) - min(ratios) < 4 / int(method.sizes.min())  # rounding, and what fills the budget
+    assert method.results()["flops_of_widths"] > 0.6 >= method.results()["flops_of_plan"] > 0.59
+
+
+def test_limits_hold():
+    task = Task(network(), traced(), Budget.parse("flops=0.7"), limits=Limits(round_to=4, min_keep=8))
+    method = DDNP(DDNPConfig())
+    method.setup(task)
+    spread_scores(method)
+    assert task.limits.broken_by(task.graph, method.plan(task).mask) is None
+
+
+def test_out_of_reach_is_said_before_the_search():
+    with pytest.raises(BudgetError, match="remains"):
+        prepared("params=0.002")
+
+
+def test_weights_and_statistics_stay_as_they_are():
+    method, task = prepared()
+    before = photograph(task.model)
+    for skip in range(2):
+        method.train_generators(task, *batch(skip))
+    after = photograph(task.model)
+    assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
+    assert not after.gradients
+    assert before.requires_grad == after.requires_grad
+
+
+def test_state_of_other_gates_is_refused():
+    state = prepared(groups="all")[0].state_dict()
+    with pytest.raises(ValueError, match="the state is for other gates"):
+        prepared()[0].load_state_dict(state)
+    with pytest.raises(ValueError, match="the state is for other gates"):
+        prepared(groups="all", architecture="channel")[0].load_state_dict(state)
+
+
+# --- without data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("resource", "target", "low", "high"),
+    [("one_sided", 0.5, 0.40, 0.5), ("one_sided", 0.7, 0.62, 0.7), ("two_sided", 0.5, 0.49, 0.51)],
+)
+def test_cost_and_coupling_alone(resource, target, low, high):
+    """ResNet-56 without data: the one-sided term overshoots, as nothing draws back; the two-sided one does not."""
+    model = models.create("resnet56")
+    graph = trace(model, torch.zeros(1, 3, 32, 32))
+    task = Task(model, graph, Budget("flops", target))
+    method = DDNP(DDNPConfig(resource=resource))
+    method.setup(task)
+    for _ in range(1500):
+        raw, keep = method.raw_scores(), method.keep()
+        ratio = method.placement.ratio(method.cost(task, keep))
+        term = {"one_sided": one_sided, "two_sided": two_sided}[resource](ratio, method.placement.target)
+        loss = 2 * term.float() + 2 * method.coupling(raw, keep)
+        for parameter, gradient in zip(method.parameters, torch.autograd.grad(loss, method.parameters), strict=True):
+            parameter.grad = gradient
+        method.optimizer.step()
+    assert low <= float(ratio.detach()) <= high
