@@ -141,6 +141,7 @@ Distributed.leave()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(PROCESSES)
@@ -185,6 +186,7 @@ def test_conditions_without_a_latency_are_refused(model: torch.nn.Module) -> Non
         fp.prune(model, EXAMPLE, method="l1", budget="flops=0.5", conditions=fp.Conditions(batch=8))
 
 
+@pytest.mark.slow
 def test_steps_take_the_times_of_the_first_network(model: torch.nn.Module) -> None:
     results = list(fp.prune_in_steps(model, EXAMPLE, steps=3, budget="latency=0.7", method="l1", device="auto"))
     own = fp.trace(model, EXAMPLE).latency()

@@ -27,9 +27,10 @@ def random_plan(graph: fp.ChannelGraph, seed: int, part: float = 0.6) -> fp.Prun
     return graph.plan(mask)
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "googlenet", "regnet_y_400mf"]
-)
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("shufflenet_v2_x0_5", "googlenet", "regnet_y_400mf")]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", *LARGE])
 def test_two_plans_are_one(name: str) -> None:
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}
