@@ -15,8 +15,7 @@ cross-entropy and of C, and g_k those of R and of C: k never sees the data, and 
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -26,15 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprune.fitting import fit
-from fastprune.methods.contract import Method, Metrics, Phase, Task
-from fastprune.methods.gated import GatePlacement, gated_units, weights_frozen
+from fastprune.methods.contract import Metrics, Task
+from fastprune.methods.gated import GateSearch, weights_frozen
 from fastprune.methods.generators import ScoreGenerator, WidthGenerator
 from fastprune.methods.options import option
 from fastprune.methods.ranking import rank_of
 from fastprune.ops import topk_mask
 from fastprune.plan import PruningPlan
-
-log = logging.getLogger(__name__)
 
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "abs": torch.abs, "square": torch.square}
 
@@ -66,16 +63,16 @@ class DDNPConfig:
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
 
-class DDNP(Method):
+class DDNP(GateSearch):
     """Learn which channels to keep apart from how many: two generators, trained on the frozen network.
 
-    The weights stay as they are. In the end each group keeps its round(Ck) channels of highest score; where that misses
-    the budget, one common shift of all widths meets it.
+    The weights stay as they are. In the end each group keeps its channels of highest score, round(Ck) of them after one
+    common shift of all widths that takes their cost onto the budget.
     """
 
     name = "ddnp"
     paper = "Gao et al., Disentangled Differentiable Network Pruning, ECCV 2022"
-    needs_data = True
+    phase = "generators"
     Config: ClassVar[type[Any]] = DDNPConfig
     config: DDNPConfig
 
@@ -85,11 +82,7 @@ class DDNP(Method):
         Raises:
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
         """
-        graph, budget = task.graph, task.budget
-        may_go = gated_units(graph, self.config.groups)
-        # Raises before a search that cannot succeed.
-        fit(graph, budget, torch.zeros(graph.num_units), prunable=may_go, limits=task.limits)
-        self.placement = GatePlacement.of(graph, budget, may_go, task.device)
+        graph, may_go = task.graph, self.place_gates(task)
         self.gated = torch.tensor([g for g, group in enumerate(graph.groups) if bool(may_go[group.start])])
         sizes = graph.offsets.diff()
         self.sizes = sizes[self.gated].to(task.device)
@@ -102,22 +95,6 @@ class DDNP(Method):
         self.widths = WidthGenerator(len(self.gated), task.seed + 1).to(task.device)
         self.parameters = [*self.scores.parameters(), *self.widths.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.config.learning_rate)
-        self._results: dict[str, float] = {}
-
-    def phases(self, task: Task) -> Iterator[Phase]:
-        """One phase: the training of the generators."""
-
-        def step(images: Tensor, labels: Tensor) -> Metrics:
-            return self.train_generators(task, images, labels)
-
-        def end_epoch(epoch: int) -> Metrics:
-            return self.proxy_accuracy(task) if self.evaluates_after(epoch) and task.data is not None else {}
-
-        config = self.config
-        yield Phase(
-            "generators", config.epochs, step, config.samples, config.batch_size, augment=config.augment,
-            end_epoch=end_epoch,
-        )  # fmt: skip
 
     def raw_scores(self) -> Tensor:
         """s̄ of every gate's channels, [n]."""
@@ -125,7 +102,7 @@ class DDNP(Method):
         return raw + self.config.score_bias
 
     def keep(self) -> Tensor:
-        """K of every gate, [L]."""
+        """The widths k of all gates, [L]."""
         return torch.sigmoid(self.widths())
 
     def mask(self, raw: Tensor, keep: Tensor) -> Tensor:
@@ -145,7 +122,7 @@ class DDNP(Method):
         widths = self.full_widths.index_copy(0, self.gated, (self.sizes * keep).double())
         return task.budget.meter(task.graph).of_widths(widths)
 
-    def train_generators(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+    def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
         """One iteration of Algorithm 1."""
         config = self.config
         raw, keep = self.raw_scores(), self.keep()
@@ -172,32 +149,23 @@ class DDNP(Method):
             "keep": keep.detach().mean(),
         }
 
-    def evaluates_after(self, epoch: int) -> bool:
-        """Whether the held-out accuracy is measured after ``epoch`` (from 0)."""
-        every = self.config.evaluate_every
-        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs)
-
-    def proxy_accuracy(self, task: Task) -> Metrics:
-        """Held-out accuracy of the network that hard masks leave now, before any fine-tuning."""
-        assert task.data is not None
-        with torch.no_grad():
-            gates = self.placement.spread(topk_mask(self.scores_now(), self.keep(), self.offsets))
-            return {"proxy_accuracy": task.data.accuracy(lambda images: task.masked(images, gates))}
+    def gates(self) -> Tensor:
+        """Hard masks of the widths and scores that there are now, [n]."""
+        return topk_mask(self.scores_now(), self.keep(), self.offsets)
 
     def scores_now(self) -> Tensor:
-        """S of every gate's channels, without gradients."""
+        """The scores s of all gates' channels, [n], without gradients."""
         with torch.no_grad():
             return OUTPUTS[self.config.output](self.raw_scores())
 
     def plan(self, task: Task) -> PruningPlan:
-        """Keep round(Ck) channels of each group; where that misses the budget, shift all widths alike.
+        """Keep round(Ck) channels of each group, all widths shifted alike onto the budget.
 
         With k = σ(z + δ) channel i of a group's ranking is open if i − ½ < C σ(z + δ), that is, if
         z − logit((i − ½)/C) > −δ: one ranking of all channels, along which ``fit`` finds the shift δ.
         """
         graph, budget = task.graph, task.budget
-        may_go = torch.zeros(graph.num_units, dtype=torch.bool)
-        may_go[self.placement.index.cpu()] = True
+        may_go = self.placement.may_go()
         scores, logits = self.scores_now().cpu(), self.widths().detach().cpu().double()
         priority = torch.empty(len(scores), dtype=torch.float64)
         bounds = self.offsets.tolist()
@@ -210,21 +178,9 @@ class DDNP(Method):
         chosen[~may_go] = True
         for group in graph.groups:
             chosen[group.units] |= rank_of(flat[group.units]) == 0
-        cost = float(budget.cost(graph, chosen))
         projected = fit(graph, budget, flat, prunable=may_go, limits=task.limits)
-        final = float(budget.cost(graph, projected))
-        self._results = {
-            f"{budget.resource}_of_widths": cost / self.placement.full,
-            f"{budget.resource}_of_plan": final / self.placement.full,
-            "channels_changed_by_projection": float((chosen != projected).sum()),
-        }
-        log.info("the widths cost %.4f of the network, the plan %.4f (budget %s)",
-                 cost / self.placement.full, final / self.placement.full, budget)  # fmt: skip
+        self.note_projection(task, "widths", chosen, projected)
         return graph.plan(projected)
-
-    def results(self) -> Metrics:
-        """Cost of the generators' own widths and of the plan, as parts of the full network."""
-        return dict(self._results)
 
     def state_dict(self) -> dict[str, Any]:
         """Both generators with their inputs, and Adam's moments."""

@@ -14,8 +14,7 @@ In the end a channel stays if θ ≥ ½.
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,16 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune.fitting import fit
-from fastprune.methods.contract import Method, Metrics, Phase, Task
+from fastprune.methods.contract import Metrics, Task
 from fastprune.methods.filters import unit_norms
-from fastprune.methods.gated import GatePlacement, gated_units, weights_frozen
+from fastprune.methods.gated import GateSearch, weights_frozen
 from fastprune.methods.gates import deterministic_gate
 from fastprune.methods.options import option
 from fastprune.methods.ranking import across_groups, rank_of
 from fastprune.ops import bernoulli_gate
 from fastprune.plan import PruningPlan
-
-log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
 
@@ -58,7 +55,7 @@ class DMCConfig:
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
 
-class DMC(Method):
+class DMC(GateSearch):
     """Learn which channels to keep: one discrete, stochastic gate per channel, trained under the budget.
 
     The weights stay as they are; only the gates are trained, by gradients that pass straight through them.
@@ -66,7 +63,7 @@ class DMC(Method):
 
     name = "dmc"
     paper = "Gao et al., Discrete Model Compression with Resource Constraint for Deep Neural Networks, CVPR 2020"
-    needs_data = True
+    phase = "gates"
     Config: ClassVar[type[Any]] = DMCConfig
     config: DMCConfig
 
@@ -76,31 +73,12 @@ class DMC(Method):
         Raises:
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
         """
-        graph, budget = task.graph, task.budget
-        may_go = gated_units(graph, self.config.groups)
-        # Raises before a search that cannot succeed.
-        fit(graph, budget, torch.zeros(graph.num_units), prunable=may_go, limits=task.limits)
-        self.placement = GatePlacement.of(graph, budget, may_go, task.device)
+        self.place_gates(task)
         self.theta = nn.Parameter(torch.ones(len(self.placement.index), device=task.device))
         self.optimizer = torch.optim.Adam([self.theta], lr=self.config.learning_rate)
         self.step = 0
-        self._results: dict[str, float] = {}
 
-    def phases(self, task: Task) -> Iterator[Phase]:
-        """One phase: the gate training."""
-
-        def step(images: Tensor, labels: Tensor) -> Metrics:
-            return self.train_gates(task, images, labels)
-
-        def end_epoch(epoch: int) -> Metrics:
-            return self.proxy_accuracy(task) if self.evaluates_after(epoch) and task.data is not None else {}
-
-        config = self.config
-        yield Phase(
-            "gates", config.epochs, step, config.samples, config.batch_size, augment=config.augment, end_epoch=end_epoch
-        )
-
-    def train_gates(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+    def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
         """One iteration of Algorithm 1."""
         with weights_frozen(task.model):
             scores = task.masked(images, self.placement.spread(self.sample(task.seed)))
@@ -136,17 +114,9 @@ class DMC(Method):
         gates = self.placement.spread(deterministic_gate(self.theta))
         return task.budget.cost(task.graph, gates)
 
-    def evaluates_after(self, epoch: int) -> bool:
-        """Whether the held-out accuracy is measured after ``epoch`` (from 0)."""
-        every = self.config.evaluate_every
-        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs)
-
-    def proxy_accuracy(self, task: Task) -> Metrics:
-        """Held-out accuracy of the network that the gates leave now, before any fine-tuning."""
-        assert task.data is not None
-        with torch.no_grad():
-            gates = self.placement.spread(deterministic_gate(self.theta))
-            return {"proxy_accuracy": task.data.accuracy(lambda images: task.masked(images, gates))}
+    def gates(self) -> Tensor:
+        """The deterministic gates, [n]."""
+        return deterministic_gate(self.theta)
 
     def plan(self, task: Task) -> PruningPlan:
         """Keep θ ≥ ½; where that misses the budget, open or close the gates that are nearest to changing.
@@ -156,8 +126,6 @@ class DMC(Method):
         """
         graph, budget = task.graph, task.budget
         theta = self.placement.spread(self.theta.detach()).cpu()
-        may_go = torch.zeros(graph.num_units, dtype=torch.bool)
-        may_go[self.placement.index.cpu()] = True
         norms = across_groups(graph, unit_norms(graph, task.model, p=2))
         by_norm = norms.argsort(descending=True, stable=True)
         order = by_norm[theta[by_norm].argsort(descending=True, stable=True)]
@@ -170,20 +138,9 @@ class DMC(Method):
         projected = mask
         met = self.placement.limit - TOLERANCE * self.placement.full <= cost <= self.placement.limit
         if not met or task.limits.broken_by(graph, mask):
-            projected = fit(graph, budget, scores, prunable=may_go, limits=task.limits)
-        final = float(budget.cost(graph, projected))
-        self._results = {
-            f"{budget.resource}_of_gates": cost / self.placement.full,
-            f"{budget.resource}_of_plan": final / self.placement.full,
-            "channels_changed_by_projection": float((mask != projected).sum()),
-        }
-        log.info("the gates cost %.4f of the network, the plan %.4f (budget %s)",
-                 cost / self.placement.full, final / self.placement.full, budget)  # fmt: skip
+            projected = fit(graph, budget, scores, prunable=self.placement.may_go(), limits=task.limits)
+        self.note_projection(task, "gates", mask, projected)
         return graph.plan(projected)
-
-    def results(self) -> Metrics:
-        """Cost of the gates' own choice and of the plan, as parts of the full network."""
-        return dict(self._results)
 
     def state_dict(self) -> dict[str, Any]:
         """θ, Adam's moments and the step."""

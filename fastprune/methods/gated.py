@@ -1,17 +1,24 @@
-"""What methods that train gates on a frozen network share: where gates are, and what the layers next to them cost."""
+"""What methods that train gates on a frozen network share: where gates are, and the search around a step."""
 
 from __future__ import annotations
 
+import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastprune.budget import Budget
+from fastprune.fitting import fit
 from fastprune.graph import ChannelGraph
 from fastprune.graph.interior import interior_units
+from fastprune.methods.contract import Method, Metrics, Phase, Task
+
+log = logging.getLogger(__name__)
 
 
 def gated_units(graph: ChannelGraph, groups: str) -> Tensor:
@@ -84,11 +91,92 @@ class GatePlacement:
         """The r = T̂/T of a cost of the whole network."""
         return 1 - (self.full - cost) / self.prunable
 
+    def may_go(self) -> Tensor:
+        """The units with a gate, bool [U] on the CPU."""
+        return torch.zeros(self.num_units, dtype=torch.bool).index_fill(0, self.index.cpu(), True)
+
     def spread(self, gates: Tensor) -> Tensor:
         """The flat vector [U] with ``gates`` [n] in their places and 1 elsewhere."""
         if len(gates) == self.num_units:
             return gates
         return gates.new_ones(self.num_units).index_copy(0, self.index, gates)
+
+
+class GateSearch(Method):
+    """A method that trains what makes the gates of the frozen network, in one phase.
+
+    Its ``Config`` has the options ``epochs, samples, batch_size, augment, evaluate_every`` and ``groups``.
+
+    Class attributes:
+        phase: the phase's name.
+    """
+
+    needs_data = True
+    phase: ClassVar[str]
+    config: Any
+
+    def place_gates(self, task: Task) -> Tensor:
+        """Put gates where the option ``groups`` has them; the units with one, bool [U].
+
+        Raises:
+            BudgetError: if the budget is out of reach with these gates; says what is in reach.
+        """
+        may_go = gated_units(task.graph, self.config.groups)
+        # Raises before a search that cannot succeed.
+        fit(task.graph, task.budget, torch.zeros(task.graph.num_units), prunable=may_go, limits=task.limits)
+        self.placement = GatePlacement.of(task.graph, task.budget, may_go, task.device)
+        self._results: dict[str, float] = {}
+        return may_go
+
+    @abstractmethod
+    def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+        """One iteration on a batch; the metrics to log."""
+
+    @abstractmethod
+    def gates(self) -> Tensor:
+        """The hard gates that there are now, [n]."""
+
+    def phases(self, task: Task) -> Iterator[Phase]:
+        """One phase: the training."""
+
+        def step(images: Tensor, labels: Tensor) -> Metrics:
+            return self.step_on(task, images, labels)
+
+        def end_epoch(epoch: int) -> Metrics:
+            return self.proxy_accuracy(task) if self.evaluates_after(epoch) and task.data is not None else {}
+
+        config = self.config
+        yield Phase(
+            self.phase, config.epochs, step, config.samples, config.batch_size, augment=config.augment,
+            end_epoch=end_epoch,
+        )  # fmt: skip
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether the held-out accuracy is measured after ``epoch`` (from 0)."""
+        every: int = self.config.evaluate_every
+        return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs)
+
+    def proxy_accuracy(self, task: Task) -> Metrics:
+        """Held-out accuracy of the network that the hard gates leave now, before any fine-tuning."""
+        assert task.data is not None
+        with torch.no_grad():
+            gates = self.placement.spread(self.gates())
+            return {"proxy_accuracy": task.data.accuracy(lambda images: task.masked(images, gates))}
+
+    def note_projection(self, task: Task, what: str, chosen: Tensor, projected: Tensor) -> None:
+        """Remember and log what the search chose, and what the plan makes of it; both bool [U]."""
+        budget, full = task.budget, self.placement.full
+        cost, final = (float(budget.cost(task.graph, mask)) / full for mask in (chosen, projected))
+        self._results = {
+            f"{budget.resource}_of_{what}": cost,
+            f"{budget.resource}_of_plan": final,
+            "channels_changed_by_projection": float((chosen != projected).sum()),
+        }
+        log.info("the %s cost %.4f of the network, the plan %.4f (budget %s)", what, cost, final, budget)
+
+    def results(self) -> Metrics:
+        """Cost of what the search chose and of the plan, as parts of the full network."""
+        return dict(self._results)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def test_a_step_follows_these_gradients_and_widths_do_not_see_the_batch():
     for skip in (0, 1):
         method, task = prepared(learning_rate=0.0)
         spread_scores(method)
-        method.train_generators(task, *batch(skip))
+        method.step_on(task, *batch(skip))
         count = len(list(method.scores.parameters()))
         got = torch.cat([p.grad.flatten() for p in method.parameters[count:]])
         if expected is None:
@@ -238,7 +238,7 @@ def test_the_plan_keeps_the_channels_of_highest_score():
             assert part[stays].min() >= part[~stays].max()
 
 
-def test_widths_that_meet_the_budget_stay_and_others_are_shifted_alike():
+def test_widths_are_shifted_alike_onto_the_budget():
     method, task = prepared("flops=0.6")
     with torch.no_grad():
         method.widths.linear.weight.zero_()  # k = sigmoid(3) everywhere, far above the budget
@@ -266,7 +266,7 @@ def test_weights_and_statistics_stay_as_they_are():
     method, task = prepared()
     before = photograph(task.model)
     for skip in range(2):
-        method.train_generators(task, *batch(skip))
+        method.step_on(task, *batch(skip))
     after = photograph(task.model)
     assert all(torch.equal(tensor, after.tensors[name]) for name, tensor in before.tensors.items())
     assert not after.gradients

@@ -138,7 +138,7 @@ def test_decay_never_crosses_by_more_than_beta():
 def test_without_a_gradient_theta_moves_by_decay_alone(monkeypatch):
     method, task = prepared(decay=1e-2)
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs: [torch.zeros_like(x) for x in inputs])
-    method.train_gates(task, *batch())
+    method.step_on(task, *batch())
     torch.testing.assert_close(method.theta.detach(), torch.full_like(method.theta, 0.99), rtol=0, atol=1e-7)
 
 
@@ -151,7 +151,7 @@ def test_order_is_adam_then_decay_then_clip(monkeypatch):
     gradient = torch.zeros_like(method.theta)
     gradient[:6] = sign
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs: [gradient])
-    method.train_gates(task, *batch())
+    method.step_on(task, *batch())
     # Adam's first step is the learning rate against the sign of the gradient.
     after_adam = start - 0.125 * sign
     expected = (after_adam - 0.25 * torch.sign(after_adam - 0.5)).clamp(0, 1)
@@ -167,7 +167,7 @@ def test_ends_of_the_interval_still_learn():
         method.theta[half:] = 1.0
         method.theta[[g.start for g in task.graph.groups]] = 1.0
     before = method.theta.detach().clone()
-    method.train_gates(task, *batch(64))
+    method.step_on(task, *batch(64))
     moved = method.theta.detach() != before
     assert bool(moved[before == 0].any())
     assert bool(moved[before == 1].any())
@@ -181,7 +181,7 @@ def test_metrics(sampling):
     images, labels = batch()
     gates = method.placement.spread(method.sample(0).detach())
     ratio = float(method.cost(task).detach()) / float(task.graph.cost().macs)
-    metrics = {name: float(value) for name, value in method.train_gates(task, images, labels).items()}
+    metrics = {name: float(value) for name, value in method.step_on(task, images, labels).items()}
     with torch.no_grad():
         cross_entropy = float(F.cross_entropy(task.masked(images, gates), labels))
     assert metrics["cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
@@ -206,7 +206,7 @@ def test_weights_buffers_flags_are_untouched_and_no_weight_gradient_is_made():
     MaskedNetwork.forward = watching
     try:
         for _ in range(3):
-            method.train_gates(task, *batch())
+            method.step_on(task, *batch())
     finally:
         MaskedNetwork.forward = hook
     assert seen
@@ -221,16 +221,16 @@ def test_flags_are_put_back_after_an_error():
     method, task = prepared()
     before = photograph(task.model)
     with pytest.raises(ValueError, match="batch"):
-        method.train_gates(task, batch()[0], batch(8)[1])
+        method.step_on(task, batch()[0], batch(8)[1])
     assert photograph(task.model).requires_grad == before.requires_grad
 
 
 def test_autocast():
     method, task = prepared()
     with torch.autocast("cpu", torch.bfloat16):
-        low = {name: float(value) for name, value in method.train_gates(task, *batch()).items()}
+        low = {name: float(value) for name, value in method.step_on(task, *batch()).items()}
     exact, task = prepared()
-    high = {name: float(value) for name, value in exact.train_gates(task, *batch()).items()}
+    high = {name: float(value) for name, value in exact.step_on(task, *batch()).items()}
     assert method.theta.dtype == torch.float32
     assert bool(torch.isfinite(method.theta).all())
     assert low["cross_entropy"] == pytest.approx(high["cross_entropy"], rel=0.02)
@@ -245,7 +245,7 @@ def search(method: DMC, task: Task, steps: int) -> list[dict[str, float]]:
     history = []
     for step in range(steps):
         part = slice(step % 4 * 32, step % 4 * 32 + 32)
-        metrics = method.train_gates(task, images[part], labels[part])
+        metrics = method.step_on(task, images[part], labels[part])
         history.append({name: float(value) for name, value in metrics.items()})
     return history
 
@@ -401,7 +401,7 @@ def test_network_with_kept_channels_among_prunable_ones():
     method = DMC(DMCConfig(groups="all"))
     method.setup(task)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    metrics = method.train_gates(task, images, torch.arange(4))
+    metrics = method.step_on(task, images, torch.arange(4))
     assert math.isfinite(float(metrics["loss"]))
     assert method.plan(task).macs[1] <= 0.5 * method.placement.full
 
