@@ -1,4 +1,9 @@
-"""The masked network: the traced graph with a gate in front of everything that reads a prunable channel."""
+"""The masked network: the traced graph with a gate in front of everything that reads a prunable channel.
+
+Two graphs compute it. In one each convolution is a call together with its batch norm, activation and the gates of what
+it reads (``fusion``). It serves while nothing but gates is trained. The other has torch's operators with gates between
+them, for ``torch.compile``, and where gradients of weights are wanted.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,12 @@ import operator
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fastprune.graph import ChannelGraph
+from fastprune.fusion import find_chains, fuse
+from fastprune.graph import ChannelGraph, Layer
 from fastprune.graph.regions import GRADIENTS, modes_kept
 
 # In-place operators that exporters leave in the graph, and what computes the same without overwriting its input.
@@ -57,27 +63,35 @@ class MaskedNetwork(nn.Module):
     removing the channel does. A depthwise convolution's input is gated as well, as DMC and DDNP do it: the same vector
     is then used before and after it. Batch norm uses its running statistics and never updates them.
 
+    Where no gradient of a parameter is asked for, convolutions run fused and in channels_last, with weights that are
+    folded once, and again when the parameters have changed. What is written through ``parameter.data`` is not noticed.
+
     In an inexact graph (``trace(exact=False)``) the norms in front of a gate see all channels, so that their statistics
     are not those of the compact network, and the two agree only approximately.
 
     Args:
         graph: the traced network.
         model: the model that was traced; its parameters are shared, not copied.
+        units: which units have a gate, bool [U]; the gates of others are not read. None: all.
 
     Shapes:
         ``masked(images [N, C, H, W], gates [U])`` returns what the model returns.
     """
 
-    def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
+    def __init__(self, graph: ChannelGraph, model: nn.Module, units: Tensor | None = None) -> None:
         super().__init__()
         self.num_units = graph.num_units
         self.any_batch = graph.traced.any_batch
         self.batch = graph.traced.inputs.batch
-        self.network = gated(graph)
         codegen: Any = graph.traced.evaluation.graph._codegen
         self.out_spec: pytree.TreeSpec = codegen.pytree_info.out_spec
-        share_tensors(model, self.network)
-        self.network.to(next((p.device for p in model.parameters()), torch.device("cpu")))
+        units = torch.ones(graph.num_units, dtype=torch.bool) if units is None else units.cpu()
+        self.network = gated(graph, units, fused=False)
+        self.fused = gated(graph, units, fused=True)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        for network in (self.network, self.fused):
+            share_tensors(model, network)
+            network.to(device)
         self.train(False)
 
     def train(self, mode: bool = True) -> MaskedNetwork:
@@ -95,12 +109,25 @@ class MaskedNetwork(nn.Module):
                 f"images: this model could only be traced for batches of {self.batch}, got {images[0].shape[0]}; "
                 "trace it with an example of the batch size that is used"
             )
+        network = self.fused if self.runs_fused() else self.network
         with modes_kept():
-            return pytree.tree_unflatten(self.network(*images, gates), self.out_spec)
+            return pytree.tree_unflatten(network(*images, gates), self.out_spec)
+
+    def runs_fused(self) -> bool:
+        """Whether convolutions run fused now: outside of ``torch.compile``, and if no parameter wants a gradient."""
+        if torch.compiler.is_compiling():
+            return False
+        return not torch.is_grad_enabled() or not any(p.requires_grad for p in self.network.parameters())
 
 
-def gated(graph: ChannelGraph) -> GraphModule:
-    """A copy of the traced graph with the gates as one more input."""
+def gated(graph: ChannelGraph, units: Tensor, *, fused: bool) -> GraphModule:
+    """A copy of the traced graph with the gates as one more input.
+
+    Args:
+        graph: the traced network.
+        units: which of its units have a gate, bool [U].
+        fused: whether convolutions are fused. Not where something is overwritten that others read.
+    """
     traced = graph.traced.evaluation
     module = GraphModule(traced, copy.deepcopy(traced.graph))
     nodes = {node.name: node for node in module.graph.nodes}
@@ -109,39 +136,77 @@ def gated(graph: ChannelGraph) -> GraphModule:
             module.graph.erase_node(node)
     module.graph.set_codegen(torch.fx.graph.CodeGen())
     overwrites = make_out_of_place(module)
-    with module.graph.inserting_after([node for node in module.graph.nodes if node.op == "placeholder"][-1]):
-        gates = module.graph.placeholder("gates")
-    with module.graph.inserting_after(gates):
-        one = module.graph.call_function(torch.ops.aten.new_ones.default, (gates, [1]))
-    with module.graph.inserting_after(one):
-        padded = module.graph.call_function(torch.ops.aten.cat.default, ([gates, one],))  # the last place: always open
-    inserted: dict[tuple[Node, int, bytes, str], Node] = {}
+    vectors = GateVectors(module, graph.num_units)
+    chains = find_chains(module) if fused and not overwrites else []
+    fusable = {chain.conv for chain in chains}
+    gates: dict[Node, Node] = {}
+    inserted: dict[Any, Node] = {}
     for layer in graph.layers:
-        if bool((layer.in_units >= 0).any()):
-            reader = nodes[layer.node]
-            source = cast("Node", reader.args[0])
-            # Where something is overwritten later, each reader has a gate of its own, on a copy of what it reads.
-            key = (source, layer.channel_dim, layer.in_units.numpy().tobytes(), layer.node if overwrites else "")
-            if key not in inserted:
-                places = torch.where(layer.in_units < 0, graph.num_units, layer.in_units)
-                module.register_buffer(f"_units_{len(inserted)}", places, persistent=False)
-                with module.graph.inserting_before(reader):
-                    units = module.graph.get_attr(f"_units_{len(inserted)}")
-                    read = module.graph.call_function(torch.ops.aten.clone.default, (source,)) if overwrites else source
-                    rank = len(source.meta["val"].shape)
-                    inserted[key] = insert_gate(module, padded, read, units, layer.channel_dim, rank)
-            reader.update_arg(0, inserted[key])
+        if not bool(units[layer.in_units[layer.in_units >= 0]].any()):
+            continue
+        reader = nodes[layer.node]
+        vector = vectors.of(layer)
+        if reader in fusable:
+            gates[reader] = vector
+            continue
+        source = cast("Node", reader.args[0])
+        # Where something is overwritten later, each reader has a gate of its own, on a copy of what it reads.
+        key = (source, layer.channel_dim, vector, layer.node if overwrites else "")
+        if key not in inserted:
+            with module.graph.inserting_before(reader):
+                read = module.graph.call_function(torch.ops.aten.clone.default, (source,)) if overwrites else source
+                rank = len(source.meta["val"].shape)
+                inserted[key] = insert_gate(module, read, vector, layer.channel_dim, rank)
+        reader.update_arg(0, inserted[key])
+    if chains:
+        for node in module.graph.nodes:
+            if node.target is torch.ops.aten.view.default:  # of what may be channels_last now
+                node.target = torch.ops.aten.reshape.default
+        fuse(module, chains, gates)
     module.graph.lint()
     module.recompile()
     return module
 
 
-def insert_gate(module: GraphModule, padded: Node, source: Node, units: Node, channel_dim: int, rank: int) -> Node:
-    """Multiply ``source`` by the gates of its channels, which lie at the places ``units`` of the padded vector."""
+class GateVectors:
+    """The nodes of a graph that hold the gates of a layer's input channels.
+
+    Args:
+        module: the graph, which gets the gates as its last input.
+        num_units: U.
+    """
+
+    def __init__(self, module: GraphModule, num_units: int) -> None:
+        self.module, self.num_units = module, num_units
+        self.made: dict[bytes, Node] = {}
+        graph = module.graph
+        with graph.inserting_after([node for node in graph.nodes if node.op == "placeholder"][-1]):
+            gates = graph.placeholder("gates")
+        with graph.inserting_after(gates):
+            one = graph.call_function(torch.ops.aten.new_ones.default, (gates, [1]))
+        with graph.inserting_after(one):  # the last place: always open
+            self.padded = graph.call_function(torch.ops.aten.cat.default, ([gates, one],))
+
+    def of(self, layer: Layer) -> Node:
+        """The gates of the channels that a layer reads."""
+        key = layer.in_units.numpy().tobytes()
+        if key not in self.made:
+            name = f"_units_{len(self.made)}"
+            places = torch.where(layer.in_units < 0, self.num_units, layer.in_units)
+            self.module.register_buffer(name, places, persistent=False)
+            graph = self.module.graph
+            with graph.inserting_after(self.padded):
+                units = graph.get_attr(name)
+            with graph.inserting_after(units):
+                self.made[key] = graph.call_function(torch.ops.aten.index_select.default, (self.padded, 0, units))
+        return self.made[key]
+
+
+def insert_gate(module: GraphModule, source: Node, gates: Node, channel_dim: int, rank: int) -> Node:
+    """Multiply ``source`` by the gates of its channels."""
     shape = [1] * rank
     shape[channel_dim] = -1
-    chosen = module.graph.call_function(torch.ops.aten.index_select.default, (padded, 0, units))
-    viewed = module.graph.call_function(torch.ops.aten.view.default, (chosen, shape))
+    viewed = module.graph.call_function(torch.ops.aten.view.default, (gates, shape))
     typed = module.graph.call_function(torch.ops.aten.type_as.default, (viewed, source))
     return module.graph.call_function(operator.mul, (source, typed))
 

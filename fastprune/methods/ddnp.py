@@ -127,7 +127,7 @@ class DDNP(GateSearch):
         config = self.config
         raw, keep = self.raw_scores(), self.keep()
         with weights_frozen(task.model):
-            outputs = task.masked(images, self.placement.spread(self.mask(raw, keep)))
+            outputs = self.masked(images, self.placement.spread(self.mask(raw, keep)))
             cross_entropy = F.cross_entropy(outputs.float(), labels)
             cost = self.cost(task, keep)
             regulariser = RESOURCES[config.resource](self.placement.ratio(cost), self.placement.target)

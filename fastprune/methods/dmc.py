@@ -81,7 +81,7 @@ class DMC(GateSearch):
     def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
         """One iteration of Algorithm 1."""
         with weights_frozen(task.model):
-            scores = task.masked(images, self.placement.spread(self.sample(task.seed)))
+            scores = self.masked(images, self.placement.spread(self.sample(task.seed)))
             cross_entropy = F.cross_entropy(scores.float(), labels)
             cost = self.cost(task)
             regulariser = log_distance(self.placement.ratio(cost), self.placement.target)

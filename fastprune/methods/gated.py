@@ -16,6 +16,7 @@ from fastprune.budget import Budget
 from fastprune.fitting import fit
 from fastprune.graph import ChannelGraph
 from fastprune.graph.interior import interior_units
+from fastprune.masking import MaskedNetwork
 from fastprune.methods.contract import Method, Metrics, Phase, Task
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class GateSearch(Method):
         # Raises before a search that cannot succeed.
         fit(task.graph, task.budget, torch.zeros(task.graph.num_units), prunable=may_go, limits=task.limits)
         self.placement = GatePlacement.of(task.graph, task.budget, may_go, task.device)
+        self.masked = MaskedNetwork(task.graph, task.model, may_go)
         self._results: dict[str, float] = {}
         return may_go
 
@@ -161,7 +163,7 @@ class GateSearch(Method):
         assert task.data is not None
         with torch.no_grad():
             gates = self.placement.spread(self.gates())
-            return {"proxy_accuracy": task.data.accuracy(lambda images: task.masked(images, gates))}
+            return {"proxy_accuracy": task.data.accuracy(lambda images: self.masked(images, gates))}
 
     def note_projection(self, task: Task, what: str, chosen: Tensor, projected: Tensor) -> None:
         """Remember and log what the search chose, and what the plan makes of it; both bool [U]."""

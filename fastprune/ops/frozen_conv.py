@@ -55,6 +55,7 @@ class FrozenConv:
         groups: Of the convolution.
         activation: As in :func:`fastprune.ops.masked_conv_bn_act`.
         eps: That of the batch norm.
+        dtype: Of x; None: that of ``weight``. The weight is folded before it is rounded.
     """
 
     def __init__(
@@ -69,13 +70,15 @@ class FrozenConv:
         groups: int = 1,
         activation: str | None = "relu",
         eps: float = 1e-5,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.geometry = geometry_of(stride, padding, dilation, groups)
         self.activation = checked_activation(activation)
         with torch.no_grad():
             scale, shift = frozen_affine(bn, bias, eps, weight.shape[0], weight)
             self.shift = None if shift is None else shift.clone()  # it may be the bias itself
-            self.weight = fold(weight, scale).clone(memory_format=torch.channels_last)
+            folded = fold(weight, scale).to(weight.dtype if dtype is None else dtype)
+            self.weight = folded.clone(memory_format=torch.channels_last)
         self._packed: PackedWeight | None = None
         self._packed_transposed: PackedWeight | None = None
 
