@@ -14,7 +14,6 @@ cross-entropy and of C, and g_k those of R and of C: k never sees the data, and 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,9 +26,10 @@ from torch import Tensor
 from fastprune.fitting import fit
 from fastprune.methods.contract import Metrics, Task
 from fastprune.methods.gated import GateSearch, weights_frozen
-from fastprune.methods.generators import ScoreGenerator, WidthGenerator
+from fastprune.methods.generators import ScoreGenerator, WidthGenerator, follow, restore, state_of
 from fastprune.methods.options import option
 from fastprune.methods.ranking import rank_of
+from fastprune.methods.regularisers import SIDES
 from fastprune.ops import topk_mask
 from fastprune.plan import PruningPlan
 
@@ -130,16 +130,11 @@ class DDNP(GateSearch):
             outputs = self.masked(images, self.placement.spread(self.mask(raw, keep)))
             cross_entropy = F.cross_entropy(outputs.float(), labels)
             cost = self.cost(task, keep)
-            regulariser = RESOURCES[config.resource](self.placement.ratio(cost), self.placement.target)
+            regulariser = SIDES[config.resource](self.placement.ratio(cost), self.placement.target)
             coupling = self.coupling(raw, keep)
             loss = cross_entropy + config.regularisation * regulariser.float() + config.coupling * coupling
             gradients = torch.autograd.grad(loss, self.parameters)
-        # The generators are the same on every rank, the images are not.
-        flat = task.distributed.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = flat.split([parameter.numel() for parameter in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-        self.optimizer.step()
+        follow(self.optimizer, self.parameters, gradients, task.distributed)
         return {
             "loss": loss.detach(),
             "cross_entropy": cross_entropy.detach(),
@@ -184,12 +179,7 @@ class DDNP(GateSearch):
 
     def state_dict(self) -> dict[str, Any]:
         """Both generators with their inputs, and Adam's moments."""
-        copies = {
-            name: {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
-            for name, module in (("scores", self.scores), ("widths", self.widths))
-        }
-        # Copies: torch hands out the optimiser's live tensors, which further steps would change.
-        return {**copies, "optimizer": copy.deepcopy(self.optimizer.state_dict())}
+        return state_of(self.optimizer, scores=self.scores, widths=self.widths)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -197,25 +187,4 @@ class DDNP(GateSearch):
         Raises:
             ValueError: if the state is for other gates.
         """
-        for name, module in (("scores", self.scores), ("widths", self.widths)):
-            try:
-                module.load_state_dict(dict(state[name]))
-            except (KeyError, RuntimeError) as error:
-                raise ValueError(
-                    "ddnp: the state is for other gates; was it made with another model, or other options 'groups' or "
-                    f"'architecture'? ({error})"
-                ) from error
-        self.optimizer.load_state_dict(dict(state["optimizer"]))
-
-
-def one_sided(ratio: Tensor, target: float) -> Tensor:
-    """R = log(max(T, pT)/pT): nothing once the budget is met. Source: Gao et al., ECCV 2022, §3.4."""
-    return torch.log(ratio.clamp(min=target) / target)
-
-
-def two_sided(ratio: Tensor, target: float) -> Tensor:
-    """|log(T/pT)|, which also draws back what went too far; the authors' release has it for ResNets."""
-    return torch.log(ratio / target).abs()
-
-
-RESOURCES: dict[str, Callable[[Tensor, float], Tensor]] = {"one_sided": one_sided, "two_sided": two_sided}
+        restore(self.name, state, self.optimizer, scores=self.scores, widths=self.widths)

@@ -22,17 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprune.fitting import fit
 from fastprune.methods.contract import Metrics, Task
 from fastprune.methods.filters import unit_norms
 from fastprune.methods.gated import GateSearch, weights_frozen
 from fastprune.methods.gates import deterministic_gate
 from fastprune.methods.options import option
-from fastprune.methods.ranking import across_groups, rank_of
+from fastprune.methods.ranking import across_groups
+from fastprune.methods.regularisers import log_distance
 from fastprune.ops import bernoulli_gate
 from fastprune.plan import PruningPlan
-
-TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
 
 
 @dataclass(frozen=True)
@@ -124,23 +122,14 @@ class DMC(GateSearch):
         Many θ end at exactly 0 or 1. Among equal ones the larger filters (relative to their group) stay, so that an
         index does not decide.
         """
-        graph, budget = task.graph, task.budget
+        graph = task.graph
         theta = self.placement.spread(self.theta.detach()).cpu()
         norms = across_groups(graph, unit_norms(graph, task.model, p=2))
         by_norm = norms.argsort(descending=True, stable=True)
         order = by_norm[theta[by_norm].argsort(descending=True, stable=True)]
         scores = torch.empty(graph.num_units, dtype=torch.float64)
         scores[order] = -torch.arange(graph.num_units, dtype=torch.float64)
-        mask = theta >= 0.5
-        for group in graph.groups:
-            mask[group.units] |= rank_of(scores[group.units]) == 0
-        cost = float(budget.cost(graph, mask))
-        projected = mask
-        met = self.placement.limit - TOLERANCE * self.placement.full <= cost <= self.placement.limit
-        if not met or task.limits.broken_by(graph, mask):
-            projected = fit(graph, budget, scores, prunable=self.placement.may_go(), limits=task.limits)
-        self.note_projection(task, "gates", mask, projected)
-        return graph.plan(projected)
+        return self.keep_open(task, theta >= 0.5, scores)
 
     def state_dict(self) -> dict[str, Any]:
         """θ, Adam's moments and the step."""
@@ -163,14 +152,6 @@ class DMC(GateSearch):
             self.theta.copy_(state["theta"])
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.step = int(state["step"])
-
-
-def log_distance(ratio: Tensor, target: float) -> Tensor:
-    """R_log(r, p) = log(|r − p| + 1); its slope grows towards the target, from ½ at a distance of 1 to 1.
-
-    Source: Gao et al., CVPR 2020, eq. 10, on ratios: with raw FLOPs the slope would jump by 1e8 at the target.
-    """
-    return torch.log((ratio - target).abs() + 1)
 
 
 def symmetric_decay_(theta: Tensor, amount: float) -> None:

@@ -18,8 +18,11 @@ from fastprune.graph import ChannelGraph
 from fastprune.graph.interior import interior_units
 from fastprune.masking import MaskedNetwork
 from fastprune.methods.contract import Method, Metrics, Phase, Task
+from fastprune.plan import PruningPlan
 
 log = logging.getLogger(__name__)
+
+TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
 
 
 def gated_units(graph: ChannelGraph, groups: str) -> Tensor:
@@ -164,6 +167,24 @@ class GateSearch(Method):
         with torch.no_grad():
             gates = self.placement.spread(self.gates())
             return {"proxy_accuracy": task.data.accuracy(lambda images: self.masked(images, gates))}
+
+    def keep_open(self, task: Task, open_gates: Tensor, scores: Tensor) -> PruningPlan:
+        """The plan of gates that are open or closed, and one channel of each group at least.
+
+        Args:
+            task: of the search.
+            open_gates: bool [U].
+            scores: [U]; where the open gates miss the budget or a limit, the channels of highest score stay instead.
+        """
+        chosen = open_gates.clone()
+        for group in task.graph.groups:
+            chosen[group.start + int(scores[group.units].numpy().argmax())] = True  # the first of equal ones
+        cost, full, limit = float(task.budget.cost(task.graph, chosen)), self.placement.full, self.placement.limit
+        projected = chosen
+        if not limit - TOLERANCE * full <= cost <= limit or task.limits.broken_by(task.graph, chosen):
+            projected = fit(task.graph, task.budget, scores, prunable=self.placement.may_go(), limits=task.limits)
+        self.note_projection(task, "gates", chosen, projected)
+        return task.graph.plan(projected)
 
     def note_projection(self, task: Task, what: str, chosen: Tensor, projected: Tensor) -> None:
         """Remember and log what the search chose, and what the plan makes of it; both bool [U]."""

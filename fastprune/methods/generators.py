@@ -6,11 +6,14 @@ release.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from fastprune.distributed import Distributed
 
 INPUT = 64
 HIDDEN = 128  # of a GRU in each direction
@@ -76,3 +79,39 @@ class WidthGenerator(nn.Module):
     def forward(self) -> Tensor:
         """Logits of the widths, float32 [L]."""
         return self.linear(self.input) + WIDTH_BIAS  # type: ignore[no-any-return]
+
+
+def follow(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    gradients: Sequence[Tensor],
+    peers: Distributed,
+) -> None:
+    """A step along gradients, averaged over ranks: generators are the same everywhere, images are not."""
+    flat = peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    optimizer.step()
+
+
+def state_of(optimizer: torch.optim.Optimizer, **modules: nn.Module) -> dict[str, Any]:
+    """The state of generators and of their optimiser, as copies: torch hands out what further steps would change."""
+    states = {name: {key: t.detach().clone() for key, t in m.state_dict().items()} for name, m in modules.items()}
+    return {**states, "optimizer": copy.deepcopy(optimizer.state_dict())}
+
+
+def restore(method: str, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, **modules: nn.Module) -> None:
+    """Load what ``state_of`` returned.
+
+    Raises:
+        ValueError: if the state is for other gates.
+    """
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(dict(state[name]))
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{method}: the state is for other gates; was it made with another model, or other options 'groups' or "
+                f"'architecture'? ({error})"
+            ) from error
+    optimizer.load_state_dict(dict(state["optimizer"]))

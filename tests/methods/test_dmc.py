@@ -11,11 +11,12 @@ from fastprune.budget import Budget, BudgetError
 from fastprune.graph import trace
 from fastprune.masking import MaskedNetwork
 from fastprune.methods import Task, interior_units
-from fastprune.methods.dmc import DMC, DMCConfig, log_distance, symmetric_decay_
+from fastprune.methods.dmc import DMC, DMCConfig, symmetric_decay_
 from fastprune.methods.gated import prunable_cost
 from fastprune.methods.gates import deterministic_gate
 from fastprune.methods.magnitude import Random
 from fastprune.methods.ranking import RankingConfig
+from fastprune.methods.regularisers import log_distance
 from fastprune.ops import bernoulli_gate
 from fastprune.testing import check_method, network, photograph, sample_data, traced
 

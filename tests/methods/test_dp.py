@@ -1,0 +1,103 @@
+"""DP: relaxed gates of one number per channel, drawn anew each step, and what is left of them without noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastprune.budget import Budget
+from fastprune.methods import Task, interior_units
+from fastprune.methods.dp import DP, DPConfig
+from fastprune.ops import gumbel_gate
+from fastprune.testing import check_method, network, sample_data, traced
+
+QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}
+
+
+def prepared(budget: str = "flops=0.5", **options) -> tuple[DP, Task]:
+    """A method that is set up on the contract's test network."""
+    task = Task(network(), traced(), Budget.parse(budget))
+    method = DP(DPConfig(**options))
+    method.setup(task)
+    return method, task
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return next(iter(sample_data().batches("train", 16)))
+
+
+@pytest.mark.parametrize("options", [{}, {"architecture": "channel", "noise": "logistic", "groups": "all"}])
+def test_contract(options):
+    check_method(DP, **QUICK, **options)
+
+
+@pytest.mark.slow
+def test_contract_in_two_processes():
+    check_method(DP, distributed=True, **QUICK)
+
+
+def test_pruning_starts_from_the_whole_network():
+    method, task = prepared()
+    assert bool((method.gates() == 1).all())
+    metrics = method.step_on(task, *batch())
+    assert float(metrics["flops_ratio"]) > 0.97
+    assert float(metrics["open"]) > 0.97
+
+
+def test_a_step_follows_the_gradient_of_loss_and_cost():
+    """With a cost term alone every open gate is pushed down, as closing any of them makes the network cheaper."""
+    method, task = prepared(architecture="channel", regularisation=1e4, learning_rate=0.01)
+    for _ in range(3):
+        method.step_on(task, *batch())
+    assert bool((method.scores_now() < 0).all())
+    untouched, task = prepared(architecture="channel", regularisation=0.0, learning_rate=0.01)
+    untouched.step_on(task, *batch())
+    assert bool((untouched.scores_now() > 0).any())
+
+
+def test_noise_differs_from_step_to_step_and_not_from_run_to_run():
+    method, task = prepared(base=0.0)
+    first = method.draw(method.scores_now(), task.seed)
+    again = method.draw(method.scores_now(), task.seed)
+    method.step += 1
+    second = method.draw(method.scores_now(), task.seed)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    expected = gumbel_gate(method.scores_now(), seed=task.seed, step=1, temperature=0.4, base=0.0, noise="gumbel")
+    assert torch.equal(second, expected)
+
+
+def test_plan_keeps_the_open_gates_where_they_meet_the_budget():
+    """Scores of random sign, and the budget that the open gates cost: the plan is the gates, and the rest stays."""
+    method, task = prepared(architecture="channel", base=0.5)
+    graph = task.graph
+    with torch.no_grad():
+        method.scores.scores.uniform_(-2, 1, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(graph.num_units, dtype=torch.bool)
+    mask[method.placement.index] = method.scores_now() + 0.5 >= 0
+    ratio = float(task.budget.cost(graph, mask)) / float(task.budget.cost(graph))
+    again, task = prepared(f"flops={ratio + 0.002}", architecture="channel", base=0.5)
+    again.load_state_dict(method.state_dict())
+    plan = again.plan(task)
+    assert torch.equal(plan.mask.bool(), mask)
+    assert bool(plan.mask.bool()[~interior_units(graph)].all())
+    assert again.results()["channels_changed_by_projection"] == 0
+
+
+def test_plan_closes_the_lowest_scores_where_gates_cost_too_much():
+    method, task = prepared("flops=0.6", architecture="channel")
+    with torch.no_grad():
+        method.scores.scores.uniform_(-2, 1, generator=torch.Generator().manual_seed(1))  # all open with base 3
+    plan = method.plan(task)
+    kept = plan.mask.bool()[method.placement.index]
+    scores = method.scores_now()
+    assert float(scores[kept].min()) < float(scores[~kept].max()) + 0.5  # near a threshold: filled up at its edge
+    assert float(scores[kept].mean()) > float(scores[~kept].mean()) + 0.5
+    assert float(task.budget.cost(task.graph, plan.mask)) <= task.budget.limit(task.graph)
+
+
+def test_a_state_of_another_network_is_refused():
+    method, _ = prepared()
+    other, _ = prepared(groups="all")
+    with pytest.raises(ValueError, match="dp: the state is for other gates"):
+        method.load_state_dict(other.state_dict())
