@@ -56,6 +56,9 @@ OUT_OF_PLACE: dict[Any, Any] = {
 }
 
 
+GATE = "fastprune_gate"  # key of a node's metadata
+
+
 class MaskedNetwork(nn.Module):
     """A network whose prunable channels pass through gates, in eval mode and with the model's own parameters.
 
@@ -113,6 +116,23 @@ class MaskedNetwork(nn.Module):
         with modes_kept():
             return pytree.tree_unflatten(network(*images, gates), self.out_spec)
 
+    @torch.no_grad()
+    def energies(self, *images: Tensor) -> Tensor:
+        """How strong the features of each unit are with all gates open.
+
+        Args:
+            images: what the network reads, [N, C, H, W].
+
+        Returns:
+            The mean square over batch and positions of what readers see of the unit, meant over its readers, [U];
+            0 for units that have no gate.
+        """
+        gates = torch.ones(self.num_units, device=images[0].device)
+        energies = _Energies(self.network, gates)
+        with modes_kept():
+            energies.run(*images, gates)
+        return energies.sums / energies.counts.clamp(min=1)
+
     def runs_fused(self) -> bool:
         """Whether convolutions run fused now: outside of ``torch.compile``, and if no parameter wants a gradient."""
         if torch.compiler.is_compiling():
@@ -157,6 +177,7 @@ def gated(graph: ChannelGraph, units: Tensor, *, fused: bool) -> GraphModule:
                 read = module.graph.call_function(torch.ops.aten.clone.default, (source,)) if overwrites else source
                 rank = len(source.meta["val"].shape)
                 inserted[key] = insert_gate(module, read, vector, layer.channel_dim, rank)
+                inserted[key].meta[GATE] = layer.in_units, layer.channel_dim
         reader.update_arg(0, inserted[key])
     if chains:
         for node in module.graph.nodes:
@@ -166,6 +187,26 @@ def gated(graph: ChannelGraph, units: Tensor, *, fused: bool) -> GraphModule:
     module.graph.lint()
     module.recompile()
     return module
+
+
+class _Energies(torch.fx.Interpreter):
+    """Executes a network of ``gated`` and adds up what its gates let through."""
+
+    def __init__(self, network: GraphModule, gates: Tensor) -> None:
+        super().__init__(network)
+        self.sums, self.counts = torch.zeros_like(gates), torch.zeros_like(gates)
+
+    def run_node(self, n: Node) -> Any:
+        """The node's value; that of a gate is counted."""
+        value = super().run_node(n)
+        if GATE in n.meta:
+            units, dim = n.meta[GATE]
+            squares = value.float().square().transpose(0, dim).flatten(1).mean(1)
+            has_gate = units >= 0
+            places = units[has_gate].to(self.sums.device)
+            self.sums.index_add_(0, places, squares[has_gate.to(squares.device)])
+            self.counts.index_add_(0, places, torch.ones_like(squares[: len(places)]))
+        return value
 
 
 class GateVectors:

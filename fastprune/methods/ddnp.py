@@ -14,7 +14,7 @@ cross-entropy and of C, and g_k those of R and of C: k never sees the data, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprune.fitting import fit
-from fastprune.methods.contract import Metrics, Task
+from fastprune.methods.contract import Metrics, Phase, Task
+from fastprune.methods.ddnp_release import Release, cosine
 from fastprune.methods.gated import GateSearch, weights_frozen
 from fastprune.methods.generators import ScoreGenerator, WidthGenerator, follow, restore, state_of
 from fastprune.methods.options import option
@@ -40,6 +41,10 @@ OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "abs
 class DDNPConfig:
     """Options of DDNP; the defaults are the paper's for CIFAR-10 (§5.1)."""
 
+    variant: Literal["paper", "release"] = option(
+        "paper",
+        "the paper's losses, or what the authors' published code computes (its own masks, ranking and optimiser)",
+    )
     epochs: int = option(200, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on; the paper takes 25000 on ImageNet", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
@@ -94,7 +99,30 @@ class DDNP(GateSearch):
         self.scores = ScoreGenerator(self.sizes.tolist(), self.config.architecture, task.seed).to(task.device)
         self.widths = WidthGenerator(len(self.gated), task.seed + 1).to(task.device)
         self.parameters = [*self.scores.parameters(), *self.widths.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.config.learning_rate)
+        self.release: Release | None = None
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.parameters, lr=self.config.learning_rate)
+        if self.config.variant == "release":
+            self.release = Release(self.sizes, self.offsets, self.owner, task.seed)
+            self.optimizer = self.release.optimizer(self.scores, self.widths, self.config.learning_rate)
+
+    def phases(self, task: Task) -> Iterator[Phase]:
+        """The training; the release's ranking measures the channels' features before."""
+        release, config = self.release, self.config
+        if release is not None:
+
+            def measure(images: Tensor, labels: Tensor) -> Metrics:
+                energy = task.distributed.mean_(self.masked.energies(images))
+                release.collect(energy[self.placement.index])
+                return {}
+
+            yield Phase("features", 1, measure, config.samples, config.batch_size)
+        yield from super().phases(task)
+
+    def end_epoch(self, task: Task, epoch: int) -> Metrics:
+        """What the search logs; the release lowers the widths' learning rate."""
+        if self.release is not None:
+            self.optimizer.param_groups[1]["lr"] = cosine(self.config.learning_rate, epoch + 1, self.config.epochs)
+        return super().end_epoch(task, epoch)
 
     def raw_scores(self) -> Tensor:
         """s̄ of every gate's channels, [n]."""
@@ -117,21 +145,24 @@ class DDNP(GateSearch):
         distance: Tensor = keep - sums / self.sizes
         return distance.square().sum()
 
-    def cost(self, task: Task, keep: Tensor) -> Tensor:
-        """The cost of the whole network with widths Ck; differentiable in k."""
-        widths = self.full_widths.index_copy(0, self.gated, (self.sizes * keep).double())
-        return task.budget.meter(task.graph).of_widths(widths)
+    def cost(self, task: Task, widths: Tensor) -> Tensor:
+        """The cost of the whole network with ``widths`` [L] channels behind the gates; differentiable in them."""
+        return task.budget.meter(task.graph).of_widths(self.full_widths.index_copy(0, self.gated, widths.double()))
 
     def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
         """One iteration of Algorithm 1."""
         config = self.config
         raw, keep = self.raw_scores(), self.keep()
+        if self.release is None:
+            mask, widths, coupling = self.mask(raw, keep), self.sizes * keep, self.coupling(raw, keep)
+        else:
+            mask, hard = self.release.masks(raw, keep)
+            widths, coupling = self.release.widths(hard, keep), self.release.pursuit(hard, keep)
         with weights_frozen(task.model):
-            outputs = self.masked(images, self.placement.spread(self.mask(raw, keep)))
+            outputs = self.masked(images, self.placement.spread(mask))
             cross_entropy = F.cross_entropy(outputs.float(), labels)
-            cost = self.cost(task, keep)
+            cost = self.cost(task, widths)
             regulariser = SIDES[config.resource](self.placement.ratio(cost), self.placement.target)
-            coupling = self.coupling(raw, keep)
             loss = cross_entropy + config.regularisation * regulariser.float() + config.coupling * coupling
             gradients = torch.autograd.grad(loss, self.parameters)
         follow(self.optimizer, self.parameters, gradients, task.distributed)
@@ -149,7 +180,9 @@ class DDNP(GateSearch):
         return topk_mask(self.scores_now(), self.keep(), self.offsets)
 
     def scores_now(self) -> Tensor:
-        """The scores s of all gates' channels, [n], without gradients."""
+        """What ranks all gates' channels, [n], without gradients: the scores s, or the release's ranking."""
+        if self.release is not None:
+            return self.release.ranking
         with torch.no_grad():
             return OUTPUTS[self.config.output](self.raw_scores())
 
@@ -178,8 +211,9 @@ class DDNP(GateSearch):
         return graph.plan(projected)
 
     def state_dict(self) -> dict[str, Any]:
-        """Both generators with their inputs, and Adam's moments."""
-        return state_of(self.optimizer, scores=self.scores, widths=self.widths)
+        """Both generators with their inputs, Adam's moments, and the release's ranking."""
+        state = state_of(self.optimizer, scores=self.scores, widths=self.widths)
+        return state if self.release is None else {**state, "release": self.release.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -188,3 +222,5 @@ class DDNP(GateSearch):
             ValueError: if the state is for other gates.
         """
         restore(self.name, state, self.optimizer, scores=self.scores, widths=self.widths)
+        if self.release is not None:
+            self.release.load_state_dict(state["release"])

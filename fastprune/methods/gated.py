@@ -148,13 +148,17 @@ class GateSearch(Method):
             return self.step_on(task, images, labels)
 
         def end_epoch(epoch: int) -> Metrics:
-            return self.proxy_accuracy(task) if self.evaluates_after(epoch) and task.data is not None else {}
+            return self.end_epoch(task, epoch)
 
         config = self.config
         yield Phase(
             self.phase, config.epochs, step, config.samples, config.batch_size, augment=config.augment,
             end_epoch=end_epoch,
         )  # fmt: skip
+
+    def end_epoch(self, task: Task, epoch: int) -> Metrics:
+        """What is logged after an epoch, counted from 0."""
+        return self.proxy_accuracy(task) if self.evaluates_after(epoch) and task.data is not None else {}
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether the held-out accuracy is measured after ``epoch`` (from 0)."""

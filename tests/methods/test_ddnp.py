@@ -46,7 +46,9 @@ def spread_scores(method: DDNP, seed: int = 0) -> None:
 # --- the contract -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"architecture": "channel", "resource": "two_sided", "groups": "all"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"architecture": "channel", "resource": "two_sided", "groups": "all"}, {"variant": "release"}]
+)
 def test_contract(options):
     check_method(DDNP, **QUICK, **options)
 
@@ -106,7 +108,9 @@ def gradients(method: DDNP, task: Task, **which: float) -> tuple[torch.Tensor, t
     mask = method.mask(raw, keep)
     terms = {
         "data": F.cross_entropy(task.masked(images, method.placement.spread(mask)), labels),
-        "cost": one_sided(method.placement.ratio(method.cost(task, keep)), method.placement.target).float(),
+        "cost": one_sided(
+            method.placement.ratio(method.cost(task, method.sizes * keep)), method.placement.target
+        ).float(),
         "coupling": method.coupling(raw, keep),
     }
     loss = sum(weight * terms[name] for name, weight in which.items())
@@ -217,7 +221,7 @@ def test_the_cost_of_widths_is_that_of_masks():
     keep = torch.tensor([0.5 if size % 2 == 0 else 1.0 for size in method.sizes.tolist()])
     mask = method.mask(method.raw_scores(), keep).detach()
     hard = (mask > 0.5).double()
-    assert float(method.cost(task, keep).detach()) == pytest.approx(
+    assert float(method.cost(task, method.sizes * keep).detach()) == pytest.approx(
         float(task.budget.cost(task.graph, method.placement.spread(hard)))
     )
 
@@ -299,7 +303,7 @@ def test_cost_and_coupling_alone(resource, target, low, high):
     method.setup(task)
     for _ in range(1500):
         raw, keep = method.raw_scores(), method.keep()
-        ratio = method.placement.ratio(method.cost(task, keep))
+        ratio = method.placement.ratio(method.cost(task, method.sizes * keep))
         term = {"one_sided": one_sided, "two_sided": two_sided}[resource](ratio, method.placement.target)
         loss = 2 * term.float() + 2 * method.coupling(raw, keep)
         for parameter, gradient in zip(method.parameters, torch.autograd.grad(loss, method.parameters), strict=True):
