@@ -400,12 +400,16 @@ def test_interrupted_prune_resumes_to_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("command", ["train", "prune", "finetune"])
+@pytest.mark.parametrize("command", ["train", "prune", "prune ddnp", "prune ddnp release", "prune dp", "finetune"])
 def test_every_command_resumes_after_every_signal(
     command: str, number: signal.Signals, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = "--epochs 3 --batch_size 16 --device cpu"
+    ddnp = DMC.replace("dmc", "ddnp") + " --method ddnp --ddnp.epochs 4 --out {}"
     lines = {
+        "prune ddnp": ddnp,
+        "prune ddnp release": f"{ddnp} --ddnp.variant release",
+        "prune dp": DMC.replace("dmc", "dp") + " --method dp --dp.epochs 4 --out {}",
         "train": f"train --model resnet20 --data {DATA} {recipe} --out {{}}",
         "prune": f"{DMC} --dmc.epochs 4 --out {{}}",
         "finetune": f"finetune {recipe} --run {{}}",
@@ -415,8 +419,9 @@ def test_every_command_resumes_after_every_signal(
         shutil.copytree(whole / "p", expected)
         shutil.copytree(whole / "p", run)
     assert main(shlex.split(lines[command].format(expected))) == 0
+    line, command = lines[command].format(run), command.split()[0]
     stage = {"train": "training", "prune": "search", "finetune": "finetune"}[command]
-    ended = stopped(lines[command].format(run), run / "checkpoints" / stage, number)
+    ended = stopped(line, run / "checkpoints" / stage, number)
     assert ended.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     place = "--run" if command == "finetune" else "--out"
     assert main([command, place, str(run), "--resume", "--json"]) == 0
