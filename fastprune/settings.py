@@ -140,6 +140,14 @@ class EvaluateSettings(ModelSettings):
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
 
+@dataclass
+class ReportSettings:
+    """Draw the searches and widths of pruning runs."""
+
+    run: tuple[str, ...] = setting((), "directories of pruning runs; several are drawn together", nargs="+")
+    out: str | None = setting(None, "folder for page and figures; RUN/report without it; needed for several runs")
+
+
 T = TypeVar("T")
 
 
