@@ -323,10 +323,11 @@ def run_report(values: dict[str, Any], given: set[str]) -> int:
     """Draw the searches and widths of pruning runs, as a page with figures."""
     settings = pick(ReportSettings, values)
     needed(run=settings.run)
-    runs = read_runs(settings.run)
+    places = settings.run or ()
+    runs = read_runs(places)
     if len(runs) > 1:
         needed(out=settings.out)
-    folder = Path(settings.out) if settings.out else RunDirectory.open(settings.run[0]).report_path
+    folder = Path(settings.out) if settings.out else RunDirectory.open(places[0]).report_path
     made = summary(write_report(runs, folder))
     if values["json"]:
         print(json.dumps({**made, "report": str(folder / "index.html")}))

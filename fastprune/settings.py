@@ -144,7 +144,9 @@ class EvaluateSettings(ModelSettings):
 class ReportSettings:
     """Draw the searches and widths of pruning runs."""
 
-    run: tuple[str, ...] = setting((), "directories of pruning runs; several are drawn together", nargs="+")
+    run: tuple[str, ...] | None = setting(
+        None, "directories of pruning runs; several are drawn together", nargs="+", action="extend"
+    )
     out: str | None = setting(None, "folder for page and figures; RUN/report without it; needed for several runs")
 
 
