@@ -34,6 +34,7 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.5,
     "svg.hashsalt": "fastprune",  # the same figure is the same file
+    "text.parse_math": False,  # a dollar in the name of a run or layer is a dollar
 }
 
 

@@ -48,7 +48,8 @@ def test_places_in_epochs_and_steps(write_run: WriteRun) -> None:
 def test_phases_follow_one_another(write_run: WriteRun) -> None:
     first = searched({"epoch": 0, "step": 10}, {"epoch": 1, "step": 20})
     second = searched({"epoch": 0, "step": 22}, {"epoch": 0, "step": 24}, {"epoch": 1, "step": 28}, phase="more")
-    assert PruningRun.read(write_run("a", first + second)).epochs == [1, 2, 2.5, 3, 4]
+    third = searched({"epoch": 0, "step": 31}, phase="last")
+    assert PruningRun.read(write_run("a", first + second + third)).epochs == [1, 2, 2.5, 3, 4, 5]
 
 
 def test_runs_that_differ_in_the_seed_only_are_a_band(write_run: WriteRun) -> None:

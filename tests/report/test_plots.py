@@ -116,6 +116,14 @@ def test_layer_names_do_not_overlap(count: int) -> None:
         assert all(above.y0 >= below.y1 for above, below in pairwise(boxes))
 
 
+def test_numbers_at_bars_do_not_overlap() -> None:
+    figure = plots.widths({"conv1": 16, "conv2": 16}, {f"run {n}": [8, 8] for n in range(5)}, range(5))
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert len(boxes) == 10
+    assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
+
+
 def test_a_report_of_several_runs(write_run: WriteRun, tmp_path: Path) -> None:
     runs = read_runs(
         [
@@ -174,7 +182,8 @@ def test_the_same_figure_is_the_same_bytes(tmp_path: Path) -> None:
     contents = []
     for _ in range(2):
         with plots.style():
-            plots.save(plots.curves([Line(0, "a", [1, 2], [3, 4])], "epochs", "R"), tmp_path, "curve")
+            figure = plots.curves([Line(0, "a $^$ folder", [1, 2], [3, 4])], "epochs", "R")  # no formula
+            plots.save(figure, tmp_path, "curve")
         contents.append([(tmp_path / f"curve.{kind}").read_bytes() for kind in ("png", "svg")])
     assert contents[0] == contents[1]
 
