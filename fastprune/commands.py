@@ -42,6 +42,8 @@ from fastprune.methods.contract import Method
 from fastprune.plan import PruningPlan
 from fastprune.pruning import plain, prune, run_directory, took_steps
 from fastprune.report import tables
+from fastprune.report.log import read_runs
+from fastprune.report.page import summary, write_report
 from fastprune.settings import (
     EvaluateSettings,
     FinetuneConfig,
@@ -50,6 +52,7 @@ from fastprune.settings import (
     ModelSettings,
     NetworkSettings,
     PruneSettings,
+    ReportSettings,
     needed,
     only_resumed,
     pick,
@@ -316,6 +319,25 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
     return 0
 
 
+def run_report(values: dict[str, Any], given: set[str]) -> int:
+    """Draw the searches and widths of pruning runs, as a page with figures."""
+    settings = pick(ReportSettings, values)
+    needed(run=settings.run)
+    places = settings.run or ()
+    runs = read_runs(places)
+    if len(runs) > 1:
+        needed(out=settings.out)
+    folder = Path(settings.out) if settings.out else RunDirectory.open(places[0]).report_path
+    made = summary(write_report(runs, folder))
+    if values["json"]:
+        print(json.dumps({**made, "report": str(folder / "index.html")}))
+    else:
+        for name, why in made["left_out"].items():
+            print(f"not drawn: {name}. {why}")
+        print(f"report: {folder / 'index.html'}")
+    return 0
+
+
 def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     """Show a network's channel groups and what stands in the way of pruning."""
     settings = pick(InspectSettings, values)
@@ -544,6 +566,7 @@ COMMANDS: dict[str, Command] = {
     "prune": Command(run_prune, (PruneSettings,), takes_method=True, resumes=True),
     "finetune": Command(run_finetune, (FinetuneSettings, FinetuneConfig), resumes=True),
     "evaluate": Command(run_evaluate, (EvaluateSettings,)),
+    "report": Command(run_report, (ReportSettings,)),
     "bench kernels": Command(run_bench_kernels, (KernelBenchSettings,)),
     "bench step": Command(run_bench_step, (StepBenchSettings,)),
     "bench coverage": Command(run_bench_coverage, (CoverageSettings,)),

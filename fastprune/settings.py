@@ -140,6 +140,16 @@ class EvaluateSettings(ModelSettings):
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
 
+@dataclass
+class ReportSettings:
+    """Draw the searches and widths of pruning runs."""
+
+    run: tuple[str, ...] | None = setting(
+        None, "directories of pruning runs; several are drawn together", nargs="+", action="extend"
+    )
+    out: str | None = setting(None, "folder for page and figures; RUN/report without it; needed for several runs")
+
+
 T = TypeVar("T")
 
 

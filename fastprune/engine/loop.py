@@ -109,7 +109,7 @@ def run_phases(
         options: how often to write.
 
     Returns:
-        The last value of every metric.
+        The last value of every metric, without families (names with a slash, see ``Phase``).
 
     Raises:
         Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
@@ -126,7 +126,7 @@ def run_phases(
         saver.begin()
 
     def record(phase: Phase, metrics: Mapping[str, float]) -> None:
-        latest.update(metrics)
+        latest.update({name: value for name, value in metrics.items() if "/" not in name})
         if run is not None and metrics:
             run.log({"stage": stage, "phase": phase.name, "epoch": position.epoch, "step": position.total, **metrics})
 

@@ -1,4 +1,4 @@
-"""A run is a directory: config.yaml, plan.json, model.safetensors, metrics.jsonl, report.html, checkpoints/."""
+"""A run is a directory: config.yaml, plan.json, model.safetensors, metrics.jsonl, report/, checkpoints/."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ class RunDirectory:
 
     @property
     def report_path(self) -> Path:
-        """Where the report goes."""
-        return self.path / "report.html"
+        """The folder that the report goes to."""
+        return self.path / "report"
 
     @property
     def metrics_path(self) -> Path:
@@ -113,11 +113,16 @@ class RunDirectory:
                 file.write(line + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records of the log, in order; a last line that was cut off is left out."""
+        """All records of the log, in order; a last line that was cut off is left out.
+
+        Raises:
+            RunError: for another line that is no JSON object; says which.
+        """
         if not self.metrics_path.exists():
             return []
-        text = self.metrics_path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        content = self.metrics_path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].splitlines()
+        return [_record(line, f"{self.metrics_path}, line {number}") for number, line in enumerate(lines, start=1)]
 
     def metrics_size(self) -> int:
         """Length of the log in bytes, to be given to ``truncate_metrics`` later."""
@@ -127,6 +132,16 @@ class RunDirectory:
         """Cut the log back to ``size`` bytes, so that a resumed run does not write its lines twice."""
         if self.distributed.is_main and self.metrics_size() > size:
             os.truncate(self.metrics_path, size)
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise RunError(f"{where}: this is no JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise RunError(f"{where}: a JSON object is needed, got {line[:40].decode()!r}")
+    return record
 
 
 def _set_up(path: Path, config: Mapping[str, Any]) -> str | None:

@@ -48,6 +48,9 @@ class Phase:
         batch_size: samples per step over all ranks together.
         augment: whether the training augmentation is applied.
         end_epoch: called after each epoch with its number, from 0; returns the metrics to log.
+
+    A metric named ``family/member`` (``keep/layer1.0.conv1``) is one of many of its kind: it is written to
+    ``metrics.jsonl`` and nowhere else, neither to the progress bar nor to the results.
     """
 
     name: str

@@ -18,7 +18,7 @@ from fastprune.graph import ChannelGraph
 from fastprune.graph.interior import interior_units
 from fastprune.masking import MaskedNetwork
 from fastprune.methods.contract import Method, Metrics, Phase, Task
-from fastprune.plan import PruningPlan
+from fastprune.plan import PruningPlan, unique_names
 
 log = logging.getLogger(__name__)
 
@@ -158,12 +158,19 @@ class GateSearch(Method):
 
     def end_epoch(self, task: Task, epoch: int) -> Metrics:
         """What is logged after an epoch, counted from 0."""
-        return self.proxy_accuracy(task) if self.evaluates_after(epoch) and task.data is not None else {}
+        measures = self.evaluates_after(epoch) and task.data is not None
+        return {**(self.proxy_accuracy(task) if measures else {}), **self.widths_now(task)}
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether the held-out accuracy is measured after ``epoch`` (from 0)."""
         every: int = self.config.evaluate_every
         return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs)
+
+    def widths_now(self, task: Task) -> Metrics:
+        """The part of each gated group's channels that the hard gates leave now, as ``keep/<group>``."""
+        mask, gated = self.placement.spread(self.gates().detach()).cpu(), self.placement.may_go()
+        names = zip(unique_names(task.graph), task.graph.groups, strict=True)  # as plans have them
+        return {f"keep/{name}": mask[g.units].float().mean() for name, g in names if bool(gated[g.units].any())}
 
     def proxy_accuracy(self, task: Task) -> Metrics:
         """Held-out accuracy of the network that the hard gates leave now, before any fine-tuning."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.distributed import Distributed
-from fastprune.engine import Interrupted, LoopOptions, NonFiniteError, RunDirectory, load_data, run_phases
+from fastprune.engine import Checkpoints, Interrupted, LoopOptions, NonFiniteError, RunDirectory, load_data, run_phases
 from fastprune.methods.contract import Phase
 
 DATA = load_data("synthetic:1x4x4:3:40", held_out=0)
@@ -52,7 +52,7 @@ class Walker:
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         self.epochs.append(epoch)
-        return {"epochs": float(len(self.epochs))}
+        return {"epochs": float(len(self.epochs)), "family/member": 0.5}
 
     def state_dict(self) -> dict[str, Any]:
         return {"state": self.state, "epochs": self.epochs}
@@ -91,6 +91,15 @@ def test_every_step_once(whole: tuple[Walker, RunDirectory, dict[str, float]]) -
     assert steps == sorted(steps)
     assert steps[-1] == STEPS
     assert {record["phase"] for record in run.metrics()} == {"walk", "run"}
+
+
+def test_families_of_metrics_are_in_the_log_only(whole: tuple[Walker, RunDirectory, dict[str, float]]) -> None:
+    _, run, metrics = whole
+    assert [r["epoch"] for r in run.metrics() if r.get("family/member") == 0.5] == [0, 1, 2]
+    assert metrics.keys() == {"loss", "count", "epochs"}
+    state = Checkpoints(run.checkpoints_path("search")).load_latest()
+    assert state is not None
+    assert state["latest"] == metrics
 
 
 @pytest.mark.parametrize("kind", ["raise", "signal"])

@@ -387,10 +387,10 @@ def test_proxy_accuracy_is_measured_every_few_epochs():
     task.data = Held()
     (phase,) = method.phases(task)
     logged = [phase.end_epoch(epoch) for epoch in range(7)]
-    assert [bool(metrics) for metrics in logged] == [False, False, True, False, False, True, True]
-    assert logged[-1] == {"proxy_accuracy": 0.25}
+    assert ["proxy_accuracy" in metrics for metrics in logged] == [False, False, True, False, False, True, True]
+    assert logged[-1]["proxy_accuracy"] == 0.25
     task.data = None
-    assert phase.end_epoch(2) == {}
+    assert "proxy_accuracy" not in phase.end_epoch(2)
     assert (phase.epochs, phase.samples, phase.batch_size, phase.augment) == (7, 2500, 256, False)
 
 
