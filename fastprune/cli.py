@@ -9,17 +9,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from fastprune import commands
 from fastprune.distributed import Distributed
 from fastprune.engine import CheckpointError, Interrupted, NonFiniteError, RunError
 from fastprune.methods.registry import load
-from fastprune.settings import PruneSettings
+from fastprune.recipes import Recipe, read_recipe
+from fastprune.settings import PruneSettings, read_settings
 
 BAD_INPUT = (ValueError, RunError, CheckpointError, NonFiniteError, OSError)
 # No abbreviations: method_in reads the arguments before the parser does, and must see what the parser sees.
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     settings: dict[str, Any] = {}
     try:
-        parser = build_parser(method_in(given))
+        parser = build_parser(method_in(given), recipe_in(given))
         parsed = parser.parse_args(given or ["--help"])
         own = parsed[parsed.command]
         settings = (own[own.command] if parsed.command in commands.FAMILIES else own).as_dict()
@@ -73,7 +72,7 @@ def how_to_go_on(command: str, settings: Mapping[str, Any]) -> str:
     return f": fastprune {command} --{place} {settings[place]} --resume"
 
 
-def build_parser(method: str | None) -> ArgumentParser:
+def build_parser(method: str | None, recipe: Recipe | None = None) -> ArgumentParser:
     """The parser of all commands; ``prune`` has the options of ``method`` under its name (``--dmc.epochs 30``)."""
     parser = ArgumentParser(prog="fastprune", description="Channel pruning of convolutional networks.", **PARSING)
     parser.add_argument("--version", action="version", version=f"fastprune {version('fastprune')}")
@@ -86,7 +85,7 @@ def build_parser(method: str | None) -> ArgumentParser:
             branch = ArgumentParser(prog=f"fastprune {family}", description=text, **PARSING)
             subcommands.add_subcommand(family, branch, help=text)
             places[family] = branch.add_subcommands(required=True, dest="command")
-        places[family].add_subcommand(member, command_parser(name, method), help=command.help)
+        places[family].add_subcommand(member, command_parser(name, method, recipe), help=command.help)
     return parser
 
 
@@ -95,8 +94,8 @@ def command_in(arguments: Sequence[str]) -> str:
     return " ".join(arguments[: 2 if arguments[0] in commands.FAMILIES else 1])
 
 
-def command_parser(name: str, method: str | None) -> ArgumentParser:
-    """The parser of one command."""
+def command_parser(name: str, method: str | None, recipe: Recipe | None = None) -> ArgumentParser:
+    """The parser of one command; a recipe's settings are the defaults of ``prune``."""
     command = commands.COMMANDS[name]
     parser = ArgumentParser(prog=f"fastprune {name}", description=command.help, **PARSING)
     for settings in command.settings:
@@ -109,7 +108,16 @@ def command_parser(name: str, method: str | None) -> ArgumentParser:
         parser.add_argument("--config", action="config", help="YAML file with any of these settings")
         if method is not None:
             add_settings(parser, load(method).Config, method)
+        if recipe is not None:
+            parser.set_defaults(dotted(recipe.settings))
     return parser
+
+
+def dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as the parser has them: those of a section under ``section.name``."""
+    sections = {name: value for name, value in settings.items() if isinstance(value, Mapping)}
+    within = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {**{name: value for name, value in settings.items() if name not in sections}, **within}
 
 
 def add_settings(parser: ArgumentParser, settings: type[Any], key: str | None = None) -> None:
@@ -126,14 +134,17 @@ def add_settings(parser: ArgumentParser, settings: type[Any], key: str | None = 
 
 
 def method_in(arguments: Sequence[str]) -> str | None:
-    """The method that a ``prune`` command names, on the command line or in its YAML file; None for other commands."""
+    """The method that a ``prune`` command names, on the command line or in a file; None for other commands."""
     if not arguments or arguments[0] != "prune":
         return None
+    recipe = recipe_in(arguments)
     config = option(arguments, "--config")
-    settings = read_config(config) if config is not None else {}
+    settings = read_settings(config, "--config") if config is not None else {}
     named = option(arguments, "--method")
     if named is None:
-        named = settings.get("method", PruneSettings.method)
+        named = settings.get("method", PruneSettings.method if recipe is None else recipe.method)
+    if recipe is not None and named != recipe.method:
+        raise ValueError(f"--recipe {recipe.path} is for method {recipe.method!r}, not {named!r}; leave out --method")
     if not isinstance(named, str):
         raise ValueError(f"--config {config}: method {named!r}: the name of one method is needed")
     own = settings.get(named, {})
@@ -142,17 +153,10 @@ def method_in(arguments: Sequence[str]) -> str | None:
     return named
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The settings in a user's YAML file."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: this is not YAML ({error})") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config {path}: settings by name are needed, as in 'budget: flops=0.5'")
-    return settings
+def recipe_in(arguments: Sequence[str]) -> Recipe | None:
+    """The recipe that a ``prune`` command names."""
+    path = option(arguments, "--recipe") if arguments and arguments[0] == "prune" else None
+    return None if path is None or "--resume" in arguments else read_recipe(path)
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:

@@ -41,6 +41,7 @@ from fastprune.methods import registry
 from fastprune.methods.contract import Method
 from fastprune.plan import PruningPlan
 from fastprune.pruning import plain, prune, run_directory, took_steps
+from fastprune.recipes import read_recipe
 from fastprune.report import tables
 from fastprune.report.log import read_runs
 from fastprune.report.page import summary, write_report
@@ -202,6 +203,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
     Budget.parse(settings.budget)
     limits, conditions = settings.limits, settings.conditions
+    recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
     peers = Distributed.from_environment()
     data = open_data(settings.data, settings) if settings.data else None
     torch.manual_seed(settings.seed)
@@ -229,7 +231,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         conditions=conditions,
         after=before,
         exact=not settings.inexact,
-        run_config=save_config(settings, "prune", {}),
+        run_config=save_config(settings, "prune", {} if recipe is None else recipe.sections),
         **options,
     )
     compared = measure({"baseline": model, "compact": result.model}, data, settings.device, peers)
@@ -253,10 +255,11 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
 
 def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     """Train the compact network of a run; its weights replace the run's at the end."""
-    settings, config = pick(FinetuneSettings, values), pick(FinetuneConfig, values)
+    settings = pick(FinetuneSettings, values)
     needed(run=settings.run)
     peers = Distributed.from_environment()
     run = RunDirectory.open(settings.run, peers)
+    config = pick(FinetuneConfig, {**values, **fine_tuning_of(run, given)})
     recipe = run.path / FINETUNE_CONFIG
     if values["resume"]:
         only_resumed(given, "run", recipe)
@@ -433,7 +436,7 @@ def continued(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """The settings of ``prune``; with ``--from_run`` network, input and data are those of the earlier run."""
     if values.get("from_run") is None or values["resume"]:
         return values
-    own = sorted({"model", "weights"} & given)
+    own = sorted({"model", "weights", "recipe"} & given)
     if own:
         raise ValueError(f"--from_run {values['from_run']} has a network of its own: leave out --{own[0]}")
     earlier = RunDirectory.open(values["from_run"]).config
@@ -479,6 +482,14 @@ def data_of(origin: NetworkSettings, other: str | None) -> SourceData:
     if origin.data is None:
         origin.input = None  # the run was told a size because it had no images; these images have their own
     return open_data(spec, origin)
+
+
+def fine_tuning_of(run: RunDirectory, given: set[str]) -> dict[str, Any]:
+    """What the recipe of a run says of its fine-tuning, but for the options in ``given``."""
+    section = run.config.get("finetune", {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{str(run.path / 'config.yaml')!r}: finetune {section!r}: settings by name are needed")
+    return {name: value for name, value in section.items() if name not in given}
 
 
 def compact_of(run: RunDirectory, origin: NetworkSettings, data: SourceData | None) -> nn.Module:

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+import yaml
+
 from fastprune.budget import Conditions
 from fastprune.engine import RunDirectory, TrainConfig
 from fastprune.limits import Limits
@@ -81,6 +83,9 @@ class PruneSettings(NetworkSettings):
 
     from_run: str | None = setting(
         None, "prune the network of an earlier run further, as it is now; budget and limits are relative to it"
+    )
+    recipe: str | None = setting(
+        None, "YAML file with all settings of a paper's row, see recipes/; what is given here wins over it"
     )
     method: str = setting("dmc", "a method's name, see 'fastprune methods'")
     budget: str = setting("flops=0.5", "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …")
@@ -167,6 +172,19 @@ def pick(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ValueError(str(error)) from error
 
 
+def read_settings(path: str, flag: str) -> dict[str, Any]:
+    """The settings in a YAML file of the user's, which ``flag`` names."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{flag} {path}: this is not YAML ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{flag} {path}: settings by name are needed, as in 'budget: flops=0.5'")
+    return settings
+
+
 def needed(**values: Any) -> None:
     """Refuse a command that lacks an option."""
     missing = [f"--{name}" for name, value in values.items() if not value]
@@ -197,7 +215,7 @@ def save_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[s
     values = asdict(settings)
     for name in ("out", "run"):
         values.pop(name, None)
-    for name in ("weights", "from_run"):
+    for name in ("weights", "from_run", "recipe"):
         if values.get(name):
             values[name] = str(Path(values[name]).absolute())
     return {"fastprune": version("fastprune"), "command": command, **values, **extra}

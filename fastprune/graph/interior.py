@@ -51,6 +51,36 @@ def interior_units(graph: ChannelGraph) -> Tensor:
     return inside
 
 
+def last_gated_units(graph: ChannelGraph, gated: Tensor) -> Tensor:
+    """Of the units inside blocks those that no other gate follows within the block: one gate per residual block.
+
+    In a ResNet bottleneck these are the channels between the second and the third convolution.
+
+    Args:
+        graph: the network.
+        gated: ``interior_units`` of it, bool [U].
+
+    Returns:
+        bool [U].
+
+    Raises:
+        ValueError: where that takes no gate away, or there are no residual blocks; says which.
+    """
+    if not any(group.kind == "stream" for group in graph.groups):
+        raise ValueError("groups 'one_gate': this network has no residual blocks; give groups 'interior' or 'all'")
+    last = gated.clone()
+    for group in graph.groups:
+        readers = [layer for layer in graph.layers if not layer.depthwise and touches(layer.in_units, group)]
+        made = [layer.out_units[layer.out_units >= 0] for layer in readers]
+        last[group.units] &= not any(bool(gated[units].any()) for units in made)
+    if torch.equal(last, gated):
+        raise ValueError(
+            "groups 'one_gate': no residual block of this network has two gates (those of an inverted residual are "
+            "one, used twice); give groups 'interior'"
+        )
+    return last
+
+
 class Flow:
     """Questions about the order of layers, answered on the traced operators."""
 

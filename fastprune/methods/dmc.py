@@ -46,8 +46,8 @@ class DMCConfig:
     sampling: Literal["stochastic", "deterministic"] = option(
         "stochastic", "gates of the cross-entropy term: drawn with probability θ (eq. 4), or θ ≥ ½ (eq. 1)"
     )
-    groups: Literal["interior", "all"] = option(
-        "interior", "gates inside blocks only, as in the paper, or on every channel that can go"
+    groups: Literal["interior", "one_gate", "all"] = option(
+        "interior", "gates inside blocks, as in the paper; only the last one of each block; or on all that can go"
     )
     augment: bool = option(False, "whether the search sees augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)

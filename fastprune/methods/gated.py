@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastprune.budget import Budget
 from fastprune.fitting import fit
 from fastprune.graph import ChannelGraph
-from fastprune.graph.interior import interior_units
+from fastprune.graph.interior import interior_units, last_gated_units
 from fastprune.masking import MaskedNetwork
 from fastprune.methods.contract import Method, Metrics, Phase, Task
 from fastprune.plan import PruningPlan, unique_names
@@ -26,7 +26,12 @@ TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
 
 
 def gated_units(graph: ChannelGraph, groups: str) -> Tensor:
-    """The units of an option ``groups``: "all", or "interior" for ``interior_units``; bool [U]."""
+    """The units of an option ``groups``, bool [U].
+
+    "all", "interior" for ``interior_units``, or "one_gate" for the last of them in every residual block.
+    """
+    if groups == "one_gate":
+        return last_gated_units(graph, interior_units(graph))
     return interior_units(graph) if groups == "interior" else torch.ones(graph.num_units, dtype=torch.bool)
 
 

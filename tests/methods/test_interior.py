@@ -7,8 +7,8 @@ import torchvision
 from fastprune import models
 from fastprune.budget import Budget
 from fastprune.graph import ChannelGraph, trace
-from fastprune.graph.interior import interior_units
-from fastprune.methods.gated import prunable_cost
+from fastprune.graph.interior import interior_units, last_gated_units
+from fastprune.methods.gated import gated_units, prunable_cost
 
 
 def chosen(graph: ChannelGraph) -> list[str]:
@@ -56,6 +56,35 @@ def test_bottleneck_has_two_gates_and_small_inputs_change_nothing():
         name for name, module in model.named_modules() if isinstance(module, torchvision.models.resnet.Bottleneck)
     ]
     assert names == [f"{block}.conv{i}" for block in blocks for i in (1, 2)]
+
+
+def test_one_gate_is_the_one_behind_the_second_convolution():
+    model = torchvision.models.resnet50(weights=None)
+    graph = trace(model, torch.zeros(1, 3, 32, 32))
+    both, one = interior_units(graph), gated_units(graph, "one_gate")
+    names = [group.name for group in graph.groups if bool(one[group.start])]
+    assert names == [name for name in chosen(graph) if name.endswith("conv2")]
+    assert len(names) == 16
+    assert all(one[group.units].all() or not one[group.units].any() for group in graph.groups)
+    assert not (one & ~both).any()
+    # conv1 is next to no gate any more; conv2 and conv3 are.
+    first = sum(layer.macs for layer in graph.table() if layer.layer.endswith(".conv1"))
+    costs = [prunable_cost(graph, Budget("flops", 0.5), units) for units in (both, one)]
+    assert costs[0] - costs[1] == first
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (models.create("mobilenetv2-cifar"), "no residual block of this network has two gates"),
+        (models.create("resnet20"), "no residual block of this network has two gates"),
+        (torchvision.models.vgg11_bn(weights=None, num_classes=10), "no residual blocks"),
+    ],
+)
+def test_one_gate_is_refused_where_it_means_nothing(model, words):
+    graph = trace(model, torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=words):
+        last_gated_units(graph, interior_units(graph))
 
 
 def test_plain_network_keeps_the_ends_of_its_body():
