@@ -70,6 +70,7 @@ def run(code: str, site: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_installed_example_prunes(site):
     kept = float(run(PRUNE, site).removeprefix("kept "))
     assert 0.49 <= kept <= 0.5

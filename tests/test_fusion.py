@@ -18,9 +18,18 @@ from fastprune.masking import MaskedNetwork
 
 LARGE = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("resnet50", "densenet121", "regnet_y_400mf", "convnext_tiny", "efficientnet_b0", "vgg11")
+    for name in (
+        "shufflenet_v2_x0_5",
+        "squeezenet1_1",
+        "resnet50",
+        "densenet121",
+        "regnet_y_400mf",
+        "convnext_tiny",
+        "efficientnet_b0",
+        "vgg11",
+    )
 ]
-NETWORKS = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", *LARGE]
+NETWORKS = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", *LARGE]
 
 
 def random_gates(num_units: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,12 +19,11 @@ ARCHITECTURES = [
     "resnet50",
     "mobilenet_v2",
     "mobilenet_v3_small",
-    "densenet121",
-    "shufflenet_v2_x1_0",
-    "regnet_y_400mf",
     "efficientnet_b0",
-    "googlenet",
-    "vgg11_bn",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("densenet121", "shufflenet_v2_x1_0", "regnet_y_400mf", "googlenet", "vgg11_bn")
+    ),
 ]
 
 
