@@ -82,6 +82,7 @@ class Case:
         precision: of the arithmetic: float32, tf32, bfloat16, float16 or float64.
         shape: the workload, for programs.
         units: channels in all; a table then says nanoseconds for each.
+        samples: images in the batch of a step; samples per second are then told.
         groups: what this case counts for: each gets geometric means of its own.
         rtol: how far variants may differ, relative to the first one's result.
         atol: how far they may differ on top of that.
@@ -95,6 +96,7 @@ class Case:
         clock: "wall", from the call until the result is there; "events", on CUDA the device's own time.
         rounds: how many at most.
         seconds: after these no further round begins, once there are five.
+        more: measures what is no time, once the times are there: numbers for a column each, and dicts for programs.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Case:
     precision: str = "float32"
     shape: Mapping[str, Any] = field(default_factory=dict)
     units: int | None = None
+    samples: int | None = None
     groups: tuple[str, ...] = ()
     rtol: float = 1e-4
     atol: float = 1e-5
@@ -115,6 +118,7 @@ class Case:
     clock: Literal["wall", "events"] = "wall"
     rounds: int = 200
     seconds: float = 5.0
+    more: Callable[[], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if OURS not in self.variants or len(self.variants) < 2:

@@ -7,15 +7,17 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastprune import atomic
-from fastprune.bench import KERNELS, STEP, report
+from fastprune.bench import KERNELS, SEARCH, STEP, report
 from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
+from fastprune.bench.search import METHODS
 from fastprune.bench.timing import Clock, Timing, interleaved, rotating
 from fastprune.engine import choose_device
 from fastprune.settings import check_seed, setting
@@ -67,6 +69,19 @@ class StepBenchSettings(BenchSettings):
     """Time a step of gate training."""
 
 
+@dataclass
+class SearchBenchSettings(BenchSettings):
+    """Time the search steps of DMC and DDNP."""
+
+    only: tuple[str, ...] = setting((), f"methods to time, of {', '.join(METHODS)}; all without it", nargs="+")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = sorted(set(self.only) - set(METHODS))
+        if unknown:
+            raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(METHODS)}")
+
+
 def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
     """Time kernels; see ``bench``."""
     return bench(settings, {name: KERNELS[name] for name in settings.only or KERNELS})
@@ -75,6 +90,12 @@ def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
 def bench_step(settings: StepBenchSettings) -> dict[str, Any]:
     """Time a step of gate training; see ``bench``."""
     return bench(settings, STEP)
+
+
+def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
+    """Time search steps; see ``bench``."""
+    only = settings.only or tuple(METHODS)
+    return bench(settings, {name: partial(cases, only=only) for name, cases in SEARCH.items()})
 
 
 def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterable[Case]]]) -> dict[str, Any]:
@@ -183,6 +204,7 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
         "bytes": case.bytes,
         "flops": case.flops,
         "units": case.units,
+        "samples": case.samples,
         "groups": list(case.groups),
         "roofline_seconds": least,
         "rounds": len(ours.seconds),
@@ -191,6 +213,7 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
                 "median_seconds": timing.median,
                 "quartiles_seconds": timing.quartiles,
                 "share_of_roofline": least / timing.median,
+                **({} if case.samples is None else {"samples_per_second": case.samples / timing.median}),
             }
             for name, timing in timings.items()
         },
@@ -200,6 +223,7 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
             if name != OURS
         },
         "failures": failures,
+        "more": dict(case.more()) if case.more is not None else {},
     }
 
 
@@ -211,4 +235,4 @@ def main(name: str) -> None:
             "type": {"seed": int, "seconds": float, "compile_seconds": float}.get(f.name, str)
         }
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **flag)
-    bench(BenchSettings(**vars(parser.parse_args())), {name: {**KERNELS, **STEP}[name]})
+    bench(BenchSettings(**vars(parser.parse_args())), {name: {**KERNELS, **STEP, **SEARCH}[name]})
