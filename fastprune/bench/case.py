@@ -93,7 +93,8 @@ class Case:
             values (branches that a CPU learns). Otherwise calls take turns through inputs that together are larger
             than the cache.
         cold: write over the cache before each call.
-        clock: "wall", from the call until the result is there; "events", on CUDA the device's own time.
+        clock: "wall", from the call until the result is there; "events", on CUDA the device's own time;
+            "processor", the processor's time, for one thread of the CPU where other jobs run.
         rounds: how many at most.
         seconds: after these no further round begins, once there are five.
         more: measures what is no time, once the times are there: numbers for a column each, and dicts for programs.
@@ -115,7 +116,7 @@ class Case:
     unchecked: tuple[str, ...] = ()
     fresh: bool = True
     cold: bool = False
-    clock: Literal["wall", "events"] = "wall"
+    clock: Literal["wall", "events", "processor"] = "wall"
     rounds: int = 200
     seconds: float = 5.0
     more: Callable[[], Mapping[str, Any]] | None = None

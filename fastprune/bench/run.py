@@ -74,9 +74,14 @@ class SearchBenchSettings(BenchSettings):
     """Time the search steps of DMC and DDNP."""
 
     only: tuple[str, ...] = setting((), f"methods to time, of {', '.join(METHODS)}; all without it", nargs="+")
+    processor_time: bool = setting(
+        False, "count the processor's time, not the wall's: for one thread where other jobs run", action="store_true"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.processor_time and (self.device != "cpu" or torch.get_num_threads() > 1):
+            raise ValueError("processor_time: it can be told for one thread of the CPU only; set OMP_NUM_THREADS=1")
         unknown = sorted(set(self.only) - set(METHODS))
         if unknown:
             raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(METHODS)}")
@@ -95,7 +100,10 @@ def bench_step(settings: StepBenchSettings) -> dict[str, Any]:
 def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
     """Time search steps; see ``bench``."""
     only = settings.only or tuple(METHODS)
-    return bench(settings, {name: partial(cases, only=only) for name, cases in SEARCH.items()})
+    return bench(
+        settings,
+        {name: partial(cases, only=only, processor_time=settings.processor_time) for name, cases in SEARCH.items()},
+    )
 
 
 def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterable[Case]]]) -> dict[str, Any]:
@@ -184,7 +192,12 @@ def bench_case(case: Case, ceilings: Ceilings, *, quick: bool = False) -> dict[s
     timings = interleaved(
         variants,
         case.draw if case.fresh else rotating(case.draw, cache),
-        Clock(ceilings.device, events=case.clock == "events", flush=2 * cache if case.cold else 0),
+        Clock(
+            ceilings.device,
+            events=case.clock == "events",
+            processor=case.clock == "processor",
+            flush=2 * cache if case.cold else 0,
+        ),
         rounds=QUICK_ROUNDS if quick else case.rounds,
         seconds=case.seconds,
     )
@@ -199,7 +212,7 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
         "name": case.name,
         "shape": dict(case.shape),
         "precision": case.precision,
-        "clock": case.clock if ceilings.device.type == "cuda" else "wall",
+        "clock": "wall" if case.clock == "events" and ceilings.device.type != "cuda" else case.clock,
         "cache": "cold" if case.cold else "fresh inputs" if case.fresh else "rotating inputs",
         "bytes": case.bytes,
         "flops": case.flops,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import torch
@@ -160,14 +160,17 @@ class _Constant(torch.autograd.Function):
         return gradient, None, None
 
 
-def cases(device: torch.device, *, quick: bool = False, only: Sequence[str] = tuple(METHODS)) -> Iterator[Case]:
+def cases(
+    device: torch.device, *, quick: bool = False, only: Sequence[str] = tuple(METHODS), processor_time: bool = False
+) -> Iterator[Case]:
     """Both methods on ResNet-56 and ResNet-50."""
     placement = Placement(device, "bf16" if device.type == "cuda" else "float32")
     for name, (make, batch, side) in networks(device, quick=quick).items():
         model = prepared(make(), device, torch.float32)
         graph = trace(model, torch.zeros(1, 3, side, side, device=device))
         for method in only:
-            yield case(method, name, model, graph, batch, side, placement)
+            found = case(method, name, model, graph, batch, side, placement)
+            yield replace(found, clock="processor") if processor_time else found
 
 
 def case(
@@ -210,7 +213,7 @@ def case(
         norm=TOLERANCE[torch.bfloat16 if placement.precision == "bf16" else torch.float32],
         unchecked=("outside",),
         rounds=30,
-        seconds=40.0,
+        seconds=8.0 if device.type == "cuda" else 40.0,
         more=more,
     )
 
