@@ -125,7 +125,8 @@ class DDNP(GateSearch):
     def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
         """One iteration of Algorithm 1."""
         config = self.config
-        raw, keep = self.raw_scores(), self.keep()
+        with torch.autocast(task.device.type, enabled=False):  # bfloat16 would make scores equal that are not
+            raw, keep = self.raw_scores(), self.keep()
         with weights_frozen(task.model):
             outputs = self.masked(images, self.placement.spread(self.mask(raw, keep)))
             cross_entropy = F.cross_entropy(outputs.float(), labels)
