@@ -151,21 +151,30 @@ def test_memory_of_a_step_with_known_sizes() -> None:
     assert abs(found.peak - (8 << 20)) < 10_000
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_command(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "numbers.json"
-    assert main(["bench", "search", "--quick", "--json", str(file)]) == 0
+    assert main(["bench", "search", "--quick", "--device", device, "--json", str(file)]) == 0
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["kernels"]["search"]
     assert [case["shape"]["method"] for case in found["cases"]] == list(search.METHODS)
     for case in found["cases"]:
-        assert set(case["variants"]) == {"eager", "eager channels_last", "outside", OURS}
+        peers = ["eager", "eager channels_last"] if device == "cpu" else ["eager channels_last"]
+        assert list(case["variants"]) == [*peers, "outside", OURS]
         ours = case["variants"][OURS]
         assert ours["samples_per_second"] == pytest.approx(case["samples"] / ours["median_seconds"])
         sizes = case["more"]["bytes"]
-        assert case["more"]["peak memory"] == sizes[OURS]["peak"] / sizes["eager"]["peak"]
+        assert case["more"]["peak memory"] == sizes[OURS]["peak"] / sizes[peers[0]]["peak"]
         assert sizes["weights"] > 0
     out = capsys.readouterr().out
     for text in ("samples/s", "peak memory", "all memory", "geometric mean, dmc", "geometric mean, ddnp"):
         assert text in out
+
+
+def test_the_processors_time(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.json"
+    assert main(["bench", "search", "--quick", "--only", "dmc", "--processor_time", "--json", str(file)]) == 0
+    (case,) = json.loads(file.read_text(encoding="utf-8"))["kernels"]["search"]["cases"]
+    assert case["clock"] == "processor"
 
 
 def test_only_one_method(capsys: pytest.CaptureFixture[str]) -> None:
