@@ -68,7 +68,8 @@ step fused_conv_memcheck 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" -
     "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_fused_conv_cuda.py -k "test_values and seed0"
 
 # Benchmarks share what is left. Each stops before its next case when its time is up, and names what it leaves out; the
-# rest of its share is for the case that runs then (torch.compile with max-autotune takes its time).
+# rest of its share is for the case that runs then (torch.compile with max-autotune takes its time). bench_search also
+# refuses to time a search step under autocast that does not agree with plain PyTorch's, and measures memory.
 benches=(bench/bench_*.py)
 for index in "${!benches[@]}"; do
     name=$(basename "${benches[index]}" .py)

@@ -20,7 +20,14 @@ from fastprune import atomic, models
 from fastprune.bench.case import BenchmarkError
 from fastprune.bench.coverage import CoverageSettings, coverage
 from fastprune.bench.latency import LatencyBenchSettings, bench_latency
-from fastprune.bench.run import KernelBenchSettings, StepBenchSettings, bench_kernels, bench_step
+from fastprune.bench.run import (
+    KernelBenchSettings,
+    SearchBenchSettings,
+    StepBenchSettings,
+    bench_kernels,
+    bench_search,
+    bench_step,
+)
 from fastprune.bench.trace import TraceBenchSettings, bench_trace
 from fastprune.budget import Budget
 from fastprune.demo import DemoSettings, demo
@@ -398,6 +405,11 @@ def run_bench_step(values: dict[str, Any], given: set[str]) -> int:
     return timed(lambda: bench_step(pick(StepBenchSettings, values)))
 
 
+def run_bench_search(values: dict[str, Any], given: set[str]) -> int:
+    """Time the search steps of DMC and DDNP beside the same in plain PyTorch."""
+    return timed(lambda: bench_search(pick(SearchBenchSettings, values)))
+
+
 def run_bench_coverage(values: dict[str, Any], given: set[str]) -> int:
     """Prune a long list of networks by half, and say which cannot be."""
     coverage(pick(CoverageSettings, values))
@@ -580,6 +592,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(run_report, (ReportSettings,)),
     "bench kernels": Command(run_bench_kernels, (KernelBenchSettings,)),
     "bench step": Command(run_bench_step, (StepBenchSettings,)),
+    "bench search": Command(run_bench_search, (SearchBenchSettings,)),
     "bench coverage": Command(run_bench_coverage, (CoverageSettings,)),
     "bench trace": Command(run_bench_trace, (TraceBenchSettings,)),
     "bench latency": Command(run_bench_latency, (LatencyBenchSettings,)),

@@ -128,7 +128,7 @@ BAD = [
     ("demo --out p", "'p' exists already: give another --out"),
     ("demo --out new --seed -3", "seed -3: give a whole number from 0"),
     # bench
-    ("bench", 'expected "bench.command" to be one of {kernels,step,coverage,trace,latency}'),
+    ("bench", 'expected "bench.command" to be one of {kernels,step,search,coverage,trace, '),
     ("bench nope", "invalid choice: 'nope'"),
     ("bench kernels --only nope", "only 'nope': there is no such benchmark; give some of gates, group_prox, "),
     ("bench kernels --onyl topk_mask", "there is no option --onyl: did you mean --only?"),
@@ -137,6 +137,7 @@ BAD = [
     ("bench kernels --seconds 0", "seconds 0.0: it must be above 0"),
     ("bench step --compile_seconds 0", "compile_seconds 0.0: it must be above 0"),
     ("bench step --only topk_mask", "there is no option --only"),
+    ("bench search --only l1", "only 'l1': there is no such benchmark; give some of dmc, ddnp"),
     # prune: the method, its options, the budget
     ("prune --model resnet20 --out new --method dmcc", "no pruning method is called 'dmcc': did you mean 'dmc'"),
     ("prune --model resnet20 --out new", "--data is needed: method 'dmc' searches on training data"),

@@ -82,6 +82,7 @@ class Case:
         precision: of the arithmetic: float32, tf32, bfloat16, float16 or float64.
         shape: the workload, for programs.
         units: channels in all; a table then says nanoseconds for each.
+        samples: images in the batch of a step; samples per second are then told.
         groups: what this case counts for: each gets geometric means of its own.
         rtol: how far variants may differ, relative to the first one's result.
         atol: how far they may differ on top of that.
@@ -92,9 +93,11 @@ class Case:
             values (branches that a CPU learns). Otherwise calls take turns through inputs that together are larger
             than the cache.
         cold: write over the cache before each call.
-        clock: "wall", from the call until the result is there; "events", on CUDA the device's own time.
+        clock: "wall", from the call until the result is there; "events", on CUDA the device's own time;
+            "processor", the processor's time, for one thread of the CPU where other jobs run.
         rounds: how many at most.
         seconds: after these no further round begins, once there are five.
+        more: measures what is no time, once the times are there: numbers for a column each, and dicts for programs.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Case:
     precision: str = "float32"
     shape: Mapping[str, Any] = field(default_factory=dict)
     units: int | None = None
+    samples: int | None = None
     groups: tuple[str, ...] = ()
     rtol: float = 1e-4
     atol: float = 1e-5
@@ -112,9 +116,10 @@ class Case:
     unchecked: tuple[str, ...] = ()
     fresh: bool = True
     cold: bool = False
-    clock: Literal["wall", "events"] = "wall"
+    clock: Literal["wall", "events", "processor"] = "wall"
     rounds: int = 200
     seconds: float = 5.0
+    more: Callable[[], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if OURS not in self.variants or len(self.variants) < 2:

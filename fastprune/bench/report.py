@@ -97,19 +97,29 @@ def table(kernel: Mapping[str, Any]) -> Table:
     with_units = any(case["units"] for case in cases)
     result = Table(box=box.SIMPLE_HEAD)
     result.add_column("case", no_wrap=True)
-    for heading in (*names, *["ns/unit"] * with_units, "of roofline"):
+    with_samples = any(case["samples"] for case in cases)
+    more = list(dict.fromkeys(name for case in cases for name, value in case["more"].items() if is_number(value)))
+    for heading in (*names, *["ns/unit"] * with_units, *["samples/s"] * with_samples, *more, "of roofline"):
         result.add_column(Text(heading), justify="right", no_wrap=True)
     for case in cases:
         ours = case["variants"][OURS]
         units = f"{ours['median_seconds'] / case['units'] * 1e9:.1f}" if case["units"] else ""
+        samples = f"{ours['samples_per_second']:,.1f}" if case["samples"] else ""
+        told = [times(case["more"][name]) if name in case["more"] else "" for name in more]
         share = f"{100 * ours['share_of_roofline']:.1f} %"
-        result.add_row(Text(case["name"]), *(cell(case, name) for name in names), *[units] * with_units, share)
+        rest = (*[units] * with_units, *[samples] * with_samples, *told, share)
+        result.add_row(Text(case["name"]), *(cell(case, name) for name in names), *rest)
     result.add_section()
     groups = {f", {group}": means for group, means in kernel["groups"].items()} or {"": kernel["geometric_means"]}
     for group, means in groups.items():
         texts = [f"{times(means[name]['ratio'])}x of {means[name]['cases']}" if name in means else "" for name in names]
-        result.add_row(Text(f"geometric mean{group}"), *texts, *[""] * with_units, "")
+        result.add_row(Text(f"geometric mean{group}"), *texts, *[""] * (with_units + with_samples + len(more) + 1))
     return result
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value has a column of its own; everything else is for programs."""
+    return isinstance(value, (int, float))
 
 
 def cell(case: Mapping[str, Any], name: str) -> str:

@@ -7,15 +7,17 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastprune import atomic
-from fastprune.bench import KERNELS, STEP, report
+from fastprune.bench import KERNELS, SEARCH, STEP, report
 from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
+from fastprune.bench.search import METHODS
 from fastprune.bench.timing import Clock, Timing, interleaved, rotating
 from fastprune.engine import choose_device
 from fastprune.settings import check_seed, setting
@@ -67,6 +69,24 @@ class StepBenchSettings(BenchSettings):
     """Time a step of gate training."""
 
 
+@dataclass
+class SearchBenchSettings(BenchSettings):
+    """Time the search steps of DMC and DDNP."""
+
+    only: tuple[str, ...] = setting((), f"methods to time, of {', '.join(METHODS)}; all without it", nargs="+")
+    processor_time: bool = setting(
+        False, "count the processor's time, not the wall's: for one thread where other jobs run", action="store_true"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.processor_time and (self.device != "cpu" or torch.get_num_threads() > 1):
+            raise ValueError("processor_time: it can be told for one thread of the CPU only; set OMP_NUM_THREADS=1")
+        unknown = sorted(set(self.only) - set(METHODS))
+        if unknown:
+            raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(METHODS)}")
+
+
 def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
     """Time kernels; see ``bench``."""
     return bench(settings, {name: KERNELS[name] for name in settings.only or KERNELS})
@@ -75,6 +95,15 @@ def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
 def bench_step(settings: StepBenchSettings) -> dict[str, Any]:
     """Time a step of gate training; see ``bench``."""
     return bench(settings, STEP)
+
+
+def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
+    """Time search steps; see ``bench``."""
+    only = settings.only or tuple(METHODS)
+    return bench(
+        settings,
+        {name: partial(cases, only=only, processor_time=settings.processor_time) for name, cases in SEARCH.items()},
+    )
 
 
 def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterable[Case]]]) -> dict[str, Any]:
@@ -163,7 +192,12 @@ def bench_case(case: Case, ceilings: Ceilings, *, quick: bool = False) -> dict[s
     timings = interleaved(
         variants,
         case.draw if case.fresh else rotating(case.draw, cache),
-        Clock(ceilings.device, events=case.clock == "events", flush=2 * cache if case.cold else 0),
+        Clock(
+            ceilings.device,
+            events=case.clock == "events",
+            processor=case.clock == "processor",
+            flush=2 * cache if case.cold else 0,
+        ),
         rounds=QUICK_ROUNDS if quick else case.rounds,
         seconds=case.seconds,
     )
@@ -178,11 +212,12 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
         "name": case.name,
         "shape": dict(case.shape),
         "precision": case.precision,
-        "clock": case.clock if ceilings.device.type == "cuda" else "wall",
+        "clock": "wall" if case.clock == "events" and ceilings.device.type != "cuda" else case.clock,
         "cache": "cold" if case.cold else "fresh inputs" if case.fresh else "rotating inputs",
         "bytes": case.bytes,
         "flops": case.flops,
         "units": case.units,
+        "samples": case.samples,
         "groups": list(case.groups),
         "roofline_seconds": least,
         "rounds": len(ours.seconds),
@@ -191,6 +226,7 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
                 "median_seconds": timing.median,
                 "quartiles_seconds": timing.quartiles,
                 "share_of_roofline": least / timing.median,
+                **({} if case.samples is None else {"samples_per_second": case.samples / timing.median}),
             }
             for name, timing in timings.items()
         },
@@ -200,6 +236,7 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
             if name != OURS
         },
         "failures": failures,
+        "more": dict(case.more()) if case.more is not None else {},
     }
 
 
@@ -211,4 +248,4 @@ def main(name: str) -> None:
             "type": {"seed": int, "seconds": float, "compile_seconds": float}.get(f.name, str)
         }
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **flag)
-    bench(BenchSettings(**vars(parser.parse_args())), {name: {**KERNELS, **STEP}[name]})
+    bench(BenchSettings(**vars(parser.parse_args())), {name: {**KERNELS, **STEP, **SEARCH}[name]})

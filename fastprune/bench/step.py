@@ -67,9 +67,10 @@ class Network:
         """Each convolution's gates."""
         return iter(deterministic_gate(theta).split(self.gates))
 
-    def head(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The loss."""
-        return F.cross_entropy(self.fc(torch.flatten(self.average(x), 1)).float(), labels)
+    def scores(self, x: Tensor) -> Tensor:
+        """What the network says about what the last block gave, float32."""
+        scores: Tensor = self.fc(torch.flatten(self.average(x), 1))
+        return scores.float()
 
 
 def block_of(block: Any) -> Block:
@@ -87,7 +88,11 @@ class Plain:
 
     def __call__(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """The loss."""
-        network, gates = self.network, self.network.split(theta)
+        return F.cross_entropy(self.scores(images, self.network.split(theta)), labels)
+
+    def scores(self, images: Tensor, gates: Iterator[Tensor]) -> Tensor:
+        """The network's scores, behind each convolution's gates."""
+        network = self.network
         conv, bn = network.stem
         x = network.pool(F.relu(bn(conv(images.contiguous(memory_format=self.memory_format))), inplace=True))
         for block in network.blocks:
@@ -96,7 +101,7 @@ class Plain:
                 y = F.relu(bn(conv(y)), inplace=True) * next(gates).to(x.dtype).view(1, -1, 1, 1)
             conv, bn = block.layers[-1]
             x = F.relu(bn(conv(y)) + block.shortcut(x), inplace=True)
-        return network.head(x, labels)
+        return network.scores(x)
 
 
 class Ours:
@@ -123,7 +128,7 @@ class Ours:
             for conv in inside:
                 y = conv.defer(y, next(gates), open_out=next(counts), hard=True)
             x = last.defer(y, residual=shortcut(x))
-        return self.network.head(x.settled(), labels)
+        return F.cross_entropy(self.network.scores(x.settled()), labels)
 
 
 def frozen(conv: nn.Conv2d, bn: nn.BatchNorm2d, activation: str = "relu") -> FrozenConv:
@@ -267,24 +272,30 @@ def sizes_of(model: nn.Module, images: Tensor) -> dict[nn.Module, tuple[torch.Si
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
     """ResNet-56 and ResNet-50, all gates open and half of them."""
-    on_cuda = device.type == "cuda"
-    networks: dict[str, tuple[Callable[[], nn.Module], int, int]]
-    if quick:
-        networks = {"ResNet-8": (lambda: models.ResNet(8), 2, 8)}
-    else:
-        networks = {
-            "ResNet-56": (models.resnet56, 256 if on_cuda else 64, 32),
-            "ResNet-50": (lambda: from_torchvision("ResNet-50"), 256 if on_cuda else 8, 224),
-        }
-    for name, (make, batch, side) in networks.items():
+    for name, (make, batch, side) in networks(device, quick=quick).items():
         model = prepared(make(), device)
         for half in (False, True):
             yield case(name, model, batch, side, device, half=half, compiled=not quick)
 
 
-def prepared(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network frozen, its batch norms given statistics as if it had been trained."""
-    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval().requires_grad_(False)
+def networks(device: torch.device, *, quick: bool) -> dict[str, tuple[Callable[[], nn.Module], int, int]]:
+    """By name what makes a network, the images in a batch, and their side."""
+    on_cuda = device.type == "cuda"
+    if quick:
+        return {"ResNet-8": (lambda: models.ResNet(8), 2, 8)}
+    return {
+        "ResNet-56": (models.resnet56, 256 if on_cuda else 64, 32),
+        "ResNet-50": (lambda: from_torchvision("ResNet-50"), 256 if on_cuda else 8, 224),
+    }
+
+
+def prepared(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """The network frozen, its batch norms given statistics as if it had been trained.
+
+    Without a ``dtype`` in bfloat16 on CUDA, in float32 elsewhere.
+    """
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.to(device, dtype).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None

@@ -84,7 +84,7 @@ class Release:
             {"params": list(scores.parameters()), "weight_decay": WEIGHT_DECAY},
             {"params": list(widths.parameters()), "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=learning_rate)
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Energies, ranking and step."""

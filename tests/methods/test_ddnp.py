@@ -150,6 +150,20 @@ def test_a_step_follows_these_gradients_and_widths_do_not_see_the_batch():
             assert torch.equal(got, expected)
 
 
+def test_autocast_leaves_generators_and_masks_in_float32(monkeypatch):
+    # bfloat16 has 8 bits: scores would tie, and an index would decide which channels are open.
+    method, task = prepared()
+    seen = []
+    original = method.mask
+    monkeypatch.setattr(method, "mask", lambda raw, keep: seen.append((raw, keep)) or original(raw, keep))
+    (phase,) = method.phases(task)
+    raw, keep = method.raw_scores(), method.keep()
+    with torch.autocast("cpu", torch.bfloat16):
+        phase.step(*batch())
+    assert torch.equal(seen[0][0], raw)
+    assert torch.equal(seen[0][1], keep)
+
+
 def test_the_gradient_of_scores_is_that_of_the_mask():
     method, task = prepared(groups="all")
     spread_scores(method)
