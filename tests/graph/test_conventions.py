@@ -20,9 +20,10 @@ AUTH = {
     "resnet56": (32, 126.59),
     "mobilenetv2-cifar": (32, 282.91),
 }
+LARGE = {"resnet34", "resnet50", "resnet56", "mobilenetv2-cifar"}
 
 
-@pytest.mark.parametrize("name", AUTH)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in AUTH])
 def test_prunable_flops_of_the_releases(name: str) -> None:
     size, expected = AUTH[name]
     if name in models.available():

@@ -357,7 +357,7 @@ def test_every_plan_for_a_random_network_is_exact(
     check(Network(names, seed, outputs), seed, batch, rewrite=rewrite)
 
 
-@pytest.mark.parametrize("rewrite", [True, False])
+@pytest.mark.parametrize("rewrite", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_every_plan_for_each_block_is_exact(name: str, rewrite: bool) -> None:
     check(Network([name], 1, "one"), 1, 1, rewrite=rewrite)

@@ -28,7 +28,12 @@ def test_resnet50_has_the_groups_of_the_design() -> None:
 
 @pytest.mark.parametrize(
     ("name", "macs"),
-    [("resnet18", 1814.07), ("resnet34", 3663.76), ("mobilenet_v2", 300.77), ("mobilenet_v3_small", 56.51)],
+    [
+        ("resnet18", 1814.07),
+        pytest.param("resnet34", 3663.76, marks=pytest.mark.slow),
+        ("mobilenet_v2", 300.77),
+        pytest.param("mobilenet_v3_small", 56.51, marks=pytest.mark.slow),
+    ],
 )
 def test_macs_are_those_of_the_literature(name: str, macs: float) -> None:
     graph = fp.trace(getattr(torchvision.models, name)(), torch.zeros(1, 3, 224, 224))

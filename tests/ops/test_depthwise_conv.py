@@ -148,13 +148,15 @@ class Backward:
         return dx, dmask
 
     def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-        """The gradients, and the sum of the absolute values of what is added up for one gate."""
+        """The gradients, and the sum of the absolute values of all products that are added up for one gate."""
         channels = self.weight.shape[0]
         wide = F.pad(self.dz, (0, 0, 0, 0, 0, channels - self.dz.shape[1])).to(dtype)
         d = F.conv_transpose2d(wide, self.weight.to(dtype), padding=1, groups=channels) + self.residual.to(dtype)
         products = d * self.previous.to(dtype)
         dx = d * self.mask.to(dtype).view(-1, 1, 1) * (self.previous > 0)
-        return dx, products.sum((0, 2, 3)), products.abs().sum((0, 2, 3)).max().item()
+        sizes = F.conv_transpose2d(wide.abs(), self.weight.abs().to(dtype), padding=1, groups=channels)
+        added_up = ((sizes + self.residual.abs().to(dtype)) * self.previous.abs().to(dtype)).sum((0, 2, 3))
+        return dx, products.sum((0, 2, 3)), added_up.max().item()
 
     def check(self, results: tuple[Tensor, Tensor]) -> None:
         """At most twice the error of torch's own float32, or a rounding of what is added up."""

@@ -30,6 +30,7 @@ def run(kernel, case, limits, threshold=True, **block):
     return after, norms
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(
     seeds, st.integers(1, 30), st.sampled_from([torch.float32, torch.float64]), st.sampled_from(LIMITS),
@@ -57,7 +58,7 @@ def test_the_cpu_kernel_agrees_under_every_limit(make_prox_case, seed, num_units
     case.check(after, norms)
 
 
-@pytest.mark.parametrize("threads", BLOCKS)
+@pytest.mark.parametrize("threads", [pytest.param(b, marks=[pytest.mark.slow] if b != (8, 4) else []) for b in BLOCKS])
 def test_units_shared_by_many_tiles(make_prox_case, threads):
     torch.manual_seed(0)
     slices = [
