@@ -26,6 +26,9 @@ Architecture = Literal["gru", "fc", "channel"]
 class ScoreGenerator(nn.Module):
     """g_s: raw scores of all channels, from an input that never changes.
 
+    Adam moves every weight of a head by its learning rate, and the features do not change sign: undivided, a step would
+    move a score by the sum of 256 features, 0.1 at a rate of 1e-3, far past where a sigmoid still has a slope.
+
     Args:
         sizes: channels of each gate.
         architecture: "gru": a bidirectional GRU over the gates, for what layers have to do with each other, and a
@@ -56,7 +59,7 @@ class ScoreGenerator(nn.Module):
             return self.scores
         features = self.between(self.input)
         features = torch.relu(self.norm(features[0] if isinstance(features, tuple) else features))[:, 0]
-        return torch.cat([head(row) for head, row in zip(self.heads, features, strict=True)])
+        return torch.cat([head(row) for head, row in zip(self.heads, features, strict=True)]) / FEATURES**0.5
 
 
 class WidthGenerator(nn.Module):
