@@ -170,7 +170,7 @@ class EagerDDNP:
         sizes = self.network.network.gates
         features, _ = self.gru(self.scores_input)
         features = F.relu(self.norm(features))[:, 0]
-        raw = [head(row) for head, row in zip(self.heads, features, strict=True)]
+        raw = [head(row) / (2 * HIDDEN) ** 0.5 for head, row in zip(self.heads, features, strict=True)]
         keep = torch.sigmoid(self.width(self.widths_input) + WIDTH_BIAS)
         masks = [soft_top_k(torch.sigmoid(s), k) for s, k in zip(raw, keep.detach(), strict=True)]
         with self.autocast():

@@ -7,6 +7,7 @@ release.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -59,7 +60,8 @@ class ScoreGenerator(nn.Module):
             return self.scores
         features = self.between(self.input)
         features = torch.relu(self.norm(features[0] if isinstance(features, tuple) else features))[:, 0]
-        return torch.cat([head(row) for head, row in zip(self.heads, features, strict=True)]) / FEATURES**0.5
+        scores = torch.cat([head(row) for head, row in zip(self.heads, features, strict=True)])
+        return scores / math.sqrt(FEATURES)
 
 
 class WidthGenerator(nn.Module):
