@@ -114,10 +114,15 @@ def test_changed_weights_are_noticed(tiny: nn.Module) -> None:
     assert torch.allclose(network(images, gates), tiny(images), atol=1e-5)
     assert not torch.allclose(network(images, gates), before, atol=1e-3)
     norm = next(module for module in tiny.modules() if isinstance(module, nn.BatchNorm2d))
-    norm.running_var = torch.full_like(norm.running_var, 3.0) if norm.running_var is not None else None
-    tiny.load_state_dict({name: tensor * 0.9 for name, tensor in tiny.state_dict().items()})
-    network = MaskedNetwork(fp.trace(tiny, torch.zeros(1, 3, 16, 16)), tiny)
+    before = network(images, gates)
+    assert norm.running_var is not None
+    norm.running_var.fill_(3.0)
     assert torch.allclose(network(images, gates), tiny(images), atol=1e-5)
+    assert not torch.allclose(network(images, gates), before, atol=1e-3)
+    before = network(images, gates)
+    tiny.load_state_dict({name: tensor * 1.3 for name, tensor in tiny.state_dict().items()})
+    assert torch.allclose(network(images, gates), tiny(images), atol=1e-5)
+    assert not torch.allclose(network(images, gates), before, atol=1e-3)
 
 
 def test_trained_weights_get_their_gradients(tiny: nn.Module) -> None:

@@ -57,7 +57,9 @@ class DDNPConfig:
     architecture: Literal["gru", "fc", "channel"] = option(
         "gru", "of g_s: gru (GRU and linear layers, the paper's), fc (linear layers), channel (one parameter each)"
     )
-    score_bias: float = option(0.0, "added to raw scores; the authors' release has 3")
+    score_bias: float = option(
+        0.0, "added to raw scores; the authors' release has 3, which variant=release adds by itself"
+    )
     resource: Literal["one_sided", "two_sided"] = option(
         "one_sided", "the cost term: log(max(T, pT)/pT) as in the paper, or |log(T/pT)|, which also pulls upwards"
     )
@@ -66,6 +68,15 @@ class DDNPConfig:
     )
     augment: bool = option(False, "whether the search sees augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
+
+
+def refuse_unused(config: DDNPConfig) -> None:
+    """Refuse options of the paper's terms that ``variant=release`` would silently pass over."""
+    for name in ("temperature", "window", "output"):
+        if getattr(config, name) != getattr(DDNPConfig, name):
+            raise ValueError(
+                f"ddnp: {name} {getattr(config, name)!r} means nothing with variant 'release'; leave it out"
+            )
 
 
 class DDNP(GateSearch):
@@ -86,7 +97,10 @@ class DDNP(GateSearch):
 
         Raises:
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
+            ValueError: for options that the release's computation does not have.
         """
+        if self.config.variant == "release":
+            refuse_unused(self.config)
         graph, may_go = task.graph, self.place_gates(task)
         self.gated = torch.tensor([g for g, group in enumerate(graph.groups) if bool(may_go[group.start])])
         sizes = graph.offsets.diff()

@@ -154,3 +154,9 @@ def test_hard_gates_draw_no_noise():
     method.step_on(task, images, labels)
     assert torch.equal(method.gates(), method.gates())
     assert set(method.gates().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"window": 0.0}, {"output": "abs"}])
+def test_options_that_it_does_not_have_are_refused(options):
+    with pytest.raises(ValueError, match=f"ddnp: {next(iter(options))} .* means nothing with variant 'release'"):
+        prepared(**options)
