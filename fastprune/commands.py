@@ -138,14 +138,6 @@ def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, train
 def check_recipe(config: TrainConfig, device: torch.device) -> None:
     """Refuse a recipe that no training can follow, before anything is written."""
     Placement(device, config.precision, config.channels_last)
-    if not 0 <= config.momentum < 1:
-        raise ValueError(f"momentum {config.momentum}: it must be in [0, 1)")
-    if config.nesterov and not config.momentum:
-        raise ValueError("nesterov: it needs a momentum above 0")
-    if not config.gamma > 0:
-        raise ValueError(f"gamma {config.gamma}: it must be above 0")
-    if any(milestone < 0 for milestone in config.milestones):
-        raise ValueError(f"milestones {list(config.milestones)}: they cannot be negative")
     if config.sync_bn and device.type != "cuda":
         raise ValueError("sync_bn: torch synchronises batch statistics on CUDA only; leave it out on the CPU")
 

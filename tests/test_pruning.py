@@ -135,6 +135,13 @@ def test_nothing_is_written_without_out(tiny: nn.Module, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_loader_without_a_held_out_part_is_enough(tiny: nn.Module) -> None:
+    """No accuracy is measured on the way then; the default asks for one every 10 epochs."""
+    options = {**SHORT, "evaluate_every": 1}
+    result = fp.prune(tiny, EXAMPLE, method="dmc", budget="flops=0.5", data=loader(), **options)
+    assert "proxy_accuracy" not in result.metrics["search"]
+
+
 def test_a_class_and_a_budget_object(tiny: nn.Module) -> None:
     result = fp.prune(tiny, EXAMPLE, method=NoSearch, budget=Budget("flops", 0.5))
     assert result.metrics["search"] == {"answer": 42.0}

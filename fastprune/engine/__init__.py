@@ -10,9 +10,9 @@ from fastprune.engine.load import load_data
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.meter import NonFiniteError
 from fastprune.engine.run import RunDirectory, RunError
-from fastprune.engine.schedule import learning_rate
 from fastprune.engine.training import TrainConfig, train
 from fastprune.engine.user_data import UserData
+from fastprune.schedule import learning_rate
 
 __all__ = [
     "CheckpointError",

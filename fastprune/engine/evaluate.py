@@ -95,8 +95,29 @@ class HeldOut:
         """Number of classes."""
         return self.data.num_classes
 
+    @property
+    def samples(self) -> int:
+        """Number of training samples."""
+        return self.data.size("train")
+
+    @property
+    def held_out(self) -> int:
+        """Number of held-out samples."""
+        return self.data.size("held_out")
+
+    def steps(self, batch_size: int, samples: int | None = None) -> int:
+        """Steps of one epoch over all training samples, or over ``samples`` of them."""
+        return self.data.steps("train", batch_size, samples=samples, distributed=self.distributed)
+
     def accuracy(self, network: Callable[[Tensor], Tensor]) -> float:
         """Top-1 accuracy in [0, 1] of ``network`` on the held-out part of the training set, over all ranks."""
+        return self._measured(network)["accuracy"]
+
+    def loss(self, network: Callable[[Tensor], Tensor]) -> float:
+        """Mean cross-entropy of ``network`` on the held-out part of the training set, over all ranks."""
+        return self._measured(network)["loss"]
+
+    def _measured(self, network: Callable[[Tensor], Tensor]) -> Evaluation:
         return evaluate(
             network,
             self.data,
@@ -104,4 +125,4 @@ class HeldOut:
             batch_size=self.batch_size,
             placement=self.placement,
             distributed=self.distributed,
-        )["accuracy"]
+        )

@@ -20,6 +20,7 @@ from fastprune.engine.interruption import Interrupted, Interruption
 from fastprune.engine.meter import Meter, NonFiniteError
 from fastprune.engine.progress import ProgressBar
 from fastprune.engine.run import RunDirectory
+from fastprune.engine.sources import Batch
 
 if TYPE_CHECKING:
     from fastprune.methods.contract import Phase
@@ -70,6 +71,7 @@ class LoopOptions:
 
 
 _PHASE = 1_000_000  # added to the epoch per phase, so that no two phases see the samples in the same order
+_BESIDE = _PHASE // 2  # added to the epoch of a phase's side steps
 
 
 @dataclass
@@ -152,6 +154,7 @@ def run_phases(
             if data is None:
                 raise ValueError(f"phase {phase.name!r} reads training data, but no data were given")
             steps = data.steps("train", phase.batch_size, samples=phase.samples, distributed=peers)
+            beside = side_batches(phase, data, task, number, position.epoch * steps + position.step)
             bar.start(phase.name, phase.epochs, steps, position.epoch, position.step)
             while position.epoch < phase.epochs:
                 batches = data.batches(
@@ -167,10 +170,13 @@ def run_phases(
                 for images, labels in batches:
                     torch.manual_seed(int(hashed(task.seed, position.total) >> np.uint64(1)))
                     with placement.autocast():
-                        metrics = phase.step(placement.images(images), placement.labels(labels))
-                    meter.add(metrics)
+                        meter.add(phase.step(placement.images(images), placement.labels(labels)))
                     position.step += 1
                     position.total += 1
+                    if phase.beside and (position.epoch * steps + position.step) % phase.beside.every == 0:
+                        images, labels = next(beside)
+                        with placement.autocast():
+                            meter.add(phase.beside.step(placement.images(images), placement.labels(labels)))
                     bar.advance(latest)
 
                     log_now = position.total % options.log_every == 0
@@ -204,6 +210,27 @@ def run_phases(
             position.finished = True
             saver.save()
     return latest
+
+
+def side_batches(phase: Phase, data: Data, task: LoopTask, number: int, done: int) -> Iterator[Batch]:
+    """The batches of a phase's side steps, without end; the first is the one after ``done`` steps of the phase."""
+    side = phase.beside
+    if side is None:
+        return
+    steps = data.steps("train", side.batch_size, samples=side.samples, distributed=task.distributed)
+    epoch, start = divmod(done // side.every, steps)
+    while True:
+        yield from data.batches(
+            "train",
+            side.batch_size,
+            seed=task.seed,
+            epoch=number * _PHASE + _BESIDE + epoch,
+            start=start,
+            samples=side.samples,
+            augment=side.augment,
+            distributed=task.distributed,
+        )
+        epoch, start = epoch + 1, 0
 
 
 class _Saver:

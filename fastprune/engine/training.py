@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastprune.distributed import Distributed
 from fastprune.engine.data import Data
@@ -18,54 +16,24 @@ from fastprune.engine.device import Placement, choose_device, seed_everything
 from fastprune.engine.evaluate import evaluate
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
-from fastprune.engine.schedule import SCHEDULES, learning_rate
 from fastprune.models.weights import save_weights
+from fastprune.weight_training import WeightOptions, WeightTraining
 
 if TYPE_CHECKING:
     from fastprune.methods.contract import Phase
 
-AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary heads (Szegedy et al., CVPR 2015, §5)
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Recipe of a training: SGD with momentum. The defaults are the papers' CIFAR fine-tuning."""
+class TrainConfig(WeightOptions):
+    """Recipe of a training. The defaults are the papers' CIFAR fine-tuning."""
 
-    epochs: int = _option(160, "passes over the training set")
-    batch_size: int = _option(128, "samples per step over all processes together")
-    lr: float = _option(0.1, "largest learning rate")
-    momentum: float = _option(0.9, "momentum of SGD")
-    nesterov: bool = _option(False, "Nesterov's momentum")
-    weight_decay: float = _option(1e-4, "L2 penalty")
-    decay_norm_and_bias: bool = _option(True, "apply weight decay to batch-norm parameters and biases too")
-    schedule: str = _option("milestones", f"shape of the learning rate: {', '.join(SCHEDULES)}")
-    milestones: tuple[float, ...] = _option((0.5, 0.75), "epochs of the drops, or fractions of all epochs if below 1")
-    gamma: float = _option(0.1, "factor of each drop")
-    warmup_epochs: float = _option(0.0, "epochs in which the learning rate rises from 0")
-    label_smoothing: float = _option(0.0, "share of the target that is spread over all classes")
-    clip_gradient: float = _option(0.0, "largest norm of the whole gradient; 0 = no clipping")
-    augment: bool = _option(True, "apply the data set's training augmentation")
-    evaluate_every: int = _option(1, "epochs between two accuracies on the held-out part; 0 = never")
-    precision: str = _option("float32", "float32, or bf16 for autocast to bfloat16")
-    channels_last: bool = _option(False, "NHWC memory layout")
-    sync_bn: bool = _option(False, "batch statistics over all processes (CUDA only)")
-    deterministic: bool = _option(False, "the same bits in every run on CUDA, at some cost; on the CPU always so")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))  # YAML gives a list
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r}: give one of {', '.join(SCHEDULES)}")
-        for name in ("epochs", "lr", "weight_decay", "warmup_epochs", "clip_gradient", "evaluate_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: it cannot be negative")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size}: it must be at least 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing {self.label_smoothing}: it must be in [0, 1)")
+    precision: str = field(default="float32", metadata={"help": "float32, or bf16 for autocast to bfloat16"})
+    channels_last: bool = field(default=False, metadata={"help": "NHWC memory layout"})
+    sync_bn: bool = field(default=False, metadata={"help": "batch statistics over all processes (CUDA only)"})
+    deterministic: bool = field(
+        default=False,
+        metadata={"help": "the same bits in every run on CUDA, at some cost; on the CPU always so"},
+    )
 
 
 @dataclass
@@ -80,7 +48,7 @@ class TrainTask:
 
 
 class Trainer:
-    """The worker of a training: one phase, whose step is one step of SGD.
+    """The worker of a training: one phase, whose step is one step of the optimiser.
 
     Args:
         config: the recipe.
@@ -94,28 +62,13 @@ class Trainer:
         self.config = config
         self.data = data
         self.placement = placement
-        self.steps = 0
 
     def setup(self, task: TrainTask) -> None:
-        """Wrap the model for many processes and make the optimiser."""
-        config, model = self.config, task.model
+        """Make the optimiser."""
         self.task = task
-        self.network: nn.Module = model
-        if task.distributed.world_size > 1:
-            self.network = DistributedDataParallel(model, [task.device] if task.device.type == "cuda" else None)
-        self.steps_per_epoch = self.data.steps("train", config.batch_size, distributed=task.distributed)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not trained:
-            raise ValueError(f"{type(model).__name__} has no parameter with requires_grad: there is nothing to train")
-        plain = [] if config.decay_norm_and_bias else [parameter for parameter in trained if parameter.dim() <= 1]
-        decayed = trained if config.decay_norm_and_bias else [p for p in trained if p.dim() > 1]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
+        steps = self.data.steps("train", self.config.batch_size, distributed=task.distributed)
+        self.weights = WeightTraining(
+            task.model, self.config, steps_per_epoch=steps, device=task.device, peers=task.distributed
         )
 
     def phases(self, task: TrainTask) -> Iterator[Phase]:
@@ -133,64 +86,29 @@ class Trainer:
         )
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """One step of SGD on this rank's share of the batch: images [N, C, H, W], labels [N]."""
-        config = self.config
-        lr = learning_rate(
-            self.steps,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=config.epochs,
-            lr=config.lr,
-            schedule=config.schedule,
-            milestones=config.milestones,
-            gamma=config.gamma,
-            warmup_epochs=config.warmup_epochs,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        outputs = self.network(images)
-        # torchvision's GoogLeNet and Inception return (scores, auxiliary scores…) in training mode.
-        scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-        loss = self._loss(scores, labels)
-        for other in auxiliary:
-            if other is not None:
-                loss = loss + AUXILIARY_WEIGHT * self._loss(other, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        # Backward runs outside autocast: each gradient takes the precision of its forward.
-        with torch.autocast(images.device.type, enabled=False):
-            loss.backward()
-        if config.clip_gradient:
-            nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_gradient)
-        self.optimizer.step()
-        self.steps += 1
-        return {"loss": loss, "accuracy": (scores.argmax(1) == labels).float().mean(), "lr": lr}
-
-    def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(scores.float(), labels, label_smoothing=self.config.label_smoothing)
+        """One step of the optimiser on this rank's share of the batch: images [N, C, H, W], labels [N]."""
+        metrics = self.weights.gradients(images, labels)
+        self.weights.update()
+        return metrics
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """Accuracy and loss on the held-out part, when due."""
         every = self.config.evaluate_every
         if not every or (epoch + 1) % every or not self.data.size("held_out"):
             return {}
-        self.share_buffers()
+        self.weights.share_buffers()
         result = evaluate(
             self.task.model, self.data, "held_out", placement=self.placement, distributed=self.task.distributed
         )
         return {"held_out_accuracy": result["accuracy"], "held_out_loss": result["loss"]}
 
-    def share_buffers(self) -> None:
-        """Give all ranks rank 0's batch-norm statistics; DDP does so only when the next forward begins."""
-        for buffer in self.task.model.buffers():
-            self.task.distributed.broadcast_(buffer)
-
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state and the number of steps; the loop saves the weights."""
-        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
+        return self.weights.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
+        self.weights.load_state_dict(state)
 
 
 def train(
@@ -255,7 +173,7 @@ def train(
                 placement=placement,
                 options=options,
             )
-            trainer.share_buffers()
+            trainer.weights.share_buffers()
         finally:
             model.eval()
     if run is not None and peers.is_main:

@@ -32,8 +32,49 @@ class TaskData(Protocol):
     def num_classes(self) -> int:
         """Number of classes."""
 
+    @property
+    def samples(self) -> int:
+        """Number of training samples, those held out not among them."""
+
+    @property
+    def held_out(self) -> int:
+        """Number of held-out samples; without any, ``accuracy`` and ``loss`` raise ``ValueError``."""
+
+    def steps(self, batch_size: int, samples: int | None = None) -> int:
+        """Steps of one epoch over all training samples, or over ``samples`` of them."""
+
     def accuracy(self, network: Callable[[Tensor], Tensor]) -> float:
         """Top-1 accuracy in [0, 1] of ``network`` on the held-out part of the training set, over all ranks."""
+
+    def loss(self, network: Callable[[Tensor], Tensor]) -> float:
+        """Mean cross-entropy of ``network`` on the held-out part of the training set, over all ranks."""
+
+
+Step = Callable[[Tensor, Tensor], Metrics]
+"""What happens to one batch: images [N, C, H, W], labels [N] on the task's device; returns the metrics to log."""
+
+
+@dataclass(frozen=True)
+class SideSteps:
+    """Steps in the midst of a phase, on samples of their own.
+
+    Args:
+        every: how many steps of the phase come before each of these.
+        step: called as a phase's.
+        samples: as a phase's. Drawn by the run's seed alone: as many samples are the same samples everywhere.
+        batch_size: as a phase's.
+        augment: as a phase's.
+    """
+
+    every: int
+    step: Step
+    samples: int | None = None
+    batch_size: int = 256
+    augment: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every {self.every}: at least 1 step must come before each side step")
 
 
 @dataclass(frozen=True)
@@ -48,6 +89,7 @@ class Phase:
         batch_size: samples per step over all ranks together.
         augment: whether the training augmentation is applied.
         end_epoch: called after each epoch with its number, from 0; returns the metrics to log.
+        beside: other steps in the midst of these.
 
     A metric named ``family/member`` (``keep/layer1.0.conv1``) is one of many of its kind: it is written to
     ``metrics.jsonl`` and nowhere else, neither to the progress bar nor to the results.
@@ -55,11 +97,12 @@ class Phase:
 
     name: str
     epochs: int
-    step: Callable[[Tensor, Tensor], Metrics]
+    step: Step
     samples: int | None = None
     batch_size: int = 256
     augment: bool = False
     end_epoch: Callable[[int], Metrics] | None = None
+    beside: SideSteps | None = None
 
 
 @dataclass

@@ -163,7 +163,7 @@ class GateSearch(Method):
 
     def end_epoch(self, task: Task, epoch: int) -> Metrics:
         """What is logged after an epoch, counted from 0."""
-        measures = self.evaluates_after(epoch) and task.data is not None
+        measures = self.evaluates_after(epoch) and task.data is not None and task.data.held_out > 0
         return {**(self.proxy_accuracy(task) if measures else {}), **self.widths_now(task)}
 
     def evaluates_after(self, epoch: int) -> bool:

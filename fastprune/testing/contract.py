@@ -70,7 +70,11 @@ def check_method(method_class: type[Method], *, distributed: bool = False, **opt
 
 def declared(phase: Phase) -> tuple[Any, ...]:
     """What of a phase can be compared."""
-    return (phase.name, phase.epochs, phase.samples, phase.batch_size, phase.augment)
+    beside = phase.beside
+    return (
+        *(phase.name, phase.epochs, phase.samples, phase.batch_size, phase.augment),
+        *((beside.every, beside.samples, beside.batch_size, beside.augment) if beside else ()),
+    )
 
 
 def check_class(method_class: type[Method]) -> None:

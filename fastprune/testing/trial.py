@@ -178,7 +178,8 @@ class Counted:
     def phases(self, task: Task) -> Iterator[Phase]:
         """The method's phases, with counting steps."""
         for phase in self.method.phases(task):
-            yield dataclasses.replace(phase, step=self.counting(phase.step))
+            beside = phase.beside and dataclasses.replace(phase.beside, step=self.counting(phase.beside.step))
+            yield dataclasses.replace(phase, step=self.counting(phase.step), beside=beside)
 
     def counting(self, step: Callable[[Tensor, Tensor], Metrics]) -> Callable[[Tensor, Tensor], Metrics]:
         """``step``, counted."""

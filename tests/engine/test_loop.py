@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fastprune.distributed import Distributed
 from fastprune.engine import Checkpoints, Interrupted, LoopOptions, NonFiniteError, RunDirectory, load_data, run_phases
-from fastprune.methods.contract import Phase
+from fastprune.methods.contract import Phase, SideSteps
 
 DATA = load_data("synthetic:1x4x4:3:40", held_out=0)
 
@@ -31,12 +32,15 @@ class Walker:
         self.state = torch.zeros(16)
         self.epochs: list[int] = []
         self.calls = 0
+        self.seen: list[Tensor] = []
         self.kill_at = kill_at
         self.kind = kind
 
     def phases(self, task: Any) -> Iterator[Phase]:
         self.task = task
-        yield Phase("walk", 3, self.step, samples=20, batch_size=8, augment=True, end_epoch=self.end_epoch)
+        beside = SideSteps(2, self.aside, samples=10, batch_size=4)
+        walk = Phase("walk", 3, self.step, samples=20, batch_size=8, augment=True, end_epoch=self.end_epoch)
+        yield replace(walk, beside=beside)
         yield Phase("rest", 0, self.step)
         yield Phase("run", 2, self.step, batch_size=16)
 
@@ -49,6 +53,11 @@ class Walker:
         noise = torch.rand((), generator=self.task.rng) + torch.rand(())
         self.state = self.state * 0.9 + images.mean((0, 1)).flatten() * noise
         return {"loss": self.state.sum(), "count": len(labels)}
+
+    def aside(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
+        self.seen.append(images)
+        self.state = self.state - images.mean((0, 1)).flatten() * torch.rand(())
+        return {"aside": self.state.mean()}
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         self.epochs.append(epoch)
@@ -96,7 +105,7 @@ def test_every_step_once(whole: tuple[Walker, RunDirectory, dict[str, float]]) -
 def test_families_of_metrics_are_in_the_log_only(whole: tuple[Walker, RunDirectory, dict[str, float]]) -> None:
     _, run, metrics = whole
     assert [r["epoch"] for r in run.metrics() if r.get("family/member") == 0.5] == [0, 1, 2]
-    assert metrics.keys() == {"loss", "count", "epochs"}
+    assert metrics.keys() == {"loss", "count", "epochs", "aside"}
     state = Checkpoints(run.checkpoints_path("search")).load_latest()
     assert state is not None
     assert state["latest"] == metrics
@@ -169,6 +178,22 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 def test_phases_need_data() -> None:
     with pytest.raises(ValueError, match="'walk' reads training data"):
         run_phases(Walker(), make_task(), None)
+
+
+def test_side_steps_go_through_samples_of_their_own(whole: tuple[Walker, RunDirectory, dict[str, float]]) -> None:
+    """9 steps with one beside every 2nd: 4 of them, over batches of 4, 4 and 2 of the same 10 samples."""
+    seen = whole[0].seen
+    assert [len(images) for images in seen] == [4, 4, 2, 4]
+    first = {bytes(image.numpy()) for images in seen[:3] for image in images}
+    assert len(first) == 10
+    assert {bytes(image.numpy()) for image in seen[3]} < first
+    drawn = DATA.batches("train", 40, seed=4, samples=10)
+    assert first == {bytes(image.numpy()) for images, _ in drawn for image in images}
+
+
+def test_side_steps_need_steps_between_them() -> None:
+    with pytest.raises(ValueError, match="every 0"):
+        SideSteps(0, Walker().aside)
 
 
 class Idle(Walker):

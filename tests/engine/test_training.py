@@ -129,6 +129,27 @@ def test_one_step_is_sgd() -> None:
     assert torch.allclose(net[1].bias, bias - 0.5 * bias.grad, atol=1e-7)
 
 
+def test_one_step_is_adamw() -> None:
+    """The first step of Adam moves every weight by the learning rate against the sign of its gradient."""
+    data = load_data("synthetic:1x8x8:4:16", held_out=0)
+    config = TrainConfig(
+        epochs=1, batch_size=16, optimizer="adamw", lr=0.01, weight_decay=0.1, decay_norm_and_bias=False
+    )
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    weight, bias = (parameter.detach().clone().requires_grad_() for parameter in net.parameters())
+    ((images, labels),) = data.batches("train", 16, augment=True)
+    F.cross_entropy(F.linear(images.flatten(1), weight, bias), labels).backward()
+    train(net, data, config, device="cpu")
+    assert torch.allclose(net[1].weight, weight * (1 - 0.01 * 0.1) - 0.01 * weight.grad.sign(), atol=1e-5)
+    assert torch.allclose(net[1].bias, bias - 0.01 * bias.grad.sign(), atol=1e-5)
+
+
+def test_nesterov_is_of_sgd() -> None:
+    for options in ({"momentum": 0.0}, {"optimizer": "adamw"}):
+        with pytest.raises(ValueError, match="nesterov: it needs optimizer 'sgd' and a momentum above 0"):
+            TrainConfig(nesterov=True, **options)
+
+
 def test_auxiliary_heads_are_trained() -> None:
     class TwoHeads(Net):
         def __init__(self) -> None:
@@ -157,7 +178,10 @@ def test_frozen_network_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("schedule", "step"), ("epochs", -1), ("batch_size", 0), ("label_smoothing", 1.0), ("lr", -0.1)],
+    [
+        *(("schedule", "step"), ("epochs", -1), ("batch_size", 0), ("label_smoothing", 1.0), ("lr", -0.1)),
+        *(("optimizer", "adam"), ("momentum", 1.0), ("gamma", 0.0), ("milestones", (-1.0,))),
+    ],
 )
 def test_config_errors(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
@@ -207,7 +231,10 @@ def test_held_out_accuracy_for_methods() -> None:
     net = make_net().eval()
     held_out = HeldOut(DATA, Placement(), Distributed())
     assert held_out.num_classes == 4
-    assert held_out.accuracy(net) == evaluate(net, DATA, "held_out")["accuracy"]
+    measured = evaluate(net, DATA, "held_out")
+    assert (held_out.accuracy(net), held_out.loss(net)) == (measured["accuracy"], measured["loss"])
+    assert (held_out.samples, held_out.held_out) == (81, measured["samples"])
+    assert (held_out.steps(16), held_out.steps(16, 40)) == (6, 3)
     with pytest.raises(ValueError, match="no held_out samples"):
         evaluate(net, load_data("synthetic:1x8x8:4:90", held_out=0), "held_out")
 
