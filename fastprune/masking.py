@@ -13,10 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from fastprune.fusion import find_chains, fuse
+from fastprune.fusion import find_chains, fuse, version
 from fastprune.graph import ChannelGraph, Layer
 from fastprune.graph.regions import GRADIENTS, modes_kept
 
@@ -95,6 +97,8 @@ class MaskedNetwork(nn.Module):
         for network in (self.network, self.fused):
             share_tensors(model, network)
             network.to(device)
+        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        self._batches_seen: dict[int, Any] = {}
         self.train(False)
 
     def train(self, mode: bool = True) -> MaskedNetwork:
@@ -112,7 +116,10 @@ class MaskedNetwork(nn.Module):
                 f"images: this model could only be traced for batches of {self.batch}, got {images[0].shape[0]}; "
                 "trace it with an example of the batch size that is used"
             )
-        network = self.fused if self.runs_fused() else self.network
+        network = self.network
+        if self.runs_fused():
+            network = self.fused
+            self.count_statistics()
         with modes_kept():
             return pytree.tree_unflatten(network(*images, gates), self.out_spec)
 
@@ -132,6 +139,18 @@ class MaskedNetwork(nn.Module):
         with modes_kept():
             energies.run(*images, gates)
         return energies.sums / energies.counts.clamp(min=1)
+
+    def count_statistics(self) -> None:
+        """Let it be seen that statistics have changed where batch norms have seen batches since the last call.
+
+        Torch updates them in place without counting that as a new version, as it does for all else that is written to.
+        """
+        for number, norm in enumerate(self._norms):
+            seen = norm.num_batches_tracked
+            now = seen if seen is None else version(seen)
+            if self._batches_seen.setdefault(number, now) != now:
+                self._batches_seen[number] = now
+                increment_version([t for t in (norm.running_mean, norm.running_var) if t is not None])
 
     def runs_fused(self) -> bool:
         """Whether convolutions run fused now: outside of ``torch.compile``, and if no parameter wants a gradient."""

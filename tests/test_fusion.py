@@ -125,6 +125,18 @@ def test_changed_weights_are_noticed(tiny: nn.Module) -> None:
     assert not torch.allclose(network(images, gates), before, atol=1e-3)
 
 
+def test_batches_that_batch_norm_has_seen_are_noticed(tiny: nn.Module) -> None:
+    """Torch writes the new statistics without counting a version."""
+    tiny.requires_grad_(False)
+    network = MaskedNetwork(fp.trace(tiny, torch.zeros(1, 3, 16, 16)), tiny)
+    images, gates = torch.randn(2, 3, 16, 16), torch.ones(network.num_units)
+    before = network(images, gates)
+    tiny.train()(5 * images + 1)
+    tiny.eval()
+    assert torch.allclose(network(images, gates), tiny(images), atol=1e-5)
+    assert not torch.allclose(network(images, gates), before, atol=1e-3)
+
+
 def test_trained_weights_get_their_gradients(tiny: nn.Module) -> None:
     network = MaskedNetwork(fp.trace(tiny, torch.zeros(1, 3, 16, 16)), tiny)
     images = torch.randn(2, 3, 16, 16)
