@@ -58,7 +58,7 @@ class WeightOptions:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum {self.momentum}: it must be in [0, 1)")
         if self.nesterov and (not self.momentum or self.optimizer != "sgd"):
-            raise ValueError("nesterov: it needs optimizer 'sgd' and a momentum above 0")
+            raise ValueError("nesterov: it needs optimizer 'sgd' and a momentum above 0; set it to false otherwise")
         if not self.gamma > 0:
             raise ValueError(f"gamma {self.gamma}: it must be above 0")
         if any(milestone < 0 for milestone in self.milestones):
@@ -105,9 +105,18 @@ class WeightTraining:
     @property
     def learning_rate(self) -> float:
         """That of the next update."""
+        return self.learning_rate_of(self.steps)
+
+    @property
+    def remaining_rates(self) -> float:
+        """The sum of the learning rates of all updates that are still to come."""
+        return sum(map(self.learning_rate_of, range(self.steps, self.options.epochs * self.steps_per_epoch)))
+
+    def learning_rate_of(self, step: int) -> float:
+        """The learning rate of an update, counted from 0."""
         options = self.options
         return learning_rate(
-            self.steps,
+            step,
             steps_per_epoch=self.steps_per_epoch,
             epochs=options.epochs,
             lr=options.lr,

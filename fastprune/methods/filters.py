@@ -1,14 +1,17 @@
-"""The weights behind each unit: norms of all units at once, and the filters of one group."""
+"""The weights behind each unit: norms, tables for proximal steps, batch norms, and the filters of one group."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastprune.graph import ChannelGraph, Group
 from fastprune.graph.propagate import Role
+from fastprune.ops import UnitTable
 
 
 def unit_norms(graph: ChannelGraph, model: nn.Module, p: float = 2.0, roles: Sequence[Role] = ("out",)) -> Tensor:
@@ -62,3 +65,57 @@ def unit_filters(graph: ChannelGraph, model: nn.Module, group: Group) -> list[Te
             weight.index_select(piece.dim, order.to(weight.device)).movedim(piece.dim, 0).reshape(group.size, -1)
         )
     return matrices
+
+
+def unit_table(graph: ChannelGraph, model: nn.Module, roles: Sequence[Role], units: Tensor) -> UnitTable:
+    """The parameters of units, for the proximal operator of their norms.
+
+    Args:
+        graph: the channels of ``model``.
+        model: where the weights are, on the device where the steps will be.
+        roles: which parameters belong to a unit: "out" the filters that make the channel, "depthwise", "channel" for
+            batch norm's scale and shift and for biases, or "in" for the columns that read it.
+        units: which units have anything in the table, bool [U].
+
+    Returns:
+        A table of all U units, those not among ``units`` empty.
+
+    Raises:
+        ValueError: where one of the parameters belongs to units along two of its dimensions.
+        TypeError: for parameters that are neither float32 nor float64, or not all alike.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    slices: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
+    for piece in graph.slices:
+        if piece.role in roles and piece.tensor in parameters:
+            kept = (piece.units < 0) | ~units[piece.units]
+            if not bool(kept.all()):
+                parameter = parameters[piece.tensor]
+                slices[id(parameter), piece.dim] = parameter.detach(), piece.dim, piece.units.masked_fill(kept, -1)
+    return UnitTable(list(slices.values()), graph.num_units)
+
+
+@dataclass(frozen=True)
+class UnitNorm:
+    """A batch norm with scale and shift, whose channels belong to units.
+
+    Args:
+        name: the module's name.
+        module: the batch norm.
+        units: the unit of each channel, int64 [C]; -1 = none.
+    """
+
+    name: str
+    module: _BatchNorm
+    units: Tensor
+
+
+def unit_batch_norms(graph: ChannelGraph, model: nn.Module) -> list[UnitNorm]:
+    """The batch norms with scale and shift that some unit passes, in the order of the network."""
+    norms = []
+    for piece in graph.slices:
+        owner, _, attribute = piece.tensor.rpartition(".")
+        module = model.get_submodule(owner)
+        if attribute == "weight" and isinstance(module, _BatchNorm) and bool((piece.units >= 0).any()):
+            norms.append(UnitNorm(owner, module, piece.units))
+    return norms

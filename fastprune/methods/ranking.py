@@ -47,6 +47,8 @@ class ScoreMethod(Method):
     * "global": scores are divided by the mean of their absolute values in the group, so that groups of other fan-in and
       scale are comparable, and compete over the whole network.
 
+    A class whose scores mean the same everywhere says ``comparable = True``; then they are not divided.
+
     Either way units are kept in order of priority until the budget is full: met from below, to within 1 % of the full
     network's cost where single channels are small enough. The run's ``Limits`` hold in both.
 
@@ -58,11 +60,16 @@ class ScoreMethod(Method):
     """
 
     Config: ClassVar[type[Any]] = RankingConfig
+    comparable: ClassVar[bool] = False
     config: Any
 
     @abstractmethod
     def scores(self, task: Task) -> Tensor:
         """The importance of each unit: [U], finite, higher = stays longer; the same on every rank."""
+
+    def prunable(self, task: Task) -> Tensor:
+        """The units that may go, bool [U]: those of the option ``groups``."""
+        return gated_units(task.graph, self.config.groups)
 
     def plan(self, task: Task) -> PruningPlan:
         """Keep the units of highest priority that the budget allows.
@@ -80,10 +87,10 @@ class ScoreMethod(Method):
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"{self.name}: scores must be finite; are the model's weights?")
         # A Config without the field (Uniform) ranks within groups.
-        globally = getattr(self.config, "ranking", "local") == "global"
-        priority = across_groups(graph, scores) if globally else within_groups(graph, scores)
-        may_go = gated_units(graph, self.config.groups)
-        return graph.plan(fit(graph, task.budget, priority, prunable=may_go, limits=task.limits))
+        priority = scores if self.comparable else across_groups(graph, scores)
+        if getattr(self.config, "ranking", "local") == "local":
+            priority = within_groups(graph, scores)
+        return graph.plan(fit(graph, task.budget, priority, prunable=self.prunable(task), limits=task.limits))
 
 
 def within_groups(graph: ChannelGraph, scores: Tensor) -> Tensor:
