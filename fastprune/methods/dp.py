@@ -63,7 +63,7 @@ class DP(GateSearch):
     paper = "Gao et al., Disentangled Differentiable Network Pruning, ECCV 2022 (its baseline)"
     phase = "gates"
     Config: ClassVar[type[Any]] = DPConfig
-    config: DPConfig
+    config: Any
 
     def setup(self, task: Task) -> None:
         """Make the generator.
@@ -73,9 +73,21 @@ class DP(GateSearch):
         """
         may_go = self.place_gates(task)
         sizes = [group.size for group in task.graph.groups if bool(may_go[group.start])]
-        self.scores = ScoreGenerator(sizes, self.config.architecture, task.seed).to(task.device)
-        self.optimizer = torch.optim.Adam(self.scores.parameters(), lr=self.config.learning_rate, fused=True)
+        self.scores = self.make_generator(sizes, task.seed).to(task.device)
+        self.optimizer = self.make_optimizer()
         self.step = 0
+
+    def make_generator(self, sizes: list[int], seed: int) -> ScoreGenerator:
+        """What makes the scores of gates for groups of the given sizes."""
+        return ScoreGenerator(sizes, self.config.architecture, seed)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """That of the generator."""
+        return torch.optim.Adam(self.scores.parameters(), lr=self.config.learning_rate, fused=True)
+
+    def cost_term(self, ratio: Tensor) -> Tensor:
+        """R of the ratio r = T̂/T that the gates leave."""
+        return SIDES[self.config.resource](ratio, self.placement.target)
 
     def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
         """One iteration."""
@@ -85,7 +97,7 @@ class DP(GateSearch):
         with weights_frozen(task.model):
             cross_entropy = F.cross_entropy(self.masked(images, gates).float(), labels)
             cost = task.budget.cost(task.graph, gates)
-            regulariser = SIDES[config.resource](self.placement.ratio(cost), self.placement.target)
+            regulariser = self.cost_term(self.placement.ratio(cost))
             loss = cross_entropy + config.regularisation * regulariser.float()
             gradients = torch.autograd.grad(loss, parameters)
         follow(self.optimizer, parameters, gradients, task.distributed)
@@ -107,7 +119,8 @@ class DP(GateSearch):
 
     def gates(self) -> Tensor:
         """The gates without noise, [n]."""
-        return (self.scores_now() + self.config.base >= 0).float()
+        gates: Tensor = (self.scores_now() + self.config.base >= 0).float()
+        return gates
 
     def scores_now(self) -> Tensor:
         """The scores of all gates, [n], without gradients."""

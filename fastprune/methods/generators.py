@@ -36,11 +36,13 @@ class ScoreGenerator(nn.Module):
             linear layer for each gate; "fc": a linear layer for all gates in place of the GRU; "channel": one parameter
             per channel.
         seed: of the input and the initial weights; the global generator is left alone.
+        divided: whether scores are divided by the root of the number of features.
     """
 
-    def __init__(self, sizes: Sequence[int], architecture: Architecture, seed: int) -> None:
+    def __init__(self, sizes: Sequence[int], architecture: Architecture, seed: int, *, divided: bool = True) -> None:
         super().__init__()
         self.architecture = architecture
+        self.scale = 1 / math.sqrt(FEATURES) if divided else 1.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if architecture == "channel":
@@ -61,7 +63,7 @@ class ScoreGenerator(nn.Module):
         features = self.between(self.input)
         features = torch.relu(self.norm(features[0] if isinstance(features, tuple) else features))[:, 0]
         scores = torch.cat([head(row) for head, row in zip(self.heads, features, strict=True)])
-        return scores / math.sqrt(FEATURES)
+        return scores * self.scale
 
 
 class WidthGenerator(nn.Module):
