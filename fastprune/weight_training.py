@@ -132,13 +132,7 @@ class WeightTraining:
         Returns:
             The metrics to log: loss, accuracy, lr.
         """
-        outputs = self.network(images)
-        # torchvision's GoogLeNet and Inception return (scores, auxiliary scores…) in training mode.
-        scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-        loss = self._loss(scores, labels)
-        for other in auxiliary:
-            if other is not None:
-                loss = loss + AUXILIARY_WEIGHT * self._loss(other, labels)
+        loss, scores = classification_loss(self.network(images), labels, self.options.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         # Backward runs outside autocast: each gradient takes the precision of its forward.
         with torch.autocast(images.device.type, enabled=False):
@@ -160,9 +154,6 @@ class WeightTraining:
         for buffer in self.model.buffers():
             self.peers.broadcast_(buffer)
 
-    def _loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(scores.float(), labels, label_smoothing=self.options.label_smoothing)
-
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state and the number of steps; not the weights."""
         return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
@@ -171,6 +162,26 @@ class WeightTraining:
         """Restore what ``state_dict`` returned."""
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.steps = int(state["steps"])
+
+
+def classification_loss(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The loss of a network's outputs, those of auxiliary heads among them.
+
+    Args:
+        outputs: scores [N, classes], or a tuple of such from the main head and others, as torchvision's GoogLeNet and
+            Inception return it in training mode; a head may be None.
+        labels: [N].
+        label_smoothing: share of the target that is spread over all classes.
+
+    Returns:
+        The mean cross-entropy in nats, of auxiliary heads with a weight of 0.3, and the main head's scores.
+    """
+    scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = F.cross_entropy(scores.float(), labels, label_smoothing=label_smoothing)
+    for other in auxiliary:
+        if other is not None:
+            loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(other.float(), labels, label_smoothing=label_smoothing)
+    return loss, scores
 
 
 def optimizer_of(groups: list[dict[str, Any]], options: WeightOptions) -> torch.optim.Optimizer:

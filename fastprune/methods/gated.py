@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -219,9 +219,15 @@ class GateSearch(Method):
 
 
 @contextmanager
-def weights_frozen(model: nn.Module) -> Iterator[None]:
-    """No gradient reaches the weights, so none is computed or stored for; the flags are put back afterwards."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def weights_frozen(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[None]:
+    """No gradient reaches the weights, so none is computed or stored for; the flags are put back afterwards.
+
+    Args:
+        model: whose weights.
+        but: parameters that get their gradients all the same.
+    """
+    exempt = {id(parameter) for parameter in but}
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in exempt]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
