@@ -38,10 +38,10 @@ class Scales:
         self.sizes = [len(norm.units) for norm in self.norms]
         device = self.norms[0].module.weight.device
         owner = torch.cat([norm.units for norm in self.norms])
-        owner = owner.masked_fill((owner < 0) | ~units[owner], -1)
+        owner = owner.masked_fill((owner < 0) | ~units[owner], graph.num_units)  # the last place: always open
         counts = torch.zeros(graph.num_units + 1).index_add(0, owner, torch.ones(len(owner)))[:-1]
         self.coupled = (counts > 1).to(device)
-        self.owner = torch.where(owner < 0, graph.num_units, owner).to(device)  # the last place: always open
+        self.owner = owner.to(device)
         self.gamma = nn.Parameter(torch.cat([norm.module.weight.detach() for norm in self.norms]))
         shifts = [norm.module.bias if norm.module.bias is not None else norm.module.weight * 0 for norm in self.norms]
         self.beta = nn.Parameter(torch.cat([shift.detach() for shift in shifts]))

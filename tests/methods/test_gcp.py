@@ -330,3 +330,13 @@ def test_the_objective_decides_which_stages_go(resnet50: tuple[nn.Module, Channe
     assert stages["flops"][0] < 0.6 * stages["flops"][3]
     assert stages["params"] == sorted(stages["params"], reverse=True)
     assert stages["params"][3] < 0.6 * stages["params"][0]
+
+
+def test_batch_norms_whose_channels_go_in_part() -> None:
+    """In a ResNet with padded shortcuts some channels of a batch norm belong to no unit."""
+    torch.manual_seed(0)
+    model, images = fp.models.create("resnet20"), torch.zeros(2, 3, 16, 16)
+    assert any(bool((norm.units < 0).any()) for norm in unit_batch_norms(trace(model.eval(), images), model))
+    result = fp.prune(model, images, method="gcp", budget="flops=0.6", data=sample_data(), samples=64, **QUICK)
+    assert result.metrics["search"]["flops_ratio"] <= 0.6
+    assert result.metrics["difference"] < 1e-5
