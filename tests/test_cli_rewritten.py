@@ -31,6 +31,7 @@ def test_the_whole_way_with_a_rewritten_graph(tmp_path: Path, capsys: pytest.Cap
     assert run(f"evaluate --run {out}", capsys)["compact"]["macs"] == pruned["compact"]["macs"]
 
 
+@pytest.mark.slow
 def test_a_network_can_keep_its_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     run(f"prune {NETWORK} --method l1 --budget flops=0.8 --keep_class --out {out}", capsys)

@@ -39,7 +39,10 @@ def test_a_saved_plan_is_the_same_plan(plan: fp.PruningPlan, tiny: nn.Module, tm
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "shufflenet_v2_x1_0", "regnet_y_400mf"])
+@pytest.mark.parametrize(
+    "name",
+    ["shufflenet_v2_x1_0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vgg11_bn", "regnet_y_400mf"))],
+)
 def test_units_survive_run_length_coding(name: str, tmp_path: Path) -> None:
     graph = fp.trace(getattr(torchvision.models, name)(), torch.zeros(1, 3, 64, 64))
     graph.plan(torch.ones(graph.num_units)).save(tmp_path / "plan.json")

@@ -27,10 +27,12 @@ def random_plan(graph: fp.ChannelGraph, seed: int, part: float = 0.6) -> fp.Prun
     return graph.plan(mask)
 
 
-LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("shufflenet_v2_x0_5", "googlenet", "regnet_y_400mf")]
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in (
+    "mobilenet_v3_small", "shufflenet_v2_x0_5", "googlenet", "regnet_y_400mf",
+)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", *LARGE])
+@pytest.mark.parametrize("name", ["resnet18", *LARGE])
 def test_two_plans_are_one(name: str) -> None:
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}
@@ -180,6 +182,7 @@ def test_a_second_plan_may_prune_what_the_first_left_alone() -> None:
     assert torch.equal(again.mask, second.plan.mask)
 
 
+@pytest.mark.slow
 def test_steps_that_are_reached_already_are_left_out() -> None:
     model = fp.models.create("resnet20")
     results = list(

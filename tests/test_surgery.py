@@ -64,7 +64,7 @@ def test_random_plans_are_exact(name: str, randomised: Callable[[nn.Module], nn.
         assert plan.macs[1] < plan.macs[0]
 
 
-@pytest.mark.parametrize("name", ["googlenet", "resnet18"])
+@pytest.mark.parametrize("name", [pytest.param("googlenet", marks=pytest.mark.slow), "resnet18"])
 def test_a_compact_model_trains(name: str) -> None:
     torch.manual_seed(0)
     arguments = {"init_weights": False} if name == "googlenet" else {}

@@ -28,6 +28,7 @@ def test_the_list_has_all_convolutional_networks_of_torchvision_and_each_name_on
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_a_network_is_pruned_by_half_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, numbers = tmp_path / "table.md", tmp_path / "numbers.json"
     arguments = ["--only", "timm:lcnet_050", "--markdown", str(table), "--json", str(numbers)]

@@ -11,6 +11,7 @@ from fastprune.bench.trace import STEPS, TraceBenchSettings, bench_trace, geomet
 from fastprune.cli import main
 
 
+@pytest.mark.slow
 def test_a_network_is_timed_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numbers = tmp_path / "numbers.json"
     assert main(["bench", "trace", "--only", "timm:lcnet_050", "--rounds", "1", "--json", str(numbers)]) == 0

@@ -59,7 +59,13 @@ def run(method: GCP, task: Task) -> list[Metrics]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"penalties": (0.3, 1.0), "learning_rates": (0.01, 0.03)}, {"groups": "interior", "epochs": 2, "samples": 64}],
+    [
+        {"penalties": (0.3, 1.0), "samples": 64},
+        pytest.param(
+            {"groups": "interior", "epochs": 2, "learning_rates": (0.01, 0.03), "slices": "geometric"},
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_contract(options: dict[str, Any]) -> None:
     check_method(GCP, **{**QUICK, **options})

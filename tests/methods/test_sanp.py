@@ -47,7 +47,13 @@ def after(method: SANP, task: Task, step: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lasso": "apart", "groups": "all", "balance": "inverse", "optimizer": "adamw", "lr": 0.002, "epochs": 2}],
+    [
+        {"epochs": 2},
+        pytest.param(
+            {"lasso": "apart", "groups": "all", "balance": "inverse", "optimizer": "adamw", "lr": 0.002},
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_contract(options: dict[str, Any]) -> None:
     check_method(SANP, **{**QUICK, **options})

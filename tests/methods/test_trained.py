@@ -42,7 +42,7 @@ def one_step(method: TrainedMethod, task: Task) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize("ranking", ["local", pytest.param("global", marks=pytest.mark.slow)])
 def test_contract(kind: type[TrainedMethod], ranking: str) -> None:
     check_method(kind, **QUICK, ranking=ranking, groups="interior" if ranking == "local" else "all")
 

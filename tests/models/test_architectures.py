@@ -86,7 +86,9 @@ def test_wrong_arguments(depth: int, shortcut: str, message: str) -> None:
         models.ResNet(depth, shortcut=shortcut)
 
 
-@pytest.mark.parametrize("name", models.available())
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "resnet110" else []) for n in models.available()]
+)
 def test_export_traces(name: str) -> None:
     model = models.create(name).eval()
     x = torch.rand(2, 3, 32, 32)

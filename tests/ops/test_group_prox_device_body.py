@@ -58,7 +58,8 @@ def test_the_cpu_kernel_agrees_under_every_limit(make_prox_case, seed, num_units
     case.check(after, norms)
 
 
-@pytest.mark.parametrize("threads", [pytest.param(b, marks=[pytest.mark.slow] if b != (8, 4) else []) for b in BLOCKS])
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", BLOCKS)
 def test_units_shared_by_many_tiles(make_prox_case, threads):
     torch.manual_seed(0)
     slices = [
