@@ -21,9 +21,11 @@ from fastprune.bench.case import BenchmarkError
 from fastprune.bench.coverage import CoverageSettings, coverage
 from fastprune.bench.latency import LatencyBenchSettings, bench_latency
 from fastprune.bench.run import (
+    AlignBenchSettings,
     KernelBenchSettings,
     SearchBenchSettings,
     StepBenchSettings,
+    bench_align,
     bench_kernels,
     bench_search,
     bench_step,
@@ -402,6 +404,11 @@ def run_bench_search(values: dict[str, Any], given: set[str]) -> int:
     return timed(lambda: bench_search(pick(SearchBenchSettings, values)))
 
 
+def run_bench_align(values: dict[str, Any], given: set[str]) -> int:
+    """Time what SANP adds to a step of training."""
+    return timed(lambda: bench_align(pick(AlignBenchSettings, values)))
+
+
 def run_bench_coverage(values: dict[str, Any], given: set[str]) -> int:
     """Prune a long list of networks by half, and say which cannot be."""
     coverage(pick(CoverageSettings, values))
@@ -585,6 +592,7 @@ COMMANDS: dict[str, Command] = {
     "bench kernels": Command(run_bench_kernels, (KernelBenchSettings,)),
     "bench step": Command(run_bench_step, (StepBenchSettings,)),
     "bench search": Command(run_bench_search, (SearchBenchSettings,)),
+    "bench align": Command(run_bench_align, (AlignBenchSettings,)),
     "bench coverage": Command(run_bench_coverage, (CoverageSettings,)),
     "bench trace": Command(run_bench_trace, (TraceBenchSettings,)),
     "bench latency": Command(run_bench_latency, (LatencyBenchSettings,)),

@@ -100,7 +100,7 @@ BAD = [
     (f"{TRAIN} --out new --epochs -1", "epochs -1: it cannot be negative"),
     (f"{TRAIN} --out new --batch_size 0", "batch_size 0: it must be at least 1"),
     (f"{TRAIN} --out new --momentum -1", r"momentum -1.0: it must be in \[0, 1\)"),
-    (f"{TRAIN} --out new --nesterov true --momentum 0", "nesterov: it needs a momentum above 0"),
+    (f"{TRAIN} --out new --nesterov true --momentum 0", "nesterov: it needs optimizer 'sgd' and a momentum above 0"),
     (f"{TRAIN} --out new --gamma 0", "gamma 0.0: it must be above 0"),
     (f"{TRAIN} --out new --milestones [-1]", r"milestones \[-1.0\]: they cannot be negative"),
     (f"{TRAIN} --out new --precision fp16", "precision 'fp16': give float32 or bf16"),
@@ -128,7 +128,7 @@ BAD = [
     ("demo --out p", "'p' exists already: give another --out"),
     ("demo --out new --seed -3", "seed -3: give a whole number from 0"),
     # bench
-    ("bench", 'expected "bench.command" to be one of {kernels,step,search,coverage,trace, '),
+    ("bench", 'expected "bench.command" to be one of {kernels,step,search,align,coverage, '),
     ("bench nope", "invalid choice: 'nope'"),
     ("bench kernels --only nope", "only 'nope': there is no such benchmark; give some of gates, group_prox, "),
     ("bench kernels --onyl topk_mask", "there is no option --onyl: did you mean --only?"),

@@ -6,7 +6,7 @@ and a line in ``KERNELS``. Agreement, timing, ceilings, tables and JSON are the 
 
 from collections.abc import Callable, Iterable
 
-from fastprune.bench import gates, group_prox, masked_bn_act, masked_conv_bn_act, search, step, topk_mask
+from fastprune.bench import align, gates, group_prox, masked_bn_act, masked_conv_bn_act, search, step, topk_mask
 from fastprune.bench.case import OURS, Attempted, BenchmarkError, Case, Compiled
 
 KERNELS: dict[str, Callable[..., Iterable[Case]]] = {
@@ -24,4 +24,7 @@ STEP: dict[str, Callable[..., Iterable[Case]]] = {"step": step.cases}
 SEARCH: dict[str, Callable[..., Iterable[Case]]] = {"search": search.cases}
 """What the step is for: a method's search step as users run it."""
 
-__all__ = ["KERNELS", "OURS", "SEARCH", "STEP", "Attempted", "BenchmarkError", "Case", "Compiled"]
+TRAINING: dict[str, Callable[..., Iterable[Case]]] = {"align": align.cases}
+"""What a method adds to a step of training."""
+
+__all__ = ["KERNELS", "OURS", "SEARCH", "STEP", "TRAINING", "Attempted", "BenchmarkError", "Case", "Compiled"]

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from fastprune import atomic
-from fastprune.bench import KERNELS, SEARCH, STEP, report
+from fastprune.bench import KERNELS, SEARCH, STEP, TRAINING, report
+from fastprune.bench.align import overheads
 from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
 from fastprune.bench.search import METHODS
@@ -87,6 +89,11 @@ class SearchBenchSettings(BenchSettings):
             raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(METHODS)}")
 
 
+@dataclass
+class AlignBenchSettings(BenchSettings):
+    """Time what SANP adds to a step of training."""
+
+
 def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
     """Time kernels; see ``bench``."""
     return bench(settings, {name: KERNELS[name] for name in settings.only or KERNELS})
@@ -104,6 +111,11 @@ def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
         settings,
         {name: partial(cases, only=only, processor_time=settings.processor_time) for name, cases in SEARCH.items()},
     )
+
+
+def bench_align(settings: AlignBenchSettings) -> dict[str, Any]:
+    """Time what SANP adds to a step of training; see ``bench``. The document says the ``overheads``, too."""
+    return bench(settings, TRAINING)
 
 
 def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterable[Case]]]) -> dict[str, Any]:
@@ -131,9 +143,13 @@ def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterab
                 compile_seconds=settings.compile_seconds,
             )
         document = report.document(results, ceilings, quick=settings.quick)
+        if "align" in results:
+            document["overheads"] = overheads(results["align"]["cases"])
         if settings.json is not None:  # after each: what is measured is not lost where the next one fails
             atomic.write_text(Path(settings.json), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         report.show(name, document)
+        for title, overhead in document.get("overheads", {}).items():
+            Console(highlight=False).print(f"{title}: {overhead:+.1%} of the time of training alone")
     return document
 
 
@@ -248,4 +264,4 @@ def main(name: str) -> None:
             "type": {"seed": int, "seconds": float, "compile_seconds": float}.get(f.name, str)
         }
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **flag)
-    bench(BenchSettings(**vars(parser.parse_args())), {name: {**KERNELS, **STEP, **SEARCH}[name]})
+    bench(BenchSettings(**vars(parser.parse_args())), {name: {**KERNELS, **STEP, **SEARCH, **TRAINING}[name]})

@@ -1,0 +1,171 @@
+"""What SANP adds to a step of training: the proximal step on channels that go, and a step of the generator in twenty.
+
+``training`` is a step of the network's weights alone. ``fastprune`` is the same with the proximal step of
+:class:`fastprune.methods.sanp.SANP`, one call for all layers; ``eager`` with the loop over layers that one writes with
+torch. Both have to end at the same weights. ``generator`` is a step of the generator on the frozen, masked network.
+
+    overhead = (fastprune + generator / 20) / training − 1
+
+``all memory`` is the weights, what is kept from step to step, and the most that a step allocates on top, with SANP's
+proximal step over that without.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.bench.case import OURS, Case
+from fastprune.bench.memory import memory_of
+from fastprune.bench.search import weights_of
+from fastprune.bench.step import TOLERANCE, Network, networks, prepared
+from fastprune.budget import Budget
+from fastprune.distributed import Distributed
+from fastprune.engine import HeldOut, Placement, load_data
+from fastprune.graph import ChannelGraph, trace
+from fastprune.methods.contract import Task
+from fastprune.methods.sanp import SANP, SANPConfig
+
+PENALTY = 1.0  # small enough that nothing becomes zero while the clock runs
+CLOSED = 0.5  # the part of the gates that go
+
+
+class Aligned:
+    """SANP in the midst of a run: half of the gated channels, drawn at random, are to go.
+
+    Args:
+        graph: of the network.
+        model: the network; this trains a copy.
+        placement: where and how it runs.
+    """
+
+    def __init__(self, graph: ChannelGraph, model: nn.Module, placement: Placement) -> None:
+        self.placement = placement
+        self.model = copy.deepcopy(model).requires_grad_().train()
+        data = HeldOut(load_data("synthetic:3x8x8:4:64", held_out=0), placement, Distributed())
+        self.task = Task(self.model, graph, Budget("flops", 0.5), device=placement.device, data=data)
+        self.method = SANP(SANPConfig(lr=1e-3, schedule="constant", penalty=PENALTY, batch_size=64))
+        self.method.setup(self.task)
+        gates = len(self.method.placement.index)
+        goes = torch.rand(gates, generator=torch.Generator().manual_seed(1)) < CLOSED
+        self.method.gates = lambda: 1.0 - goes.float().to(placement.device)  # type: ignore[method-assign]
+        self.method.choose()
+
+    def training(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """A step of the weights alone; the weights after it."""
+        with self.placement.autocast():
+            self.method.weight_step(images, labels)
+        return self.weights()
+
+    def aligned(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The same with the proximal step."""
+        with self.placement.autocast():
+            self.method.align_step(images, labels)
+        return self.weights()
+
+    def looped(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The same with a proximal step that goes through the layers in torch."""
+        rate = self.method.training.learning_rate
+        with self.placement.autocast():
+            self.method.weight_step(images, labels)
+        shrink(self.layers(), rate * PENALTY)
+        return self.weights()
+
+    def generator(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """A step of the generator, and the choice of channels after it."""
+        with self.placement.autocast():
+            metrics = self.method.generator_step(self.task, images, labels)
+        return (torch.as_tensor(metrics["generator_loss"]),)
+
+    def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, Tensor]]:
+        """The gated convolutions with their batch norms and what of the penalty falls on each channel."""
+        if not hasattr(self, "_layers"):
+            names = {module: name for name, module in self.model.named_modules()}
+            of_group = {group.producers[0]: self.method.balance[group.units] for group in self.task.graph.groups}
+            pairs = [pair for block in Network(self.model).blocks for pair in block.layers[:-1]]
+            self._layers = [(conv, bn, of_group[names[conv]]) for conv, bn in pairs]
+        return self._layers
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """All convolutions' weights."""
+        return tuple(p.detach() for p in self.model.parameters() if p.dim() == 4)
+
+
+@torch.no_grad()
+def shrink(layers: list[tuple[nn.Conv2d, nn.BatchNorm2d, Tensor]], strength: float) -> None:
+    """The proximal step as one writes it: for each layer the norms of its channels, and what is left of them."""
+    for conv, bn, balance in layers:
+        parts = [conv.weight.flatten(1), bn.weight[:, None], bn.bias[:, None]]
+        norms = torch.cat(parts, 1).norm(dim=1)
+        factor = (1 - strength * balance / norms.clamp(min=1e-12)).clamp(min=0)
+        conv.weight.mul_(factor.view(-1, 1, 1, 1))
+        bn.weight.mul_(factor)
+        bn.bias.mul_(factor)
+
+
+def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
+    """A step of training on ResNet-56 and ResNet-50."""
+    placement = Placement(device, "bf16" if device.type == "cuda" else "float32")
+    for name, (make, batch, side) in networks(device, quick=quick).items():
+        model = prepared(make(), device, torch.float32)
+        graph = trace(model, torch.zeros(1, 3, side, side, device=device))
+        yield case(name, model, graph, batch, side, placement)
+
+
+def case(name: str, model: nn.Module, graph: ChannelGraph, batch: int, side: int, placement: Placement) -> Case:
+    """A step of one network."""
+    device = placement.device
+    classes = int(model.fc.out_features)  # type: ignore[union-attr, arg-type]
+
+    def draw() -> tuple[Tensor, Tensor]:
+        images = torch.randn(batch, 3, side, side, device=device)
+        return images, torch.randint(classes, (batch,), device=device)
+
+    def made() -> Aligned:
+        return Aligned(graph, model, placement)
+
+    def more() -> dict[str, Any]:
+        with_it, without = (memory_of(step, draw(), device) for step in (made().aligned, made().training))
+        weights = weights_of(model)
+        return {"all memory": (weights + with_it.kept + with_it.peak) / (weights + without.kept + without.peak)}
+
+    variants: dict[str, Callable[..., Any]] = {
+        "eager": made().looped,
+        "training": made().training,
+        "generator": made().generator,
+        OURS: made().aligned,
+    }
+    macs = float(graph.cost().macs)
+    return Case(
+        f"sanp, {name}, batch {batch}",
+        draw,
+        variants,
+        bytes=float(weights_of(model)),
+        flops=2 * 3 * macs * batch,  # forward, and backward into inputs and weights
+        precision="bfloat16" if placement.precision == "bf16" else "float32",
+        shape={"network": name, "batch": batch, "side": side},
+        samples=batch,
+        norm=TOLERANCE[torch.bfloat16 if placement.precision == "bf16" else torch.float32],
+        unchecked=("training", "generator"),
+        rounds=30,
+        seconds=8.0 if device.type == "cuda" else 60.0,
+        more=more,
+    )
+
+
+def overheads(cases: list[Mapping[str, Any]], every: int = SANPConfig.every) -> dict[str, float]:
+    """What SANP adds to training, as a part of it, by the names of the cases.
+
+    Args:
+        cases: of the benchmark's document.
+        every: steps of the weights for each of the generator.
+    """
+    found = {}
+    for measured in cases:
+        median = {name: float(variant["median_seconds"]) for name, variant in measured["variants"].items()}
+        found[measured["name"]] = (median[OURS] + median["generator"] / every) / median["training"] - 1
+    return found
