@@ -42,6 +42,10 @@ class CoverageSettings:
     inexact: bool = setting(False, "let channels leave norms and statistics over channels, too", action="store_true")
     peer: bool = setting(False, f"prune the same networks by {PEER}, too", action="store_true")
     json: str | None = setting(None, "file to write the numbers to")
+    resume: bool = setting(
+        False, "keep what the file of --json holds of the same machine and versions, but for failures",
+        action="store_true",
+    )  # fmt: skip
     markdown: str | None = setting(None, "file to write the table to")
 
     def __post_init__(self) -> None:
@@ -51,6 +55,8 @@ class CoverageSettings:
             value = getattr(self, name)
             if value is not None and not Path(value).absolute().parent.is_dir():
                 raise ValueError(f"{name} {value!r}: there is no such folder")
+        if self.resume and self.json is None:
+            raise ValueError("resume: --json names the file to go on with")
         if self.peer:
             try:
                 version(PEER)
@@ -74,7 +80,7 @@ def coverage(settings: CoverageSettings) -> dict[str, Any]:
         "networks": [],
     }
     console = Console(highlight=False)
-    for row in rows(chosen, settings):
+    for row in rows(chosen, settings, kept_rows(document, settings)):
         document["networks"].append(row)
         console.print(line(row), markup=False)
         if settings.json is not None:  # after each: what took minutes is not lost where something fails
@@ -85,10 +91,27 @@ def coverage(settings: CoverageSettings) -> dict[str, Any]:
     return document
 
 
-def rows(names: Sequence[str], settings: CoverageSettings) -> Iterator[dict[str, Any]]:
+def kept_rows(document: dict[str, Any], settings: CoverageSettings) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier run that are taken over, by network: those without a failure of ours.
+
+    Raises:
+        ValueError: if the file is of another machine, other versions or other settings.
+    """
+    if not settings.resume or not Path(str(settings.json)).exists():
+        return {}
+    earlier = json.loads(Path(str(settings.json)).read_text(encoding="utf-8"))
+    for name, value in document.items():
+        if name != "networks" and earlier.get(name) != value:
+            raise ValueError(f"resume: {settings.json!r} has {name} {earlier.get(name)!r}, this run {value!r}")
+    return {row["name"]: row for row in earlier["networks"] if "error" not in row["ours"]}
+
+
+def rows(names: Sequence[str], settings: CoverageSettings, kept: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """What became of each network; a process of its own each, so that none can take the others with it."""
 
     def both(name: str) -> dict[str, Any]:
+        if name in kept:
+            return kept[name]
         row = {"name": name, "ours": in_process("inexact" if settings.inexact else "ours", name, settings.limit)}
         return row | ({"peer": in_process("peer", name, settings.limit)} if settings.peer else {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +106,30 @@ def test_counting_leaves_the_model_alone() -> None:
     assert macs(model, size) > 0
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without a failure are taken over, the others are made anew; another torch's are refused."""
+    nothing = {
+        "groups": 0, "units": 0, "macs": 1, "macs_left": 1.0, "layers": 2, "kept": 2, "reasons": {"mul": 2},
+        "seconds": 1.0, "prunable": 0.0, "inexact": [],
+    }  # fmt: skip
+    asked = []
+
+    def stand_in(who: str, name: str, limit: float) -> dict[str, Any]:
+        asked.append(name)
+        return nothing if limit > 1 or name == "timm:lcnet_050" else {"error": "not done after 1 s"}
+
+    monkeypatch.setattr("fastprune.bench.coverage.in_process", stand_in)
+    file = tmp_path / "numbers.json"
+    settings = {"only": ("timm:lcnet_050", "timm:mixnet_s"), "json": str(file), "resume": True}
+    coverage(CoverageSettings(**settings, limit=1.0))
+    again = coverage(CoverageSettings(**settings, limit=100.0))
+    assert asked[2:] == ["timm:mixnet_s"]
+    assert [row["ours"] for row in again["networks"]] == [nothing, nothing]
+    assert json.loads(file.read_text(encoding="utf-8")) == again
+    file.write_text(json.dumps(again | {"torch": "1.0"}))
+    with pytest.raises(ValueError, match=r"numbers.json' has torch '1.0', this run '2"):
+        coverage(CoverageSettings(**settings))
+    with pytest.raises(ValueError, match="--json names the file"):
+        CoverageSettings(resume=True)
