@@ -39,6 +39,7 @@ def fit(
     scores: Tensor,
     *,
     prunable: Tensor | None = None,
+    gone: Tensor | None = None,
     limits: Limits | None = None,
 ) -> Tensor:
     """Keep the units of highest score whose network costs at most the budget, and nearly as much.
@@ -52,6 +53,7 @@ def fit(
         budget: what it may cost.
         scores: importance of each unit [U], comparable across groups; ties go to the lower index.
         prunable: units that may go, bool [U]; None = all.
+        gone: units that must go, bool [U], all of them prunable; None = none.
         limits: of the widths; None = each group keeps one unit at least.
 
     Returns:
@@ -69,7 +71,8 @@ def fit(
         raise ValueError("scores: NaN has no rank")
     limits = limits or Limits()
     may_go = torch.ones(graph.num_units, dtype=torch.bool) if prunable is None else prunable.cpu()
-    ranking = rank(graph, limits.widths(graph), scores, may_go)
+    gone = torch.zeros_like(may_go) if gone is None else gone.cpu()
+    ranking = rank(graph, limits.widths(graph), scores, may_go, gone)
     meter = budget.meter(graph)
     limit, total = budget.limit(graph), float(meter(torch.ones(graph.num_units)))
     low = longest_prefix(graph, meter, ranking, limit, grows=budget.resource != "latency")
@@ -109,7 +112,7 @@ def longest_prefix(graph: ChannelGraph, meter: Meter, ranking: Ranking, limit: f
     return None
 
 
-def rank(graph: ChannelGraph, widths: Sequence[Widths], scores: Tensor, may_go: Tensor) -> Ranking:
+def rank(graph: ChannelGraph, widths: Sequence[Widths], scores: Tensor, may_go: Tensor, gone: Tensor) -> Ranking:
     """All blocks by their mean scores; the smallest index decides between equal ones."""
     stays, goes = -1, -2
     of_unit = torch.full((graph.num_units,), goes)
@@ -117,7 +120,7 @@ def rank(graph: ChannelGraph, widths: Sequence[Widths], scores: Tensor, may_go: 
     sizes: list[int] = []
     means, indices = [], []
     for g, (group, allowed) in enumerate(zip(graph.groups, widths, strict=True)):
-        order, bounds = ranked(group, allowed, scores, may_go)
+        order, bounds = ranked(group, allowed, scores, may_go, gone)
         of_unit[order[: bounds[0]]] = stays
         for begin, end in pairwise(bounds):
             of_unit[order[begin:end]] = len(sizes)
@@ -135,7 +138,7 @@ def rank(graph: ChannelGraph, widths: Sequence[Widths], scores: Tensor, may_go: 
     return Ranking(place[of_unit], torch.tensor(groups)[best_first], torch.tensor(sizes)[best_first])
 
 
-def ranked(group: Group, widths: Widths, scores: Tensor, may_go: Tensor) -> tuple[Tensor, list[int]]:
+def ranked(group: Group, widths: Widths, scores: Tensor, may_go: Tensor, gone: Tensor) -> tuple[Tensor, list[int]]:
     """The units of a group, those that must stay first, then best first; and the widths that it may have."""
     movable = may_go[group.units]
     fixed = widths.at_least(int((~movable).sum()))
@@ -145,10 +148,13 @@ def ranked(group: Group, widths: Widths, scores: Tensor, may_go: Tensor) -> tupl
             f"{widths.most} stay; let the method prune them, or loosen the limits"
         )
     best_first = scores[group.units].argsort(descending=True, stable=True)
-    order = group.start + best_first[movable[best_first].int().argsort(stable=True)]
+    rank_of_kind = movable.int() + gone[group.units].int()
+    order = group.start + best_first[rank_of_kind[best_first].argsort(stable=True)]
     first = max(widths.least, fixed)
     bounds = [first, *range(first + widths.step, widths.most + 1, widths.step)]
-    return order, bounds + [widths.most] * (bounds[-1] < widths.most)  # the last step to all units is a shorter one
+    bounds += [widths.most] * (bounds[-1] < widths.most)  # the last step to all units is a shorter one
+    most = max(first, group.size - int(gone[group.units].sum()))
+    return order, [bound for bound in bounds if bound <= most]
 
 
 def fill(graph: ChannelGraph, meter: Meter, ranking: Ranking, low: int, limit: float, slack: float) -> Tensor:

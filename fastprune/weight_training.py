@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 
 from fastprune.distributed import Distributed
@@ -151,8 +152,10 @@ class WeightTraining:
 
     def share_buffers(self) -> None:
         """Give all ranks rank 0's batch-norm statistics; DDP does so only when the next forward begins."""
-        for buffer in self.model.buffers():
-            self.peers.broadcast_(buffer)
+        if self.peers.world_size > 1:
+            for buffer in self.model.buffers():
+                self.peers.broadcast_(buffer)
+                increment_version(buffer)  # collectives do not, and networks that hold on to values look at it
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state and the number of steps; not the weights."""

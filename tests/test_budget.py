@@ -114,6 +114,18 @@ def test_units_that_may_not_go_stay(graph: fp.ChannelGraph) -> None:
     assert bool(mask[~prunable].all())
 
 
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_units_that_are_gone_do_not_come_back(graph: fp.ChannelGraph, round_to: int) -> None:
+    """Though there is room for them, and whatever their scores are."""
+    limits = fp.Limits(round_to=round_to)
+    scores = torch.randn(graph.num_units, generator=torch.Generator().manual_seed(0))
+    gone = ~fit(graph, Budget("flops", 0.5), -scores, limits=limits)
+    assert torch.equal(fit(graph, Budget("flops", 0.9), scores, gone=gone, limits=limits), ~gone)
+    mask = fit(graph, Budget("flops", 0.4), scores, gone=gone, limits=limits)
+    assert not bool((mask & gone).any())
+    assert bool((mask & ~gone).any())
+
+
 def test_min_keep_holds(graph: fp.ChannelGraph) -> None:
     scores = torch.arange(graph.num_units).float()
     mask = fit(graph, Budget("flops", 0.3), scores, limits=fp.Limits(min_keep=5))

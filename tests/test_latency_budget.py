@@ -171,7 +171,7 @@ class Jagged:
 def test_the_longest_prefix_is_found_where_times_do_not_grow(model: torch.nn.Module) -> None:
     graph = fp.trace(model, EXAMPLE)
     scores = torch.rand(graph.num_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    order = rank(graph, fp.Limits().widths(graph), scores, torch.ones(graph.num_units, dtype=torch.bool))
+    order = rank(graph, fp.Limits().widths(graph), scores, *torch.tensor([[True], [False]]).expand(2, graph.num_units))
     meter = Jagged(graph)
     costs = [float(meter(order.of_unit < count)) for count in range(len(order.sizes) + 1)]
     assert any(a > b for a, b in pairwise(costs))

@@ -47,7 +47,8 @@ P = {
     "sanp-mobilenetv2-imagenet": 0.661,
 }
 EVERYWHERE = {f"gcp-{name}-imagenet" for name in ("resnet18", "resnet50d", "resnet101d")} | {
-    "gcp-resnet50d-imagenet-high"
+    *(f"gcp-resnet50d-imagenet-{name}" for name in ("high", "higher", "highest")),
+    "gcp-resnet101d-imagenet-low",
 }
 """They prune all channels, so that their budgets are parts of the whole network and there is no p."""
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from fastprune.bench.case import OURS, Case
 from fastprune.bench.memory import memory_of
@@ -77,6 +78,7 @@ class Aligned:
 
     def generator(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """A step of the generator, and the choice of channels after it."""
+        increment_version(list(self.model.parameters()))  # the steps before have changed what the network has folded
         with self.placement.autocast():
             metrics = self.method.generator_step(self.task, images, labels)
         return (torch.as_tensor(metrics["generator_loss"]),)

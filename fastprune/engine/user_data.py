@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
 
 import numpy as np
@@ -58,6 +60,7 @@ class UserData(Data):
         images = first[0]
         if images.dim() != 4:
             raise ValueError(f"train data gives images of shape {list(images.shape)}; [N, C, H, W] is needed")
+        self._open: Counter[int] = Counter()  # passes under way, by the loader's id
         self.name = name
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
         self._num_classes = num_classes
@@ -113,19 +116,20 @@ class UserData(Data):
             seed: of the run.
             epoch: which pass.
             start: batches to read and drop at the beginning.
-            samples: stop after this many samples of each pass.
+            samples: stop after this many samples of each pass, which then is the same pass in every epoch.
             augment: not used.
             complete: whether a batch with fewer samples than ranks is kept.
             distributed: this process among its peers.
         """
         peers = distributed or Distributed()
         loader = self._loader(split)
+        epoch = epoch if samples is None else 0  # some samples are the same ones in every epoch
         divided = isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler)
         if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
             loader.sampler.set_epoch(epoch)
         remaining = samples
         given = 0
-        for images, labels in _seeded(loader, int(hashed(seed, epoch) >> np.uint64(1))):
+        for images, labels in self._pass(loader, int(hashed(seed, epoch) >> np.uint64(1))):
             if remaining is not None:
                 if remaining <= 0:
                     return
@@ -141,6 +145,19 @@ class UserData(Data):
             if given >= start and len(labels):
                 yield images, labels
             given += 1
+
+    def _pass(self, loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass of ``loader``, also in the midst of another one."""
+        number = id(loader)
+        if isinstance(loader, DataLoader) and loader.persistent_workers and self._open[number]:
+            again = copy.copy(loader)  # its workers have one iterator, which would begin again for both
+            again._iterator = None
+            loader = again
+        self._open[number] += 1
+        try:
+            yield from _seeded(loader, seed)
+        finally:
+            self._open[number] -= 1
 
     def _loader(self, split: Split) -> Loader:
         loader = self._loaders[split]

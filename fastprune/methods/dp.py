@@ -124,7 +124,8 @@ class DP(GateSearch):
 
     def scores_now(self) -> Tensor:
         """The scores of all gates, [n], without gradients."""
-        scores: Tensor = self.scores()
+        with torch.autocast(self.placement.index.device.type, enabled=False):  # as where they are trained
+            scores: Tensor = self.scores()
         return scores.detach()
 
     def plan(self, task: Task) -> PruningPlan:

@@ -78,7 +78,7 @@ def unit_table(graph: ChannelGraph, model: nn.Module, roles: Sequence[Role], uni
         units: which units have anything in the table, bool [U].
 
     Returns:
-        A table of all U units, those not among ``units`` empty.
+        A table of all U units, those not among ``units`` empty. Parameters without ``requires_grad`` are not in it.
 
     Raises:
         ValueError: where one of the parameters belongs to units along two of its dimensions.
@@ -87,7 +87,7 @@ def unit_table(graph: ChannelGraph, model: nn.Module, roles: Sequence[Role], uni
     parameters = dict(model.named_parameters(remove_duplicate=False))
     slices: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
     for piece in graph.slices:
-        if piece.role in roles and piece.tensor in parameters:
+        if piece.role in roles and piece.tensor in parameters and parameters[piece.tensor].requires_grad:
             kept = (piece.units < 0) | ~units[piece.units]
             if not bool(kept.all()):
                 parameter = parameters[piece.tensor]

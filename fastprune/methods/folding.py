@@ -46,7 +46,7 @@ class _Readings(Interpreter):
 def fold_constants(graph: ChannelGraph, model: nn.Module, network: GraphModule, closing: Tensor) -> float:
     """Move what constant channels contribute into the shifts behind the layers that read them.
 
-    Into the layer's bias where it has one, else out of the running mean of the batch norm that follows alone.
+    Out of the running mean of the batch norm that follows alone, else into the layer's bias.
 
     Args:
         graph: the channels of ``model``.
@@ -60,7 +60,7 @@ def fold_constants(graph: ChannelGraph, model: nn.Module, network: GraphModule, 
     """
     closing = closing.cpu()
     layers = {layer.node: layer for layer in graph.layers if reads_any(layer, closing)}
-    inputs = [x.to(next(model.parameters()).device) for x in graph.traced.inputs.tensors]
+    inputs = probes(graph, next(model.parameters()).device)
     readings = _Readings(network, layers, closing)
     with modes_kept():
         readings.run(*inputs, torch.ones(graph.num_units, device=inputs[0].device))
@@ -104,12 +104,19 @@ def contribution_of(weight: Tensor, constants: Tensor, layer: Layer, groups: int
 
 def shift_behind(node: Node) -> tuple[str, float] | None:
     """The name of what shifts a layer's output, and the sign with which a constant goes into it."""
-    bias = argument(node, 2, "bias")
-    if is_stored(bias):
-        return str(bias.target), 1.0
     users = list(node.users)
     if len(users) == 1 and users[0].target is aten.batch_norm.default:
         mean = argument(users[0], 3, "running_mean")
         if is_stored(mean):
             return str(mean.target), -1.0
-    return None
+    bias = argument(node, 2, "bias")
+    return (str(bias.target), 1.0) if is_stored(bias) else None
+
+
+def probes(graph: ChannelGraph, device: torch.device) -> list[Tensor]:
+    """Inputs like the example's, but random where they are numbers: zeros, or the same image twice, would show less."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(x.shape, generator=generator).to(x.dtype) if x.is_floating_point() else x).to(device)
+        for x in graph.traced.inputs.tensors
+    ]

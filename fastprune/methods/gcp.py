@@ -1,7 +1,7 @@
 """Global channel pruning (GCP, "PruneNet"; Khetan and Karnin, 2020): ℓ1 on scales with batch norm off, in rounds.
 
-The convolutions stay as they are. Each round has two epochs on the scales γ and shifts β of batch norms and on the
-linear layers θ:
+The convolutions' weights stay as they are. Each round has two epochs on the scales γ and shifts β of batch norms and on
+the linear layers θ:
 
     sparsify    min CE + λ Σ c_l s_k |γ_k|      global statistics (batch norm "off"), by proximal gradient steps (eq. 6)
                 all channels compete by s_k |γ_k|; the least go until the round's cost is met
@@ -32,7 +32,7 @@ from fastprune.graph import ChannelGraph
 from fastprune.masking import MaskedNetwork
 from fastprune.methods.contract import Method, Metrics, Phase, Task
 from fastprune.methods.filters import unit_batch_norms
-from fastprune.methods.folding import fold_constants
+from fastprune.methods.folding import fold_constants, probes
 from fastprune.methods.gated import gated_units, weights_frozen
 from fastprune.methods.generators import follow
 from fastprune.methods.options import option
@@ -129,6 +129,12 @@ class GCP(Method):
             for buffer in (norm.running_mean, norm.running_var)
             if buffer is not None
         ]
+        trained = {id(parameter) for parameter in self.linear}
+        self.shifts = [  # folding may write to them
+            parameter
+            for name, parameter in task.model.named_parameters()
+            if name.endswith("bias") and id(parameter) not in trained
+        ]
         self.steps_per_half = config.epochs * task.data.steps(config.batch_size, config.samples)
         self.round = self.candidate = 0
         self.best: dict[str, Any] = {}
@@ -153,9 +159,10 @@ class GCP(Method):
         )
         kept = self.scales.open.cpu() | ~self.may_go
         weight = costs(task, kept, self.may_go).to(self.scales.gamma) * self.scales.importance()
-        reach = torch.where(weight > 0, self.scales.magnitudes() / weight, 0.0)[self.scales.open & (weight > 0)]
+        self.reach = torch.where(weight > 0, self.scales.magnitudes() / weight, 0.0)
+        reached = self.reach[self.scales.open & (weight > 0)]
         shrinking = chosen.lr * self.steps_per_half
-        self.penalty = chosen.penalty * float(reach.median()) / shrinking if len(reach) and shrinking else 0.0
+        self.penalty = chosen.penalty * float(reached.median()) / shrinking if len(reached) and shrinking else 0.0
         self.threshold = chosen.lr * self.penalty * weight
 
     def phases(self, task: Task) -> Iterator[Phase]:
@@ -182,6 +189,8 @@ class GCP(Method):
             metrics = self.train_step(task, images, labels)
             if sparsify:
                 self.scales.shrink_(self.threshold)
+            else:
+                self.share_statistics(task)
             return metrics
 
         return step
@@ -206,6 +215,16 @@ class GCP(Method):
         return {name: loss.detach(), "accuracy": (scores.argmax(1) == labels).float().mean()}
 
     @torch.no_grad()
+    def share_statistics(self, task: Task) -> None:
+        """Give all processes the mean of their statistics, as each saw its own samples; after every step, so that what
+        rank 0 saves is everybody's.
+        """
+        if task.distributed.world_size > 1 and self.statistics:
+            flat = task.distributed.mean_(torch.cat([buffer.float() for buffer in self.statistics]))
+            for buffer, part in zip(self.statistics, flat.split([len(b) for b in self.statistics]), strict=True):
+                buffer.copy_(part)
+
+    @torch.no_grad()
     def end_sparsify(self, task: Task) -> Metrics:
         """Close the channels of least score, as many as the round's cost asks for."""
         scales, graph = self.scales, task.graph
@@ -215,8 +234,10 @@ class GCP(Method):
         budget = task.budget
         if self.round + 1 < self.config.rounds:
             budget = replace(budget, value=self.limit_of_round(task), absolute=True)
-        scores = (magnitudes * scales.importance()).cpu().double().masked_fill(~before, -1.0)
-        kept = fit(graph, budget, scores, prunable=self.may_go, limits=task.limits) & before
+        scores = (magnitudes * scales.importance()).cpu().double().nan_to_num()  # of a candidate that has diverged
+        # Scores of exactly zero are ordered by the λ that would have taken them there.
+        scores = torch.where(scores > 0, scores, -1 / (1 + self.reach.cpu().double()))
+        kept = fit(graph, budget, scores, prunable=self.may_go, gone=~before, limits=task.limits)
         closing = before & ~kept
         folded = {}
         if self.config.fold_bias:
@@ -245,8 +266,6 @@ class GCP(Method):
     @torch.no_grad()
     def end_recover(self, task: Task) -> Metrics:
         """Compare the candidate with those before it, and begin the next one, or the next round from the best."""
-        for buffer in self.statistics:  # each process has those of its own samples
-            task.distributed.mean_(buffer)
         self.scales.write()
         metrics: dict[str, float] = {"round": float(self.round + 1)}
         loss = 0.0
@@ -277,14 +296,14 @@ class GCP(Method):
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that a candidate changes."""
-        tensors = [tensor.detach().clone() for tensor in (*self.linear, *self.statistics)]
+        tensors = [tensor.detach().clone() for tensor in (*self.linear, *self.shifts, *self.statistics)]
         return {"scales": self.scales.state_dict(), "tensors": tensors}
 
     @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Go back to a snapshot."""
         self.scales.load_state_dict(snapshot["scales"])
-        for tensor, value in zip((*self.linear, *self.statistics), snapshot["tensors"], strict=True):
+        for tensor, value in zip((*self.linear, *self.shifts, *self.statistics), snapshot["tensors"], strict=True):
             tensor.copy_(value)
 
     def plan(self, task: Task) -> PruningPlan:
@@ -304,6 +323,7 @@ class GCP(Method):
             "best": self.best,
             "penalty": self.penalty,
             "threshold": self.threshold.clone(),
+            "reach": self.reach.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -317,7 +337,7 @@ class GCP(Method):
         self.round, self.candidate = int(state["round"]), int(state["candidate"])
         self.start, self.best = dict(state["start"]), dict(state["best"])
         self.penalty = float(state["penalty"])
-        self.threshold = state["threshold"].to(self.threshold)
+        self.threshold, self.reach = (state[name].to(self.threshold) for name in ("threshold", "reach"))
 
 
 def costs(task: Task, kept: Tensor, may_go: Tensor) -> Tensor:
@@ -351,14 +371,16 @@ def closed_by_scales(graph: ChannelGraph, model: nn.Module, masked: MaskedNetwor
     """The units whose readers see zeros once γ and β of all their batch norms are zero, bool [U]; found by trying.
 
     Not so where something reaches a reader past every batch norm: a convolution without one, or an activation that
-    makes something of zero.
+    makes something of zero. Units of frozen batch norms do not count either.
     """
     norms = unit_batch_norms(graph, model)
-    inputs = [x.to(next(model.parameters()).device) for x in graph.traced.inputs.tensors]
+    inputs = probes(graph, next(model.parameters()).device)
     closed = torch.zeros(graph.num_units, dtype=torch.bool)
-    passed = torch.zeros(graph.num_units, dtype=torch.bool)
+    passed, frozen = torch.zeros(2, graph.num_units, dtype=torch.bool)
     for norm in norms:
         passed[norm.units[norm.units >= 0]] = True
+        if not norm.module.weight.requires_grad:
+            frozen[norm.units[norm.units >= 0]] = True
     for group in graph.groups:
         if not bool(passed[group.units].any()):
             continue
@@ -369,7 +391,7 @@ def closed_by_scales(graph: ChannelGraph, model: nn.Module, masked: MaskedNetwor
                 if len(inside) and parameter is not None:
                     affected.append((parameter, parameter.clone()))
                     parameter.index_fill_(0, inside.to(parameter.device), 0.0)
-        closed[group.units] = (masked.energies(*inputs)[group.units] == 0).cpu() & passed[group.units]
+        closed[group.units] = (masked.energies(*inputs)[group.units] == 0).cpu() & (passed & ~frozen)[group.units]
         for tensor, value in affected:
             tensor.copy_(value)
     return closed

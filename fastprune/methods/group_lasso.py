@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fastprune.fitting import fit
@@ -58,6 +59,15 @@ class GroupLasso(TrainedMethod):
         self.roots = self.table.sizes.double().sqrt()
         self.penalty = self.automatic(task) if self.config.penalty is None else self.config.penalty
         self.strength = (self.penalty * self.roots).to(self.table.device, self.table.dtype)
+
+    def prunable(self, task: Task) -> Tensor:
+        """The units of the option ``groups`` that are not frozen: without a penalty they cannot be compared."""
+        parameters = dict(task.model.named_parameters(remove_duplicate=False))
+        trained = torch.zeros(task.graph.num_units, dtype=torch.bool)
+        for piece in task.graph.slices:
+            if piece.role in MAKERS and piece.tensor in parameters and parameters[piece.tensor].requires_grad:
+                trained[piece.units[piece.units >= 0]] = True
+        return super().prunable(task) & trained
 
     def automatic(self, task: Task) -> float:
         """The λ of ``penalty=none``."""

@@ -7,10 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastprune.graph import ChannelGraph
-from fastprune.methods.filters import unit_batch_norms, unit_norms
+from fastprune.methods.filters import UnitNorm, unit_batch_norms, unit_norms
 from fastprune.ops import UnitTable, group_prox_
+
+
+def trained_batch_norms(graph: ChannelGraph, model: nn.Module) -> list[UnitNorm]:
+    """All batch norms with a scale that takes gradients, those without units among them."""
+    with_units = {id(norm.module): norm for norm in unit_batch_norms(graph, model)}
+    return [
+        with_units.get(id(module), UnitNorm(name, module, torch.full((module.num_features,), -1)))
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.weight is not None and module.weight.requires_grad
+    ]
 
 
 class Scales:
@@ -25,7 +36,7 @@ class Scales:
         units: those that can be pruned, bool [U].
 
     Attributes:
-        gamma: scales of all channels of all batch norms that units pass, [K].
+        gamma: scales of all channels of all batch norms that take gradients, [K].
         beta: their shifts, [K].
         mask: m, [U]; 1 for units that are not coupled.
         open: which units are there, bool [U]; the others have γ = β = 0.
@@ -34,7 +45,7 @@ class Scales:
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, units: Tensor) -> None:
         self.graph, self.model = graph, model
-        self.norms = [norm for norm in unit_batch_norms(graph, model) if bool(units[norm.units[norm.units >= 0]].any())]
+        self.norms = trained_batch_norms(graph, model)
         self.sizes = [len(norm.units) for norm in self.norms]
         device = self.norms[0].module.weight.device
         owner = torch.cat([norm.units for norm in self.norms])
@@ -83,10 +94,11 @@ class Scales:
         s_k = ‖W_{·k}‖ over all readers; the paper scales it into γ and β, which relu allows and other activations do
         not, so it is carried along (§4.1, eq. 3).
         """
-        readers = unit_norms(self.graph, self.model, roles=("in",)).to(self.gamma)
-        squares = torch.zeros(len(self.open) + 1, device=self.gamma.device, dtype=self.gamma.dtype)
-        squares = squares.index_add(0, self.owner, self.gamma.square())[:-1]
-        return readers * torch.where(self.coupled, squares.sqrt(), 1.0)
+        readers = unit_norms(self.graph, self.model, roles=("in",))
+        # Added up on the CPU: there index_add has one order, on CUDA it uses atomics.
+        squares = torch.zeros(len(self.open) + 1, dtype=torch.float64)
+        squares = squares.index_add(0, self.owner.cpu(), self.gamma.detach().cpu().double().square())[:-1]
+        return (readers * torch.where(self.coupled.cpu(), squares.sqrt(), 1.0)).to(self.gamma)
 
     def shrink_(self, threshold: Tensor) -> None:
         """Soft thresholds [U] on γ, or on m of coupled units."""

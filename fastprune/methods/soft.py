@@ -47,8 +47,8 @@ class Soft(TrainedMethod):
         parameters = dict(task.model.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for piece in task.graph.slices:
-                if piece.role in ("out", "depthwise") and piece.tensor in parameters:
-                    weight = parameters[piece.tensor]
+                weight = parameters.get(piece.tensor)
+                if piece.role in ("out", "depthwise") and weight is not None and weight.requires_grad:
                     places = ((piece.units >= 0) & closed[piece.units]).nonzero().flatten()
                     weight.index_fill_(piece.dim, places.to(weight.device), 0.0)
         return {"zero_channels": float(closed.float().mean())}

@@ -173,6 +173,8 @@ def check_resume(first: Trial, plan: PruningPlan, steps: int) -> None:
             if not same(first.method.state_dict(), resumed.method.state_dict()):
                 raise first.fail("resume", f"{when} and resumed, the method ends in another state")
             again = resumed.plan()
+            if not same(dict(first.task.model.state_dict()), dict(resumed.task.model.state_dict())):
+                raise first.fail("resume", f"{when} and resumed, the weights end as others")
         if not torch.equal(plan.mask, again.mask):
             raise first.fail("resume", f"{when} and resumed, the plan differs {different(plan, again)}")
 
@@ -205,6 +207,8 @@ def check_distributed(method_class: type[Method], config: Any) -> None:
         if not torch.equal(first.mask, second.mask):
             message = f"two processes ended with two plans, {different(first, second)}"
             raise ContractError(method_class.name, "distributed", message)
+        if not same(*(load_state(Path(folder) / f"model-{rank}") for rank in range(2))):
+            raise ContractError(method_class.name, "distributed", "two processes ended with two networks")
 
 
 def one_of_two(rank: int, folder: str, method_class: type[Method], options: dict[str, Any]) -> None:
@@ -215,6 +219,7 @@ def one_of_two(rank: int, folder: str, method_class: type[Method], options: dict
         trial = Trial(method_class, configure(method_class, options), BUDGETS[0], Distributed(rank, 2))
         trial.run()
         trial.plan().save(Path(folder) / f"plan-{rank}.json")
+        save_state(Path(folder) / f"model-{rank}", dict(trial.task.model.state_dict()))
         torch.distributed.barrier()
         Distributed.leave()
     except Exception:

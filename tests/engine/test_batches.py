@@ -146,6 +146,20 @@ def test_user_loader_resumes(workers: int, generator: bool) -> None:
     assert not same(whole[0], next(data.batches("train", 99, seed=1, epoch=4)))
 
 
+@pytest.mark.parametrize("generator", [False, True])
+def test_a_pass_in_the_midst_of_another_one(generator: bool) -> None:
+    """Workers that persist serve one pass; each of the two gives the samples that it gives alone."""
+    options = {"num_workers": 1, "persistent_workers": True, "generator": torch.Generator() if generator else None}
+    alone = UserData(loader(**options))
+    whole, few = (list(alone.batches("train", 99, seed=1, samples=n, epoch=e)) for n, e in ((None, 2), (9, 0)))
+    data = UserData(loader(**options))
+    outer = data.batches("train", 99, seed=1, epoch=2)
+    begun = [next(outer)]
+    inner = list(data.batches("train", 99, seed=1, epoch=7, samples=9))
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(inner, few, strict=True))  # the same ones in every epoch
+    assert all(torch.equal(a[1], b[1]) for a, b in zip([*begun, *outer], whole, strict=True))
+
+
 def test_user_loader_is_shared_among_ranks() -> None:
     data = UserData(loader(), num_classes=20)
     one = list(data.batches("train", 6, seed=1))

@@ -376,6 +376,7 @@ def test_proxy_accuracy_is_measured_every_few_epochs():
 
     class Held:
         num_classes = 10
+        held_out = 1
         calls = 0
 
         def accuracy(self, run):

@@ -300,6 +300,45 @@ def test_the_best_candidate_is_kept() -> None:
     assert task.data.loss(task.model) == pytest.approx(float(losses[1]))
 
 
+def test_a_candidate_leaves_nothing_behind() -> None:
+    """Where the first of two wins, the network ends as if it had been alone."""
+    results = []
+    for rates in ((0.01,), (0.01, 30.0)):
+        method, task = prepared(rounds=1, learning_rates=rates)
+        run(method, task)
+        method.plan(task)
+        results.append(dict(task.model.state_dict()))
+    for name, tensor in results[0].items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, results[1][name]), name
+
+
+def test_a_candidate_whose_scales_are_no_numbers_loses() -> None:
+    method, task = prepared(learning_rates=(0.02, 0.01))
+    with torch.no_grad():
+        method.scales.gamma.fill_(torch.nan)
+    assert method.end_sparsify(task)["flops_ratio"] <= 0.75
+    assert method.end_recover(task)["held_out_loss"] != pytest.approx(0.0)
+    assert method.best["loss"] == float("inf")
+    assert bool(method.scales.gamma.isfinite().all())
+
+
+def test_frozen_batch_norms_are_left_alone() -> None:
+    model = network()
+    for parameter in model.block[1].parameters():
+        parameter.requires_grad_(False)
+    before = copy.deepcopy(model.block[1].state_dict())
+    task = make_task(model, traced())
+    method = GCP(configure(GCP, QUICK))
+    method.setup(task)
+    run(method, task)
+    mask = method.plan(task).mask.bool()
+    frozen = next(group for group in task.graph.groups if "block.0" in group.producers)
+    assert bool(mask[frozen.units].all())
+    assert torch.equal(model.block[1].weight, before["weight"])
+    assert torch.equal(model.block[1].bias, before["bias"])
+
+
 def test_a_round_that_diverges_with_every_candidate_is_an_error() -> None:
     method, task = prepared(learning_rates=(30.0, 40.0))
     with pytest.raises(ValueError, match="round 1 diverged with every candidate; give smaller learning_rates"):

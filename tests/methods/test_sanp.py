@@ -26,6 +26,8 @@ def prepared(budget: str = "flops=0.5", *, closed: float = 0.4, **options: Any) 
     task = Task(network(), traced(), Budget.parse(budget), data=HeldOut(sample_data(), placement, peers))
     method = SANP(configure(SANP, {**QUICK, "architecture": "channel", **options}))
     method.setup(task)
+    if method.config.architecture != "channel":
+        return method, task
     scores = method.scores.scores
     with torch.no_grad():
         drawn = torch.rand(len(scores), generator=torch.Generator().manual_seed(2))
@@ -141,6 +143,22 @@ def test_the_automatic_penalty_takes_twice_what_the_median_needs() -> None:
     assert method.automatic() == pytest.approx(2 * median / (rates * float(method.balance[goes].mean())))
     open_ones, _ = prepared(closed=0.0)
     assert open_ones.automatic() is None
+
+
+def test_what_goes_does_not_depend_on_autocast() -> None:
+    """Scores are read in float32 wherever they are read, so that a resumed run under bfloat16 goes on alike."""
+    method, _ = prepared(architecture="gru", closed=0.0)
+    with torch.no_grad():
+        for head in method.scores.heads:
+            head.weight.mul_(4.0)
+    inside, outside = [], []
+    for base in torch.arange(-2.0, 2.0, 0.05).tolist():
+        object.__setattr__(method.config, "base", base)
+        outside.append(method.gates())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside.append(method.gates())
+    assert torch.equal(torch.stack(inside), torch.stack(outside))
+    assert 0 < float(torch.stack(inside).mean()) < 1
 
 
 def test_phases() -> None:

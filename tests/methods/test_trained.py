@@ -117,6 +117,21 @@ def test_group_lasso_shrinks_every_channel_by_its_threshold() -> None:
     assert torch.allclose(after.double(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [GroupLasso, Soft])
+def test_frozen_filters_are_left_alone(kind: type[TrainedMethod]) -> None:
+    method, task = prepared(kind)
+    method.setup(task)
+    for parameter in (*task.model.block[0].parameters(), *task.model.block[1].parameters()):
+        parameter.requires_grad_(False)
+    before = task.model.block[0].weight.detach().clone()
+    method.setup(task)
+    one_step(method, task)
+    method.after_epoch(task)
+    assert torch.equal(task.model.block[0].weight, before)
+    frozen = next(group for group in task.graph.groups if "block.0" in group.producers)
+    assert bool(method.prunable(task)[frozen.units].any()) == (kind is Soft)
+
+
 def test_group_lasso_finds_its_penalty() -> None:
     """λ Σ η is twice the largest root mean square among the channels that would go."""
     method, task = prepared(GroupLasso)
