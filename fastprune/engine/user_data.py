@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class UserData(Data):
 
     Each pass runs with torch's generator seeded by (seed, epoch), so that a ``DataLoader`` that shuffles and augments
     by torch's generator gives the same batches when a run is resumed; those before ``start`` are read and dropped.
+    Workers are started for each pass, also where they would persist.
     Under N processes each takes its share of every batch, unless the loader has a ``DistributedSampler``, which has
     divided them already.
 
@@ -60,7 +61,6 @@ class UserData(Data):
         images = first[0]
         if images.dim() != 4:
             raise ValueError(f"train data gives images of shape {list(images.shape)}; [N, C, H, W] is needed")
-        self._open: Counter[int] = Counter()  # passes under way, by the loader's id
         self.name = name
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
         self._num_classes = num_classes
@@ -129,7 +129,7 @@ class UserData(Data):
             loader.sampler.set_epoch(epoch)
         remaining = samples
         given = 0
-        for images, labels in self._pass(loader, int(hashed(seed, epoch) >> np.uint64(1))):
+        for images, labels in _seeded(loader, int(hashed(seed, epoch) >> np.uint64(1))):
             if remaining is not None:
                 if remaining <= 0:
                     return
@@ -146,19 +146,6 @@ class UserData(Data):
                 yield images, labels
             given += 1
 
-    def _pass(self, loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass of ``loader``, also in the midst of another one."""
-        number = id(loader)
-        if isinstance(loader, DataLoader) and loader.persistent_workers and self._open[number]:
-            again = copy.copy(loader)  # its workers have one iterator, which would begin again for both
-            again._iterator = None
-            loader = again
-        self._open[number] += 1
-        try:
-            yield from _seeded(loader, seed)
-        finally:
-            self._open[number] -= 1
-
     def _loader(self, split: Split) -> Loader:
         loader = self._loaders[split]
         if loader is None:
@@ -168,8 +155,14 @@ class UserData(Data):
 
 def _seeded(loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass of ``loader`` with its own stream of torch's default generator, and that generator left as it was."""
-    if isinstance(loader, DataLoader) and loader.generator is not None:
-        loader.generator.manual_seed(seed)
+    if isinstance(loader, DataLoader):
+        if loader.persistent_workers:
+            # Kept workers go on with their own random numbers and serve one pass at a time: this pass has new ones.
+            fresh: DataLoader[Any] = copy.copy(loader)
+            fresh._iterator = None
+            loader = fresh
+        if loader.generator is not None:
+            loader.generator.manual_seed(seed)
     state = torch.Generator().manual_seed(seed).get_state()
     iterator: Iterator[tuple[Tensor, Tensor]] | None = None
     while True:

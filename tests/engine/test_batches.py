@@ -133,10 +133,13 @@ def loader(**options: object) -> DataLoader[tuple[Tensor, Tensor]]:
     return DataLoader(Jittered(images, torch.arange(20)), batch_size=6, shuffle=True, **options)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+WORKERS = [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}]
+
+
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("generator", [False, True])
-def test_user_loader_resumes(workers: int, generator: bool) -> None:
-    data = UserData(loader(num_workers=workers, generator=torch.Generator() if generator else None))
+def test_user_loader_resumes(workers: dict[str, object], generator: bool) -> None:
+    data = UserData(loader(**workers, generator=torch.Generator() if generator else None))
     whole = list(data.batches("train", 99, seed=1, epoch=3))
     torch.rand(5)  # whatever happens to the global generator in between
     rest = list(data.batches("train", 99, seed=1, epoch=3, start=2))
@@ -146,18 +149,17 @@ def test_user_loader_resumes(workers: int, generator: bool) -> None:
     assert not same(whole[0], next(data.batches("train", 99, seed=1, epoch=4)))
 
 
-@pytest.mark.parametrize("generator", [False, True])
-def test_a_pass_in_the_midst_of_another_one(generator: bool) -> None:
-    """Workers that persist serve one pass; each of the two gives the samples that it gives alone."""
-    options = {"num_workers": 1, "persistent_workers": True, "generator": torch.Generator() if generator else None}
-    alone = UserData(loader(**options))
-    whole, few = (list(alone.batches("train", 99, seed=1, samples=n, epoch=e)) for n, e in ((None, 2), (9, 0)))
-    data = UserData(loader(**options))
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_pass_in_the_midst_of_another_one(workers: dict[str, object]) -> None:
+    """Each of the two gives what it gives alone, the inner one the same samples in every epoch."""
+    data = UserData(loader(**workers))
+    whole = list(data.batches("train", 99, seed=1, epoch=2))
+    few = list(data.batches("train", 99, seed=1, epoch=0, samples=9))
     outer = data.batches("train", 99, seed=1, epoch=2)
     begun = [next(outer)]
     inner = list(data.batches("train", 99, seed=1, epoch=7, samples=9))
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(inner, few, strict=True))  # the same ones in every epoch
-    assert all(torch.equal(a[1], b[1]) for a, b in zip([*begun, *outer], whole, strict=True))
+    assert all(same(a, b) for a, b in zip(inner, few, strict=True))
+    assert all(same(a, b) for a, b in zip([*begun, *outer], whole, strict=True))
 
 
 def test_user_loader_is_shared_among_ranks() -> None:
