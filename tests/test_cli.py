@@ -238,7 +238,15 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert options["epochs"]["help"]
 
 
-@pytest.mark.parametrize("line", ["methods", "doctor", "inspect --model mobilenetv2-cifar", "evaluate --run p"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "methods",
+        "doctor",
+        pytest.param("inspect --model mobilenetv2-cifar", marks=pytest.mark.slow),
+        "evaluate --run p",
+    ],
+)
 def test_tables_fit_80_columns(
     line: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +301,7 @@ def test_the_whole_way(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert contents(run) == before
 
 
+@pytest.mark.slow
 def test_no_data_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     line = f"prune --model resnet20 --method uniform --input 3x16x16 --out {run} --json"
@@ -456,6 +465,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert bad.stderr.startswith("fastprune: error: model 'resnet2' is unknown")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error() -> None:
     line = f"{shlex.join([*COMMAND, 'methods', '--json'])} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=ENVIRONMENT, check=True)

@@ -51,7 +51,7 @@ def model() -> torch.nn.Module:
     return fp.models.create("resnet20").eval()
 
 
-@pytest.mark.parametrize("part", [0.8, 0.6])
+@pytest.mark.parametrize("part", [pytest.param(0.8, marks=pytest.mark.slow), 0.6])
 @pytest.mark.parametrize(
     ("method", "options"), [("l1", {}), ("l2", {"ranking": "global"}), ("uniform", {}), ("random", {})]
 )

@@ -91,7 +91,7 @@ def test_all_rows_are_there() -> None:
     assert sorted(P.keys() | EVERYWHERE) == RECIPES
 
 
-QUICK = {"resnet56", "mobilenetv2-cifar"}
+QUICK = {"resnet56"}
 NETWORKS = {read_recipe(path_of(name)).settings["model"] for name in P}
 
 

@@ -98,6 +98,7 @@ def test_steps_end_at_the_budget_and_use_what_was_trained() -> None:
     assert not torch.equal(at_once.plan.mask, third)
 
 
+@pytest.mark.slow
 def test_limits_of_steps_are_those_of_the_first_network() -> None:
     model = fp.models.create("resnet20")
     limits = fp.Limits(round_to=2, keep_ratios={"layer1": (0.75, 1.0), "layer3.0.conv1": (0.0, 0.5)})
@@ -115,6 +116,7 @@ def test_arguments_of_steps(extra: dict[str, int], message: str) -> None:
         next(fp.prune_in_steps(fp.models.create("resnet20"), EXAMPLE, method="l1", **extra))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_is_pruned_further(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = "synthetic:3x16x16:4:128"
     for line in (
@@ -192,7 +194,7 @@ def test_steps_that_are_reached_already_are_left_out() -> None:
     assert results[-1].plan.macs[1] <= 0.65 * results[-1].plan.macs[0]
 
 
-@pytest.mark.parametrize("budget", ["eq8=0.4", "auth=0.6"])
+@pytest.mark.parametrize("budget", ["eq8=0.4", pytest.param("auth=0.6", marks=pytest.mark.slow)])
 def test_counts_of_steps_are_those_of_the_first_network(budget: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(),

@@ -19,10 +19,9 @@ ARCHITECTURES = [
     "resnet50",
     "mobilenet_v2",
     "mobilenet_v3_small",
-    "efficientnet_b0",
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("densenet121", "shufflenet_v2_x1_0", "regnet_y_400mf", "googlenet", "vgg11_bn")
+        for name in ("efficientnet_b0", "densenet121", "shufflenet_v2_x1_0", "regnet_y_400mf", "googlenet", "vgg11_bn")
     ),
 ]
 

@@ -68,6 +68,7 @@ def test_channels_that_norms_mix_are_pruned_and_measured(tmp_path: Path, capsys:
     assert "coverage --workers 1 --inexact --markdown docs/coverage-inexact.md" in table.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_failures_are_rows_of_the_table() -> None:
     failed = in_process("ours", "timm:no_such_network", 100)
     assert failed == {"error": failed["error"]}

@@ -95,13 +95,8 @@ def test_only_some(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("geometric mean") == 1
 
 
-PROGRAMS = [
-    pytest.param(path, id=path.stem, marks=[] if path.stem == "bench_topk_mask" else pytest.mark.slow)
-    for path in sorted((ROOT / "bench").glob("bench_*.py"))
-]
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.slow
+@pytest.mark.parametrize("program", sorted((ROOT / "bench").glob("bench_*.py")), ids=lambda path: path.stem)
 def test_every_program(program: Path, tmp_path: Path) -> None:
     options = ["--device", "cpu", "--quick", "--seconds", "60", "--json", str(tmp_path / "numbers.json")]
     # As on a bare GPU machine, where the command line's own dependencies are missing.

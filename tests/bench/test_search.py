@@ -51,7 +51,7 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.randn(4, 3, SIDE, SIDE).to(dtype), torch.tensor([0, 3, 1, 4])
 
 
-@pytest.mark.parametrize("make", [basic_blocks, bottlenecks])
+@pytest.mark.parametrize("make", [basic_blocks, pytest.param(bottlenecks, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", list(search.METHODS))
 def test_both_compute_the_same(method: str, make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)

@@ -106,6 +106,7 @@ def test_seeds_matter() -> None:
     assert not same_weights(first, third)
 
 
+@pytest.mark.slow
 def test_resnet20_learns_the_digits() -> None:
     pytest.importorskip("sklearn")
     data = load_data("digits")

@@ -20,7 +20,7 @@ AUTH = {
     "resnet56": (32, 126.59),
     "mobilenetv2-cifar": (32, 282.91),
 }
-LARGE = {"resnet34", "resnet50", "resnet56", "mobilenetv2-cifar"}
+LARGE = {"mobilenet_v2", "resnet34", "resnet50", "resnet56", "mobilenetv2-cifar"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in AUTH])

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastprune as fp
 
-LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("shufflenet_v2_x1_0", "regnet_y_400mf")]
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v3_small", "regnet_y_400mf")]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", *LARGE])
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x1_0", *LARGE])
 def test_full_macs_equal_torchs_counter(name: str) -> None:
     model = getattr(torchvision.models, name)().eval()
     images = torch.zeros(1, 3, 64, 64)

@@ -252,7 +252,8 @@ def test_what_cannot_run_on_fewer_channels_is_scaled() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", pytest.param("densenet121", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "densenet121"])
 def test_networks_that_cut_and_concatenate_are_measured(name: str) -> None:
     graph = fp.trace(getattr(torchvision.models, name)(), torch.zeros(2, 3, 32, 32))
     model = measure(graph, CPU, 1, torch.bfloat16, cache=False, timer=made, call_ms=0.0)

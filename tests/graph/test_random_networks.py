@@ -336,8 +336,9 @@ def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.slow
 @settings(
-    max_examples=5,
+    max_examples=10,
     derandomize=True,
     deadline=None,
     database=None,

@@ -47,7 +47,12 @@ def spread_scores(method: DDNP, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"architecture": "channel", "resource": "two_sided", "groups": "all"}, {"variant": "release"}]
+    "options",
+    [
+        {},
+        {"architecture": "channel", "resource": "two_sided", "groups": "all"},
+        pytest.param({"variant": "release"}, marks=pytest.mark.slow),
+    ],
 )
 def test_contract(options):
     check_method(DDNP, **QUICK, **options)

@@ -289,6 +289,7 @@ def test_search_goes_as_in_the_paper(trained, budget, groups):
     assert float(found) < 0.7 * float(drawn)
 
 
+@pytest.mark.slow
 def test_seed_decides():
     plans = []
     for seed in (0, 0, 1):

@@ -351,6 +351,7 @@ def resnet50() -> tuple[nn.Module, ChannelGraph]:
     return model, trace(model, torch.zeros(1, 3, 224, 224))
 
 
+@pytest.mark.slow
 def test_the_objective_decides_which_stages_go(resnet50: tuple[nn.Module, ChannelGraph]) -> None:
     """Figures 2 and 3: FLOPs empty the early stages, parameters the late ones.
 

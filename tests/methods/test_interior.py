@@ -28,7 +28,9 @@ PAPERS = {
 }
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("resnet34", "mobilenet_v2") else []) for n in PAPERS]
+)
 def test_gates_of_the_papers(name):
     gates, prunable = PAPERS[name]
     with torch.device("meta"):
@@ -41,7 +43,11 @@ def test_gates_of_the_papers(name):
 
 @pytest.mark.parametrize(
     ("name", "gates", "prunable"),
-    [("resnet20", 9, 40.11), ("resnet56", 27, 125.04), ("mobilenetv2-cifar", 17, 270.41)],
+    [
+        ("resnet20", 9, 40.11),
+        ("resnet56", 27, 125.04),
+        pytest.param("mobilenetv2-cifar", 17, 270.41, marks=pytest.mark.slow),
+    ],
 )
 def test_gates_on_cifar_networks(name, gates, prunable):
     graph = trace(models.create(name), torch.zeros(1, 3, 32, 32))

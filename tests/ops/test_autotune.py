@@ -309,7 +309,7 @@ def test_real_times():
     assert slow > fast > 0
 
 
-@pytest.mark.parametrize(("value", "enabled"), [("0", False), ("1", True)])
+@pytest.mark.parametrize(("value", "enabled"), [("0", False), pytest.param("1", True, marks=pytest.mark.slow)])
 def test_the_environment_decides(value, enabled, tmp_path):
     code = "from fastprune.ops.autotune import AUTOTUNER; print(AUTOTUNER.enabled, AUTOTUNER.folder)"
     variables = os.environ | {"FASTPRUNE_AUTOTUNE": value, "FASTPRUNE_CACHE": str(tmp_path)}

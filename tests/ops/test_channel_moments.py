@@ -67,7 +67,9 @@ def test_same_bits_for_every_number_of_threads():
 
 
 @pytest.mark.parametrize("rows", [False, True])
-@pytest.mark.parametrize("shape", [(5, 3), (3, 8, 4, 4), (2, 3, 5, 5), (2, 2, 5000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 3), (3, 8, 4, 4), (2, 3, 5, 5), pytest.param((2, 2, 5000), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("threads", [(8, 4), *(pytest.param(t, marks=pytest.mark.slow) for t in ((4, 2), (16, 8)))])
 def test_the_device_body(shape, rows, threads):
     for dtype in (torch.float32, torch.float16):
