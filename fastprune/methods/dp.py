@@ -29,14 +29,9 @@ from fastprune.plan import PruningPlan
 
 
 @dataclass(frozen=True)
-class DPConfig:
-    """Options of DP; the defaults are those of DDNP where it has them, as its paper compares the two."""
+class RelaxedGates:
+    """Options of gates that are relaxed by noise, and of what makes their scores."""
 
-    epochs: int = option(200, "passes over the samples", minimum=1)
-    samples: int = option(2500, "random training samples to search on", minimum=1)
-    batch_size: int = option(256, "samples per step over all processes together", minimum=1)
-    learning_rate: float = option(1e-3, "of Adam, constant", minimum=0.0)
-    regularisation: float = option(2.0, "λ, the weight of the cost term", minimum=0.0)
     temperature: float = option(0.4, "t of the gates", minimum=1e-3)
     base: float = option(3.0, "b, added to the scores: with 3 nearly all gates begin open")
     noise: Literal["gumbel", "logistic"] = option(
@@ -45,6 +40,17 @@ class DPConfig:
     architecture: Literal["gru", "fc", "channel"] = option(
         "gru", "of what makes the scores: gru (GRU and linear layers), fc (linear layers), channel (one parameter each)"
     )
+
+
+@dataclass(frozen=True)
+class DPConfig(RelaxedGates):
+    """Options of DP; the defaults are those of DDNP where it has them, as its paper compares the two."""
+
+    epochs: int = option(200, "passes over the samples", minimum=1)
+    samples: int = option(2500, "random training samples to search on", minimum=1)
+    batch_size: int = option(256, "samples per step over all processes together", minimum=1)
+    learning_rate: float = option(1e-3, "of Adam, constant", minimum=0.0)
+    regularisation: float = option(2.0, "λ, the weight of the cost term", minimum=0.0)
     resource: Literal["one_sided", "two_sided"] = option(
         "one_sided", "the cost term: log(max(T, pT)/pT), or |log(T/pT)|, which also pulls upwards"
     )

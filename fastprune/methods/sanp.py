@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastprune.graph.propagate import Role
 from fastprune.methods.contract import Metrics, Phase, SideSteps, Task
-from fastprune.methods.dp import DP
+from fastprune.methods.dp import DP, RelaxedGates
 from fastprune.methods.filters import unit_table
 from fastprune.methods.generators import ScoreGenerator
 from fastprune.methods.options import option
@@ -45,7 +45,7 @@ UNITS_OF: dict[str, tuple[tuple[Role, ...], ...]] = {
 
 
 @dataclass(frozen=True)
-class SANPConfig(WeightOptions):
+class SANPConfig(WeightOptions, RelaxedGates):
     """Options of SANP; the training's are usual ones for CIFAR-10, the generator's those of the authors' releases."""
 
     epochs: int = option(200, "passes over the training set", minimum=1)
@@ -69,14 +69,6 @@ class SANPConfig(WeightOptions):
     generator_lr: float = option(1e-3, "learning rate of the generator, constant", minimum=0.0)
     generator_decay: float = option(1e-2, "AdamW's decay of the generator's matrices", minimum=0.0)
     regularisation: float = option(4.0, "λ_R, the weight of the cost term", minimum=0.0)
-    temperature: float = option(0.4, "t of the gates", minimum=1e-3)
-    base: float = option(3.0, "b, added to the scores: with 3 nearly all gates begin open")
-    noise: Literal["gumbel", "logistic"] = option(
-        "gumbel", "one Gumbel sample, as the authors' releases draw it, or logistic, which makes P(open) = σ(z + b)"
-    )
-    architecture: Literal["gru", "fc", "channel"] = option(
-        "gru", "of what makes the scores: gru (GRU and linear layers), fc (linear layers), channel (one parameter each)"
-    )
     groups: Literal["interior", "all"] = option("interior", "gates inside blocks only, or on every channel that can go")
 
     def __post_init__(self) -> None:
