@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import math
 import pickle
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastprune as fp
-from fastprune.graph import Slice
+from fastprune.graph import Slice, TraceError
+from fastprune.graph.tracing import export_for_sizes
 from fastprune.verification import masked
 
 
@@ -161,6 +163,27 @@ def test_sizes_that_the_code_does_not_take_are_refused() -> None:
         shapes = r"traced with inputs of shape \(2, 3, 8, 8\), got \(5, 3, 9, 9\)"
         with pytest.raises(ValueError, match=f"{shapes}; {condition}|{shapes}; .*{condition} is needed"):
             compact(torch.zeros(5, 3, 9, 9, dtype=torch.float64))
+
+
+def test_sizes_that_become_long_formulas_stay_as_they_were_traced() -> None:
+    class Padded(Shuffled):
+        def forward(self, x: Tensor) -> Tensor:
+            for kernel in (3, 5, 3):  # each pads by what it lacks, a formula around that of the layer before
+                lack = [max((math.ceil(size / 2) - 1) * 2 + kernel - size, 0) for size in x.shape[-2:]]
+                x = F.avg_pool2d(F.pad(x, [0, lack[1], 0, lack[0]]), kernel, 2)
+            return super().forward(x)
+
+    model, x = Padded().double().eval(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    graph = fp.trace(model, x)
+    with pytest.raises(TraceError, match="the sizes are no short formulas of those of the inputs"):
+        export_for_sizes(model, graph.traced.inputs, training=False)
+    plan = graph.plan((torch.arange(graph.num_units) % 3 > 0).int())
+    compact = fp.apply(plan, model)
+    assert isinstance(compact, fp.RewrittenNetwork)
+    with torch.no_grad():
+        assert torch.allclose(compact(x), masked(model, plan)(x), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"got \(1, 3, 48, 64\); its graph holds for these sizes"):
+        compact(x[:, :, :48])
 
 
 def test_a_pickled_network_takes_the_traced_size_alone(compact: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.inputs import Example, Inputs
@@ -237,6 +238,31 @@ def open_batch(node: Node) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
+class ShortSizes(TorchFunctionMode):
+    """Stop an export whose sizes become long formulas of the inputs' sizes: simplifying them takes minutes, then hours.
+
+    Strides and windows make formulas of a few operations, such as ``(s - 1) // 8 + 1``. Code that pads by what a layer
+    lacks ("same" padding), or divides images into equal patches, nests another formula into them with each layer.
+    """
+
+    most = 16  # operations
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.check(func, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.SymInt)])
+        result = func(*args, **(kwargs or {}))
+        self.check(func, [size for x in pytree.tree_leaves(result) if isinstance(x, Tensor) for size in x.shape])
+        return result
+
+    def check(self, func: Callable[..., Any], sizes: list[Any]) -> None:
+        """Refuse formulas of more than ``most`` operations."""
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > self.most:
+                name = getattr(func, "__name__", str(func))
+                raise TraceError(f"{name}: the sizes are no short formulas of those of the inputs")
+
+
 def export_for_sizes(model: nn.Module, inputs: Inputs, *, training: bool) -> tuple[GraphModule, Guards]:
     """The graph of ``model`` with the sizes of its inputs left open where its code allows it, and where it does not.
 
@@ -246,7 +272,7 @@ def export_for_sizes(model: nn.Module, inputs: Inputs, *, training: bool) -> tup
     bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
     shapes = pytree.tree_map_only(Tensor, lambda x: dict.fromkeys(range(x.dim()), Dim.AUTO), dict(bound))
     try:
-        with mode_of(model, training=training), quietly():
+        with mode_of(model, training=training), quietly(), ShortSizes():
             program = torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
             module: Any = program.module(check_guards=True)
     except Exception as error:  # the exporter raises what the model's own code raises
