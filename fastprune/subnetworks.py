@@ -1,0 +1,123 @@
+"""Sub-networks that run on slices of a network's own weights: nothing is copied, and training them trains the network.
+
+A sub-network keeps some units of a traced network. Its graph is rewritten for them as surgery does it, and each of its
+parameters is a view of the network's where the units that stay lie next to each other, as the first n always do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fastprune.graph import ChannelGraph, Slice
+from fastprune.graph.interpret import run_on_labels
+from fastprune.graph.labels import IntArray
+from fastprune.graph.propagate import Propagation
+from fastprune.graph.regions import modes_kept
+from fastprune.graph.rewrite import Rewritten, rewrite
+from fastprune.graph.tracing import attribute_of
+from fastprune.masking import make_out_of_place, share_tensors
+
+REMEMBERED = 8  # rewritten graphs, the least recently used goes first
+
+BATCH_NORM = torch.ops.aten.batch_norm.default
+DROPOUT = torch.ops.aten.dropout.default
+
+
+class SubNetworks(nn.Module):
+    """The sub-networks of a network, on its own parameters.
+
+    Batch norms take the statistics of the batch, for which the running ones of the full network say nothing, and leave
+    those as they are. Dropout is off.
+
+    Args:
+        graph: the traced network.
+        model: the model that was traced; its tensors are used where they are, so that gradients arrive in them.
+
+    Shapes:
+        ``networks(*inputs, mask [U])`` returns what the model would return with the units that the mask keeps.
+    """
+
+    def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+        traced = graph.traced.evaluation
+        self.source = GraphModule(traced, copy.deepcopy(traced.graph))
+        make_out_of_place(self.source)
+        share_tensors(model, self.source)
+        state = Propagation(exact=False, rewrites=graph.rewrites)
+        self._labels = run_on_labels(self.source, graph.traced.inputs, state, record=True)
+        self._selections = state.selections
+        self._unit_of_label = unit_of_label(graph, state)
+        use_batch_statistics(self.source, update=False)
+        self._pieces: dict[str, list[Slice]] = {}
+        for piece in graph.slices:
+            self._pieces.setdefault(piece.tensor, []).append(piece)
+        self._written: OrderedDict[bytes, Rewritten] = OrderedDict()
+
+    def forward(self, *inputs: Any) -> Any:
+        """The outputs of the sub-network of ``mask`` [U], bool on the CPU, the last argument."""
+        *inputs_, mask = inputs
+        written = self.written(mask)
+        tensors = [self.slice(name, mask) for name in written.tensors]
+        indices = [index.to(tensors[0].device) for index in written.indices]
+        with modes_kept():
+            return pytree.tree_unflatten(written.module(*inputs_, *tensors, *indices), written.results)
+
+    def written(self, mask: Tensor) -> Rewritten:
+        """The graph of a sub-network."""
+        key = mask.numpy().tobytes()
+        if key not in self._written:
+            keep = np.append(mask.numpy(), True)[self._unit_of_label]  # of labels that belong to no unit: True
+            self._written[key] = rewrite(self.source, self._labels, self._selections, keep)
+            if len(self._written) > REMEMBERED:
+                self._written.popitem(last=False)
+        self._written.move_to_end(key)
+        return self._written[key]
+
+    def slice(self, name: str, mask: Tensor) -> Tensor:
+        """A tensor of the network with the indices that stay; a view of it where they lie next to each other."""
+        tensor: Tensor = attribute_of(self.source, name)
+        for piece in self._pieces.get(name, []):
+            kept = ((piece.units < 0) | mask[piece.units.clamp(min=0)]).nonzero().flatten()
+            first, last = int(kept[0]), int(kept[-1])
+            if last - first + 1 == len(kept):
+                tensor = tensor.narrow(piece.dim, first, len(kept))
+            else:
+                tensor = tensor.index_select(piece.dim, kept.to(tensor.device))
+        return tensor
+
+
+def unit_of_label(graph: ChannelGraph, state: Propagation) -> IntArray:
+    """The unit of each label of a graph that was run on labels, -1 for those that belong to none."""
+    components, _ = state.settle()
+    unit_of_class = np.full(len(components), -1)
+    for piece in graph.slices:
+        unit_of_class[components[state.dims[piece.tensor, piece.dim].labels.numpy()]] = piece.units.numpy()
+    found: IntArray = unit_of_class[components]
+    return found
+
+
+def use_batch_statistics(module: GraphModule, *, update: bool) -> None:
+    """Let the batch norms of an eval-mode graph use the statistics of the batch.
+
+    Args:
+        module: the graph, changed in place.
+        update: whether they bring their running statistics up to date, as in training; dropout is on then, too.
+    """
+    for node in module.graph.nodes:
+        if node.target is BATCH_NORM:
+            for place in (3, 4) if not update else ():
+                node.update_arg(place, None)
+            node.update_arg(5, True)
+        elif node.target is DROPOUT and update:
+            node.update_arg(2, True)
+    module.graph.eliminate_dead_code()
+    module.recompile()
