@@ -31,7 +31,7 @@ BATCH_NORM = torch.ops.aten.batch_norm.default
 DROPOUT = torch.ops.aten.dropout.default
 
 
-class SubNetworks(nn.Module):
+class SubNetworks:
     """The sub-networks of a network, on its own parameters.
 
     Batch norms take the statistics of the batch, for which the running ones of the full network say nothing, and leave
@@ -42,12 +42,11 @@ class SubNetworks(nn.Module):
         model: the model that was traced; its tensors are used where they are, so that gradients arrive in them.
 
     Shapes:
-        ``networks(*inputs, mask [U])`` returns what the model would return with the units that the mask keeps.
+        ``networks(*inputs, mask=mask [U])`` returns what the model would return with the units that the mask keeps.
     """
 
     def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
-        super().__init__()
-        self.graph = graph
+        self.graph, self.model = graph, model
         traced = graph.traced.evaluation
         self.source = GraphModule(traced, copy.deepcopy(traced.graph))
         make_out_of_place(self.source)
@@ -62,14 +61,13 @@ class SubNetworks(nn.Module):
             self._pieces.setdefault(piece.tensor, []).append(piece)
         self._written: OrderedDict[bytes, Rewritten] = OrderedDict()
 
-    def forward(self, *inputs: Any) -> Any:
-        """The outputs of the sub-network of ``mask`` [U], bool on the CPU, the last argument."""
-        *inputs_, mask = inputs
+    def __call__(self, *inputs: Any, mask: Tensor) -> Any:
+        """The outputs of the sub-network of ``mask`` [U], bool on the CPU."""
         written = self.written(mask)
         tensors = [self.slice(name, mask) for name in written.tensors]
         indices = [index.to(tensors[0].device) for index in written.indices]
         with modes_kept():
-            return pytree.tree_unflatten(written.module(*inputs_, *tensors, *indices), written.results)
+            return pytree.tree_unflatten(written.module(*inputs, *tensors, *indices), written.results)
 
     def written(self, mask: Tensor) -> Rewritten:
         """The graph of a sub-network."""

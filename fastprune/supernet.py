@@ -30,21 +30,21 @@ from fastprune.subnetworks import SubNetworks, use_batch_statistics
 ADAPTOR = "stage_adaptor"
 
 
-class SuperNet(nn.Module):
+class SuperNet:
     """A network, and the sub-networks of its stages on slices of its weights.
 
     Args:
         graph: the traced network.
         model: the model that was traced; its parameters are the super-net's.
         stages: of the graph.
+        seed: of the adaptors' initial weights; the global generator is left alone.
 
     Raises:
         ValueError: where a stage reads something else of the network than its features; where a batch norm has a
             cumulative average.
     """
 
-    def __init__(self, graph: ChannelGraph, model: nn.Module, stages: Sequence[Stage]) -> None:
-        super().__init__()
+    def __init__(self, graph: ChannelGraph, model: nn.Module, stages: Sequence[Stage], seed: int = 0) -> None:
         self.graph, self.stages = graph, tuple(stages)
         self.norms = [norm for norm in model.modules() if isinstance(norm, _NormBase) and norm.track_running_stats]
         for name, norm in model.named_modules():
@@ -52,14 +52,17 @@ class SuperNet(nn.Module):
                 raise ValueError(
                     f"{name}: a batch norm with a cumulative average (momentum None) cannot be trained here"
                 )
-        self.whole = with_features(graph, model, stages)
+        self.training_graph = with_features(graph, model, stages, training=True)
+        self.evaluation_graph = with_features(graph, model, stages, training=False)
         codegen: Any = graph.traced.evaluation.graph._codegen
         self.out_spec: pytree.TreeSpec = codegen.pytree_info.out_spec
-        self.adaptors = nn.ModuleList(adaptor(stage, model) for stage in stages)
-        self.parts = nn.ModuleList(
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.adaptors = nn.ModuleList(adaptor(stage, model) for stage in stages)
+        self.parts = [
             StageNetwork(graph, model, stage, cast("nn.Conv2d", fitted))
             for stage, fitted in zip(stages, self.adaptors, strict=True)
-        )
+        ]
 
     def full(self, images: Tensor) -> tuple[list[Tensor], Any]:
         """The full network in train mode: what each stage reads and gives on, and the network's outputs.
@@ -70,13 +73,20 @@ class SuperNet(nn.Module):
             Features, detached, one more than there are stages; and what the model returns.
         """
         with modes_kept():
-            results = self.whole(images)
+            results = self.training_graph(images)
         count = len(self.stages)
         for norm in self.norms:
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
         features = [images, *(x.detach() for x in results[:count])]
         return features, pytree.tree_unflatten(results[count:], self.out_spec)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What each stage of the full network reads and gives on, with the statistics of this batch, dropout off."""
+        with modes_kept():
+            results = self.evaluation_graph(images)
+        return [images, *results[: len(self.stages)]]
 
     def distance(self, number: int, features: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """Eq. 7 for the sub-network of one stage: mean over batch, channels and pixels of |A(stage(x)) − y|².
@@ -90,7 +100,7 @@ class SuperNet(nn.Module):
         return F.mse_loss(self.parts[number](features, mask).float(), target.float())
 
 
-class StageNetwork(nn.Module):
+class StageNetwork:
     """The sub-networks of one stage, with its adaptor.
 
     Args:
@@ -104,17 +114,19 @@ class StageNetwork(nn.Module):
     """
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, stage: Stage, fitted: nn.Conv2d) -> None:
-        super().__init__()
         network, shape = cut_out(graph, model, stage, fitted)
         device = fitted.weight.device
         own = trace(network, torch.zeros(shape, device=device, dtype=fitted.weight.dtype))
         self.slices = SubNetworks(own, network)
         self.unit = units_in(graph, own, stage)
 
-    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, mask: Tensor) -> Tensor:
         """The stage's features; ``mask`` [U] is that of the whole network."""
-        kept = torch.cat([mask, torch.ones(1, dtype=torch.bool)])[self.unit]
-        return cast("Tensor", self.slices(features, kept))
+        return cast("Tensor", self.slices(features, mask=self.own_mask(mask)))
+
+    def own_mask(self, mask: Tensor) -> Tensor:
+        """The mask of a whole network, [U], as one over the units of the stage's own graph."""
+        return torch.cat([mask, torch.ones(1, dtype=torch.bool)])[self.unit]
 
 
 def adaptor(stage: Stage, model: nn.Module) -> nn.Conv2d:
@@ -141,8 +153,15 @@ def units_in(graph: ChannelGraph, own: ChannelGraph, stage: Stage) -> Tensor:
     return torch.where((unit < graph.num_units) & decided[unit], unit, -1)
 
 
-def with_features(graph: ChannelGraph, model: nn.Module, stages: Sequence[Stage]) -> GraphModule:
-    """The network's graph in train mode; it returns the features at the ends of stages, then what the model returns."""
+def with_features(graph: ChannelGraph, model: nn.Module, stages: Sequence[Stage], *, training: bool) -> GraphModule:
+    """The network's graph with batch statistics; it returns the features at the ends of stages, then the outputs.
+
+    Args:
+        graph: the traced network.
+        model: the model that was traced, whose tensors it uses.
+        stages: of the graph.
+        training: whether running statistics are brought up to date, and dropout is on.
+    """
     traced = graph.traced.evaluation
     module = GraphModule(traced, copy.deepcopy(traced.graph))
     for node in list(module.graph.nodes):
@@ -158,7 +177,7 @@ def with_features(graph: ChannelGraph, model: nn.Module, stages: Sequence[Stage]
                 features[place] = module.graph.call_function(torch.ops.aten.clone.default, (node,))
     output = next(iter(module.graph.find_nodes(op="output")))
     output.args = ((*features, *pytree.tree_leaves(output.args[0])),)
-    use_batch_statistics(module, update=True)
+    use_batch_statistics(module, update=training)
     share_tensors(model, module)
     return module
 

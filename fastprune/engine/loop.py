@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from fastprune.engine.meter import Meter, NonFiniteError
 from fastprune.engine.progress import ProgressBar
 from fastprune.engine.run import RunDirectory
 from fastprune.engine.sources import Batch
-
-if TYPE_CHECKING:
-    from fastprune.methods.contract import Phase
+from fastprune.methods.contract import Phase, Rounds
 
 
 class LoopTask(Protocol):
@@ -43,7 +41,7 @@ T_contra = TypeVar("T_contra", bound=LoopTask, contravariant=True)
 class Worker(Protocol[T_contra]):
     """What the loop drives: a ``Method``, or the ``Trainer``. ``trains_weights`` may be absent, which means False."""
 
-    def phases(self, task: T_contra) -> Iterator[Phase]:
+    def phases(self, task: T_contra) -> Iterator[Phase | Rounds]:
         """The phases, in order; the same on every call."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +125,7 @@ def run_phases(
     if not (resume and saver.restore()):
         saver.begin()
 
-    def record(phase: Phase, metrics: Mapping[str, float]) -> None:
+    def record(phase: Phase | Rounds, metrics: Mapping[str, float]) -> None:
         latest.update({name: value for name, value in metrics.items() if "/" not in name})
         if run is not None and metrics:
             run.log({"stage": stage, "phase": phase.name, "epoch": position.epoch, "step": position.total, **metrics})
@@ -147,9 +145,31 @@ def run_phases(
             where = f"; resume it from {run.path}" if run else ""
             raise Interrupted(f"{stage} was interrupted at step {position.total}{where}")
 
+    def run_rounds(phase: Rounds) -> None:
+        done, total = phase.progress()
+        bar.start(phase.name, 1, total, 0, done)
+        while done < total:
+            torch.manual_seed(int(hashed(task.seed, position.total) >> np.uint64(1)))
+            with placement.autocast():
+                metrics = {name: float(value) for name, value in phase.round().items()}
+            position.total += 1
+            record(phase, metrics)
+            done, total = phase.progress()
+            bar.update(done, total, latest)
+            if saver.seconds > options.checkpoint_seconds or (
+                options.checkpoint_steps and position.total % options.checkpoint_steps == 0
+            ):
+                saver.save()
+            stop_if_asked()
+
     with Interruption() as interruption, ProgressBar(options.progress and peers.is_main) as bar:
         for number, phase in enumerate(worker.phases(task)):
             if number < position.phase or position.finished:
+                continue
+            if isinstance(phase, Rounds):
+                run_rounds(phase)
+                position.phase = number + 1
+                saver.save()
                 continue
             if data is None:
                 raise ValueError(f"phase {phase.name!r} reads training data, but no data were given")

@@ -45,15 +45,20 @@ class ProgressBar:
             phase, total=epochs * steps, completed=epoch * steps + step, epoch=epoch + 1, epochs=epochs, metrics=""
         )
 
-    def advance(self, metrics: Mapping[str, float]) -> None:
-        """Count one step and show the last metrics."""
+    def update(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Show how much of a stretch without epochs is done."""
+        self.advance(metrics, 0)
+        self._progress.update(self._task, completed=done, total=total, epoch=1)
+
+    def advance(self, metrics: Mapping[str, float], steps: int = 1) -> None:
+        """Count steps and show the last metrics."""
         if self._progress.disable:
             return
         task = self._progress.tasks[-1]
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
         self._progress.update(
             self._task,
-            advance=1,
+            advance=steps,
             metrics=shown,
             epoch=min(int(task.completed) // self._steps + 1, task.fields["epochs"]),
         )

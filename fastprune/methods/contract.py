@@ -43,6 +43,13 @@ class TaskData(Protocol):
     def steps(self, batch_size: int, samples: int | None = None) -> int:
         """Steps of one epoch over all training samples, or over ``samples`` of them."""
 
+    def held_out_images(self, count: int) -> Tensor:
+        """The first held-out images, at most ``count``, on the task's device, [n, C, H, W]; the same on every rank.
+
+        Raises:
+            ValueError: where nothing is held out.
+        """
+
     def accuracy(self, network: Callable[[Tensor], Tensor]) -> float:
         """Top-1 accuracy in [0, 1] of ``network`` on the held-out part of the training set, over all ranks."""
 
@@ -105,6 +112,22 @@ class Phase:
     beside: SideSteps | None = None
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """One stretch of a method's work that reads no batches: rounds, until ``progress`` says that all is done.
+
+    Args:
+        name: as a phase's.
+        round: called again and again, with no arguments; returns the metrics to log. The run can be stopped, and is
+            saved, between two rounds.
+        progress: how much is done, and how much there is; the same on every rank. The latter may grow.
+    """
+
+    name: str
+    round: Callable[[], Metrics]
+    progress: Callable[[], tuple[int, int]]
+
+
 @dataclass
 class Task:
     """Everything that a method is given.
@@ -165,7 +188,7 @@ class Method(ABC):
     def setup(self, task: Task) -> None:  # noqa: B027 - optional hook
         """Create the state (parameters, optimiser) for ``task``; called once, before anything else."""
 
-    def phases(self, task: Task) -> Iterator[Phase]:
+    def phases(self, task: Task) -> Iterator[Phase | Rounds]:
         """The phases, in order. The same on every rank and on every call. None for a method without a search."""
         return iter(())
 

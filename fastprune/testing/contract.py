@@ -23,7 +23,7 @@ from fastprune.distributed import Distributed
 from fastprune.engine.checkpoint import load_state, save_state
 from fastprune.engine.run import RunDirectory
 from fastprune.limits import Limits
-from fastprune.methods.contract import Method, Phase
+from fastprune.methods.contract import Method, Phase, Rounds
 from fastprune.methods.registry import class_fault, configure
 from fastprune.plan import PruningPlan
 from fastprune.testing.trial import ContractError, Killed, Trial, different, same
@@ -68,8 +68,10 @@ def check_method(method_class: type[Method], *, distributed: bool = False, **opt
         check_distributed(method_class, config)
 
 
-def declared(phase: Phase) -> tuple[Any, ...]:
+def declared(phase: Phase | Rounds) -> tuple[Any, ...]:
     """What of a phase can be compared."""
+    if isinstance(phase, Rounds):
+        return (phase.name,)
     beside = phase.beside
     return (
         *(phase.name, phase.epochs, phase.samples, phase.batch_size, phase.augment),

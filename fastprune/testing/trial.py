@@ -18,7 +18,7 @@ from fastprune.engine.evaluate import HeldOut
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
 from fastprune.limits import Limits
-from fastprune.methods.contract import Method, Metrics, Phase, Task
+from fastprune.methods.contract import Method, Metrics, Phase, Rounds, Task
 from fastprune.plan import PruningPlan
 from fastprune.surgery import SurgeryError, cut, verify
 from fastprune.testing.network import network, sample_data, traced
@@ -175,17 +175,20 @@ class Counted:
         """The method's own."""
         return self.method.trains_weights
 
-    def phases(self, task: Task) -> Iterator[Phase]:
-        """The method's phases, with counting steps."""
+    def phases(self, task: Task) -> Iterator[Phase | Rounds]:
+        """The method's phases, with counting steps and rounds."""
         for phase in self.method.phases(task):
+            if isinstance(phase, Rounds):
+                yield dataclasses.replace(phase, round=self.counting(phase.round))
+                continue
             beside = phase.beside and dataclasses.replace(phase.beside, step=self.counting(phase.beside.step))
             yield dataclasses.replace(phase, step=self.counting(phase.step), beside=beside)
 
-    def counting(self, step: Callable[[Tensor, Tensor], Metrics]) -> Callable[[Tensor, Tensor], Metrics]:
+    def counting(self, step: Callable[..., Metrics]) -> Callable[..., Metrics]:
         """``step``, counted."""
 
-        def counted(images: Tensor, labels: Tensor) -> Metrics:
-            metrics = step(images, labels)
+        def counted(*batch: Tensor) -> Metrics:
+            metrics = step(*batch)
             self.steps += 1
             if self.steps == self.stop_after:
                 raise Killed

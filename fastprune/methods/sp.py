@@ -1,0 +1,331 @@
+"""Stage-wise channel pruning (SP; Guo et al.): a super-net trained stage by stage, then a search over quotas of stages.
+
+The network is cut into stages by the resolution of its features. Its weights train as a super-net: in each step
+
+    the full network                              cross-entropy, and the features x_i → y_i of each stage, detached
+    a random sub-network of each stage            mean |A_i(stage_i(x_i)) − y_i|²                            (eq. 7)
+    the smallest one of each stage                the same
+
+and one update with the gradients of all three. Sub-networks are the first channels of the shared weights, and A_i is a
+1×1 convolution that brings their features to full width. All read the full network's features, so that stages are
+independent, and so is the search (``stage_search``): an evolution over what each stage may cost, and one over the
+widths of a stage for each such quota; what is minimised is eq. 7, summed over stages, on held-out images.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fastprune.distributed import Distributed
+from fastprune.fitting import fit
+from fastprune.graph.stages import Stage, find_stages
+from fastprune.methods.contract import Method, Metrics, Phase, Rounds, Task
+from fastprune.methods.evolution import EvolutionSettings
+from fastprune.methods.gated import TOLERANCE, gated_units
+from fastprune.methods.options import option
+from fastprune.methods.stage_losses import Elsewhere, Here, StageData
+from fastprune.methods.stage_search import StageSearch, StageWidths, Widths
+from fastprune.plan import PruningPlan
+from fastprune.supernet import SuperNet
+from fastprune.weight_training import WeightOptions, WeightTraining, classification_loss
+
+LEAST, STEP = 0.10, 0.03  # of the widths' ratios: 31 from 0.10 to 1
+
+
+@dataclass(frozen=True)
+class SPConfig(WeightOptions):
+    """Options of SP; the training's are those of the paper for CIFAR-10."""
+
+    epochs: int = option(50, "passes over the training set", minimum=1)
+    batch_size: int = option(512, "samples per step over all processes together", minimum=1)
+    lr: float = option(0.025, "largest learning rate", minimum=0.0)
+    weight_decay: float = option(3e-4, "L2 penalty of SGD", minimum=0.0)
+    milestones: tuple[float, ...] = option(
+        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1"
+    )
+    stages: tuple[str, ...] = option((), "modules at the ends of stages; none = where the resolution changes")
+    groups: Literal["all", "interior"] = option(
+        "all", "widths of all channels that one stage makes, its features among them, or of those inside blocks"
+    )
+    last_features: bool = option(True, "whether the features of the last stage may lose channels")
+    population: int = option(128, "genes per generation, of every evolution", minimum=2)
+    iterations: int = option(10, "generations", minimum=1)
+    mutation: float = option(0.1, "the chance of a position to move to another choice", minimum=0.0, maximum=1.0)
+    parents: int = option(10, "how many of the best genes have children", minimum=1)
+    levels: int = option(64, "quotas that a stage is searched for", minimum=2)
+    images: int = option(2048, "held-out images on which losses are measured, one batch", minimum=2)
+    workers: int = option(0, "processes that measure sub-networks; 0 = this one, or all of a torchrun job", minimum=0)
+
+
+class SP(Method):
+    """Search the widths of each stage by how well it imitates the full network's."""
+
+    name = "sp"
+    paper = "Guo et al., SP: Stage-wise Channel Pruning"
+    needs_data = True
+    trains_weights = True
+    Config: ClassVar[type[Any]] = SPConfig
+    config: SPConfig
+
+    def setup(self, task: Task) -> None:
+        """Find the stages, make the super-net and its optimiser.
+
+        Raises:
+            BudgetError: if the budget is out of reach with the channels of stages; says what is in reach.
+            ValueError: for a network without stages, or nothing held out to measure losses on.
+        """
+        assert task.data is not None
+        config, graph = self.config, task.graph
+        if config.workers and task.distributed.world_size > 1:
+            raise ValueError("sp: under torchrun all of its processes measure; give workers 0")
+        if task.data.held_out < 2:
+            raise ValueError("sp: sub-networks are compared on held-out images, but nothing is held out")
+        self.stages = find_stages(graph, config.stages)
+        self.groups = [self.groups_of(task, stage) for stage in self.stages]
+        self.may_go = torch.zeros(graph.num_units, dtype=torch.bool)
+        for number in (number for groups in self.groups for number in groups):
+            self.may_go[graph.groups[number].units] = True
+        # Raises before a training that cannot succeed.
+        fit(graph, task.budget, torch.zeros(graph.num_units), prunable=self.may_go, limits=task.limits)
+        self.choices = [self.widths_of(task, groups) for groups in self.groups]
+        self.net = SuperNet(graph, task.model, self.stages, task.seed)
+        self.training = WeightTraining(
+            nn.ModuleList([task.model, self.net.adaptors]),
+            config,
+            steps_per_epoch=task.data.steps(config.batch_size),
+            device=task.device,
+            peers=Distributed(),  # gradients of three passes are gathered here
+        )
+        self.search = self.make_search(task)
+        self.measure: Here | Elsewhere | None = None
+
+    def groups_of(self, task: Task, stage: Stage) -> tuple[int, ...]:
+        """The groups of a stage whose widths are searched."""
+        graph, config = task.graph, self.config
+        gated = gated_units(graph, config.groups)
+        chosen = [g for g in stage.groups if bool(gated[graph.groups[g].units].all())]
+        if stage is self.stages[-1] and not config.last_features:
+            behind = {layer.name for layer in graph.layers} - {layer.name for s in self.stages for layer in s.layers}
+            chosen = [g for g in chosen if not behind & set(graph.groups[g].consumers)]
+        return tuple(chosen)
+
+    def widths_of(self, task: Task, groups: Sequence[int]) -> tuple[Widths, ...]:
+        """The widths of each group: 31 parts of its units, as far as they are allowed."""
+        allowed = task.limits.widths(task.graph)
+        ratios = np.append(np.arange(LEAST, 1 - STEP / 2, STEP), 1.0)
+        found = []
+        for g in groups:
+            widths = allowed[g]
+            wanted = [widths.at_most(max(1, int(ratio * widths.size + 1e-9))) for ratio in ratios]
+            found.append(tuple(sorted({min(max(w, widths.least), widths.most) for w in wanted})))
+        return tuple(found)
+
+    # --- the super-net ------------------------------------------------------------------------------------------------
+
+    def phases(self, task: Task) -> Iterator[Phase | Rounds]:
+        """The training of the super-net, and the search."""
+        config = self.config
+        task.model.train()
+        yield Phase(
+            "supernet",
+            config.epochs,
+            lambda images, labels: self.step(task, images, labels),
+            batch_size=config.batch_size,
+            augment=config.augment,
+            end_epoch=lambda epoch: self.end_epoch(task, epoch),
+        )
+        task.model.eval()
+        with ExitStack() as stack:
+            yield Rounds("search", lambda: self.round(task, stack), self.search.progress)
+        self.measure = None
+
+    def step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+        """Full network, random and smallest sub-networks, one update."""
+        self.training.optimizer.zero_grad(set_to_none=True)
+        features, outputs = self.net.full(images)
+        loss, scores = classification_loss(outputs, labels, self.config.label_smoothing)
+        with torch.autocast(images.device.type, enabled=False):  # each gradient takes the precision of its forward
+            loss.backward()
+        random = self.mask([self.random_widths(task, choices) for choices in self.choices], task)
+        smallest = self.mask([tuple(c[0] for c in choices) for choices in self.choices], task)
+        metrics: dict[str, float | Tensor] = {
+            "loss": loss.detach(),
+            "accuracy": (scores.argmax(1) == labels).float().mean(),
+        }
+        for name, mask in (("random_loss", random), ("smallest_loss", smallest)):
+            metrics[name] = self.distil(features, mask)
+        average(self.training.model, task.distributed)
+        self.training.update()
+        return metrics
+
+    def distil(self, features: Sequence[Tensor], mask: Tensor) -> Tensor:
+        """Backward of eq. 7 for the sub-network of a mask, a stage at a time; the sum of the losses."""
+        total = torch.zeros((), device=features[0].device)
+        for number in range(len(self.stages)):
+            loss = self.net.distance(number, features[number], features[number + 1], mask)
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def random_widths(self, task: Task, choices: Sequence[Widths]) -> Widths:
+        """One of its widths for each group."""
+        return tuple(widths[int(torch.randint(len(widths), (), generator=task.rng))] for widths in choices)
+
+    def mask(self, widths: Sequence[Widths], task: Task) -> Tensor:
+        """The mask [U] of the sub-network of these widths, which keeps the first units of each group."""
+        mask = torch.ones(task.graph.num_units, dtype=torch.bool)
+        for groups, of_stage in zip(self.groups, widths, strict=True):
+            for g, width in zip(groups, of_stage, strict=True):
+                group = task.graph.groups[g]
+                mask[group.start + width : group.start + group.size] = False
+        return mask
+
+    def end_epoch(self, task: Task, epoch: int) -> Metrics:
+        """Give all ranks the same statistics; the held-out accuracy of the full network, when due."""
+        assert task.data is not None
+        if task.distributed.world_size > 1:
+            for buffer in task.model.buffers():
+                task.distributed.broadcast_(buffer)
+        every = self.config.evaluate_every
+        if every and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs):
+            return {"held_out_accuracy": task.data.accuracy(task.model)}
+        return {}
+
+    # --- the search ---------------------------------------------------------------------------------------------------
+
+    def make_search(self, task: Task) -> StageSearch:
+        """The search over widths under the budget.
+
+        A stage's cost is what the whole network costs with its widths and the smallest ones nowhere else: full ones.
+        """
+        graph, budget, config = task.graph, task.budget, self.config
+        meter = budget.meter(graph)
+        full = graph.offsets.diff().double()
+
+        def cost_of(groups: Sequence[int], choices: Sequence[Widths]) -> StageWidths:
+            def costs(widths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+                kept = full.repeat(len(widths) + 1, 1)
+                rows = np.concatenate([widths, [[c[0] for c in choices]]]) if groups else widths[:0]
+                if groups:
+                    kept[:, list(groups)] = torch.from_numpy(rows).double()
+                found = meter.of_widths(kept).numpy()
+                return np.asarray(found[:-1] - found[-1], dtype=np.float64)
+
+            return StageWidths(tuple(choices), costs)
+
+        stages = [cost_of(groups, choices) for groups, choices in zip(self.groups, self.choices, strict=True)]
+
+        def exact(widths: Sequence[Widths]) -> float:
+            return float(meter(self.mask(widths, task).double())) - least
+
+        total = float(meter(torch.ones(graph.num_units)))
+        least = total - sum(stage.most for stage in stages)  # if savings of stages added up
+        settings = EvolutionSettings(config.population, config.iterations, config.mutation, config.parents)
+        return StageSearch(
+            stages,
+            budget.limit(graph) - least,
+            exact,
+            TOLERANCE * total,
+            lambda queries: self.losses(task, queries),
+            settings,
+            levels=config.levels,
+            seed=task.seed,
+        )
+
+    def round(self, task: Task, stack: ExitStack) -> Metrics:
+        """One round of the search."""
+        if self.measure is None:
+            self.measure = self.make_measure(task, stack)
+        return self.search.round()
+
+    def losses(self, task: Task, queries: Sequence[tuple[int, Widths]]) -> Sequence[float]:
+        """The losses of sub-networks of stages."""
+        smallest = [tuple(c[0] for c in choices) for choices in self.choices]
+        masks = []
+        for stage, widths in queries:
+            whole = self.mask([*smallest[:stage], widths, *smallest[stage + 1 :]], task)
+            masks.append((stage, self.net.parts[stage].own_mask(whole)))
+        assert self.measure is not None
+        return self.measure(masks)
+
+    @torch.no_grad()
+    def make_measure(self, task: Task, stack: ExitStack) -> Here | Elsewhere:
+        """Save the full network's features, on one batch and with its statistics, and start the workers."""
+        assert task.data is not None
+        features = self.net.features(task.data.held_out_images(self.config.images))
+        data = [
+            StageData(part.slices, features[number], features[number + 1]) for number, part in enumerate(self.net.parts)
+        ]
+        if not self.config.workers:
+            return Here(data, task.distributed)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastprune-")))
+        measure = Elsewhere(data, folder, self.make_executor)
+        stack.callback(measure.close)
+        return measure
+
+    def make_executor(self) -> Executor:
+        """What measures sub-networks where there are ``workers``. Override it for executors of Ray, Dask and others.
+
+        Its processes have to see the files of this one's temporary folder (``TMPDIR`` names another one).
+        """
+        threads = max(1, torch.get_num_threads() // self.config.workers)
+        return ProcessPoolExecutor(
+            self.config.workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        )
+
+    def plan(self, task: Task) -> PruningPlan:
+        """The widths that were found; where they miss the budget, some more or fewer channels in their order."""
+        graph = task.graph
+        mask = self.mask(self.search.best, task)
+        scores = torch.where(mask, 2.0, 0.0).double()
+        for group in graph.groups:
+            scores[group.units] -= torch.arange(group.size).double() / group.size
+        kept = fit(graph, task.budget, scores, prunable=self.may_go, limits=task.limits)
+        self._changed = int((kept != mask).sum())
+        return graph.plan(kept)
+
+    def results(self) -> Metrics:
+        """What the search has measured, its least loss, and how many channels the budget changed afterwards."""
+        return {**self.search.metrics(), "changed_by_budget": float(self._changed)}
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adaptors, optimiser and search; the weights are saved by themselves."""
+        adaptors = {name: tensor.detach().clone() for name, tensor in self.net.adaptors.state_dict().items()}
+        return {"adaptors": adaptors, "training": self.training.state_dict(), "search": self.search.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if the state is of another network.
+        """
+        try:
+            self.net.adaptors.load_state_dict(dict(state["adaptors"]))
+        except RuntimeError as error:
+            raise ValueError(f"sp: the state is of other stages ({error})") from error
+        self.training.load_state_dict(state["training"])
+        self.search.load_state_dict(state["search"])
+
+
+def average(model: nn.Module, peers: Distributed) -> None:
+    """Replace the gradients by their means over ranks."""
+    if peers.world_size > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([len(g.flatten()) for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))

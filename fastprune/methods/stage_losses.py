@@ -1,0 +1,179 @@
+"""The distillation losses of sub-networks of stages: measured here, shared out among ranks, or in other processes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fastprune.distributed import Distributed
+from fastprune.graph import trace
+from fastprune.graph.tracing import state_of
+from fastprune.subnetworks import SubNetworks
+
+log = logging.getLogger(__name__)
+
+CHUNK = 8  # sub-networks that one task of an executor measures
+ATTEMPTS = 5  # at a round in which processes die, each with an executor of its own
+
+Query = tuple[int, Tensor]  # a stage's number, and a mask over its own units, bool
+
+
+@dataclass(frozen=True)
+class StageData:
+    """One stage, what the full network feeds it, and what it makes of that.
+
+    Args:
+        networks: the stage's sub-networks, with its adaptor.
+        features: [N, C, H, W].
+        target: [N, C', H', W'].
+    """
+
+    networks: SubNetworks
+    features: Tensor
+    target: Tensor
+
+    @torch.no_grad()
+    def loss(self, mask: Tensor) -> float:
+        """Eq. 7 for the sub-network of a mask over the stage's own units, as a float32.
+
+        It is summed in float64, so that the number of threads does not show.
+        """
+        difference = self.networks(self.features, mask=mask).float() - self.target.float()
+        return float((difference.double().square_().sum() / difference.numel()).float())
+
+
+class Here:
+    """Measures in this process, or in all processes of a ``torchrun`` job, which all call it."""
+
+    def __init__(self, stages: Sequence[StageData], peers: Distributed) -> None:
+        self.stages, self.peers = stages, peers
+        self.device = stages[0].features.device
+
+    def __call__(self, queries: Sequence[Query]) -> list[float]:
+        """The losses."""
+        losses = torch.zeros(len(queries), dtype=torch.float64, device=self.device)
+        for number in range(self.peers.rank, len(queries), self.peers.world_size):
+            stage, mask = queries[number]
+            losses[number] = self.stages[stage].loss(mask)
+        found: list[float] = self.peers.sum_(losses).tolist()
+        return found
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+@dataclass(frozen=True)
+class SavedStage:
+    """A stage in a file, for processes that see the same files.
+
+    Args:
+        structure: its graph, without values.
+        path: of the file with tensors and features (.safetensors).
+        device: where it is measured.
+    """
+
+    structure: GraphModule
+    path: str
+    device: str
+
+    @staticmethod
+    def save(stage: StageData, path: Path) -> SavedStage:
+        """Write a stage."""
+        module = stage.networks.model
+        assert isinstance(module, GraphModule)
+        tensors = {f"tensor.{name}": tensor for name, tensor in state_of(module).items()}
+        tensors |= {"features": stage.features, "target": stage.target}
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+        return SavedStage(copy.deepcopy(module).to("meta"), str(path), str(stage.features.device))
+
+    def load(self) -> StageData:
+        """Read it."""
+        tensors = load_file(self.path, device=self.device)
+        for name in state_of(self.structure):
+            owner, _, last = name.rpartition(".")
+            holder, value = self.structure.get_submodule(owner), tensors[f"tensor.{name}"]
+            setattr(holder, last, nn.Parameter(value) if last in holder._parameters else value)
+        graph = trace(self.structure, tensors["features"][:2])
+        return StageData(SubNetworks(graph, self.structure), tensors["features"], tensors["target"])
+
+
+_loaded: dict[str, StageData] = {}  # in a worker process, by the file
+
+
+def measure(stage: SavedStage, masks: Sequence[Tensor]) -> list[float]:
+    """The losses of sub-networks of a stage, in a worker process."""
+    if stage.path not in _loaded:
+        _loaded[stage.path] = stage.load()
+    return [_loaded[stage.path].loss(mask) for mask in masks]
+
+
+class Elsewhere:
+    """Measures by an executor; where its processes die, what they had is measured again by a new one.
+
+    Args:
+        stages: of the network.
+        folder: for their files, which the executor's processes have to see.
+        start: makes an executor.
+    """
+
+    def __init__(self, stages: Sequence[StageData], folder: Path, start: Callable[[], Executor]) -> None:
+        self.stages = [SavedStage.save(stage, folder / f"stage-{n}.safetensors") for n, stage in enumerate(stages)]
+        self.start, self.executor = start, start()
+
+    def __call__(self, queries: Sequence[Query]) -> list[float]:
+        """The losses.
+
+        Raises:
+            BrokenExecutor: where processes die again and again.
+        """
+        numbers: dict[int, list[int]] = {}
+        for number, (stage, _) in enumerate(queries):
+            numbers.setdefault(stage, []).append(number)
+        chunks = [(stage, of[i : i + CHUNK]) for stage, of in numbers.items() for i in range(0, len(of), CHUNK)]
+        losses = [0.0] * len(queries)
+        for attempt in range(ATTEMPTS):
+            chunks, error = self.try_all(chunks, queries, losses)
+            if error is None:
+                return losses
+            log.warning("a process that measures sub-networks has died; %d tasks are done again", len(chunks))
+            self.close()
+            if attempt + 1 == ATTEMPTS:
+                raise error
+            self.executor = self.start()
+        return losses
+
+    def try_all(
+        self, chunks: Sequence[tuple[int, list[int]]], queries: Sequence[Query], losses: list[float]
+    ) -> tuple[list[tuple[int, list[int]]], BrokenExecutor | None]:
+        """Measure chunks into ``losses``; those that were lost, and why."""
+        futures: list[Future[list[float]]] = []
+        lost: list[tuple[int, list[int]]] = []
+        reason: BrokenExecutor | None = None
+        for stage, numbers in chunks:
+            try:
+                futures.append(self.executor.submit(measure, self.stages[stage], [queries[n][1] for n in numbers]))
+            except BrokenExecutor as error:
+                reason = error
+                break
+        lost += chunks[len(futures) :]
+        for chunk, future in zip(chunks, futures, strict=False):
+            try:
+                for number, loss in zip(chunk[1], future.result(), strict=True):
+                    losses[number] = loss
+            except BrokenExecutor as error:
+                lost.append(chunk)
+                reason = error
+        return lost, reason
+
+    def close(self) -> None:
+        """Let the processes go."""
+        self.executor.shutdown(cancel_futures=True)
