@@ -12,6 +12,9 @@ anew each round and divided by its mean. Its unit is that of the budget: FLOPs (
 or milliseconds (GCP-ℓ). Channels of a residual stream share a mask, see ``scales``. With batch norm on, the penalty
 would mean nothing: a smaller γ is made up for by the next layer's statistics.
 
+Steps are taken in the coordinates of the paper, where W_{·k} is scaled to 1 and γ_k, β_k by s_k: a rate of η/s_k² and a
+threshold of ηλc/s_k on γ_k itself.
+
 λ and the learning rate are those of the least held-out loss after the recovery, found anew each round.
 """
 
@@ -158,12 +161,14 @@ class GCP(Method):
             momentum=config.momentum,
         )
         kept = self.scales.open.cpu() | ~self.may_go
-        weight = costs(task, kept, self.may_go).to(self.scales.gamma) * self.scales.importance()
-        self.reach = torch.where(weight > 0, self.scales.magnitudes() / weight, 0.0)
+        weight = costs(task, kept, self.may_go).to(self.scales.gamma)
+        importance = self.scales.importance()
+        self.unit = torch.where(importance > 0, importance, 1.0)
+        self.reach = torch.where(weight > 0, self.scales.magnitudes() * importance / weight, 0.0)
         reached = self.reach[self.scales.open & (weight > 0)]
         shrinking = chosen.lr * self.steps_per_half
         self.penalty = chosen.penalty * float(reached.median()) / shrinking if len(reached) and shrinking else 0.0
-        self.threshold = chosen.lr * self.penalty * weight
+        self.threshold = chosen.lr * self.penalty * weight / self.unit
 
     def phases(self, task: Task) -> Iterator[Phase]:
         """For each round and candidate: sparsify, recover."""
@@ -209,6 +214,8 @@ class GCP(Method):
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
         pairs = zip(parameters, found, strict=True)
         gradients = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs]
+        rates = self.scales.rates(self.unit)
+        gradients[:3] = [gradient * rate for gradient, rate in zip(gradients, rates, strict=False)]
         follow(self.optimizer, parameters, gradients, task.distributed)
         # One of several candidates may diverge, and loses; that of a single one stops the run by its name.
         name = "loss" if len(self.candidates) == 1 else "cross_entropy"
@@ -324,6 +331,7 @@ class GCP(Method):
             "penalty": self.penalty,
             "threshold": self.threshold.clone(),
             "reach": self.reach.clone(),
+            "unit": self.unit.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -337,7 +345,8 @@ class GCP(Method):
         self.round, self.candidate = int(state["round"]), int(state["candidate"])
         self.start, self.best = dict(state["start"]), dict(state["best"])
         self.penalty = float(state["penalty"])
-        self.threshold, self.reach = (state[name].to(self.threshold) for name in ("threshold", "reach"))
+        saved = (state[name].to(self.threshold) for name in ("threshold", "reach", "unit"))
+        self.threshold, self.reach, self.unit = saved
 
 
 def costs(task: Task, kept: Tensor, may_go: Tensor) -> Tensor:

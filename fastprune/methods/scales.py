@@ -100,6 +100,15 @@ class Scales:
         squares = squares.index_add(0, self.owner.cpu(), self.gamma.detach().cpu().double().square())[:-1]
         return (readers * torch.where(self.coupled.cpu(), squares.sqrt(), 1.0)).to(self.gamma)
 
+    def rates(self, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors of the learning rates of γ [K], β [K] and m [U] that make steps those of ``importance`` times them.
+
+        A step η along the gradient of s·γ moves γ itself by η/s² times its own gradient.
+        """
+        squares = importance.square()
+        single = torch.cat([torch.where(self.coupled, 1.0, squares), squares.new_ones(1)])[self.owner]
+        return 1 / single, 1 / single, torch.where(self.coupled, 1 / squares, 1.0)
+
     def shrink_(self, threshold: Tensor) -> None:
         """Soft thresholds [U] on γ, or on m of coupled units."""
         group_prox_(self.table, threshold)

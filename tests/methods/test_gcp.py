@@ -19,7 +19,7 @@ from fastprune.fitting import fit
 from fastprune.graph import ChannelGraph, trace
 from fastprune.masking import MaskedNetwork
 from fastprune.methods import Metrics, Task
-from fastprune.methods.filters import unit_batch_norms
+from fastprune.methods.filters import unit_batch_norms, unit_norms
 from fastprune.methods.folding import fold_constants
 from fastprune.methods.gcp import GCP, closed_by_scales, costs
 from fastprune.methods.registry import configure
@@ -129,8 +129,10 @@ def test_geometric_rounds_fall_by_a_factor() -> None:
 
 
 def test_one_step_is_a_gradient_step_and_a_soft_threshold() -> None:
-    """Plain SGD: γ' = soft(γ − η∂, ηλcs), computed here from the network's own gradients."""
-    method, task = prepared(momentum=0.0)
+    """Plain SGD on s·γ: γ' = soft(γ − η∂/s², ηλc/s), computed here from the network's own gradients."""
+    method, task = prepared(momentum=0.0, penalties=(0.05,))
+    everything = torch.ones(task.graph.num_units, dtype=torch.bool)
+    weights, reading = costs(task, everything, method.may_go), unit_norms(task.graph, task.model, roles=("in",))
     model = copy.deepcopy(task.model).eval()
     images, labels = batches(1)[0]
     nn.functional.cross_entropy(model(images), labels).backward()
@@ -138,12 +140,34 @@ def test_one_step_is_a_gradient_step_and_a_soft_threshold() -> None:
     method.scales.write()
     expand = next(group for group in task.graph.groups if "block.0" in group.producers)  # passes one batch norm
     before, slope = model.block[1].weight.detach(), model.block[1].weight.grad
-    threshold = method.threshold[expand.units]
+    scale = reading[expand.units].float()
+    threshold = (0.01 * method.penalty * weights[expand.units] / scale).float()
     assert bool((threshold > 0).all())
-    moved = before - 0.01 * slope
+    moved = before - 0.01 * slope / scale.square()
     assert torch.allclose(task.model.block[1].weight, moved.sign() * (moved.abs() - threshold).clamp(min=0), atol=1e-7)
     shift = model.block[1].bias
-    assert torch.allclose(task.model.block[1].bias, shift.detach() - 0.01 * shift.grad, atol=1e-7)
+    moved = shift.detach() - 0.01 * shift.grad / scale.square()
+    assert torch.allclose(task.model.block[1].bias, moved, atol=1e-7)
+
+
+def test_the_scores_do_not_depend_on_how_the_network_is_scaled() -> None:
+    """γ, β of a channel times 5 and its readers divided by 5 is the same network (§4.1): so is all that is trained."""
+    scores = []
+    for factor in (1.0, 5.0):
+        model = network().double()
+        with torch.no_grad():
+            model.block[1].weight[3] *= factor
+            model.block[1].bias[3] *= factor
+            model.block[3].weight[:, 3] /= factor
+        graph = trace(model, torch.zeros(2, 3, 16, 16, dtype=torch.float64))
+        task = make_task(model, graph)
+        method = GCP(configure(GCP, QUICK))
+        method.setup(task)
+        step = method.stepping(task, sparsify=True)
+        for images, labels in batches(4):
+            step(images.double(), labels)
+        scores.append(method.scales.magnitudes() * method.unit)
+    assert torch.allclose(scores[0], scores[1], rtol=1e-6)
 
 
 def test_coupled_channels_share_a_mask() -> None:
