@@ -49,9 +49,7 @@ class SuperNet:
         self.norms = [norm for norm in model.modules() if isinstance(norm, _NormBase) and norm.track_running_stats]
         for name, norm in model.named_modules():
             if norm in self.norms and norm.momentum is None:
-                raise ValueError(
-                    f"{name}: a batch norm with a cumulative average (momentum None) cannot be trained here"
-                )
+                raise ValueError(f"{name}: a batch norm of cumulative statistics (momentum None) is not supported here")
         self.training_graph = with_features(graph, model, stages, training=True)
         self.evaluation_graph = with_features(graph, model, stages, training=False)
         codegen: Any = graph.traced.evaluation.graph._codegen

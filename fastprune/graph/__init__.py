@@ -6,6 +6,7 @@ from fastprune.graph.cost import Cost
 from fastprune.graph.custom import Operator, rule
 from fastprune.graph.latency import LatencyModel
 from fastprune.graph.refusals import TraceError
+from fastprune.graph.stages import Stage, find_stages
 
 __all__ = [
     "ChannelGraph",
@@ -15,7 +16,9 @@ __all__ = [
     "Layer",
     "Operator",
     "Slice",
+    "Stage",
     "TraceError",
+    "find_stages",
     "rule",
     "trace",
 ]
