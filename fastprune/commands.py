@@ -270,7 +270,8 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     check_recipe(config, choose_device(settings.device))
     origin = pick(NetworkSettings, run.config)
     data = data_of(origin, settings.data)
-    compact = compact_of(run, origin, data)
+    torch.manual_seed(settings.seed)
+    compact = compact_of(run, origin, data, trained=not config.from_scratch)
     check_fit(compact, origin.model, data.shape, training=True)
     if peers.is_main and not values["resume"]:
         # An earlier fine-tuning's checkpoints must not outlive its recipe: a resumed run would take up the wrong one.
@@ -503,13 +504,16 @@ def fine_tuning_of(run: RunDirectory, given: set[str]) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name not in given}
 
 
-def compact_of(run: RunDirectory, origin: NetworkSettings, data: SourceData | None) -> nn.Module:
-    """The compact network of a pruning run, with its current weights."""
+def compact_of(
+    run: RunDirectory, origin: NetworkSettings, data: SourceData | None, *, trained: bool = True
+) -> nn.Module:
+    """The compact network of a pruning run, with its current weights, or cut out of a random full network."""
     if not run.plan_path.is_file():
         raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")
     full = build_model(ModelSettings(origin.model, None, origin.input), data, classes_of=str(run.model_path))
     compact = apply(PruningPlan.load(run.plan_path), full, check=False)  # verified when the run was made
-    models.load_weights(compact, run.model_path)
+    if trained:
+        models.load_weights(compact, run.model_path)
     return compact.eval()
 
 

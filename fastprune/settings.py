@@ -134,6 +134,7 @@ class FinetuneConfig(TrainConfig):
 
     lr: float = setting(0.02, "largest learning rate")
     schedule: str = setting("cosine", "shape of the learning rate: milestones or cosine")
+    from_scratch: bool = setting(False, "begin with random weights in place of the run's, as SP's paper does")
 
 
 @dataclass

@@ -4,7 +4,7 @@ A sub-network of one stage reads the full network's features at the stage's begi
 full width by a 1×1 convolution (an adaptor), are compared with the full network's at the stage's end. So the stages can
 be trained and searched apart from each other.
 
-Source: Guo et al., SP, §3.2 and eq. 7.
+Source: Zhang and Ou, SP, §3.2 and eq. 7.
 """
 
 from __future__ import annotations

@@ -411,7 +411,18 @@ def test_interrupted_prune_resumes_to_the_same_bytes(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize(
-    "command", ["train", "prune", "prune ddnp", "prune ddnp release", "prune dp", "prune sanp", "prune gcp", "finetune"]
+    "command",
+    [
+        "train",
+        "prune",
+        "prune ddnp",
+        "prune ddnp release",
+        "prune dp",
+        "prune sanp",
+        "prune gcp",
+        "prune sp",
+        "finetune",
+    ],
 )
 def test_every_command_resumes_after_every_signal(
     command: str, number: signal.Signals, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -419,12 +430,14 @@ def test_every_command_resumes_after_every_signal(
     recipe = "--epochs 3 --batch_size 16 --device cpu"
     common, _, _ = DMC.partition(" --dmc")
     ddnp = DMC.replace("dmc", "ddnp") + " --method ddnp --ddnp.epochs 4 --out {}"
+    sp = "--sp.batch_size 16 --sp.population 4 --sp.iterations 2 --sp.levels 3 --sp.images 12"
     lines = {
         "prune ddnp": ddnp,
         "prune ddnp release": f"{ddnp} --ddnp.variant release",
         "prune dp": DMC.replace("dmc", "dp") + " --method dp --dp.epochs 4 --out {}",
         "prune sanp": f"{common} --method sanp --sanp.batch_size 16 --sanp.epochs 4 --sanp.every 2 --out {{}}",
         "prune gcp": f"{common} --method gcp --gcp.batch_size 16 --gcp.rounds 2 --out {{}}",
+        "prune sp": f"{common} --method sp --sp.epochs 2 {sp} --out {{}}",
         "train": f"train --model resnet20 --data {DATA} {recipe} --out {{}}",
         "prune": f"{DMC} --dmc.epochs 4 --out {{}}",
         "finetune": f"finetune {recipe} --run {{}}",

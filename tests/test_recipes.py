@@ -49,6 +49,8 @@ P = {
 EVERYWHERE = {f"gcp-{name}-imagenet" for name in ("resnet18", "resnet50d", "resnet101d")} | {
     *(f"gcp-resnet50d-imagenet-{name}" for name in ("high", "higher", "highest")),
     "gcp-resnet101d-imagenet-low",
+    *("sp-resnet56-cifar10", "sp-resnet50-imagenet", "sp-resnet50-imagenet-1g"),
+    *(f"sp-mobilenet{name}" for name in ("v1-imagenet", "v1-imagenet-41m", "v2-imagenet", "v2-imagenet-43m")),
 }
 """They prune all channels, so that their budgets are parts of the whole network and there is no p."""
 
@@ -62,7 +64,7 @@ def test_says_everything_and_nothing_wrong(name: str) -> None:
     recipe = read_recipe(path_of(name))
     method, architecture, dataset, *_ = name.split("-")
     assert recipe.method == method
-    assert re.sub(r"[\W_]|torchvision|timm|cifar", "", recipe.settings["model"]) == architecture
+    assert re.sub(r"_100$|[\W_]|torchvision|timm|cifar", "", recipe.settings["model"]) == architecture
     assert recipe.settings.get("image_size", 32) == (224 if dataset == "imagenet" else 32)
     # The budget of the whole network is what the paper's row leaves.
     reduction = recipe.sections["paper"]["flops_reduction"]

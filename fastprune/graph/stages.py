@@ -58,7 +58,7 @@ def find_stages(graph: ChannelGraph, ends: Sequence[str] = ()) -> tuple[Stage, .
     Raises:
         ValueError: for a network without stages; for a name of no module, or of one that not all data passes.
 
-    Source: Guo et al., SP ("stages by resolution": 4 in ResNets, 5 in MobileNets). Where exactly they end is not said.
+    Source: Zhang and Ou, SP (by resolution: 4 in ResNets, 5 in MobileNets). Where exactly they end is not said.
     """
     traced = graph.traced.evaluation
     points = passes(traced)

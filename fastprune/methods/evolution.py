@@ -1,6 +1,6 @@
 """Evolutionary search over vectors of choices under a constraint, by asking for candidates and being told their losses.
 
-Source: Guo et al., SP, Alg. 2 and 3. What they leave open is marked "ours" in docs/decisions.md.
+Source: Zhang and Ou, SP, Alg. 2 and 3. What they leave open is marked "ours" in docs/decisions.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage-wise channel pruning (SP; Guo et al.): a super-net trained stage by stage, then a search over quotas of stages.
+"""Stage-wise channel pruning (SP; Zhang and Ou): a super-net trained stage by stage, then a search over their quotas.
 
 The network is cut into stages by the resolution of its features. Its weights train as a super-net: in each step
 
@@ -73,7 +73,7 @@ class SP(Method):
     """Search the widths of each stage by how well it imitates the full network's."""
 
     name = "sp"
-    paper = "Guo et al., SP: Stage-wise Channel Pruning"
+    paper = "Zhang and Ou, Stage-wise Channel Pruning for Model Compression"
     needs_data = True
     trains_weights = True
     Config: ClassVar[type[Any]] = SPConfig

@@ -1,0 +1,233 @@
+"""SP: one update from three passes, and a search that is the same wherever it is measured."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastprune as fp
+from fastprune.budget import Budget, BudgetError
+from fastprune.distributed import Distributed
+from fastprune.engine import HeldOut, Placement
+from fastprune.limits import Limits
+from fastprune.methods import Task
+from fastprune.methods.contract import Rounds
+from fastprune.methods.registry import configure
+from fastprune.methods.sp import SP
+from fastprune.methods.stage_losses import Elsewhere, Here, Query, StageData
+from fastprune.supernet import SuperNet
+from fastprune.testing import check_method, network, sample_data, traced
+
+QUICK: dict[str, Any] = {
+    "epochs": 1, "batch_size": 32, "population": 6, "iterations": 2, "parents": 3, "levels": 5, "images": 16,
+}  # fmt: skip
+
+
+def prepared(budget: str = "flops=0.5", limits: Limits | None = None, **options: Any) -> tuple[SP, Task]:
+    task = Task(
+        network(),
+        traced(),
+        Budget.parse(budget),
+        limits or Limits(),
+        seed=3,
+        data=HeldOut(sample_data(), Placement(), Distributed()),
+        rng=torch.Generator().manual_seed(3),
+    )
+    method = SP(configure(SP, {**QUICK, **options}))
+    method.setup(task)
+    return method, task
+
+
+def searched(method: SP, task: Task) -> SP:
+    for phase in method.phases(task):
+        while isinstance(phase, Rounds) and len(set(phase.progress())) == 2:
+            phase.round()
+    return method
+
+
+@pytest.mark.slow
+def test_contract() -> None:
+    check_method(SP, **QUICK)
+
+
+@pytest.mark.slow
+def test_contract_in_two_processes() -> None:
+    check_method(SP, distributed=True, **QUICK)
+
+
+def test_a_step_is_one_update_with_the_gradients_of_three_passes() -> None:
+    method, task = prepared(momentum=0.0, weight_decay=0.0, lr=0.1)
+    task.model.train()
+    images, labels = next(iter(sample_data().batches("train", 32)))
+    state = task.rng.get_state()
+    random = method.mask([method.random_widths(task, choices) for choices in method.choices], task)
+    smallest = method.mask([tuple(c[0] for c in choices) for choices in method.choices], task)
+    assert not torch.equal(random, smallest)
+    net = SuperNet(task.graph, (model := network().train()), method.stages, task.seed)
+    features, outputs = net.full(images)
+    loss = nn.functional.cross_entropy(outputs, labels)
+    for mask in (random, smallest):
+        for number in range(len(method.stages)):
+            loss = loss + net.distance(number, features[number], features[number + 1], mask)
+    loss.backward()
+    wanted = {n: p.detach() - 0.1 * p.grad for n, p in model.named_parameters() if p.grad is not None}
+    fitted = [a.weight.detach() - 0.1 * a.weight.grad for a in net.adaptors]  # type: ignore[operator]
+    task.rng.set_state(state)
+    metrics = method.step(task, images, labels)
+    found = dict(task.model.named_parameters())
+    assert wanted.keys() == {name for name, parameter in found.items() if parameter.requires_grad}
+    for name, value in wanted.items():
+        assert torch.allclose(found[name], value, atol=1e-6), name
+    for own, value in zip(method.net.adaptors, fitted, strict=True):
+        assert torch.allclose(own.weight, value, atol=1e-6)  # type: ignore[arg-type]
+    assert float(metrics["smallest_loss"]) > 0
+    buffers = dict(task.model.named_buffers())
+    assert all(torch.allclose(buffers[name], buffer, atol=1e-6) for name, buffer in model.named_buffers())
+
+
+def test_widths_are_31_parts_and_keep_to_the_limits() -> None:
+    method, task = prepared()
+    pairs = zip(sum(method.groups, ()), sum(method.choices, ()), strict=True)
+    by_size = {task.graph.groups[g].size: widths for g, widths in pairs}
+    assert len(by_size[128]) == 31
+    assert by_size[128][:3] == (12, 16, 20)
+    assert by_size[128][-1] == 128
+    method, task = prepared(limits=Limits(round_to=8, keep_ratios={"block.0": (0.25, 0.75)}))
+    for groups, choices in zip(method.groups, method.choices, strict=True):
+        for g, widths in zip(groups, choices, strict=True):
+            allowed = task.limits.widths(task.graph)[g]
+            assert all(width in allowed for width in widths)
+    smallest = method.mask([tuple(c[0] for c in choices) for choices in method.choices], task)
+    block = next(group for group in task.graph.groups if "block.0" in group.producers)
+    assert int(smallest[block.units].sum()) == 32
+
+
+def test_only_the_chosen_channels_go() -> None:
+    inside, task = prepared("flops=0.7", groups="interior")
+    streams = [group.units for group in task.graph.groups if group.kind == "stream"]
+    assert streams
+    assert not any(bool(inside.may_go[units].any()) for units in streams)
+    kept, task = prepared(last_features=False)
+    last = next(group for group in task.graph.groups if "classifier" in group.consumers)
+    assert not bool(kept.may_go[last.units].any())
+    assert bool(prepared()[0].may_go[last.units].all())
+
+
+def stage_data() -> tuple[list[StageData], list[Query]]:
+    method, task = prepared()
+    features = method.net.features(next(iter(sample_data().batches("train", 16)))[0])
+    data = [StageData(part.slices, features[n], features[n + 1]) for n, part in enumerate(method.net.parts)]
+    generator = torch.Generator().manual_seed(0)
+    queries: list[Query] = []
+    for number, part in enumerate(method.net.parts):
+        for _ in range(10):
+            choices = [c if n == number else [] for n, c in enumerate(method.choices)]
+            widths = [tuple(w[int(torch.randint(len(w), (), generator=generator))] for w in c) for c in choices]
+            widths = [w or tuple(c[-1] for c in own) for w, own in zip(widths, method.choices, strict=True)]
+            queries.append((number, part.own_mask(method.mask(widths, task))))
+    return data, queries
+
+
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def pool(workers: int) -> Executor:
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=one_thread)
+
+
+@pytest.mark.slow
+def test_processes_measure_the_same_and_those_that_die_lose_nothing(tmp_path: Path) -> None:
+    data, queries = stage_data()
+    wanted = Here(data, Distributed())(queries)
+    assert len(set(wanted)) == len(wanted)
+    executors: list[Executor] = []
+
+    def start() -> Executor:
+        executors.append(pool(2))
+        return executors[-1]
+
+    elsewhere = Elsewhere(data, tmp_path, start)
+    try:
+        assert elsewhere(queries) == wanted
+        os.kill(next(iter(executors[0]._processes)), signal.SIGKILL)  # type: ignore[attr-defined]
+        assert elsewhere(queries) == wanted
+        assert len(executors) == 2
+    finally:
+        elsewhere.close()
+
+
+class Dying(ThreadPoolExecutor):
+    """Its first tasks end well, the others find their process dead."""
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__(1)
+        self.left = tasks
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise BrokenExecutor("dead")
+        return super().submit(fn, *args, **kwargs)
+
+
+def test_what_was_measured_before_a_process_died_is_not_measured_again(tmp_path: Path) -> None:
+    data, queries = stage_data()
+    lives = iter([2, 1, 100])
+    elsewhere = Elsewhere(data, tmp_path, lambda: Dying(next(lives)))
+    assert elsewhere(queries) == Here(data, Distributed())(queries)
+    hopeless = Elsewhere(data, tmp_path, lambda: Dying(0))
+    with pytest.raises(BrokenExecutor, match="dead"):
+        hopeless(queries)
+
+
+@pytest.mark.slow
+def test_one_process_and_four_find_the_same_plan() -> None:
+    masks = []
+    for workers in (0, 1, 4):
+        method, task = prepared(workers=workers)
+        masks.append(searched(method, task).plan(task).mask)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+
+
+def test_the_search_is_told_the_features_of_the_full_network() -> None:
+    method, task = prepared()
+    searched(method, task)
+    assert method.search.finished
+    best = method.search.best
+    features = method.net.features(task.data.held_out_images(16))  # type: ignore[union-attr]
+    mask = method.mask(best, task)
+    total = 0.0
+    with torch.no_grad():
+        for number in range(len(method.stages)):
+            total += float(method.net.distance(number, features[number], features[number + 1], mask))
+    assert total == pytest.approx(min(loss for loss, _, _ in method.search.results), rel=1e-5)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(BudgetError, match="remains"):
+        prepared("params=0.002")
+    with pytest.raises(ValueError, match="stages 'nowhere': no point"):
+        prepared(stages=("nowhere",))
+    _, task = prepared()
+    task.distributed = Distributed(0, 2)
+    with pytest.raises(ValueError, match="give workers 0"):
+        SP(configure(SP, {**QUICK, "workers": 2})).setup(task)
+
+
+def test_from_the_front_door() -> None:
+    example = torch.zeros(1, 3, 16, 16)
+    result = fp.prune(network(), example, method="sp", budget="flops=0.6", data=sample_data(), **QUICK)
+    search = result.metrics["search"]
+    assert search["measured"] > 0
+    assert result.plan.macs[1] <= 0.6 * result.plan.macs[0]
+    assert all(list(kept) == list(range(len(kept))) for kept in result.plan.keep.values())  # the first of each group
