@@ -25,10 +25,12 @@ from fastprune.bench.run import (
     KernelBenchSettings,
     SearchBenchSettings,
     StepBenchSettings,
+    SubnetsBenchSettings,
     bench_align,
     bench_kernels,
     bench_search,
     bench_step,
+    bench_subnets,
 )
 from fastprune.bench.trace import TraceBenchSettings, bench_trace
 from fastprune.budget import Budget
@@ -410,6 +412,11 @@ def run_bench_align(values: dict[str, Any], given: set[str]) -> int:
     return timed(lambda: bench_align(pick(AlignBenchSettings, values)))
 
 
+def run_bench_subnets(values: dict[str, Any], given: set[str]) -> int:
+    """Time the evaluations of SP's search on slices of the weights, and behind masks."""
+    return timed(lambda: bench_subnets(pick(SubnetsBenchSettings, values)))
+
+
 def run_bench_coverage(values: dict[str, Any], given: set[str]) -> int:
     """Prune a long list of networks by half, and say which cannot be."""
     coverage(pick(CoverageSettings, values))
@@ -597,6 +604,7 @@ COMMANDS: dict[str, Command] = {
     "bench step": Command(run_bench_step, (StepBenchSettings,)),
     "bench search": Command(run_bench_search, (SearchBenchSettings,)),
     "bench align": Command(run_bench_align, (AlignBenchSettings,)),
+    "bench subnets": Command(run_bench_subnets, (SubnetsBenchSettings,)),
     "bench coverage": Command(run_bench_coverage, (CoverageSettings,)),
     "bench trace": Command(run_bench_trace, (TraceBenchSettings,)),
     "bench latency": Command(run_bench_latency, (LatencyBenchSettings,)),

@@ -13,18 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph, Slice
+from fastprune.graph.interior import ACTIVATIONS
 from fastprune.graph.interpret import run_on_labels
-from fastprune.graph.labels import IntArray
-from fastprune.graph.propagate import Propagation
+from fastprune.graph.labels import IntArray, core
+from fastprune.graph.propagate import Computed, Propagation
 from fastprune.graph.regions import modes_kept
-from fastprune.graph.rewrite import Rewritten, rewrite
+from fastprune.graph.rewrite import Rewritten, argument_of, rewrite
+from fastprune.graph.rules import operator_name
 from fastprune.graph.tracing import attribute_of
 from fastprune.masking import make_out_of_place, share_tensors
 
+# Operators that are written the same way for any number of channels.
+WIDTHLESS = {
+    *("conv1d", "conv2d", "conv3d", "linear", "batch_norm", "add", "mul", "cat", "dropout"),
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean"),
+    *ACTIVATIONS,
+}
 REMEMBERED = 8  # rewritten graphs, the least recently used goes first
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -59,6 +67,8 @@ class SubNetworks:
         self._pieces: dict[str, list[Slice]] = {}
         for piece in graph.slices:
             self._pieces.setdefault(piece.tensor, []).append(piece)
+        sliced = [node for node in self.source.graph.nodes if node.op == "call_function" and self.reads_units(node)]
+        self._one_for_all = not any(node in self._selections or not is_widthless(node) for node in sliced)
         self._written: OrderedDict[bytes, Rewritten] = OrderedDict()
 
     def __call__(self, *inputs: Any, mask: Tensor) -> Any:
@@ -70,8 +80,8 @@ class SubNetworks:
             return pytree.tree_unflatten(written.module(*inputs, *tensors, *indices), written.results)
 
     def written(self, mask: Tensor) -> Rewritten:
-        """The graph of a sub-network."""
-        key = mask.numpy().tobytes()
+        """The graph of a sub-network; one for all of them where nothing in it depends on the number of channels."""
+        key = b"" if self._one_for_all else mask.numpy().tobytes()
         if key not in self._written:
             keep = np.append(mask.numpy(), True)[self._unit_of_label]  # of labels that belong to no unit: True
             self._written[key] = rewrite(self.source, self._labels, self._selections, keep)
@@ -79,6 +89,13 @@ class SubNetworks:
                 self._written.popitem(last=False)
         self._written.move_to_end(key)
         return self._written[key]
+
+    def reads_units(self, node: Node) -> bool:
+        """Whether a node reads or makes channels that may go."""
+        values = [self._labels.get(touched) for touched in (node, *node.all_input_nodes)]
+        labels = [x for x in pytree.tree_leaves(values) if isinstance(x, (Tensor, Computed))]
+        parts = [part for x in labels for part in (x.parts if isinstance(x, Computed) else (x,))]
+        return any(bool((self._unit_of_label[core(part).numpy()] >= 0).any()) for part in parts)
 
     def slice(self, name: str, mask: Tensor) -> Tensor:
         """A tensor of the network with the indices that stay; a view of it where they lie next to each other."""
@@ -91,6 +108,12 @@ class SubNetworks:
             else:
                 tensor = tensor.index_select(piece.dim, kept.to(tensor.device))
         return tensor
+
+
+def is_widthless(node: Node) -> bool:
+    """Whether a node would be the same for any number of channels; a depthwise convolution has its number of groups."""
+    grouped = "conv" in operator_name(node) and argument_of(node, "groups") != 1
+    return operator_name(node) in WIDTHLESS and not grouped
 
 
 def unit_of_label(graph: ChannelGraph, state: Propagation) -> IntArray:

@@ -76,14 +76,41 @@ def test_the_first_channels_are_views() -> None:
     assert weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-def test_changed_weights_are_seen_and_graphs_are_kept_for_the_last_masks() -> None:
+def test_changed_weights_are_seen() -> None:
     model, graph, networks, images = prepared("resnet20")
     mask = first_half(graph)
     with torch.no_grad():
         first = networks(images, mask=mask)
-        written = networks.written(mask)
         model.fc.bias.add_(1.0)
         assert torch.allclose(networks(images, mask=mask), first + 1)
+
+
+def test_a_graph_is_written_once_where_it_depends_on_no_width() -> None:
+    class Plain(nn.Module):
+        def __init__(self, groups: int) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+            self.deep, self.last = nn.Conv2d(8, 8, 3, groups=groups), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.deep(self.norm(self.first(x)).relu())).mean((2, 3))
+
+    for groups in (1, 8):
+        model = Plain(groups).double()
+        images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+        graph = fp.trace(model, images)
+        networks = SubNetworks(graph, model)
+        masks = [torch.arange(graph.num_units) % 8 < width for width in (3, 5)]
+        assert (networks.written(masks[0]) is networks.written(masks[1])) == (groups == 1)
+        for mask in masks:
+            wanted = fp.apply(graph.plan(mask), model).train()(images)
+            assert torch.allclose(networks(images, mask=mask), wanted, rtol=1e-10)
+
+
+def test_graphs_are_kept_for_the_last_masks() -> None:
+    _, graph, networks, _ = prepared("torchvision:mobilenet_v3_small")
+    mask = first_half(graph)
+    written = networks.written(mask)
     assert networks.written(mask.clone()) is written
     for unit in range(20):
         other = mask.clone()

@@ -44,13 +44,13 @@ def test_the_full_stages_under_identity_adaptors_have_no_loss(name: str) -> None
         assert torch.allclose(buffer, wanted, rtol=1e-10)
     everything = torch.ones(graph.num_units, dtype=torch.bool)
     for number in range(len(net.stages)):
-        assert float(net.distance(number, features[number], features[number + 1], everything)) < 1e-20
+        assert float(net.distance(number, features[number], features[number + 1], everything).detach()) < 1e-20
     half = everything.clone()
     for group in graph.groups:
         half[group.start + max(1, group.size // 2) : group.start + group.size] = False
     for number, stage in enumerate(net.stages):
         if stage.groups:
-            assert float(net.distance(number, features[number], features[number + 1], half)) > 1e-6
+            assert float(net.distance(number, features[number], features[number + 1], half).detach()) > 1e-6
 
 
 def test_distillation_trains_the_stage_alone_and_not_the_running_statistics() -> None:

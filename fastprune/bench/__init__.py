@@ -6,7 +6,17 @@ and a line in ``KERNELS``. Agreement, timing, ceilings, tables and JSON are the 
 
 from collections.abc import Callable, Iterable
 
-from fastprune.bench import align, gates, group_prox, masked_bn_act, masked_conv_bn_act, search, step, topk_mask
+from fastprune.bench import (
+    align,
+    gates,
+    group_prox,
+    masked_bn_act,
+    masked_conv_bn_act,
+    search,
+    step,
+    subnets,
+    topk_mask,
+)
 from fastprune.bench.case import OURS, Attempted, BenchmarkError, Case, Compiled
 
 KERNELS: dict[str, Callable[..., Iterable[Case]]] = {
@@ -27,4 +37,18 @@ SEARCH: dict[str, Callable[..., Iterable[Case]]] = {"search": search.cases}
 TRAINING: dict[str, Callable[..., Iterable[Case]]] = {"align": align.cases}
 """What a method adds to a step of training."""
 
-__all__ = ["KERNELS", "OURS", "SEARCH", "STEP", "TRAINING", "Attempted", "BenchmarkError", "Case", "Compiled"]
+EVALUATIONS: dict[str, Callable[..., Iterable[Case]]] = {"subnets": subnets.cases}
+"""What a search by evolution does again and again."""
+
+__all__ = [
+    "EVALUATIONS",
+    "KERNELS",
+    "OURS",
+    "SEARCH",
+    "STEP",
+    "TRAINING",
+    "Attempted",
+    "BenchmarkError",
+    "Case",
+    "Compiled",
+]

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from fastprune import atomic
-from fastprune.bench import KERNELS, SEARCH, STEP, TRAINING, report
+from fastprune.bench import EVALUATIONS, KERNELS, SEARCH, STEP, TRAINING, report
 from fastprune.bench.align import overheads
 from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
@@ -94,6 +94,11 @@ class AlignBenchSettings(BenchSettings):
     """Time what SANP adds to a step of training."""
 
 
+@dataclass
+class SubnetsBenchSettings(BenchSettings):
+    """Time the evaluations of SP's search."""
+
+
 def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
     """Time kernels; see ``bench``."""
     return bench(settings, {name: KERNELS[name] for name in settings.only or KERNELS})
@@ -116,6 +121,11 @@ def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
 def bench_align(settings: AlignBenchSettings) -> dict[str, Any]:
     """Time what SANP adds to a step of training; see ``bench``. The document says the ``overheads``, too."""
     return bench(settings, TRAINING)
+
+
+def bench_subnets(settings: SubnetsBenchSettings) -> dict[str, Any]:
+    """Time the evaluations of SP's search; see ``bench``."""
+    return bench(settings, EVALUATIONS)
 
 
 def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterable[Case]]]) -> dict[str, Any]:
@@ -264,4 +274,7 @@ def main(name: str) -> None:
             "type": {"seed": int, "seconds": float, "compile_seconds": float}.get(f.name, str)
         }
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **flag)
-    bench(BenchSettings(**vars(parser.parse_args())), {name: {**KERNELS, **STEP, **SEARCH, **TRAINING}[name]})
+    bench(
+        BenchSettings(**vars(parser.parse_args())),
+        {name: {**KERNELS, **STEP, **SEARCH, **TRAINING, **EVALUATIONS}[name]},
+    )
