@@ -12,8 +12,8 @@ anew each round and divided by its mean. Its unit is that of the budget: FLOPs (
 or milliseconds (GCP-ℓ). Channels of a residual stream share a mask, see ``scales``. With batch norm on, the penalty
 would mean nothing: a smaller γ is made up for by the next layer's statistics.
 
-Steps are taken in the coordinates of the paper, where W_{·k} is scaled to 1 and γ_k, β_k by s_k: a rate of η/s_k² and a
-threshold of ηλc/s_k on γ_k itself.
+Steps are taken in the coordinates of the paper, where W_{·k} is scaled to the same norm for all k, and γ_k, β_k by s_k:
+a rate of η/s_k² and a threshold of ηλc/s_k on γ_k itself, with s_k relative to the median.
 
 λ and the learning rate are those of the least held-out loss after the recovery, found anew each round.
 """
@@ -58,7 +58,7 @@ class GCPConfig:
     batch_size: int = option(128, "samples per step over all processes together", minimum=1)
     augment: bool = option(True, "apply the data set's training augmentation")
     penalties: tuple[float, ...] = option(
-        (0.1, 0.3, 1.0), "λ to try, as parts of what would carry the median channel to zero in one half of a round"
+        (0.03, 0.1, 0.3), "λ to try, as parts of what would carry the median channel to zero in one half of a round"
     )
     learning_rates: tuple[float, ...] = option((0.01,), "of SGD, to try with each λ")
     momentum: float = option(0.9, "of SGD", minimum=0.0, maximum=0.999)
@@ -163,8 +163,9 @@ class GCP(Method):
         kept = self.scales.open.cpu() | ~self.may_go
         weight = costs(task, kept, self.may_go).to(self.scales.gamma)
         importance = self.scales.importance()
-        self.unit = torch.where(importance > 0, importance, 1.0)
-        self.reach = torch.where(weight > 0, self.scales.magnitudes() * importance / weight, 0.0)
+        usual = importance[self.scales.open & (importance > 0)].median().nan_to_num(1.0)
+        self.unit = torch.where(importance > 0, importance / usual, 1.0)
+        self.reach = torch.where(weight > 0, self.scales.magnitudes() * self.unit / weight, 0.0)
         reached = self.reach[self.scales.open & (weight > 0)]
         shrinking = chosen.lr * self.steps_per_half
         self.penalty = chosen.penalty * float(reached.median()) / shrinking if len(reached) and shrinking else 0.0

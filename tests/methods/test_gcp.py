@@ -128,11 +128,18 @@ def test_geometric_rounds_fall_by_a_factor() -> None:
     assert method.limit_of_round(task) == pytest.approx(0.5 * float(task.budget.cost(task.graph)))
 
 
+def usual_importance(method: GCP) -> Tensor:
+    """The median of s; that of a coupled channel is times the norm of its γ."""
+    importance = method.scales.importance()
+    return importance[importance > 0].median()
+
+
 def test_one_step_is_a_gradient_step_and_a_soft_threshold() -> None:
-    """Plain SGD on s·γ: γ' = soft(γ − η∂/s², ηλc/s), computed here from the network's own gradients."""
+    """Plain SGD on s·γ: γ' = soft(γ − η∂/s², ηλc/s), s relative to its median, by the network's own gradients."""
     method, task = prepared(momentum=0.0, penalties=(0.05,))
     everything = torch.ones(task.graph.num_units, dtype=torch.bool)
     weights, reading = costs(task, everything, method.may_go), unit_norms(task.graph, task.model, roles=("in",))
+    usual = usual_importance(method)
     model = copy.deepcopy(task.model).eval()
     images, labels = batches(1)[0]
     nn.functional.cross_entropy(model(images), labels).backward()
@@ -140,7 +147,7 @@ def test_one_step_is_a_gradient_step_and_a_soft_threshold() -> None:
     method.scales.write()
     expand = next(group for group in task.graph.groups if "block.0" in group.producers)  # passes one batch norm
     before, slope = model.block[1].weight.detach(), model.block[1].weight.grad
-    scale = reading[expand.units].float()
+    scale = (reading[expand.units] / usual).float()
     threshold = (0.01 * method.penalty * weights[expand.units] / scale).float()
     assert bool((threshold > 0).all())
     moved = before - 0.01 * slope / scale.square()
@@ -178,11 +185,12 @@ def test_coupled_channels_share_a_mask() -> None:
     nn.functional.cross_entropy(model(images), labels).backward()
     norms = model.expand[1], model.depthwise[1]
     slope = sum(p.detach() * p.grad for norm in norms for p in (norm.weight, norm.bias))
-    method.stepping(task, sparsify=True)(images, labels)
     group = next(group for group in task.graph.groups if "expand.0" in group.producers)
+    scale = method.scales.importance()[group.units] / usual_importance(method)
+    method.stepping(task, sparsify=True)(images, labels)
     assert bool(method.scales.coupled[group.units].all())
     mask = method.scales.mask.detach()[group.units]
-    assert torch.allclose(mask, 1 - 0.01 * slope, atol=1e-6)
+    assert torch.allclose(mask, 1 - 0.01 * slope / scale.square(), atol=1e-6)
     method.scales.write()
     expected = mask * (norms[1].weight - 0.01 * norms[1].weight.grad)
     assert torch.allclose(task.model.depthwise[1].weight, expected, atol=1e-6)
