@@ -109,18 +109,20 @@ class HeldOut:
         """Steps of one epoch over all training samples, or over ``samples`` of them."""
         return self.data.steps("train", batch_size, samples=samples, distributed=self.distributed)
 
-    def held_out_images(self, count: int) -> Tensor:
-        """The first held-out images, at most ``count``, on the placement's device, [n, C, H, W]."""
-        parts: list[Tensor] = []
+    def held_out_batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first held-out images [n, C, H, W], at most ``count``, and their labels [n]; the same on every rank."""
+        images: list[Tensor] = []
+        labels: list[Tensor] = []
         missing = min(count, self.held_out)
         if missing < 1:
             raise ValueError(f"data {self.data.name!r}: nothing is held out")
-        for images, _ in self.data.batches("held_out", self.batch_size, complete=True):
-            parts.append(self.placement.images(images[:missing]))
-            missing -= len(parts[-1])
+        for some, classes in self.data.batches("held_out", self.batch_size, complete=True):
+            images.append(self.placement.images(some[:missing]))
+            labels.append(self.placement.labels(classes[:missing]))
+            missing -= len(labels[-1])
             if missing == 0:
                 break
-        return torch.cat(parts)
+        return torch.cat(images), torch.cat(labels)
 
     def accuracy(self, network: Callable[[Tensor], Tensor]) -> float:
         """Top-1 accuracy in [0, 1] of ``network`` on the held-out part of the training set, over all ranks."""

@@ -43,8 +43,8 @@ class TaskData(Protocol):
     def steps(self, batch_size: int, samples: int | None = None) -> int:
         """Steps of one epoch over all training samples, or over ``samples`` of them."""
 
-    def held_out_images(self, count: int) -> Tensor:
-        """The first held-out images, at most ``count``, on the task's device, [n, C, H, W]; the same on every rank.
+    def held_out_batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first held-out images [n, C, H, W], at most ``count``, and their labels [n]; the same on every rank.
 
         Raises:
             ValueError: where nothing is held out.

@@ -36,12 +36,20 @@ from fastprune.methods.evolution import EvolutionSettings
 from fastprune.methods.gated import TOLERANCE, gated_units
 from fastprune.methods.options import option
 from fastprune.methods.stage_losses import Elsewhere, Here, StageData
-from fastprune.methods.stage_search import StageSearch, StageWidths, Widths
+from fastprune.methods.stage_search import StageSearch, StageWidths
+from fastprune.methods.widths import (
+    Widths,
+    average_gradients,
+    choices_of,
+    first_units,
+    fitted,
+    random_widths,
+    share_statistics,
+    units_of,
+)
 from fastprune.plan import PruningPlan
 from fastprune.supernet import SuperNet
 from fastprune.weight_training import WeightOptions, WeightTraining, classification_loss
-
-LEAST, STEP = 0.10, 0.03  # of the widths' ratios: 31 from 0.10 to 1
 
 
 @dataclass(frozen=True)
@@ -94,12 +102,10 @@ class SP(Method):
             raise ValueError("sp: sub-networks are compared on held-out images, but nothing is held out")
         self.stages = find_stages(graph, config.stages)
         self.groups = [self.groups_of(task, stage) for stage in self.stages]
-        self.may_go = torch.zeros(graph.num_units, dtype=torch.bool)
-        for number in (number for groups in self.groups for number in groups):
-            self.may_go[graph.groups[number].units] = True
+        self.may_go = units_of(graph, sum(self.groups, ()))
         # Raises before a training that cannot succeed.
         fit(graph, task.budget, torch.zeros(graph.num_units), prunable=self.may_go, limits=task.limits)
-        self.choices = [self.widths_of(task, groups) for groups in self.groups]
+        self.choices = [choices_of(task, groups) for groups in self.groups]
         self.net = SuperNet(graph, task.model, self.stages, task.seed)
         self.training = WeightTraining(
             nn.ModuleList([task.model, self.net.adaptors]),
@@ -120,17 +126,6 @@ class SP(Method):
             behind = {layer.name for layer in graph.layers} - {layer.name for s in self.stages for layer in s.layers}
             chosen = [g for g in chosen if not behind & set(graph.groups[g].consumers)]
         return tuple(chosen)
-
-    def widths_of(self, task: Task, groups: Sequence[int]) -> tuple[Widths, ...]:
-        """The widths of each group: 31 parts of its units, as far as they are allowed."""
-        allowed = task.limits.widths(task.graph)
-        ratios = np.append(np.arange(LEAST, 1 - STEP / 2, STEP), 1.0)
-        found = []
-        for g in groups:
-            widths = allowed[g]
-            wanted = [widths.at_most(max(1, int(ratio * widths.size + 1e-9))) for ratio in ratios]
-            found.append(tuple(sorted({min(max(w, widths.least), widths.most) for w in wanted})))
-        return tuple(found)
 
     # --- the super-net ------------------------------------------------------------------------------------------------
 
@@ -158,7 +153,7 @@ class SP(Method):
         loss, scores = classification_loss(outputs, labels, self.config.label_smoothing)
         with torch.autocast(images.device.type, enabled=False):  # each gradient takes the precision of its forward
             loss.backward()
-        random = self.mask([self.random_widths(task, choices) for choices in self.choices], task)
+        random = self.mask([random_widths(choices, task.rng) for choices in self.choices], task)
         smallest = self.mask([tuple(c[0] for c in choices) for choices in self.choices], task)
         metrics: dict[str, float | Tensor] = {
             "loss": loss.detach(),
@@ -166,7 +161,7 @@ class SP(Method):
         }
         for name, mask in (("random_loss", random), ("smallest_loss", smallest)):
             metrics[name] = self.distil(features, mask)
-        average(self.training.model, task.distributed)
+        average_gradients(self.training.model, task.distributed)
         self.training.update()
         return metrics
 
@@ -180,25 +175,14 @@ class SP(Method):
             total += loss.detach()
         return total
 
-    def random_widths(self, task: Task, choices: Sequence[Widths]) -> Widths:
-        """One of its widths for each group."""
-        return tuple(widths[int(torch.randint(len(widths), (), generator=task.rng))] for widths in choices)
-
     def mask(self, widths: Sequence[Widths], task: Task) -> Tensor:
-        """The mask [U] of the sub-network of these widths, which keeps the first units of each group."""
-        mask = torch.ones(task.graph.num_units, dtype=torch.bool)
-        for groups, of_stage in zip(self.groups, widths, strict=True):
-            for g, width in zip(groups, of_stage, strict=True):
-                group = task.graph.groups[g]
-                mask[group.start + width : group.start + group.size] = False
-        return mask
+        """The mask [U] of the sub-network of these widths, by stage."""
+        return first_units(task.graph, sum(self.groups, ()), sum(widths, ()))
 
     def end_epoch(self, task: Task, epoch: int) -> Metrics:
         """Give all ranks the same statistics; the held-out accuracy of the full network, when due."""
         assert task.data is not None
-        if task.distributed.world_size > 1:
-            for buffer in task.model.buffers():
-                task.distributed.broadcast_(buffer)
+        share_statistics(task.model, task.distributed)
         every = self.config.evaluate_every
         if every and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs):
             return {"held_out_accuracy": task.data.accuracy(task.model)}
@@ -265,7 +249,7 @@ class SP(Method):
     def make_measure(self, task: Task, stack: ExitStack) -> Here | Elsewhere:
         """Save the full network's features, on one batch and with its statistics, and start the workers."""
         assert task.data is not None
-        features = self.net.features(task.data.held_out_images(self.config.images))
+        features = self.net.features(task.data.held_out_batch(self.config.images)[0])
         data = [
             StageData(part.slices, features[number], features[number + 1]) for number, part in enumerate(self.net.parts)
         ]
@@ -288,14 +272,10 @@ class SP(Method):
 
     def plan(self, task: Task) -> PruningPlan:
         """The widths that were found; where they miss the budget, some more or fewer channels in their order."""
-        graph = task.graph
         mask = self.mask(self.search.best, task)
-        scores = torch.where(mask, 2.0, 0.0).double()
-        for group in graph.groups:
-            scores[group.units] -= torch.arange(group.size).double() / group.size
-        kept = fit(graph, task.budget, scores, prunable=self.may_go, limits=task.limits)
+        kept = fitted(task, mask, self.may_go)
         self._changed = int((kept != mask).sum())
-        return graph.plan(kept)
+        return task.graph.plan(kept)
 
     def results(self) -> Metrics:
         """What the search has measured, its least loss, and how many channels the budget changed afterwards."""
@@ -320,12 +300,3 @@ class SP(Method):
             raise ValueError(f"sp: the state is of other stages ({error})") from error
         self.training.load_state_dict(state["training"])
         self.search.load_state_dict(state["search"])
-
-
-def average(model: nn.Module, peers: Distributed) -> None:
-    """Replace the gradients by their means over ranks."""
-    if peers.world_size > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([len(g.flatten()) for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastprune.methods.evolution import Evolution, EvolutionSettings, Gene, Genes
+from fastprune.methods.widths import Widths
 
 Floats = npt.NDArray[np.float64]
-Widths = tuple[int, ...]  # kept units of each group of a stage
-
 Measure = Callable[[Sequence[tuple[int, Widths]]], Sequence[float]]
 """The losses of sub-networks, each a stage and its widths."""
 

@@ -240,6 +240,21 @@ def test_held_out_accuracy_for_methods() -> None:
         evaluate(net, load_data("synthetic:1x8x8:4:90", held_out=0), "held_out")
 
 
+@pytest.mark.parametrize("batch_size", [2, 256])
+def test_held_out_images_for_methods(batch_size: int) -> None:
+    """The first ones, however they are read; the same on every rank."""
+    whole = next(DATA.batches("held_out", 9, complete=True))
+    held_out = HeldOut(DATA, Placement(), Distributed(), batch_size)
+    for count in (1, 5, 9, 2048):
+        found = held_out.held_out_batch(count)
+        assert all(torch.equal(a, b[:count]) for a, b in zip(found, whole, strict=True))
+    images, _ = HeldOut(DATA, Placement(), Distributed(1, 2), batch_size).held_out_batch(3)
+    assert torch.equal(images, whole[0][:3])
+    without = HeldOut(load_data("synthetic:1x8x8:4:90", held_out=0), Placement(), Distributed())
+    with pytest.raises(ValueError, match="nothing is held out"):
+        without.held_out_batch(3)
+
+
 def schedule(**options: object) -> list[float]:
     epochs, per_epoch = 4, 5
     return [learning_rate(s, steps_per_epoch=per_epoch, epochs=epochs, lr=1.0, **options) for s in range(20)]

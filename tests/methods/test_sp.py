@@ -23,6 +23,7 @@ from fastprune.methods.contract import Rounds
 from fastprune.methods.registry import configure
 from fastprune.methods.sp import SP
 from fastprune.methods.stage_losses import Elsewhere, Here, Query, StageData
+from fastprune.methods.widths import random_widths
 from fastprune.supernet import SuperNet
 from fastprune.testing import check_method, network, sample_data, traced
 
@@ -68,7 +69,7 @@ def test_a_step_is_one_update_with_the_gradients_of_three_passes() -> None:
     task.model.train()
     images, labels = next(iter(sample_data().batches("train", 32)))
     state = task.rng.get_state()
-    random = method.mask([method.random_widths(task, choices) for choices in method.choices], task)
+    random = method.mask([random_widths(choices, task.rng) for choices in method.choices], task)
     smallest = method.mask([tuple(c[0] for c in choices) for choices in method.choices], task)
     assert not torch.equal(random, smallest)
     net = SuperNet(task.graph, (model := network().train()), method.stages, task.seed)
@@ -204,7 +205,7 @@ def test_the_search_is_told_the_features_of_the_full_network() -> None:
     searched(method, task)
     assert method.search.finished
     best = method.search.best
-    features = method.net.features(task.data.held_out_images(16))  # type: ignore[union-attr]
+    features = method.net.features(task.data.held_out_batch(16)[0])  # type: ignore[union-attr]
     mask = method.mask(best, task)
     total = 0.0
     with torch.no_grad():

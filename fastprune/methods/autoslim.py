@@ -1,0 +1,223 @@
+"""AutoSlim (Yu and Huang, 2019): train a network that works at any width, then shrink it greedily by accuracy.
+
+The network trains as a universally slimmable one. In each step, with one update for all of them:
+
+    the full network                                cross-entropy
+    two random sub-networks and the smallest one    cross-entropy to the full network's outputs, detached
+
+Sub-networks are the first channels of the shared weights, with the statistics of their own batch. Then, from the full
+network on, each group is tried narrower, and the one that leaves the highest held-out accuracy becomes it, until the
+budget is met. It is what the paper of SP compares its proxy with (Fig. 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprune.distributed import Distributed
+from fastprune.fitting import fit
+from fastprune.methods.contract import Method, Metrics, Phase, Rounds, Task
+from fastprune.methods.gated import gated_units
+from fastprune.methods.options import option
+from fastprune.methods.widths import (
+    average_gradients,
+    choices_of,
+    first_units,
+    fitted,
+    random_widths,
+    share_statistics,
+    units_of,
+)
+from fastprune.plan import PruningPlan
+from fastprune.subnetworks import SubNetworks
+from fastprune.supernet import SuperNet
+from fastprune.weight_training import WeightOptions, WeightTraining, classification_loss
+
+PROGRESS = 1000  # parts of the way from the full network's cost to the budget
+
+
+@dataclass(frozen=True)
+class AutoSlimConfig(WeightOptions):
+    """Options of AutoSlim; the training's are those of SP, as its paper compares the two."""
+
+    epochs: int = option(50, "passes over the training set", minimum=1)
+    batch_size: int = option(512, "samples per step over all processes together", minimum=1)
+    lr: float = option(0.025, "largest learning rate", minimum=0.0)
+    weight_decay: float = option(3e-4, "L2 penalty of SGD", minimum=0.0)
+    milestones: tuple[float, ...] = option(
+        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1"
+    )
+    random: int = option(2, "random sub-networks in each step, beside the full and the smallest one", minimum=0)
+    stride: int = option(3, "of the 31 widths of a group, how many it gives up at a time", minimum=1, maximum=30)
+    images: int = option(2048, "held-out images on which accuracies are measured, one batch", minimum=2)
+    groups: Literal["all", "interior"] = option("all", "which channels may go: all, or only those inside blocks")
+
+
+class AutoSlim(Method):
+    """Shrink a universally slimmable network by what costs the least accuracy."""
+
+    name = "autoslim"
+    paper = "Yu and Huang, AutoSlim: Towards One-Shot Architecture Search for Channel Numbers, 2019"
+    needs_data = True
+    trains_weights = True
+    Config: ClassVar[type[Any]] = AutoSlimConfig
+    config: AutoSlimConfig
+
+    def setup(self, task: Task) -> None:
+        """Find the widths, make the sub-networks and the optimiser.
+
+        Raises:
+            BudgetError: if the budget is out of reach; says what is in reach.
+            ValueError: if nothing is held out to measure accuracies on.
+        """
+        assert task.data is not None
+        graph, config = task.graph, self.config
+        if task.data.held_out < 2:
+            raise ValueError("autoslim: sub-networks are compared on held-out images, but nothing is held out")
+        gated = gated_units(graph, config.groups)
+        self.groups = [g for g, group in enumerate(graph.groups) if bool(gated[group.units].all())]
+        self.may_go = units_of(graph, self.groups)
+        # Raises before a training that cannot succeed.
+        fit(graph, task.budget, torch.zeros(graph.num_units), prunable=self.may_go, limits=task.limits)
+        self.choices = choices_of(task, self.groups)
+        self.places = [len(widths) - 1 for widths in self.choices]
+        self.accuracy = 0.0
+        self.net = SuperNet(graph, task.model, ())
+        self.slices = SubNetworks(graph, task.model)
+        self.training = WeightTraining(
+            task.model,
+            config,
+            steps_per_epoch=task.data.steps(config.batch_size),
+            device=task.device,
+            peers=Distributed(),  # gradients of all passes are gathered here
+        )
+        self.batch: tuple[Tensor, Tensor] | None = None
+
+    def phases(self, task: Task) -> Iterator[Phase | Rounds]:
+        """The training of the slimmable network, and the shrinking."""
+        config = self.config
+        task.model.train()
+        yield Phase(
+            "slimmable",
+            config.epochs,
+            lambda images, labels: self.step(task, images, labels),
+            batch_size=config.batch_size,
+            augment=config.augment,
+            end_epoch=lambda epoch: self.end_epoch(task, epoch),
+        )
+        task.model.eval()
+        yield Rounds("shrink", lambda: self.shrink(task), lambda: self.progress(task))
+
+    # --- the slimmable network ----------------------------------------------------------------------------------------
+
+    def step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+        """Full, random and smallest network, one update."""
+        self.training.optimizer.zero_grad(set_to_none=True)
+        _, outputs = self.net.full(images)
+        loss, scores = classification_loss(outputs, labels, self.config.label_smoothing)
+        self.backward(loss)
+        target = scores.detach().float().softmax(1)
+        widths = [random_widths(self.choices, task.rng) for _ in range(self.config.random)]
+        distance = torch.zeros((), device=images.device)
+        for chosen in (*widths, tuple(choices[0] for choices in self.choices)):
+            narrow = self.slices(images, mask=first_units(task.graph, self.groups, chosen))
+            apart = F.cross_entropy(narrow.float(), target)
+            self.backward(apart)
+            distance += apart.detach() / (len(widths) + 1)
+        average_gradients(task.model, task.distributed)
+        self.training.update()
+        accuracy = (scores.argmax(1) == labels).float().mean()
+        return {"loss": loss.detach(), "narrow_loss": distance, "accuracy": accuracy}
+
+    def backward(self, loss: Tensor) -> None:
+        """Outside of autocast, as each gradient takes the precision of its forward."""
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()
+
+    def end_epoch(self, task: Task, epoch: int) -> Metrics:
+        """Give all ranks the same statistics; the held-out accuracy of the full network, when due."""
+        assert task.data is not None
+        share_statistics(task.model, task.distributed)
+        every = self.config.evaluate_every
+        if every and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs):
+            return {"held_out_accuracy": task.data.accuracy(task.model)}
+        return {}
+
+    # --- the shrinking ------------------------------------------------------------------------------------------------
+
+    def mask(self, task: Task, places: Sequence[int]) -> Tensor:
+        """The mask of the sub-network of these places among the choices, bool [U]."""
+        widths = [choices[place] for choices, place in zip(self.choices, places, strict=True)]
+        return first_units(task.graph, self.groups, widths)
+
+    def progress(self, task: Task) -> tuple[int, int]:
+        """How much of the way to the budget is gone; all of it where nothing is left to give up."""
+        full, limit = float(task.budget.cost(task.graph)), task.budget.limit(task.graph)
+        cost = float(task.budget.cost(task.graph, self.mask(task, self.places)))
+        if cost <= limit or not any(self.places):
+            return PROGRESS, PROGRESS
+        return min(PROGRESS - 1, max(0, int(PROGRESS * (full - cost) / (full - limit)))), PROGRESS
+
+    def shrink(self, task: Task) -> Metrics:
+        """Make narrower the one group that this costs least."""
+        assert task.data is not None
+        if self.batch is None:
+            self.batch = task.data.held_out_batch(self.config.images)
+        trials = []
+        for number, place in enumerate(self.places):
+            if place > 0:
+                trials.append(list(self.places))
+                trials[-1][number] = max(0, place - self.config.stride)
+        found = self.measure(task, [self.mask(task, places) for places in trials])
+        best = max(range(len(trials)), key=lambda n: (found[n], -n))
+        self.places, self.accuracy = trials[best], found[best][0]
+        cost = float(task.budget.cost(task.graph, self.mask(task, self.places)))
+        return {
+            "sub_network_accuracy": self.accuracy,
+            f"{task.budget.resource}_ratio": cost / float(task.budget.cost(task.graph)),
+        }
+
+    @torch.no_grad()
+    def measure(self, task: Task, masks: Sequence[Tensor]) -> list[tuple[float, float]]:
+        """Accuracy and negative cross-entropy of sub-networks, each measured by one of the ranks."""
+        assert self.batch is not None
+        images, labels = self.batch
+        peers = task.distributed
+        found = torch.zeros(len(masks), 2, dtype=torch.float64, device=images.device)
+        for number in range(peers.rank, len(masks), peers.world_size):
+            scores = self.slices(images, mask=masks[number]).float()
+            found[number, 0] = (scores.argmax(1) == labels).double().mean()
+            found[number, 1] = -F.cross_entropy(scores.double(), labels).float()
+        return [(float(accuracy), float(loss)) for accuracy, loss in peers.sum_(found).tolist()]
+
+    def plan(self, task: Task) -> PruningPlan:
+        """The widths that are left; where they miss the budget, a few more or fewer channels in their order."""
+        return task.graph.plan(fitted(task, self.mask(task, self.places), self.may_go))
+
+    def results(self) -> Metrics:
+        """The accuracy of the last sub-network, with the weights that all share."""
+        return {"sub_network_accuracy": self.accuracy}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state, and how far it has shrunk; the weights are saved by themselves."""
+        return {"training": self.training.state_dict(), "places": list(self.places), "accuracy": self.accuracy}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if the state is of another network.
+        """
+        if len(state["places"]) != len(self.groups):
+            raise ValueError(
+                f"autoslim: the state has widths of {len(state['places'])} groups, this network has "
+                f"{len(self.groups)}; was it made with another model or another option 'groups'?"
+            )
+        self.training.load_state_dict(state["training"])
+        self.places, self.accuracy = [int(place) for place in state["places"]], float(state["accuracy"])
