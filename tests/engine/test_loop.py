@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastprune.distributed import Distributed
 from fastprune.engine import Checkpoints, Interrupted, LoopOptions, NonFiniteError, RunDirectory, load_data, run_phases
-from fastprune.methods.contract import Phase, SideSteps
+from fastprune.methods.contract import Phase, Rounds, SideSteps
 
 DATA = load_data("synthetic:1x4x4:3:40", held_out=0)
 
@@ -203,3 +203,55 @@ class Idle(Walker):
 
 def test_a_worker_without_phases_needs_no_data(tmp_path: Path) -> None:
     assert run_phases(Idle(), make_task(), None, run=RunDirectory.create(tmp_path / "run", {})) == {}
+
+
+class Searcher(Walker):
+    """A worker with rounds between two phases; there are more of them than it says at first."""
+
+    def __init__(self, kill_at: int = -1, kind: str = "raise") -> None:
+        super().__init__(kill_at, kind)
+        self.rounds = 0
+
+    def phases(self, task: Any) -> Iterator[Phase | Rounds]:  # type: ignore[override]
+        self.task = task
+        yield Phase("walk", 1, self.step, samples=20, batch_size=8)
+        yield Rounds("search", self.round, lambda: (self.rounds, 3 if self.rounds < 2 else 5))
+        yield Phase("run", 1, self.step, batch_size=16)
+
+    def round(self) -> dict[str, float]:
+        self.step(torch.rand(2, 1, 4, 4), torch.zeros(2))  # torch's generator is seeded before each
+        self.rounds += 1
+        return {"least": float(self.state.min()), "family/member": 1.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rounds": self.rounds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rounds = int(state["rounds"])
+
+
+def test_rounds_go_on_until_all_is_done_and_are_logged(tmp_path: Path) -> None:
+    run, worker = RunDirectory.create(tmp_path / "run", {}), Searcher()
+    metrics = run_phases(worker, make_task(), DATA, run=run, options=OPTIONS)
+    assert (worker.rounds, worker.calls) == (5, 3 + 5 + 3)
+    logged = [record for record in run.metrics() if record["phase"] == "search"]
+    assert [record["step"] for record in logged] == [4, 5, 6, 7, 8]
+    assert all(record["family/member"] == 1 for record in logged)
+    assert metrics["least"] == logged[-1]["least"]
+    assert "family/member" not in metrics
+
+
+@pytest.mark.parametrize("kind", ["raise", "signal"])
+@pytest.mark.parametrize("kill_at", [1, 3, 4, 6, 7, 9])
+def test_rounds_are_resumed_exactly(tmp_path: Path, kill_at: int, kind: str) -> None:
+    whole = Searcher()
+    expected = run_phases(whole, make_task(), DATA, options=OPTIONS)
+    run = RunDirectory.create(tmp_path / "run", {})
+    with pytest.raises(KilledError if kind == "raise" else Interrupted):
+        run_phases(Searcher(kill_at, kind), make_task(), DATA, run=run, options=OPTIONS)
+    resumed = Searcher()
+    assert run_phases(resumed, make_task(), DATA, run=run, resume=True, options=OPTIONS) == expected
+    assert torch.equal(resumed.state, whole.state)
+    assert resumed.rounds == 5
+    assert resumed.calls < whole.calls or kill_at == 1
