@@ -95,6 +95,7 @@ def test_direct_callers_get_the_threads_of_openmp():
     assert run(code, OMP_NUM_THREADS="3") == "3"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_survives_a_fork_like_a_data_loader_worker():
     code = """

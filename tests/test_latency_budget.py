@@ -112,6 +112,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert {"measured_ms", "macs"} <= found["compact"].keys()
 
 
+@pytest.mark.slow
 def test_times_are_copied_with_all_their_digits(model: torch.nn.Module) -> None:
     graph = fp.trace(model, EXAMPLE)
     ours = graph.latency(cache=False)

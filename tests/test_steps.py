@@ -170,6 +170,7 @@ def test_runs_that_cannot_be_pruned_further(
     assert not Path("b").exists()
 
 
+@pytest.mark.slow
 def test_a_second_plan_may_prune_what_the_first_left_alone() -> None:
     torch.manual_seed(0)
     model = torchvision.models.resnet18().eval()

@@ -36,7 +36,7 @@ def prepared(name: str) -> tuple[nn.Module, ChannelGraph, SubNetworks, Tensor]:
     [
         ("resnet20", "first"),
         ("resnet20", "random"),
-        ("torchvision:mobilenet_v3_small", "random"),
+        pytest.param("torchvision:mobilenet_v3_small", "random", marks=pytest.mark.slow),
         pytest.param("torchvision:shufflenet_v2_x1_0", "first", marks=pytest.mark.slow),
         pytest.param("torchvision:densenet121", "random", marks=pytest.mark.slow),
     ],
@@ -107,6 +107,7 @@ def test_a_graph_is_written_once_where_it_depends_on_no_width() -> None:
             assert torch.allclose(networks(images, mask=mask), wanted, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_graphs_are_kept_for_the_last_masks() -> None:
     _, graph, networks, _ = prepared("torchvision:mobilenet_v3_small")
     mask = first_half(graph)

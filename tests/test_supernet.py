@@ -33,7 +33,16 @@ def identity_(net: SuperNet) -> None:
             fitted.bias.zero_()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["resnet20", "torchvision:mobilenet_v2", "torchvision:shufflenet_v2_x1_0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet20",
+        *(
+            pytest.param(f"torchvision:{name}", marks=pytest.mark.slow)
+            for name in ("mobilenet_v2", "shufflenet_v2_x1_0")
+        ),
+    ],
+)
 def test_the_full_stages_under_identity_adaptors_have_no_loss(name: str) -> None:
     model, graph, net, images = prepared(name)
     identity_(net)

@@ -31,19 +31,26 @@ def traced(name: str, size: int = 64) -> ChannelGraph:
             ["features.1.conv.2", "features.3", "features.6", "features.13", "features.18.2"],
             [32, 16, 8, 4, 2],
         ),
-        (
+        pytest.param(
             "timm:mobilenetv1_100",
             [f"blocks.{n}.{last}.bn2.act" for n, last in ((0, 0), (1, 1), (2, 1), (3, 5), (4, 1))],
             [32, 16, 8, 4, 2],
+            marks=pytest.mark.slow,
         ),
         # A chain of concatenations: the stage ends in front of the transition.
-        (
+        pytest.param(
             "torchvision:densenet121",
             ["features.denseblock1", "features.denseblock2", "features.denseblock3", "relu__120"],
             [16, 8, 4, 2],
+            marks=pytest.mark.slow,
         ),
         # Channel shuffles are points of other shapes.
-        ("torchvision:shufflenet_v2_x1_0", ["stage2.3", "stage3.7", "conv5.2"], [8, 4, 2]),
+        pytest.param(
+            "torchvision:shufflenet_v2_x1_0",
+            ["stage2.3", "stage3.7", "conv5.2"],
+            [8, 4, 2],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_stages_of_known_networks(name: str, ends: list[str], sizes: list[int]) -> None:

@@ -29,7 +29,11 @@ PAPERS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("resnet34", "mobilenet_v2") else []) for n in PAPERS]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("resnet34", "mobilenet_v2", "mobilenet_v3_small") else [])
+        for n in PAPERS
+    ],
 )
 def test_gates_of_the_papers(name):
     gates, prunable = PAPERS[name]

@@ -117,6 +117,7 @@ def test_a_loss_that_is_no_number_is_the_worst() -> None:
     assert evolution.best == (genes[5], 1e9)
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_is_nearly_best_and_is_better_than_equal_widths() -> None:
     search, _ = searched(settings=EvolutionSettings(32, 8, 0.1, 8), levels=17)
     finish(search)
