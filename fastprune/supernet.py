@@ -114,7 +114,8 @@ class StageNetwork:
     def __init__(self, graph: ChannelGraph, model: nn.Module, stage: Stage, fitted: nn.Conv2d) -> None:
         network, shape = cut_out(graph, model, stage, fitted)
         device = fitted.weight.device
-        own = trace(network, torch.zeros(shape, device=device, dtype=fitted.weight.dtype))
+        example = torch.zeros(shape, device=device, dtype=fitted.weight.dtype)
+        own = trace(network, example, rewrite=graph.rewrites, exact=graph.exact)
         self.slices = SubNetworks(own, network)
         self.unit = units_in(graph, own, stage)
 
@@ -136,7 +137,11 @@ def adaptor(stage: Stage, model: nn.Module) -> nn.Conv2d:
 
 
 def units_in(graph: ChannelGraph, own: ChannelGraph, stage: Stage) -> Tensor:
-    """For each unit of a stage's own graph its unit in the network's, −1 for those that always stay."""
+    """For each unit of a stage's own graph its unit in the network's, −1 for those that always stay.
+
+    Raises:
+        ValueError: where a group that the stage decides on cannot lose channels in it; names the group.
+    """
     whole = {(piece.tensor, piece.dim): piece for piece in graph.slices}
     decided = torch.zeros(graph.num_units + 1, dtype=torch.bool)
     for number in stage.groups:
@@ -148,7 +153,14 @@ def units_in(graph: ChannelGraph, own: ChannelGraph, stage: Stage) -> Tensor:
             continue
         known = whole.get((piece.tensor, piece.dim))
         unit[piece.units[inside]] = known.units[inside] if known is not None else -1
-    return torch.where((unit < graph.num_units) & decided[unit], unit, -1)
+    found = torch.where((unit < graph.num_units) & decided[unit], unit, -1)
+    for number in stage.groups:
+        group = graph.groups[number]
+        if not bool(torch.isin(torch.arange(group.start, group.start + group.size), found).all()):
+            raise ValueError(
+                f"stage {stage.name!r}: channels of {group.name!r} cannot leave it alone; give other stages"
+            )
+    return found
 
 
 def with_features(graph: ChannelGraph, model: nn.Module, stages: Sequence[Stage], *, training: bool) -> GraphModule:

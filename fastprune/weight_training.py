@@ -75,6 +75,8 @@ class WeightTraining:
         steps_per_epoch: for the schedule.
         device: where the model is.
         peers: this process among its peers; gradients are means over all of them.
+        several_passes: whether the gradients of an update come from several passes of the caller's, who asks for their
+            means over all processes with ``average_gradients``.
 
     Raises:
         ValueError: for a model without a parameter that requires gradients.
@@ -88,6 +90,7 @@ class WeightTraining:
         steps_per_epoch: int,
         device: torch.device,
         peers: Distributed,
+        several_passes: bool = False,
     ) -> None:
         self.model, self.options, self.peers = model, options, peers
         self.steps_per_epoch = steps_per_epoch
@@ -96,7 +99,7 @@ class WeightTraining:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError(f"{type(model).__name__} has no parameter with requires_grad: there is nothing to train")
-        if peers.world_size > 1:
+        if peers.world_size > 1 and not several_passes:
             self.network = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         plain = [] if options.decay_norm_and_bias else [parameter for parameter in trained if parameter.dim() <= 1]
         decayed = trained if options.decay_norm_and_bias else [p for p in trained if p.dim() > 1]
@@ -140,6 +143,14 @@ class WeightTraining:
             loss.backward()
         accuracy = (scores.argmax(1) == labels).float().mean()
         return {"loss": loss.detach(), "accuracy": accuracy, "lr": self.learning_rate}
+
+    def average_gradients(self) -> None:
+        """Replace the gradients that there are by their means over all processes."""
+        if self.peers.world_size > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = self.peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def update(self) -> None:
         """One step of the optimiser along the gradients that there are."""

@@ -20,52 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprune.distributed import Distributed
-from fastprune.fitting import fit
-from fastprune.methods.contract import Method, Metrics, Phase, Rounds, Task
+from fastprune.methods.contract import Metrics, Phase, Rounds, Task
 from fastprune.methods.gated import gated_units
 from fastprune.methods.options import option
-from fastprune.methods.widths import (
-    average_gradients,
-    choices_of,
-    first_units,
-    fitted,
-    random_widths,
-    share_statistics,
-    units_of,
-)
+from fastprune.methods.weight_sharing import WeightSharing, WeightSharingConfig, backward
+from fastprune.methods.widths import choices_of, first_units, fitted, random_widths, units_of
 from fastprune.plan import PruningPlan
 from fastprune.subnetworks import SubNetworks
 from fastprune.supernet import SuperNet
-from fastprune.weight_training import WeightOptions, WeightTraining, classification_loss
 
 PROGRESS = 1000  # parts of the way from the full network's cost to the budget
 
 
 @dataclass(frozen=True)
-class AutoSlimConfig(WeightOptions):
+class AutoSlimConfig(WeightSharingConfig):
     """Options of AutoSlim; the training's are those of SP, as its paper compares the two."""
 
-    epochs: int = option(50, "passes over the training set", minimum=1)
-    batch_size: int = option(512, "samples per step over all processes together", minimum=1)
-    lr: float = option(0.025, "largest learning rate", minimum=0.0)
-    weight_decay: float = option(3e-4, "L2 penalty of SGD", minimum=0.0)
-    milestones: tuple[float, ...] = option(
-        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1"
-    )
     random: int = option(2, "random sub-networks in each step, beside the full and the smallest one", minimum=0)
     stride: int = option(3, "of the 31 widths of a group, how many it gives up at a time", minimum=1, maximum=30)
-    images: int = option(2048, "held-out images on which accuracies are measured, one batch", minimum=2)
     groups: Literal["all", "interior"] = option("all", "which channels may go: all, or only those inside blocks")
 
 
-class AutoSlim(Method):
+class AutoSlim(WeightSharing):
     """Shrink a universally slimmable network by what costs the least accuracy."""
 
     name = "autoslim"
     paper = "Yu and Huang, AutoSlim: Towards One-Shot Architecture Search for Channel Numbers, 2019"
-    needs_data = True
-    trains_weights = True
     Config: ClassVar[type[Any]] = AutoSlimConfig
     config: AutoSlimConfig
 
@@ -76,78 +56,37 @@ class AutoSlim(Method):
             BudgetError: if the budget is out of reach; says what is in reach.
             ValueError: if nothing is held out to measure accuracies on.
         """
-        assert task.data is not None
-        graph, config = task.graph, self.config
-        if task.data.held_out < 2:
-            raise ValueError("autoslim: sub-networks are compared on held-out images, but nothing is held out")
-        gated = gated_units(graph, config.groups)
+        graph = task.graph
+        gated = gated_units(graph, self.config.groups)
         self.groups = [g for g, group in enumerate(graph.groups) if bool(gated[group.units].all())]
         self.may_go = units_of(graph, self.groups)
-        # Raises before a training that cannot succeed.
-        fit(graph, task.budget, torch.zeros(graph.num_units), prunable=self.may_go, limits=task.limits)
+        self.require(task)
         self.choices = choices_of(task, self.groups)
         self.places = [len(widths) - 1 for widths in self.choices]
         self.accuracy = 0.0
         self.net = SuperNet(graph, task.model, ())
         self.slices = SubNetworks(graph, task.model)
-        self.training = WeightTraining(
-            task.model,
-            config,
-            steps_per_epoch=task.data.steps(config.batch_size),
-            device=task.device,
-            peers=Distributed(),  # gradients of all passes are gathered here
-        )
+        self.training = self.make_training(task, task.model)
         self.batch: tuple[Tensor, Tensor] | None = None
 
     def phases(self, task: Task) -> Iterator[Phase | Rounds]:
         """The training of the slimmable network, and the shrinking."""
-        config = self.config
-        task.model.train()
-        yield Phase(
-            "slimmable",
-            config.epochs,
-            lambda images, labels: self.step(task, images, labels),
-            batch_size=config.batch_size,
-            augment=config.augment,
-            end_epoch=lambda epoch: self.end_epoch(task, epoch),
-        )
-        task.model.eval()
+        yield from self.train(task, "slimmable")
         yield Rounds("shrink", lambda: self.shrink(task), lambda: self.progress(task))
 
     # --- the slimmable network ----------------------------------------------------------------------------------------
 
-    def step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
-        """Full, random and smallest network, one update."""
-        self.training.optimizer.zero_grad(set_to_none=True)
-        _, outputs = self.net.full(images)
-        loss, scores = classification_loss(outputs, labels, self.config.label_smoothing)
-        self.backward(loss)
-        target = scores.detach().float().softmax(1)
+    def learn(self, task: Task, features: Sequence[Tensor], scores: Tensor) -> Metrics:
+        """Cross-entropy of random networks, and of the smallest one, to the full network's outputs."""
+        target = scores.float().softmax(1)
         widths = [random_widths(self.choices, task.rng) for _ in range(self.config.random)]
-        distance = torch.zeros((), device=images.device)
+        distance = torch.zeros((), device=scores.device)
         for chosen in (*widths, tuple(choices[0] for choices in self.choices)):
-            narrow = self.slices(images, mask=first_units(task.graph, self.groups, chosen))
+            narrow = self.slices(features[0], mask=first_units(task.graph, self.groups, chosen))
             apart = F.cross_entropy(narrow.float(), target)
-            self.backward(apart)
+            backward(apart)
             distance += apart.detach() / (len(widths) + 1)
-        average_gradients(task.model, task.distributed)
-        self.training.update()
-        accuracy = (scores.argmax(1) == labels).float().mean()
-        return {"loss": loss.detach(), "narrow_loss": distance, "accuracy": accuracy}
-
-    def backward(self, loss: Tensor) -> None:
-        """Outside of autocast, as each gradient takes the precision of its forward."""
-        with torch.autocast(loss.device.type, enabled=False):
-            loss.backward()
-
-    def end_epoch(self, task: Task, epoch: int) -> Metrics:
-        """Give all ranks the same statistics; the held-out accuracy of the full network, when due."""
-        assert task.data is not None
-        share_statistics(task.model, task.distributed)
-        every = self.config.evaluate_every
-        if every and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs):
-            return {"held_out_accuracy": task.data.accuracy(task.model)}
-        return {}
+        return {"narrow_loss": distance}
 
     # --- the shrinking ------------------------------------------------------------------------------------------------
 

@@ -28,41 +28,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastprune.distributed import Distributed
-from fastprune.fitting import fit
 from fastprune.graph.stages import Stage, find_stages
-from fastprune.methods.contract import Method, Metrics, Phase, Rounds, Task
+from fastprune.methods.contract import Metrics, Phase, Rounds, Task
 from fastprune.methods.evolution import EvolutionSettings
 from fastprune.methods.gated import TOLERANCE, gated_units
 from fastprune.methods.options import option
 from fastprune.methods.stage_losses import Elsewhere, Here, StageData
 from fastprune.methods.stage_search import StageSearch, StageWidths
+from fastprune.methods.weight_sharing import WeightSharing, WeightSharingConfig, backward
 from fastprune.methods.widths import (
     Widths,
-    average_gradients,
     choices_of,
     first_units,
     fitted,
     random_widths,
-    share_statistics,
     units_of,
 )
 from fastprune.plan import PruningPlan
 from fastprune.supernet import SuperNet
-from fastprune.weight_training import WeightOptions, WeightTraining, classification_loss
 
 
 @dataclass(frozen=True)
-class SPConfig(WeightOptions):
+class SPConfig(WeightSharingConfig):
     """Options of SP; the training's are those of the paper for CIFAR-10."""
 
-    epochs: int = option(50, "passes over the training set", minimum=1)
-    batch_size: int = option(512, "samples per step over all processes together", minimum=1)
-    lr: float = option(0.025, "largest learning rate", minimum=0.0)
-    weight_decay: float = option(3e-4, "L2 penalty of SGD", minimum=0.0)
-    milestones: tuple[float, ...] = option(
-        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1"
-    )
     stages: tuple[str, ...] = option((), "modules at the ends of stages; none = where the resolution changes")
     groups: Literal["all", "interior"] = option(
         "all", "widths of all channels that one stage makes, its features among them, or of those inside blocks"
@@ -73,17 +62,14 @@ class SPConfig(WeightOptions):
     mutation: float = option(0.1, "the chance of a position to move to another choice", minimum=0.0, maximum=1.0)
     parents: int = option(10, "how many of the best genes have children", minimum=1)
     levels: int = option(64, "quotas that a stage is searched for", minimum=2)
-    images: int = option(2048, "held-out images on which losses are measured, one batch", minimum=2)
     workers: int = option(0, "processes that measure sub-networks; 0 = this one, or all of a torchrun job", minimum=0)
 
 
-class SP(Method):
+class SP(WeightSharing):
     """Search the widths of each stage by how well it imitates the full network's."""
 
     name = "sp"
     paper = "Zhang and Ou, Stage-wise Channel Pruning for Model Compression"
-    needs_data = True
-    trains_weights = True
     Config: ClassVar[type[Any]] = SPConfig
     config: SPConfig
 
@@ -94,26 +80,16 @@ class SP(Method):
             BudgetError: if the budget is out of reach with the channels of stages; says what is in reach.
             ValueError: for a network without stages, or nothing held out to measure losses on.
         """
-        assert task.data is not None
         config, graph = self.config, task.graph
         if config.workers and task.distributed.world_size > 1:
             raise ValueError("sp: under torchrun all of its processes measure; give workers 0")
-        if task.data.held_out < 2:
-            raise ValueError("sp: sub-networks are compared on held-out images, but nothing is held out")
         self.stages = find_stages(graph, config.stages)
         self.groups = [self.groups_of(task, stage) for stage in self.stages]
         self.may_go = units_of(graph, sum(self.groups, ()))
-        # Raises before a training that cannot succeed.
-        fit(graph, task.budget, torch.zeros(graph.num_units), prunable=self.may_go, limits=task.limits)
+        self.require(task)
         self.choices = [choices_of(task, groups) for groups in self.groups]
         self.net = SuperNet(graph, task.model, self.stages, task.seed)
-        self.training = WeightTraining(
-            nn.ModuleList([task.model, self.net.adaptors]),
-            config,
-            steps_per_epoch=task.data.steps(config.batch_size),
-            device=task.device,
-            peers=Distributed(),  # gradients of three passes are gathered here
-        )
+        self.training = self.make_training(task, nn.ModuleList([task.model, self.net.adaptors]))
         self.search = self.make_search(task)
         self.measure: Here | Elsewhere | None = None
 
@@ -131,47 +107,23 @@ class SP(Method):
 
     def phases(self, task: Task) -> Iterator[Phase | Rounds]:
         """The training of the super-net, and the search."""
-        config = self.config
-        task.model.train()
-        yield Phase(
-            "supernet",
-            config.epochs,
-            lambda images, labels: self.step(task, images, labels),
-            batch_size=config.batch_size,
-            augment=config.augment,
-            end_epoch=lambda epoch: self.end_epoch(task, epoch),
-        )
-        task.model.eval()
+        yield from self.train(task, "supernet")
         with ExitStack() as stack:
             yield Rounds("search", lambda: self.round(task, stack), self.search.progress)
         self.measure = None
 
-    def step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
-        """Full network, random and smallest sub-networks, one update."""
-        self.training.optimizer.zero_grad(set_to_none=True)
-        features, outputs = self.net.full(images)
-        loss, scores = classification_loss(outputs, labels, self.config.label_smoothing)
-        with torch.autocast(images.device.type, enabled=False):  # each gradient takes the precision of its forward
-            loss.backward()
+    def learn(self, task: Task, features: Sequence[Tensor], scores: Tensor) -> Metrics:
+        """Eq. 7 for random widths, and for the smallest ones."""
         random = self.mask([random_widths(choices, task.rng) for choices in self.choices], task)
         smallest = self.mask([tuple(c[0] for c in choices) for choices in self.choices], task)
-        metrics: dict[str, float | Tensor] = {
-            "loss": loss.detach(),
-            "accuracy": (scores.argmax(1) == labels).float().mean(),
-        }
-        for name, mask in (("random_loss", random), ("smallest_loss", smallest)):
-            metrics[name] = self.distil(features, mask)
-        average_gradients(self.training.model, task.distributed)
-        self.training.update()
-        return metrics
+        return {"random_loss": self.distil(features, random), "smallest_loss": self.distil(features, smallest)}
 
     def distil(self, features: Sequence[Tensor], mask: Tensor) -> Tensor:
         """Backward of eq. 7 for the sub-network of a mask, a stage at a time; the sum of the losses."""
         total = torch.zeros((), device=features[0].device)
         for number in range(len(self.stages)):
             loss = self.net.distance(number, features[number], features[number + 1], mask)
-            with torch.autocast(loss.device.type, enabled=False):
-                loss.backward()
+            backward(loss)
             total += loss.detach()
         return total
 
@@ -179,21 +131,12 @@ class SP(Method):
         """The mask [U] of the sub-network of these widths, by stage."""
         return first_units(task.graph, sum(self.groups, ()), sum(widths, ()))
 
-    def end_epoch(self, task: Task, epoch: int) -> Metrics:
-        """Give all ranks the same statistics; the held-out accuracy of the full network, when due."""
-        assert task.data is not None
-        share_statistics(task.model, task.distributed)
-        every = self.config.evaluate_every
-        if every and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs):
-            return {"held_out_accuracy": task.data.accuracy(task.model)}
-        return {}
-
     # --- the search ---------------------------------------------------------------------------------------------------
 
     def make_search(self, task: Task) -> StageSearch:
         """The search over widths under the budget.
 
-        A stage's cost is what the whole network costs with its widths and the smallest ones nowhere else: full ones.
+        A stage's cost is what the whole network costs with its widths, all others full, above that with its smallest.
         """
         graph, budget, config = task.graph, task.budget, self.config
         meter = budget.meter(graph)
@@ -202,9 +145,8 @@ class SP(Method):
         def cost_of(groups: Sequence[int], choices: Sequence[Widths]) -> StageWidths:
             def costs(widths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
                 kept = full.repeat(len(widths) + 1, 1)
-                rows = np.concatenate([widths, [[c[0] for c in choices]]]) if groups else widths[:0]
-                if groups:
-                    kept[:, list(groups)] = torch.from_numpy(rows).double()
+                smallest = np.array([[c[0] for c in choices]], dtype=np.int64)
+                kept[:, list(groups)] = torch.from_numpy(np.concatenate([widths, smallest])).double()
                 found = meter.of_widths(kept).numpy()
                 return np.asarray(found[:-1] - found[-1], dtype=np.float64)
 

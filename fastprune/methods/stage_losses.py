@@ -79,11 +79,15 @@ class SavedStage:
         structure: its graph, without values.
         path: of the file with tensors and features (.safetensors).
         device: where it is measured.
+        rewrite: how it was traced, see ``trace``.
+        exact: the same.
     """
 
     structure: GraphModule
     path: str
     device: str
+    rewrite: bool
+    exact: bool
 
     @staticmethod
     def save(stage: StageData, path: Path) -> SavedStage:
@@ -93,7 +97,9 @@ class SavedStage:
         tensors = {f"tensor.{name}": tensor for name, tensor in state_of(module).items()}
         tensors |= {"features": stage.features, "target": stage.target}
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
-        return SavedStage(copy.deepcopy(module).to("meta"), str(path), str(stage.features.device))
+        graph = stage.networks.graph
+        structure = copy.deepcopy(module).to("meta")
+        return SavedStage(structure, str(path), str(stage.features.device), graph.rewrites, graph.exact)
 
     def load(self) -> StageData:
         """Read it."""
@@ -102,7 +108,7 @@ class SavedStage:
             owner, _, last = name.rpartition(".")
             holder, value = self.structure.get_submodule(owner), tensors[f"tensor.{name}"]
             setattr(holder, last, nn.Parameter(value) if last in holder._parameters else value)
-        graph = trace(self.structure, tensors["features"][:2])
+        graph = trace(self.structure, tensors["features"][:2], rewrite=self.rewrite, exact=self.exact)
         return StageData(SubNetworks(graph, self.structure), tensors["features"], tensors["target"])
 
 
@@ -112,6 +118,8 @@ _loaded: dict[str, StageData] = {}  # in a worker process, by the file
 def measure(stage: SavedStage, masks: Sequence[Tensor]) -> list[float]:
     """The losses of sub-networks of a stage, in a worker process."""
     if stage.path not in _loaded:
+        for path in [path for path in _loaded if Path(path).parent != Path(stage.path).parent]:
+            del _loaded[path]  # of a search that is over
         _loaded[stage.path] = stage.load()
     return [_loaded[stage.path].loss(mask) for mask in masks]
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastprune.distributed import Distributed
 from fastprune.fitting import fit
 from fastprune.graph import ChannelGraph
 from fastprune.methods.contract import Task
@@ -82,19 +81,3 @@ def units_of(graph: ChannelGraph, groups: Sequence[int]) -> Tensor:
     for g in groups:
         units[graph.groups[g].units] = True
     return units
-
-
-def average_gradients(model: nn.Module, peers: Distributed) -> None:
-    """Replace the gradients of parameters by their means over ranks."""
-    if peers.world_size > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-
-def share_statistics(model: nn.Module, peers: Distributed) -> None:
-    """Give all ranks the buffers of the first one, as each has seen its own samples."""
-    if peers.world_size > 1:
-        for buffer in model.buffers():
-            peers.broadcast_(buffer)

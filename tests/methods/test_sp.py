@@ -137,12 +137,8 @@ def stage_data() -> tuple[list[StageData], list[Query]]:
     return data, queries
 
 
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def pool(workers: int) -> Executor:
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=one_thread)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
 
 
 @pytest.mark.slow
