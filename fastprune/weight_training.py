@@ -131,7 +131,7 @@ class WeightTraining:
         )
 
     def gradients(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """Forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N].
+        """Forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N] or probabilities [N, K].
 
         Returns:
             The metrics to log: loss, accuracy, lr.
@@ -141,7 +141,7 @@ class WeightTraining:
         # Backward runs outside autocast: each gradient takes the precision of its forward.
         with torch.autocast(images.device.type, enabled=False):
             loss.backward()
-        accuracy = (scores.argmax(1) == labels).float().mean()
+        accuracy = (scores.argmax(1) == (labels if labels.dim() == 1 else labels.argmax(1))).float().mean()
         return {"loss": loss.detach(), "accuracy": accuracy, "lr": self.learning_rate}
 
     def average_gradients(self) -> None:
@@ -184,7 +184,7 @@ def classification_loss(outputs: Any, labels: Tensor, label_smoothing: float = 0
     Args:
         outputs: scores [N, classes], or a tuple of such from the main head and others, as torchvision's GoogLeNet and
             Inception return it in training mode; a head may be None.
-        labels: [N].
+        labels: [N], or probabilities of classes [N, K].
         label_smoothing: share of the target that is spread over all classes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of small images: a random shift into a zero margin, and a mirror image."""
+"""Augmentation of whole batches: of small images as they are read, and of any, with their labels, in a training."""
 
 from __future__ import annotations
 
@@ -52,3 +52,43 @@ class ShiftAndFlip:
             rows[:, None, :, None],
             columns[:, None, None, :],
         ]
+
+
+def cutout(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
+    """Images with a square of zeros, which is the mean of normalised ones (DeVries and Taylor, 2017).
+
+    Args:
+        images: [N, C, H, W].
+        side: of the squares, in pixels. Their centres are anywhere in the image, so that parts of them may lie outside.
+        rng: where the centres come from.
+    """
+    height, width = images.shape[2:]
+
+    def outside(size: int) -> Tensor:
+        first = torch.from_numpy(rng.integers(size, size=(len(images), 1))) - side // 2
+        places = torch.arange(size)
+        return (places < first) | (places >= first + side)
+
+    kept = outside(height)[:, None, :, None] | outside(width)[:, None, None, :]
+    return images * kept.to(images.device, images.dtype)
+
+
+def mixup(
+    images: Tensor, labels: Tensor, classes: int, alpha: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Each image blended with another of the batch, and targets blended alike (Zhang et al., ICLR 2018).
+
+    Args:
+        images: [N, C, H, W].
+        labels: [N].
+        classes: K.
+        alpha: α of the distribution Beta(α, α) of the share, which is one number for the batch.
+        rng: where share and partners come from.
+
+    Returns:
+        Images [N, C, H, W] and the probabilities of classes [N, K].
+    """
+    share = float(rng.beta(alpha, alpha))
+    partner = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    targets = F.one_hot(labels, classes).float()
+    return torch.lerp(images[partner], images, share), torch.lerp(targets[partner], targets, share)

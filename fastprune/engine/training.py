@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastprune.distributed import Distributed
+from fastprune.engine.augment import cutout, mixup
+from fastprune.engine.batches import hashed
 from fastprune.engine.data import Data
 from fastprune.engine.device import Placement, choose_device, seed_everything
 from fastprune.engine.evaluate import evaluate
@@ -29,11 +32,19 @@ class TrainConfig(WeightOptions):
 
     precision: str = field(default="float32", metadata={"help": "float32, or bf16 for autocast to bfloat16"})
     channels_last: bool = field(default=False, metadata={"help": "NHWC memory layout"})
+    cutout: int = field(default=0, metadata={"help": "side in pixels of a square cut out of each image; 0 = none"})
+    mixup: float = field(default=0.0, metadata={"help": "α of mixup, which blends images and their targets; 0 = none"})
     sync_bn: bool = field(default=False, metadata={"help": "batch statistics over all processes (CUDA only)"})
     deterministic: bool = field(
         default=False,
         metadata={"help": "the same bits in every run on CUDA, at some cost; on the CPU always so"},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("cutout", "mixup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: it cannot be negative")
 
 
 @dataclass
@@ -87,9 +98,19 @@ class Trainer:
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
         """One step of the optimiser on this rank's share of the batch: images [N, C, H, W], labels [N]."""
-        metrics = self.weights.gradients(images, labels)
+        metrics = self.weights.gradients(*self.augmented(images, labels))
         self.weights.update()
         return metrics
+
+    def augmented(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is to learn from a batch: other images on each rank, the same ones in a resumed run."""
+        config, task = self.config, self.task
+        rng = np.random.default_rng(int(hashed(task.seed, self.weights.steps, task.distributed.rank)))
+        if config.cutout:
+            images = cutout(images, config.cutout, rng)
+        if config.mixup:
+            images, labels = mixup(images, labels, self.data.num_classes, config.mixup, rng)
+        return images, labels
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """Accuracy and loss on the held-out part, when due."""

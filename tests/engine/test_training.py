@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,13 @@ class PowerCutError(Exception):
 
 
 @pytest.mark.parametrize("steps", [1, 6, 13, 23])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])  # bf16: with everything else that draws
 def test_kill_and_resume_gives_the_same_weights(
     tmp_path: Path, steps: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(**{**CONFIG.__dict__, "precision": precision, "channels_last": precision == "bf16"})
+    if precision == "bf16":
+        config = replace(config, cutout=3, mixup=0.2, label_smoothing=0.1)
     whole = make_net()
     metrics = train(whole, DATA, config, device="cpu", seed=3)
     run = RunDirectory.create(tmp_path / "run", {})
@@ -182,6 +185,7 @@ def test_frozen_network_is_an_error() -> None:
     [
         *(("schedule", "step"), ("epochs", -1), ("batch_size", 0), ("label_smoothing", 1.0), ("lr", -0.1)),
         *(("optimizer", "adam"), ("momentum", 1.0), ("gamma", 0.0), ("milestones", (-1.0,))),
+        *(("cutout", -1), ("mixup", -0.1)),
     ],
 )
 def test_config_errors(field: str, value: object) -> None:

@@ -1,0 +1,190 @@
+"""How well the proxies of SP and AutoSlim order sub-networks: the experiment of Fig. 4 of SP's paper.
+
+Random sub-networks of one cost are measured with the weights that all share, by each method's own proxy after its own
+training, and then trained from scratch. Printed: both proxies and the test accuracy of each, and Spearman's rank
+correlations.
+
+    python bench/ranking.py --data fashion-mnist:FOLDER --weights runs/base/model.safetensors --json ranking.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from fastprune.budget import Budget
+from fastprune.distributed import Distributed
+from fastprune.engine import HeldOut, Placement, evaluate, load_data, run_phases
+from fastprune.engine.data import Data
+from fastprune.engine.training import TrainConfig, train
+from fastprune.graph import trace
+from fastprune.limits import Limits
+from fastprune.methods.autoslim import AutoSlim
+from fastprune.methods.contract import Phase, Task
+from fastprune.methods.registry import configure
+from fastprune.methods.sp import SP
+from fastprune.methods.weight_sharing import WeightSharing
+from fastprune.methods.widths import random_widths
+from fastprune.models import create, load_weights
+from fastprune.surgery import apply
+
+WIDTH = 0.02  # of the band of costs below the budget's
+
+
+class Trained:
+    """The training of a method, without its search, for the loop.
+
+    Args:
+        method: after ``setup``.
+    """
+
+    def __init__(self, method: WeightSharing) -> None:
+        self.method, self.trains_weights = method, True
+
+    def phases(self, task: Task) -> Iterator[Phase]:
+        """The training alone."""
+        return self.method.train(task, "training")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's."""
+        return dict(self.method.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The method's."""
+        self.method.load_state_dict(state)
+
+
+def prepared(
+    kind: type[WeightSharing], model: nn.Module, data: Data, budget: str, epochs: int, batch_size: int
+) -> tuple[Any, Task]:
+    """A method, trained on a copy of the model."""
+    network = copy.deepcopy(model)
+    graph = trace(network, torch.zeros(2, *data.shape))
+    task = Task(
+        network,
+        graph,
+        Budget.parse(budget),
+        Limits(),
+        data=HeldOut(data, Placement(), Distributed()),
+        rng=torch.Generator().manual_seed(0),
+    )
+    method = kind(configure(kind, {"epochs": epochs, "batch_size": batch_size, "evaluate_every": 1}))
+    method.setup(task)
+    metrics = run_phases(Trained(method), task, data)
+    print(kind.name, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
+    return method, task
+
+
+def draw(method: SP, task: Task, count: int, seed: int) -> list[Tensor]:
+    """Masks [U] of random sub-networks whose cost is within the budget, and at most ``WIDTH`` of all below it."""
+    rng = torch.Generator().manual_seed(seed)
+    full, limit = float(task.budget.cost(task.graph)), task.budget.limit(task.graph)
+    masks: list[Tensor] = []
+    while len(masks) < count:
+        mask = method.mask([random_widths(choices, rng) for choices in method.choices], task)
+        if limit - WIDTH * full <= float(task.budget.cost(task.graph, mask)) <= limit:
+            masks.append(mask)
+    return masks
+
+
+@torch.no_grad()
+def distances(method: SP, task: Task, masks: list[Tensor], images: Tensor) -> list[float]:
+    """SP's proxy: the distillation losses of all stages (eq. 7)."""
+    features = method.net.features(images)
+    pairs = range(len(method.stages))
+    return [sum(float(method.net.distance(n, features[n], features[n + 1], mask)) for n in pairs) for mask in masks]
+
+
+@torch.no_grad()
+def shared_scores(method: AutoSlim, masks: list[Tensor], images: Tensor, labels: Tensor) -> list[tuple[float, float]]:
+    """AutoSlim's proxy, the accuracy with shared weights, and the cross-entropy beside it."""
+    found = []
+    for mask in masks:
+        scores = method.slices(images, mask=mask)
+        accuracy = (scores.argmax(1) == labels).double().mean()
+        found.append((float(accuracy), float(F.cross_entropy(scores, labels))))
+    return found
+
+
+def from_scratch(task: Task, mask: Tensor, name: str, data: Data, config: TrainConfig, seeds: int) -> list[float]:
+    """Test accuracies of the compact network, trained from random weights, one for each seed."""
+    found = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        fresh = create(name, num_classes=data.num_classes, in_channels=data.shape[0])
+        compact = apply(task.graph.plan(mask), fresh, check=False)
+        train(compact, data, config, seed=seed, device="cpu")
+        found.append(evaluate(compact, data)["accuracy"])
+    return found
+
+
+def main() -> None:
+    """Run the experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--budget", default="flops=0.5")
+    parser.add_argument("--networks", type=int, default=12)
+    parser.add_argument("--supernet_epochs", type=int, default=3)
+    parser.add_argument("--scratch_epochs", type=int, default=2)
+    parser.add_argument("--scratch_seeds", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    data = load_data(arguments.data)
+    model = create(arguments.model, num_classes=data.num_classes, in_channels=data.shape[0])
+    load_weights(model, arguments.weights)
+    options = (model.eval(), data, arguments.budget, arguments.supernet_epochs, arguments.batch_size)
+    sp, task = prepared(SP, *options)
+    masks = draw(sp, task, arguments.networks, arguments.seed)
+    assert task.data is not None
+    images, labels = task.data.held_out_batch(arguments.images)
+    before = distances(sp, task, masks, images)
+    slim, _ = prepared(AutoSlim, *options)
+    shared = shared_scores(slim, masks, images, labels)
+    config = TrainConfig(epochs=arguments.scratch_epochs, batch_size=arguments.batch_size, lr=0.1, schedule="cosine")
+    rows = []
+    for mask, distance, (accuracy, entropy) in zip(masks, before, shared, strict=True):
+        seeds = from_scratch(task, mask, arguments.model, data, config, arguments.scratch_seeds)
+        rows.append(
+            {
+                "flops_ratio": float(task.budget.cost(task.graph, mask) / task.budget.cost(task.graph)),
+                "sp_loss": distance,
+                "autoslim_accuracy": accuracy,
+                "autoslim_loss": entropy,
+                "from_scratch": seeds,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    truth = [sum(row["from_scratch"]) / len(row["from_scratch"]) for row in rows]
+    correlations = {
+        "sp": spearmanr([-row["sp_loss"] for row in rows], truth),
+        "autoslim": spearmanr([row["autoslim_accuracy"] for row in rows], truth),
+        "autoslim_loss": spearmanr([-row["autoslim_loss"] for row in rows], truth),
+    }
+    found = {name: {"rho": float(c.statistic), "p": float(c.pvalue)} for name, c in correlations.items()}
+    print(json.dumps(found, indent=2))
+    if arguments.json:
+        settings = {
+            name: str(value) for name, value in vars(arguments).items() if name not in ("data", "weights", "json")
+        }
+        document = {"settings": settings, "training": dataclasses.asdict(config), "networks": rows, "spearman": found}
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
