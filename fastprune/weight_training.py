@@ -131,7 +131,7 @@ class WeightTraining:
         )
 
     def gradients(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """Forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N] or probabilities [N, K].
+        """Forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N] or their shares [N, K].
 
         Returns:
             The metrics to log: loss, accuracy, lr.
