@@ -37,6 +37,8 @@ from fastprune.weight_training import WeightOptions, WeightTraining
 
 DEAD_ZONE = 0.005  # of |r − p|: no gradient for what is near enough
 
+MOST = 0.9  # of the channels that go, for the automatic λ
+
 UNITS_OF: dict[str, tuple[tuple[Role, ...], ...]] = {
     "joint": (("out", "depthwise", "channel"),),
     "apart": (("out", "depthwise"), ("in",)),
@@ -51,8 +53,8 @@ class SANPConfig(WeightOptions, RelaxedGates):
     epochs: int = option(200, "passes over the training set", minimum=1)
     penalty: float | None = option(
         None,
-        "λ of the group lasso; none = twice what carries the median of the channels that go to zero by the end, if "
-        "cross-entropy did not hold it",
+        "λ of the group lasso; none = twice what carries nine in ten of the channels that go to zero by the end, if "
+        "cross-entropy did not hold them",
         minimum=0.0,
     )
     balance: Literal["proportional", "inverse", "uniform"] = option(
@@ -251,4 +253,5 @@ class SANP(DP):
         rates = self.training.remaining_rates
         if not bool(goes.any()) or rates == 0:
             return None
-        return 2 * float(self.norms()[goes].median()) / (rates * float(self.balance[goes].mean()))
+        needed = self.norms()[goes].double() / self.balance[goes].double()
+        return 2 * float(needed.quantile(MOST)) / rates

@@ -133,14 +133,17 @@ def test_without_penalty_it_is_plain_training() -> None:
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_the_automatic_penalty_takes_twice_what_the_median_needs() -> None:
+def test_the_automatic_penalty_takes_twice_what_nine_in_ten_need() -> None:
     method, task = prepared()
     goes = method.balance > 0
-    median = float(method.norms()[goes].median())
+    assert len(method.balance[goes].unique()) > 1
     rates = sum(method.training.learning_rate_of(step) for step in range(1, 16))
     task.model.train()
     method.training.steps = 1
-    assert method.automatic() == pytest.approx(2 * median / (rates * float(method.balance[goes].mean())))
+    penalty = method.automatic()
+    assert penalty is not None
+    carried = penalty / 2 * rates * method.balance[goes] >= method.norms()[goes]
+    assert abs(float(carried.float().mean()) - 0.9) <= 1 / int(goes.sum())
     open_ones, _ = prepared(closed=0.0)
     assert open_ones.automatic() is None
 
