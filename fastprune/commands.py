@@ -228,6 +228,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         seed=settings.seed,
         device=settings.device,
         precision=settings.precision,
+        channels_last=settings.channels_last,
         rewrite=not settings.keep_class,
         ignore=settings.ignore,
         limits=limits,

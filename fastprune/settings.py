@@ -99,6 +99,7 @@ class PruneSettings(NetworkSettings):
     latency_dtype: str = setting("float32", "its precision: float32, bfloat16 or float16")
     latency_channels_last: bool = setting(False, "its memory layout is NHWC", action="store_true")
     precision: str = setting("float32", "of the search: float32, or bf16 for autocast")
+    channels_last: bool = setting(False, "the search's memory layout is NHWC", action="store_true")
     ignore: tuple[str, ...] = setting((), IGNORE, nargs="+")
     keep_class: bool = setting(False, KEEP_CLASS, action="store_true")
     inexact: bool = setting(False, INEXACT, action="store_true")
