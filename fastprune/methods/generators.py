@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.distributed import Distributed
+from fastprune.methods.recurrent import bidirectional
 
 INPUT = 64
 HIDDEN = 128  # of a GRU in each direction
@@ -60,8 +61,13 @@ class ScoreGenerator(nn.Module):
         """The raw scores of all gates, one after the other, float32 [n]."""
         if self.architecture == "channel":
             return self.scores
-        features = self.between(self.input)
-        features = torch.relu(self.norm(features[0] if isinstance(features, tuple) else features))[:, 0]
+        if not isinstance(self.between, nn.GRU):
+            features = self.between(self.input)
+        elif self.input.device.type == "cpu":
+            features = bidirectional(self.between, self.input)
+        else:
+            features = self.between(self.input)[0]
+        features = torch.relu(self.norm(features))[:, 0]
         scores = torch.cat([head(row) for head, row in zip(self.heads, features, strict=True)])
         return scores * self.scale
 

@@ -1,0 +1,52 @@
+"""The GRU of generators on the CPU is torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastprune.methods.generators import ScoreGenerator
+from fastprune.methods.recurrent import Recurrence, bidirectional
+
+
+@pytest.mark.parametrize("steps", [1, 2, 27])
+def test_values_and_gradients_are_torchs(steps: int) -> None:
+    torch.manual_seed(steps)
+    gru = nn.GRU(6, 5, bidirectional=True).double()
+    x = torch.randn(steps, 1, 6, dtype=torch.float64, requires_grad=True)
+    wanted, found = gru(x)[0], bidirectional(gru, x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+    upstream = torch.randn_like(wanted)
+    of = [x, *gru.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad(found, of, upstream), torch.autograd.grad(wanted, of, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+def test_gradients_against_differences() -> None:
+    torch.manual_seed(0)
+    shapes = ((2, 4, 9), (2, 9, 3), (2, 9))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(Recurrence.apply, inputs)
+
+
+def test_the_generator_runs_on_it() -> None:
+    generator = ScoreGenerator([4, 7, 2], "gru", seed=1)
+    assert isinstance(generator.between, nn.GRU)
+    features = torch.relu(generator.norm(generator.between(generator.input)[0]))[:, 0]
+    wanted = torch.cat([head(row) for head, row in zip(generator.heads, features, strict=True)]) * generator.scale
+    found = generator()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert "Recurrence" in names_of(found.grad_fn)
+
+
+def names_of(node: object) -> str:
+    """All functions behind a tensor."""
+    waiting, seen = [node], []
+    while waiting:
+        function = waiting.pop()
+        seen.append(type(function).__name__)
+        waiting += [after for after, _ in getattr(function, "next_functions", ()) if after is not None]
+    return " ".join(seen)
