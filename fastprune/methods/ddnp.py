@@ -53,6 +53,13 @@ class DDNPConfig:
     coupling: float = option(2.0, "ρ, the weight of the term that lets widths follow scores", minimum=0.0)
     temperature: float = option(0.4, "t of the scores in that term", minimum=1e-3)
     window: float = option(0.1, "γ, the mask's soft edge, as a part of a group's channels; 0 = hard masks", minimum=0.0)
+    closing: float = option(
+        0.0,
+        "part of the epochs, at the end, over which the soft edge closes, so that the search ends on the network that "
+        "it returns; 0 = it stays, as in the paper",
+        minimum=0.0,
+        maximum=1.0,
+    )
     output: Literal["sigmoid", "abs", "square"] = option("sigmoid", "from raw scores to scores (§5.4)")
     architecture: Literal["gru", "fc", "channel"] = option(
         "gru", "of g_s: gru (GRU and linear layers, the paper's), fc (linear layers), channel (one parameter each)"
@@ -72,7 +79,7 @@ class DDNPConfig:
 
 def refuse_unused(config: DDNPConfig) -> None:
     """Refuse options of the paper's terms that ``variant=release`` would silently pass over."""
-    for name in ("temperature", "window", "output"):
+    for name in ("temperature", "window", "closing", "output"):
         if getattr(config, name) != getattr(DDNPConfig, name):
             raise ValueError(
                 f"ddnp: {name} {getattr(config, name)!r} means nothing with variant 'release'; leave it out"
@@ -110,6 +117,7 @@ class DDNP(GateSearch):
         self.full_widths = sizes.double().to(task.device)
         self.gated = self.gated.to(task.device)
         self.windows = (self.config.window * self.sizes).round()
+        self.edge = 1.0  # what is left of the windows
         self.scores = ScoreGenerator(self.sizes.tolist(), self.config.architecture, task.seed).to(task.device)
         self.widths = WidthGenerator(len(self.gated), task.seed + 1).to(task.device)
         self.parameters = [*self.scores.parameters(), *self.widths.parameters()]
@@ -136,7 +144,9 @@ class DDNP(GateSearch):
         yield from super().phases(task)
 
     def end_epoch(self, task: Task, epoch: int) -> Metrics:
-        """What the search logs; the release lowers the widths' learning rate."""
+        """What the search logs; windows may close, and the release lowers the widths' learning rate."""
+        if self.config.closing:
+            self.edge = min(1.0, (1 - (epoch + 1) / self.config.epochs) / self.config.closing)
         if self.release is not None:
             self.optimizer.param_groups[1]["lr"] = cosine(self.config.learning_rate, epoch + 1, self.config.epochs)
         return super().end_epoch(task, epoch)
@@ -153,7 +163,7 @@ class DDNP(GateSearch):
     def mask(self, raw: Tensor, keep: Tensor) -> Tensor:
         """Soft top-k masks [n] of all gates (eq. 7), with the gradient straight through to the scores."""
         scores = OUTPUTS[self.config.output](raw)
-        return topk_mask(scores, keep.detach(), self.offsets, self.windows.to(scores.dtype))
+        return topk_mask(scores, keep.detach(), self.offsets, self.edge * self.windows.to(scores.dtype))
 
     def coupling(self, raw: Tensor, keep: Tensor) -> Tensor:
         """C of eq. 5: squared distances of widths from the mean of sharpened scores, summed over the gates."""
@@ -229,8 +239,8 @@ class DDNP(GateSearch):
         return graph.plan(projected)
 
     def state_dict(self) -> dict[str, Any]:
-        """Both generators with their inputs, Adam's moments, and the release's ranking."""
-        state = state_of(self.optimizer, scores=self.scores, widths=self.widths)
+        """Both generators with their inputs, Adam's moments, the windows' part, and the release's ranking."""
+        state = {**state_of(self.optimizer, scores=self.scores, widths=self.widths), "edge": self.edge}
         return state if self.release is None else {**state, "release": self.release.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -240,5 +250,6 @@ class DDNP(GateSearch):
             ValueError: if the state is for other gates.
         """
         restore(self.name, state, self.optimizer, scores=self.scores, widths=self.widths)
+        self.edge = float(state["edge"])
         if self.release is not None:
             self.release.load_state_dict(state["release"])
