@@ -1,8 +1,8 @@
-"""How well the proxies of SP and AutoSlim order sub-networks: the experiment of Fig. 4 of SP's paper.
+"""How well the proxies of SP and AutoSlim order sub-networks, after Fig. 4 of SP's paper.
 
-Random sub-networks of one cost are measured with the weights that all share, by each method's own proxy after its own
-training, and then trained from scratch. Printed: both proxies and the test accuracy of each, and Spearman's rank
-correlations.
+Random sub-networks of one cost, with widths of their own inside each block, are measured with the weights that all
+share, by each method's own proxy after its own training, and then trained from scratch. Printed: both proxies and the
+test accuracy of each, and Spearman's rank correlations. The paper's third method, MetaPruning, is not here.
 
     python bench/ranking.py --data fashion-mnist:FOLDER --weights runs/base/model.safetensors --json ranking.json
 """
@@ -29,6 +29,7 @@ from fastprune.engine.data import Data
 from fastprune.engine.training import TrainConfig, train
 from fastprune.graph import trace
 from fastprune.limits import Limits
+from fastprune.machine import machine
 from fastprune.methods.autoslim import AutoSlim
 from fastprune.methods.contract import Phase, Task
 from fastprune.methods.registry import configure
@@ -39,6 +40,7 @@ from fastprune.models import create, load_weights
 from fastprune.surgery import apply
 
 WIDTH = 0.02  # of the band of costs below the budget's
+ATTEMPTS = 20_000  # at drawing a sub-network within it
 
 
 class Trained:
@@ -67,7 +69,7 @@ class Trained:
 def prepared(
     kind: type[WeightSharing], model: nn.Module, data: Data, budget: str, epochs: int, batch_size: int
 ) -> tuple[Any, Task]:
-    """A method, trained on a copy of the model."""
+    """A method on a copy of the model."""
     network = copy.deepcopy(model)
     graph = trace(network, torch.zeros(2, *data.shape))
     task = Task(
@@ -78,22 +80,39 @@ def prepared(
         data=HeldOut(data, Placement(), Distributed()),
         rng=torch.Generator().manual_seed(0),
     )
-    method = kind(configure(kind, {"epochs": epochs, "batch_size": batch_size, "evaluate_every": 1}))
+    options = {"epochs": epochs, "batch_size": batch_size, "evaluate_every": 1, "groups": "interior"}
+    method = kind(configure(kind, options))
     method.setup(task)
-    metrics = run_phases(Trained(method), task, data)
-    print(kind.name, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
     return method, task
 
 
+def run_training(method: WeightSharing, task: Task, data: Data) -> None:
+    """Train the network together with its sub-networks."""
+    metrics = run_phases(Trained(method), task, data)
+    print(method.name, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
+
+
 def draw(method: SP, task: Task, count: int, seed: int) -> list[Tensor]:
-    """Masks [U] of random sub-networks whose cost is within the budget, and at most ``WIDTH`` of all below it."""
+    """Masks [U] of random sub-networks whose cost is within the budget, and at most ``WIDTH`` of all below it.
+
+    Raises:
+        ValueError: where random widths hardly ever cost so much; says what they cost.
+    """
     rng = torch.Generator().manual_seed(seed)
     full, limit = float(task.budget.cost(task.graph)), task.budget.limit(task.graph)
     masks: list[Tensor] = []
+    costs: list[float] = []
     while len(masks) < count:
         mask = method.mask([random_widths(choices, rng) for choices in method.choices], task)
-        if limit - WIDTH * full <= float(task.budget.cost(task.graph, mask)) <= limit:
+        costs.append(float(task.budget.cost(task.graph, mask)))
+        if limit - WIDTH * full <= costs[-1] <= limit:
             masks.append(mask)
+        if len(costs) > ATTEMPTS * (len(masks) + 1):
+            ratios = torch.tensor(costs) / full
+            found = f"{float(ratios.min()):.2f} to {float(ratios.max()):.2f}, mostly about {float(ratios.median()):.2f}"
+            raise ValueError(
+                f"budget '{task.budget}': networks of random widths cost {found} of all; give one of these"
+            )
     return masks
 
 
@@ -151,10 +170,12 @@ def main() -> None:
     options = (model.eval(), data, arguments.budget, arguments.supernet_epochs, arguments.batch_size)
     sp, task = prepared(SP, *options)
     masks = draw(sp, task, arguments.networks, arguments.seed)
+    run_training(sp, task, data)
     assert task.data is not None
     images, labels = task.data.held_out_batch(arguments.images)
     before = distances(sp, task, masks, images)
-    slim, _ = prepared(AutoSlim, *options)
+    slim, slim_task = prepared(AutoSlim, *options)
+    run_training(slim, slim_task, data)
     shared = shared_scores(slim, masks, images, labels)
     config = TrainConfig(epochs=arguments.scratch_epochs, batch_size=arguments.batch_size, lr=0.1, schedule="cosine")
     rows = []
@@ -179,10 +200,17 @@ def main() -> None:
     found = {name: {"rho": float(c.statistic), "p": float(c.pvalue)} for name, c in correlations.items()}
     print(json.dumps(found, indent=2))
     if arguments.json:
-        settings = {
-            name: str(value) for name, value in vars(arguments).items() if name not in ("data", "weights", "json")
+        places = ("data", "weights", "json")
+        document = {
+            "machine": machine(torch.device("cpu")),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "data": arguments.data.partition(":")[0],
+            "settings": {name: value for name, value in vars(arguments).items() if name not in places},
+            "training": dataclasses.asdict(config),
+            "networks": rows,
+            "spearman": found,
         }
-        document = {"settings": settings, "training": dataclasses.asdict(config), "networks": rows, "spearman": found}
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 
 

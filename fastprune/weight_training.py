@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,10 @@ class WeightTraining:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError(f"{type(model).__name__} has no parameter with requires_grad: there is nothing to train")
-        if peers.world_size > 1 and not several_passes:
+        if peers.world_size > 1 and several_passes:
+            self.share(model.parameters())
+            self.share_buffers()
+        elif peers.world_size > 1:
             self.network = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         plain = [] if options.decay_norm_and_bias else [parameter for parameter in trained if parameter.dim() <= 1]
         decayed = trained if options.decay_norm_and_bias else [p for p in trained if p.dim() > 1]
@@ -164,9 +167,13 @@ class WeightTraining:
     def share_buffers(self) -> None:
         """Give all ranks rank 0's batch-norm statistics; DDP does so only when the next forward begins."""
         if self.peers.world_size > 1:
-            for buffer in self.model.buffers():
-                self.peers.broadcast_(buffer)
-                increment_version(buffer)  # collectives do not, and networks that hold on to values look at it
+            self.share(self.model.buffers())
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks rank 0's values."""
+        for tensor in tensors:
+            self.peers.broadcast_(tensor.detach())
+            increment_version(tensor)  # collectives do not, and networks that hold on to values look at it
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state and the number of steps; not the weights."""
@@ -184,13 +191,15 @@ def classification_loss(outputs: Any, labels: Tensor, label_smoothing: float = 0
     Args:
         outputs: scores [N, classes], or a tuple of such from the main head and others, as torchvision's GoogLeNet and
             Inception return it in training mode; a head may be None.
-        labels: [N], or probabilities of classes [N, K].
+        labels: [N], or probabilities of the first K classes [N, K].
         label_smoothing: share of the target that is spread over all classes.
 
     Returns:
         The mean cross-entropy in nats, of auxiliary heads with a weight of 0.3, and the main head's scores.
     """
     scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+    if labels.dim() == 2:
+        labels = F.pad(labels, (0, scores.shape[1] - labels.shape[1]))
     loss = F.cross_entropy(scores.float(), labels, label_smoothing=label_smoothing)
     for other in auxiliary:
         if other is not None:

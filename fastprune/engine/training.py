@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fastprune.methods.contract import Phase
 
 
+_ALTER = 4  # what random bits are for; the first ones are data.py's
+
+
 @dataclass(frozen=True)
 class TrainConfig(WeightOptions):
     """Recipe of a training. The defaults are the papers' CIFAR fine-tuning."""
@@ -77,6 +80,7 @@ class Trainer:
     def setup(self, task: TrainTask) -> None:
         """Make the optimiser."""
         self.task = task
+        self.classes = self.data.num_classes if self.config.mixup else 0
         steps = self.data.steps("train", self.config.batch_size, distributed=task.distributed)
         self.weights = WeightTraining(
             task.model, self.config, steps_per_epoch=steps, device=task.device, peers=task.distributed
@@ -105,11 +109,13 @@ class Trainer:
     def augmented(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the network is to learn from a batch: other images on each rank, the same ones in a resumed run."""
         config, task = self.config, self.task
-        rng = np.random.default_rng(int(hashed(task.seed, self.weights.steps, task.distributed.rank)))
+        if not (config.cutout or config.mixup):
+            return images, labels
+        rng = np.random.default_rng(int(hashed(task.seed, _ALTER, self.weights.steps, task.distributed.rank)))
         if config.cutout:
             images = cutout(images, config.cutout, rng)
         if config.mixup:
-            images, labels = mixup(images, labels, self.data.num_classes, config.mixup, rng)
+            images, labels = mixup(images, labels, self.classes, config.mixup, rng)
         return images, labels
 
     def end_epoch(self, epoch: int) -> dict[str, float]:

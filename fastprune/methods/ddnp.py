@@ -117,7 +117,7 @@ class DDNP(GateSearch):
         self.full_widths = sizes.double().to(task.device)
         self.gated = self.gated.to(task.device)
         self.windows = (self.config.window * self.sizes).round()
-        self.edge = 1.0  # what is left of the windows
+        self.edge = self.edge_in(0)  # what is left of the windows
         self.scores = ScoreGenerator(self.sizes.tolist(), self.config.architecture, task.seed).to(task.device)
         self.widths = WidthGenerator(len(self.gated), task.seed + 1).to(task.device)
         self.parameters = [*self.scores.parameters(), *self.widths.parameters()]
@@ -145,11 +145,16 @@ class DDNP(GateSearch):
 
     def end_epoch(self, task: Task, epoch: int) -> Metrics:
         """What the search logs; windows may close, and the release lowers the widths' learning rate."""
-        if self.config.closing:
-            self.edge = min(1.0, (1 - (epoch + 1) / self.config.epochs) / self.config.closing)
+        self.edge = self.edge_in(epoch + 1)
         if self.release is not None:
             self.optimizer.param_groups[1]["lr"] = cosine(self.config.learning_rate, epoch + 1, self.config.epochs)
         return super().end_epoch(task, epoch)
+
+    def edge_in(self, epoch: int) -> float:
+        """The part of the windows that is left in an epoch, counted from 0; none in the last one if they close."""
+        if not self.config.closing:
+            return 1.0
+        return min(1.0, max(0, self.config.epochs - 1 - epoch) / (self.config.closing * self.config.epochs))
 
     def raw_scores(self) -> Tensor:
         """s̄ of every gate's channels, [n]."""

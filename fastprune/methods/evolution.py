@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Gene = tuple[int, ...]
 Genes = npt.NDArray[np.int64]  # [P, L]
@@ -123,10 +124,20 @@ class Evolution:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been told."""
-        genes = [[list(gene), loss] for gene, loss in self.losses.items()]
-        return {"generation": self.generation, "losses": genes}
+        return {"generation": self.generation, "losses": packed(self.losses)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.generation = int(state["generation"])
-        self.losses = {tuple(map(int, gene)): float(loss) for gene, loss in state["losses"]}
+        self.losses = unpacked(state["losses"])
+
+
+def packed(losses: Mapping[Gene, float]) -> dict[str, torch.Tensor]:
+    """Losses by genes, in their order, as tensors: a search has hundreds of thousands."""
+    genes = torch.tensor([list(gene) for gene in losses], dtype=torch.int32)
+    return {"genes": genes, "losses": torch.tensor(list(losses.values()), dtype=torch.float64)}
+
+
+def unpacked(state: Mapping[str, torch.Tensor]) -> dict[Gene, float]:
+    """What ``packed`` was given."""
+    return dict(zip(map(tuple, state["genes"].tolist()), state["losses"].tolist(), strict=True))

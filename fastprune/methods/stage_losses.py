@@ -81,6 +81,8 @@ class SavedStage:
         device: where it is measured.
         rewrite: how it was traced, see ``trace``.
         exact: the same.
+        autocast: to which type it is measured.
+        channels_last: whether its tensors are.
     """
 
     structure: GraphModule
@@ -88,6 +90,8 @@ class SavedStage:
     device: str
     rewrite: bool
     exact: bool
+    autocast: torch.dtype | None
+    channels_last: bool
 
     @staticmethod
     def save(stage: StageData, path: Path) -> SavedStage:
@@ -98,17 +102,23 @@ class SavedStage:
         tensors |= {"features": stage.features, "target": stage.target}
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
         graph = stage.networks.graph
-        structure = copy.deepcopy(module).to("meta")
-        return SavedStage(structure, str(path), str(stage.features.device), graph.rewrites, graph.exact)
+        structure, device = copy.deepcopy(module).to("meta"), stage.features.device
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        layout = stage.features.is_contiguous(memory_format=torch.channels_last) and not stage.features.is_contiguous()
+        return SavedStage(structure, str(path), str(device), graph.rewrites, graph.exact, autocast, layout)
 
     def load(self) -> StageData:
         """Read it."""
         tensors = load_file(self.path, device=self.device)
+        if self.channels_last:
+            four = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 4}
+            tensors |= {name: tensor.to(memory_format=torch.channels_last) for name, tensor in four.items()}
         for name in state_of(self.structure):
             owner, _, last = name.rpartition(".")
             holder, value = self.structure.get_submodule(owner), tensors[f"tensor.{name}"]
             setattr(holder, last, nn.Parameter(value) if last in holder._parameters else value)
-        graph = trace(self.structure, tensors["features"][:2], rewrite=self.rewrite, exact=self.exact)
+        example = tensors["features"][:2].to(next(self.structure.parameters()).dtype)
+        graph = trace(self.structure, example, rewrite=self.rewrite, exact=self.exact)
         return StageData(SubNetworks(graph, self.structure), tensors["features"], tensors["target"])
 
 
@@ -121,7 +131,8 @@ def measure(stage: SavedStage, masks: Sequence[Tensor]) -> list[float]:
         for path in [path for path in _loaded if Path(path).parent != Path(stage.path).parent]:
             del _loaded[path]  # of a search that is over
         _loaded[stage.path] = stage.load()
-    return [_loaded[stage.path].loss(mask) for mask in masks]
+    with torch.autocast(torch.device(stage.device).type, stage.autocast, enabled=stage.autocast is not None):
+        return [_loaded[stage.path].loss(mask) for mask in masks]
 
 
 class Elsewhere:

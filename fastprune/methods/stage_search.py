@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastprune.methods.evolution import Evolution, EvolutionSettings, Gene, Genes
+from fastprune.methods.evolution import Evolution, EvolutionSettings, Gene, Genes, packed, unpacked
 from fastprune.methods.widths import Widths
 
 Floats = npt.NDArray[np.float64]
@@ -132,7 +132,7 @@ class StageSearch:
 
     Args:
         stages: the widths of each.
-        total: what all stages may cost together above their smallest widths.
+        total: what all stages may cost together above their smallest widths. Below 0 these are the result.
         exact: the cost of the assembled network above that of the smallest, from the widths of all stages. Where it is
             not the sum of the stages' (a layer between two stages shrinks with both), the quotas are corrected.
         tolerance: how far below ``total`` the exact cost may be without a correction.
@@ -161,7 +161,7 @@ class StageSearch:
         self.stages, self.total, self.exact, self.tolerance = tuple(stages), total, exact, tolerance
         self.measure, self.settings, self.levels, self.seed = measure, settings, levels, seed
         self.at_once, self.memoise = at_once, memoise
-        self.limits = [total]  # of the quotas together, in each pass
+        self.limits = [max(0.0, total)]  # of the quotas together, in each pass
         self.results: list[tuple[float, float, list[Gene]]] = []  # of each pass: loss, exact cost, genes
         self.measured = 0
         self.losses: list[dict[Gene, float]] = [{} for _ in self.stages]
@@ -182,11 +182,17 @@ class StageSearch:
         return len(self.results) == len(self.limits)
 
     @property
+    def chosen(self) -> tuple[float, float, list[Gene]]:
+        """The result of least loss among those that cost no more than they may; where none does, the cheapest one."""
+        fitting = [result for result in self.results if result[1] <= self.total]
+        if fitting:
+            return min(fitting, key=lambda result: result[0])
+        return min(self.results, key=lambda result: result[1])
+
+    @property
     def best(self) -> list[Widths]:
-        """The widths of each stage in the network of least loss; of those that cost no more than they may, if any."""
-        fitting = [result for result in self.results if result[1] <= self.total] or self.results
-        genes = min(fitting, key=lambda result: result[0])[2]
-        return [stage.widths(gene) for stage, gene in zip(self.stages, genes, strict=True)]
+        """The widths of each stage in the network that was chosen."""
+        return [stage.widths(gene) for stage, gene in zip(self.stages, self.chosen[2], strict=True)]
 
     def progress(self) -> tuple[int, int]:
         """The generations of the manager that are done, and all of them, of the passes that have begun."""
@@ -201,15 +207,15 @@ class StageSearch:
         if missing:
             self.advance(missing[: self.at_once])
         else:
-            self.manager.tell({gene: sum(self.found[pair].loss for pair in enumerate(gene)) for gene in asked})
+            self.manager.tell({gene: sum(self.least(*pair).loss for pair in enumerate(gene)) for gene in asked})
             if self.manager.finished:
                 self.end_pass()
         return self.metrics()
 
     def end_pass(self) -> None:
         """Take the result, and correct the limit of the quotas where the network costs too much or too little."""
-        levels, loss = self.manager.best
-        genes = [self.found[pair].gene for pair in enumerate(levels)]
+        taken = [self.least(*pair) for pair in enumerate(self.manager.best[0])]
+        loss, genes = sum(found.loss for found in taken), [found.gene for found in taken]
         cost = self.exact([stage.widths(gene) for stage, gene in zip(self.stages, genes, strict=True)])
         self.results.append((loss, cost, genes))
         off = self.total - cost
@@ -218,6 +224,11 @@ class StageSearch:
             if limit != self.limits[-1]:
                 self.limits.append(limit)
                 self.begin_pass()
+
+    def least(self, stage: int, level: int) -> Found:
+        """What was found for a stage under the quota of a level, or under a smaller one if that is better."""
+        found = [self.found[stage, lower] for lower in range(level + 1) if (stage, lower) in self.found]
+        return min(found, key=lambda one: (np.nan_to_num(one.loss, nan=np.inf), one.gene))
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -247,13 +258,18 @@ class StageSearch:
     # --- state --------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """How much was measured, how much the algorithm would measure to the letter, and the least loss so far."""
+        """How much was measured, how much the algorithm would measure to the letter, and the least loss of the pass.
+
+        In the end it is the loss of the network that was chosen.
+        """
         settings = self.settings
         managers = len(self.manager.losses) + settings.population * settings.iterations * (len(self.limits) - 1)
         found = {
             "measured": float(self.measured),
             "measured_literally": float(managers * len(self.stages) * settings.population * settings.iterations),
         }
+        if self.finished:
+            return found | {"distillation_loss": self.chosen[0]}
         return found | ({"distillation_loss": self.manager.best[1]} if self.manager.losses else {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,7 +279,7 @@ class StageSearch:
             "results": [[loss, cost, [list(gene) for gene in genes]] for loss, cost, genes in self.results],
             "measured": self.measured,
             "manager": self.manager.state_dict(),
-            "losses": [[[list(gene), loss] for gene, loss in known.items()] for known in self.losses],
+            "losses": [packed(known) for known in self.losses],
             "found": [[*pair, list(found.gene), found.loss] for pair, found in self.found.items()],
             "active": [[*pair, evolution.state_dict()] for pair, evolution in self.active.items()],
         }
@@ -275,7 +291,7 @@ class StageSearch:
         self.measured = int(state["measured"])
         self.begin_pass()
         self.manager.load_state_dict(state["manager"])
-        self.losses = [{tuple(gene): float(loss) for gene, loss in known} for known in state["losses"]]
+        self.losses = [unpacked(known) for known in state["losses"]]
         self.found = {(int(s), int(level)): Found(tuple(gene), loss) for s, level, gene, loss in state["found"]}
         self.active = {}
         for stage, level, saved in state["active"]:

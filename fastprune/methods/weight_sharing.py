@@ -51,7 +51,7 @@ class WeightSharing(Method):
 
         Args:
             task: as everywhere.
-            features: of the full network at the ends of the stages of ``net``, detached.
+            features: the images, then the full network's features at the ends of the stages of ``net``, detached.
             scores: of the full network, detached, [N, classes].
 
         Returns:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastprune.distributed import Distributed
 from fastprune.engine import LoopOptions, RunDirectory, RunError, TrainConfig, evaluate, load_data, train
+from fastprune.weight_training import WeightTraining
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 
@@ -45,6 +46,17 @@ def work(folder: str) -> None:
     plain = make_net(norm=False, seed=rank)  # rank 0's weights win
     train(plain, data, CONFIG, device="cpu", distributed=peers)
     results["plain"] = plain.state_dict()
+    several = make_net(norm=True, seed=rank)  # as methods train that ask for the mean of gradients themselves
+    several.norm.get_buffer("running_mean").fill_(rank + 1)
+    options = {"steps_per_epoch": 1, "device": torch.device("cpu"), "peers": peers}
+    training = WeightTraining(several, CONFIG, several_passes=True, **options)
+    several(torch.full((4, 1, 6, 6), rank + 1.0) + torch.arange(6)).square().mean().backward()
+    training.average_gradients()
+    results["gradients"] = {name: p.grad.clone() for name, p in several.named_parameters() if p.grad is not None}
+    training.update()
+    results["several"] = {name: p.detach().clone() for name, p in several.named_parameters()}
+    training.share_buffers()
+    results["buffers"] = dict(several.named_buffers())
     normed = make_net(norm=True)
     run = RunDirectory.create(f"{folder}/run", {}, peers)
     metrics = train(normed, data, CONFIG, device="cpu", distributed=peers, run=run, options=LoopOptions(log_every=3))
@@ -75,9 +87,11 @@ def test_two_processes(tmp_path: Path) -> None:
     result = subprocess.run([*command, __file__, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[:4000]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for kind in ("plain", "normed", "resumed"):
+    for kind in ("plain", "normed", "resumed", "gradients", "several", "buffers"):
         for name, tensor in first[kind].items():
             assert torch.equal(tensor, second[kind][name]), (kind, name)
+    assert bool(first["gradients"]["conv.weight"].any())
+    assert not torch.equal(first["several"]["conv.weight"], make_net(norm=True).conv.weight)
     for name, tensor in first["normed"].items():
         assert torch.equal(tensor, first["resumed"][name]), name
     assert first["metrics"] == second["metrics"]

@@ -121,6 +121,14 @@ def test_resnet20_learns_the_digits() -> None:
     assert metrics["held_out_accuracy"] >= 0.95
 
 
+def test_mixup_of_fewer_classes_than_the_network_knows() -> None:
+    """As without it: the data's classes are the network's first ones."""
+    model = make_net()
+    model.fc = nn.Linear(8, 9)
+    metrics = train(model, DATA, TrainConfig(epochs=1, batch_size=30, mixup=0.2, label_smoothing=0.1), device="cpu")
+    assert math.isfinite(metrics["loss"])
+
+
 def test_one_step_is_sgd() -> None:
     data = load_data("synthetic:1x8x8:4:16", held_out=0)
     config = TrainConfig(epochs=1, batch_size=16, lr=0.5, weight_decay=0.1, decay_norm_and_bias=False, evaluate_every=0)

@@ -209,19 +209,20 @@ def test_windows_are_a_tenth_of_the_channels():
 
 
 def test_windows_may_close():
-    """Over the last half of ten epochs: the last epoch has a fifth of them, and then nothing is left."""
+    """Over the last half of ten epochs, so that in the last one nothing is left."""
     method, task = prepared(epochs=10, closing=0.5, evaluate_every=0)
     edges = [method.edge]
     for epoch in range(10):
         method.end_epoch(task, epoch)
         edges.append(method.edge)
-    assert edges == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
+    assert edges == pytest.approx([1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0, 0])
     keep = torch.full((len(method.sizes),), 0.5)
     mask = method.mask(method.raw_scores(), keep)
     assert set(mask.tolist()) == {0.0, 1.0}
     fresh, _ = prepared(epochs=10, closing=0.5)
     fresh.load_state_dict(method.state_dict())
     assert fresh.edge == 0
+    assert prepared(epochs=1, closing=0.01)[0].edge == 0
     soft, _ = prepared(window=0.5)
     assert len(set(soft.mask(soft.raw_scores(), keep).tolist())) > 2
 

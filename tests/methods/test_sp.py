@@ -122,9 +122,12 @@ def test_only_the_chosen_channels_go() -> None:
     assert bool(prepared()[0].may_go[last.units].all())
 
 
-def stage_data() -> tuple[list[StageData], list[Query]]:
+def stage_data(*, channels_last: bool = False) -> tuple[list[StageData], list[Query]]:
     method, task = prepared()
-    features = method.net.features(next(iter(sample_data().batches("train", 16)))[0])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    task.model.to(memory_format=layout)
+    features = method.net.features(next(iter(sample_data().batches("train", 16)))[0].contiguous(memory_format=layout))
+    assert not channels_last or not features[0].is_contiguous()
     data = [StageData(part.slices, features[n], features[n + 1]) for n, part in enumerate(method.net.parts)]
     generator = torch.Generator().manual_seed(0)
     queries: list[Query] = []
@@ -142,8 +145,14 @@ def pool(workers: int) -> Executor:
 
 
 @pytest.mark.slow
-def test_processes_measure_the_same_and_those_that_die_lose_nothing(tmp_path: Path) -> None:
-    data, queries = stage_data()
+@pytest.mark.parametrize("precision", ["float32", "bf16"])  # bf16: in channels_last
+def test_processes_measure_the_same_and_those_that_die_lose_nothing(tmp_path: Path, precision: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        processes_measure_the_same(tmp_path, channels_last=precision == "bf16")
+
+
+def processes_measure_the_same(tmp_path: Path, *, channels_last: bool) -> None:
+    data, queries = stage_data(channels_last=channels_last)
     wanted = Here(data, Distributed())(queries)
     assert len(set(wanted)) == len(wanted)
     executors: list[Executor] = []
@@ -184,6 +193,16 @@ def test_what_was_measured_before_a_process_died_is_not_measured_again(tmp_path:
     hopeless = Elsewhere(data, tmp_path, lambda: Dying(0))
     with pytest.raises(BrokenExecutor, match="dead"):
         hopeless(queries)
+
+
+@pytest.mark.slow
+def test_a_budget_below_its_smallest_widths() -> None:
+    """One channel in each group costs less than a tenth of all its channels."""
+    method, task = prepared("flops=0.02")
+    smallest = method.mask([tuple(c[0] for c in choices) for choices in method.choices], task)
+    plan = searched(method, task).plan(task)
+    assert float(task.budget.cost(task.graph, smallest)) > task.budget.limit(task.graph)
+    assert float(task.budget.cost(task.graph, plan.mask)) <= task.budget.limit(task.graph)
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastprune.engine.checkpoint import load_state, save_state
 from fastprune.methods.evolution import Evolution, EvolutionSettings
 from fastprune.methods.stage_search import PASSES, QuotaSpace, StageSearch, StageWidths, Widths, WidthSpace
 
@@ -158,16 +159,42 @@ def test_quotas_are_corrected_by_what_the_network_costs(interaction: float) -> N
         assert (1 + interaction) * sum(chosen) <= 120.0
 
 
+@pytest.mark.parametrize("total", [-3.0, 0.0])
+def test_below_the_smallest_widths_these_are_the_result(total: float) -> None:
+    search = finish(searched(total)[0])
+    assert search.best == [(2, 2, 2)] * 3
+    assert search.results == [(search.metrics()["distillation_loss"], 0.0, [(0, 0, 0)] * 3)]
+
+
+def test_where_every_network_costs_too_much_the_cheapest_is_chosen() -> None:
+    """A network that costs the same however small the quotas are."""
+    search = finish(searched()[0])
+    search.results = [(1.0, 140.0, [(3, 0, 0)] * 3), (2.0, 121.0, [(1, 0, 0)] * 3), (1.5, 125.0, [(2, 0, 0)] * 3)]
+    assert search.chosen[0] == 2.0
+    search.results.append((9.0, 119.0, [(0, 0, 0)] * 3))
+    assert search.chosen[0] == 9.0
+
+
+def test_more_may_not_be_worse() -> None:
+    """What was found under a smaller quota is within a larger one, too."""
+    search = finish(searched()[0])
+    for stage in range(3):
+        levels = sorted(level for of, level in search.found if of == stage)
+        losses = [search.least(stage, level).loss for level in levels]
+        assert losses == sorted(losses, reverse=True)
+        assert all(search.least(stage, n).loss <= search.found[stage, n].loss for n in levels)
+
+
 @pytest.mark.parametrize("rounds", [1, 5, 17])
-def test_it_goes_on_where_it_was(rounds: int) -> None:
+def test_it_goes_on_where_it_was(rounds: int, tmp_path: Path) -> None:
     whole = finish(searched(interaction=0.3)[0])
     begun, first = searched(interaction=0.3)
     for _ in range(rounds):
         begun.round()
     assert not begun.finished
-    saved = json.loads(json.dumps(begun.state_dict()))
+    save_state(tmp_path / "state.safetensors", begun.state_dict())
     resumed, second = searched(interaction=0.3)
-    resumed.load_state_dict(saved)
+    resumed.load_state_dict(load_state(tmp_path / "state.safetensors"))
     assert resumed.progress() == begun.progress()
     assert finish(resumed).best == whole.best
     assert resumed.results == whole.results
