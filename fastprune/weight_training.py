@@ -134,7 +134,7 @@ class WeightTraining:
         )
 
     def gradients(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """Forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N] or their shares [N, K].
+        """Forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N] or targets [N, K].
 
         Returns:
             The metrics to log: loss, accuracy, lr.
@@ -196,10 +196,16 @@ def classification_loss(outputs: Any, labels: Tensor, label_smoothing: float = 0
 
     Returns:
         The mean cross-entropy in nats, of auxiliary heads with a weight of 0.3, and the main head's scores.
+
+    Raises:
+        ValueError: for probabilities of more classes than there are scores.
     """
     scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
     if labels.dim() == 2:
-        labels = F.pad(labels, (0, scores.shape[1] - labels.shape[1]))
+        missing = scores.shape[1] - labels.shape[1]
+        if missing < 0:
+            raise ValueError(f"the network has {scores.shape[1]} outputs, the data have {labels.shape[1]} classes")
+        labels = F.pad(labels, (0, missing))
     loss = F.cross_entropy(scores.float(), labels, label_smoothing=label_smoothing)
     for other in auxiliary:
         if other is not None:

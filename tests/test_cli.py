@@ -319,7 +319,7 @@ def test_yaml_settings_and_flags_over_them(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "recipe.yaml").write_text(
         "model: resnet20\nmethod: l1\nbudget: flops=0.3\nround_to: 4\nl1: {groups: interior}\n"
     )
-    line = f"prune --config {tmp_path}/recipe.yaml --budget flops=0.6 --out {tmp_path}/run --json"
+    line = f"prune --config {tmp_path}/recipe.yaml --budget flops=0.6 --channels_last --out {tmp_path}/run --json"
     assert main(shlex.split(line)) == 0
     found = json.loads(capsys.readouterr().out)
     assert 0.55 < found["compact"]["macs"] / found["baseline"]["macs"] <= 0.6
@@ -330,6 +330,7 @@ def test_yaml_settings_and_flags_over_them(tmp_path: Path, capsys: pytest.Captur
         4,
         "interior",
     )
+    assert config["channels_last"]
 
 
 def test_settings_from_a_file_are_checked() -> None:

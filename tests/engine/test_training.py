@@ -127,6 +127,9 @@ def test_mixup_of_fewer_classes_than_the_network_knows() -> None:
     model.fc = nn.Linear(8, 9)
     metrics = train(model, DATA, TrainConfig(epochs=1, batch_size=30, mixup=0.2, label_smoothing=0.1), device="cpu")
     assert math.isfinite(metrics["loss"])
+    model.fc = nn.Linear(8, 3)
+    with pytest.raises(ValueError, match="has 3 outputs, the data have 4 classes"):
+        train(model, DATA, TrainConfig(epochs=1, mixup=0.2), device="cpu")
 
 
 def test_one_step_is_sgd() -> None:
