@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastprune import _C
 from fastprune.bench import KERNELS, OURS, Case, Compiled, report
@@ -37,7 +40,7 @@ def check(kernel: dict[str, Any]) -> None:
         for name, found in case["variants"].items():
             low, high = found["quartiles_seconds"]
             assert 0 < low <= medians[name] <= high
-            assert 0 < found["share_of_roofline"] <= 1.5
+            assert found["share_of_roofline"] > 0
             assert math.isclose(found["share_of_roofline"] * medians[name], case["roofline_seconds"])
         assert set(case["ratios"]) == set(medians) - {OURS}
         for name, found in case["ratios"].items():
@@ -57,6 +60,31 @@ def check_means(means: dict[str, Any], cases: list[dict[str, Any]]) -> None:
         ratios = [case["ratios"][name]["ratio"] for case in cases if name in case["ratios"]]
         assert mean["cases"] == len(ratios)
         assert math.isclose(mean["ratio"] ** len(ratios), math.prod(ratios), rel_tol=1e-6)
+
+
+class Moved(TorchDispatchMode):
+    """Counts the bytes that operators take and return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
+        self.bytes += sum(tensor.nbytes for tensor in tensors)
+        return result
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_roofline_is_above_the_work_of_plain_torch(kernel: str) -> None:
+    """Counted, as a bound on measured shares would be one on how quiet the machine is."""
+    for case in KERNELS[kernel](CPU, quick=True):
+        plain, inputs = next(iter(case.variants.values())), case.draw()
+        with FlopCounterMode(display=False) as counter, Moved() as moved:
+            plain(*inputs)
+        assert case.flops <= counter.get_total_flops()
+        assert 0 < case.bytes <= moved.bytes
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -130,7 +158,9 @@ def test_a_copy_is_near_the_ceiling(ceilings: Ceilings) -> None:
     for options in ({}, {"fresh": False}, {"cold": True}):
         found = bench_case(copies("copy", variants=slow, **options), ceilings)
         assert found["ratios"]["eager"]["ratio"] > 4  # 20 where nothing disturbs
-        assert 0.001 < found["variants"][OURS]["share_of_roofline"] < 1.5
+        after = Ceilings.measured(CPU, quick=True)  # what was disturbed then may not be disturbed now
+        best = max(ceilings.bandwidth, after.bandwidth)
+        assert 0.001 < (8 << 20) / best / found["variants"][OURS]["median_seconds"] < 1.5
 
 
 def test_compilation_is_not_timed_and_its_failure_is_told(
