@@ -2,7 +2,8 @@
 
 Random sub-networks of one cost, with widths of their own inside each block, are measured with the weights that all
 share, by each method's own proxy after its own training, and then trained from scratch. Printed: both proxies and the
-test accuracy of each, and Spearman's rank correlations. The paper's third method, MetaPruning, is not here.
+test accuracy of each, and Spearman's rank correlations; with several seeds also that of the first two with each other,
+which says how much there is to predict. The paper's third method, MetaPruning, is not here.
 
     python bench/ranking.py --data fashion-mnist:FOLDER --weights runs/base/model.safetensors --json ranking.json
 """
@@ -67,7 +68,13 @@ class Trained:
 
 
 def prepared(
-    kind: type[WeightSharing], model: nn.Module, data: Data, budget: str, epochs: int, batch_size: int
+    kind: type[WeightSharing],
+    model: nn.Module,
+    data: Data,
+    placement: Placement,
+    budget: str,
+    epochs: int,
+    batch_size: int,
 ) -> tuple[Any, Task]:
     """A method on a copy of the model."""
     network = copy.deepcopy(model)
@@ -77,7 +84,7 @@ def prepared(
         graph,
         Budget.parse(budget),
         Limits(),
-        data=HeldOut(data, Placement(), Distributed()),
+        data=HeldOut(data, placement, Distributed()),
         rng=torch.Generator().manual_seed(0),
     )
     options = {"epochs": epochs, "batch_size": batch_size, "evaluate_every": 1, "groups": "interior"}
@@ -86,9 +93,9 @@ def prepared(
     return method, task
 
 
-def run_training(method: WeightSharing, task: Task, data: Data) -> None:
+def run_training(method: WeightSharing, task: Task, data: Data, placement: Placement) -> None:
     """Train the network together with its sub-networks."""
-    metrics = run_phases(Trained(method), task, data)
+    metrics = run_phases(Trained(method), task, data, placement=placement)
     print(method.name, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
 
 
@@ -161,23 +168,33 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="float32", help="of every training: float32 or bf16")
+    parser.add_argument("--channels_last", action="store_true", help="in every training")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     data = load_data(arguments.data)
     model = create(arguments.model, num_classes=data.num_classes, in_channels=data.shape[0])
     load_weights(model, arguments.weights)
-    options = (model.eval(), data, arguments.budget, arguments.supernet_epochs, arguments.batch_size)
+    placement = Placement(torch.device("cpu"), arguments.precision, arguments.channels_last)
+    options = (model.eval(), data, placement, arguments.budget, arguments.supernet_epochs, arguments.batch_size)
     sp, task = prepared(SP, *options)
     masks = draw(sp, task, arguments.networks, arguments.seed)
-    run_training(sp, task, data)
+    run_training(sp, task, data, placement)
     assert task.data is not None
     images, labels = task.data.held_out_batch(arguments.images)
     before = distances(sp, task, masks, images)
     slim, slim_task = prepared(AutoSlim, *options)
-    run_training(slim, slim_task, data)
+    run_training(slim, slim_task, data, placement)
     shared = shared_scores(slim, masks, images, labels)
-    config = TrainConfig(epochs=arguments.scratch_epochs, batch_size=arguments.batch_size, lr=0.1, schedule="cosine")
+    config = TrainConfig(
+        epochs=arguments.scratch_epochs,
+        batch_size=arguments.batch_size,
+        lr=0.1,
+        schedule="cosine",
+        precision=arguments.precision,
+        channels_last=arguments.channels_last,
+    )
     rows = []
     for mask, distance, (accuracy, entropy) in zip(masks, before, shared, strict=True):
         seeds = from_scratch(task, mask, arguments.model, data, config, arguments.scratch_seeds)
@@ -197,6 +214,8 @@ def main() -> None:
         "autoslim": spearmanr([row["autoslim_accuracy"] for row in rows], truth),
         "autoslim_loss": spearmanr([-row["autoslim_loss"] for row in rows], truth),
     }
+    if arguments.scratch_seeds > 1:  # how well one training of these networks tells what another one will
+        correlations["seeds"] = spearmanr(*([row["from_scratch"][seed] for row in rows] for seed in (0, 1)))
     found = {name: {"rho": float(c.statistic), "p": float(c.pvalue)} for name, c in correlations.items()}
     print(json.dumps(found, indent=2))
     if arguments.json:

@@ -151,19 +151,25 @@ class EagerDDNP:
         self.importance = nn.ModuleDict({"between": self.gru, "norm": self.norm, "heads": self.heads})
         self.importance.to(self.scores_input.device)
         self.width = nn.Linear(gates, gates, bias=False).to(self.scores_input.device)
-        self.importance.load_state_dict({name: tensor for name, tensor in scores.items() if name != "input"})
+        own = {name: tensor for name, tensor in scores.items() if name not in ("input", "heads")}
+        heads = {f"heads.{gate}.weight": rows for gate, rows in enumerate(scores["heads"].split(sizes))}
+        self.importance.load_state_dict({**own, **heads})
         self.width.load_state_dict({"weight": widths["linear.weight"]})
         self.autocast = autocast
         self.optimizer = torch.optim.Adam([*self.importance.parameters(), *self.width.parameters()], lr=LEARNING_RATE)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Do a step; returns the losses by ``names`` and the gradients of both generators, each as a vector."""
+        """Do a step; returns the losses by ``names`` and the gradients of both generators' parameters."""
         loss, *parts = self.losses(images, labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        gradients = (flat_gradient(module.parameters()) for module in (self.importance, self.width))
-        return loss.detach(), *(part.detach() for part in parts), *gradients
+        return (
+            loss.detach(),
+            *(part.detach() for part in parts),
+            *gradients_of(self.importance),
+            *gradients_of(self.width),
+        )
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """The losses by ``names``."""
@@ -201,6 +207,6 @@ def passed_through(hard: Tensor, soft: Tensor) -> Tensor:
     return soft + (hard - soft).detach()
 
 
-def flat_gradient(parameters: Any) -> Tensor:
-    """The gradients of parameters in one vector."""
-    return torch.cat([parameter.grad.flatten() for parameter in parameters])
+def gradients_of(module: nn.Module) -> list[Tensor]:
+    """Those of a module's parameters."""
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

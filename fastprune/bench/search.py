@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.bench.case import Case
-from fastprune.bench.eager_search import EagerDDNP, EagerDMC, Flops, flat_gradient
+from fastprune.bench.eager_search import EagerDDNP, EagerDMC, Flops, gradients_of
 from fastprune.bench.memory import Memory, memory_of
 from fastprune.bench.step import TOLERANCE, Floor, Network, Plain, networks, prepared
 from fastprune.budget import Budget
@@ -124,8 +124,10 @@ class OursDDNP(Ours):
         widths.linear.weight -= LOWERED * widths.input / widths.input.square().sum()
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """Of both generators."""
-        return flat_gradient(self.method.scores.parameters()), flat_gradient(self.method.widths.parameters())
+        """Of both generators, in the peer's order: its heads are layers of their own."""
+        scores = self.method.scores
+        heads = scores.heads.grad.split(scores.sizes)
+        return *gradients_of(scores.between), *gradients_of(scores.norm), *heads, *gradients_of(self.method.widths)
 
     def eager(self, network: Plain, flops: Flops) -> Step:
         """Generators with the same inputs and parameters."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastprune.distributed import Distributed
 from fastprune.methods.recurrent import bidirectional
@@ -23,6 +24,37 @@ FEATURES = 2 * HIDDEN
 WIDTH_BIAS = 3.0  # sigmoid(3) = 0.95: pruning starts from nearly the whole network
 
 Architecture = Literal["gru", "fc", "channel"]
+
+
+class GateProducts(torch.autograd.Function):
+    """W_i · f_g of every row i of W [n, F], with f [L, F] and L sizes: how many rows belong to each gate g; [n].
+
+    As a linear layer for each gate, without what autograd does for each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Gate by gate."""
+        products = weight.new_empty(len(weight))
+        for f, rows, into in zip(features, weight.split(sizes), products.split(sizes), strict=True):
+            torch.mv(rows, f, out=into)
+        ctx.save_for_backward(features, weight)
+        ctx.sizes = sizes
+        return products
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gate by gate."""
+        features, weight = ctx.saved_tensors
+        to_features, to_weight = torch.empty_like(features), torch.empty_like(weight)
+        columns = upstream[:, None].split(ctx.sizes)
+        for f, rows, given, d_f, d_rows in zip(
+            features, weight.split(ctx.sizes), columns, to_features, to_weight.split(ctx.sizes), strict=True
+        ):
+            torch.mul(given, f, out=d_rows)
+            torch.mv(rows.t(), given[:, 0], out=d_f)
+        return to_features, to_weight, None
 
 
 class ScoreGenerator(nn.Module):
@@ -42,7 +74,7 @@ class ScoreGenerator(nn.Module):
 
     def __init__(self, sizes: Sequence[int], architecture: Architecture, seed: int, *, divided: bool = True) -> None:
         super().__init__()
-        self.architecture = architecture
+        self.sizes, self.architecture = tuple(sizes), architecture
         self.scale = 1 / math.sqrt(FEATURES) if divided else 1.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -55,7 +87,8 @@ class ScoreGenerator(nn.Module):
             else:
                 self.between = nn.Linear(INPUT, FEATURES)
             self.norm = nn.LayerNorm(FEATURES)
-            self.heads = nn.ModuleList(nn.Linear(FEATURES, size, bias=False) for size in sizes)
+            heads = [nn.Linear(FEATURES, size, bias=False).weight for size in sizes]
+            self.heads = nn.Parameter(torch.cat(heads).detach())  # one tensor: Adam takes a while for each
 
     def forward(self) -> Tensor:
         """The raw scores of all gates, one after the other, float32 [n]."""
@@ -68,7 +101,7 @@ class ScoreGenerator(nn.Module):
         else:
             features = self.between(self.input)[0]
         features = torch.relu(self.norm(features))[:, 0]
-        scores = torch.cat([head(row) for head, row in zip(self.heads, features, strict=True)])
+        scores: Tensor = GateProducts.apply(features, self.heads, self.sizes)
         return scores * self.scale
 
 
@@ -101,9 +134,11 @@ def follow(
     peers: Distributed,
 ) -> None:
     """A step along gradients, averaged over ranks: generators are the same everywhere, images are not."""
-    flat = peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    if peers.world_size > 1:  # in one piece, as every exchange has its price
+        flat = peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
+        gradients = flat.split([gradient.numel() for gradient in gradients])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.view_as(parameter)
     optimizer.step()
 
 

@@ -16,51 +16,62 @@ from torch.autograd.function import once_differentiable
 
 
 class Recurrence(torch.autograd.Function):
-    """States h of all steps, [D, L, H], from what inputs give to gates, [D, L, 3H], and W [D, 3H, H] and b [D, 3H].
+    """States h of all steps, [L, D, H], from what inputs give to gates, [L, D, 3H], and W [D, 3H, H] and b [D, 3H].
 
     Gates are in torch's order: reset r, update z, new n = tanh(i_n + r (W_n h + b_n)); h' = (1 − z) n + z h.
+    Operators write into the memory of all steps, whose views are made at once: a step is so small that each call
+    counts.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Step by step, for all directions at once."""
-        directions, steps, size = *inputs.shape[:2], weight.shape[2]
-        states = inputs.new_zeros(directions, steps + 1, size)
-        gates, new = inputs.new_empty(directions, steps, 2 * size), inputs.new_empty(directions, steps, size)
-        recurrent = inputs.new_empty(directions, steps, size)  # W_n h + b_n
-        transposed = weight.transpose(1, 2).contiguous()
+        steps, directions, size = *inputs.shape[:2], weight.shape[2]
+
+        def memory(count: int, width: int) -> Tensor:
+            return inputs.new_empty(count, directions, 1, width)
+
+        states, parts = memory(steps + 1, size), memory(steps, 3 * size)  # parts: W h + b
+        gates, new = memory(steps, 2 * size), memory(steps, size)
+        states[0] = 0
+        transposed, added = weight.transpose(1, 2).contiguous(), bias[:, None]
+        h, part, both, n = (some.unbind() for some in (states, parts, gates, new))
+        r, z = (some.unbind() for some in gates.split(size, dim=3))
+        of_both, of_new = (some.unbind() for some in parts.split([2 * size, size], dim=3))
+        i_both, i_new = (some.unbind() for some in inputs[:, :, None].split([2 * size, size], dim=3))
         for t in range(steps):
-            part = torch.baddbmm(bias[:, None], states[:, t, None], transposed)[:, 0]
-            gates[:, t] = (inputs[:, t, : 2 * size] + part[:, : 2 * size]).sigmoid_()
-            recurrent[:, t] = part[:, 2 * size :]
-            new[:, t] = torch.addcmul(inputs[:, t, 2 * size :], gates[:, t, :size], recurrent[:, t]).tanh_()
-            states[:, t + 1] = torch.lerp(new[:, t], states[:, t], gates[:, t, size:])
-        ctx.save_for_backward(weight, states, gates, new, recurrent)
-        return states[:, 1:]
+            torch.baddbmm(added, h[t], transposed, out=part[t])
+            torch.add(i_both[t], of_both[t], out=both[t]).sigmoid_()
+            torch.addcmul(i_new[t], r[t], of_new[t], out=n[t]).tanh_()
+            torch.lerp(n[t], h[t], z[t], out=h[t + 1])
+        ctx.save_for_backward(weight, states, gates, new, parts)
+        return states[1:, :, 0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What does not depend on the gradient of h is made for all steps beforehand."""
-        weight, states, gates, new, recurrent = ctx.saved_tensors
-        directions, steps, size = new.shape
-        reset, update = gates.split(size, dim=2)
+        weight, states, gates, new, parts = ctx.saved_tensors
+        steps, directions, _, size = new.shape
+        reset, update = gates.split(size, dim=3)
         to_new = (1 - update) * (1 - new * new)
-        to_reset = to_new * recurrent * reset * (1 - reset)
-        to_update = (states[:, :-1] - new) * update * (1 - update)
-        factors = torch.stack([to_reset, to_update, to_new * reset], dim=2)  # [D, L, 3, H]
+        to_reset = to_new * parts[..., 2 * size :] * reset * (1 - reset)
+        to_update = (states[:-1] - new) * update * (1 - update)
+        factors = torch.cat([to_reset, to_update, to_new * reset], dim=2)  # [L, D, 3, H]
         gradients = torch.empty_like(factors)
+        rows = gradients.view(steps, directions, 1, 3 * size)
         arriving = torch.empty_like(new)  # gradients of h of all steps
-        later = new.new_zeros(directions, size)
+        later = torch.zeros_like(new[0])
+        dh, factor, gradient, row, z = (some.unbind() for some in (arriving, factors, gradients, rows, update))
+        given = upstream[:, :, None].unbind()
         for t in reversed(range(steps)):
-            arriving[:, t] = upstream[:, t] + later
-            gradients[:, t] = arriving[:, t, None] * factors[:, t]
-            through = torch.bmm(gradients[:, t].reshape(directions, 1, 3 * size), weight)[:, 0]
-            later = torch.addcmul(through, arriving[:, t], update[:, t])
-        parts = gradients.view(directions, steps, 3 * size)
-        weights = torch.bmm(parts.transpose(1, 2), states[:, :-1])
-        inputs = torch.cat([parts[:, :, : 2 * size], arriving * to_new], dim=2)
-        return inputs, weights, parts.sum(1)
+            torch.add(given[t], later, out=dh[t])
+            torch.mul(dh[t], factor[t], out=gradient[t])
+            torch.baddbmm(dh[t] * z[t], row[t], weight, out=later)
+        by_direction = rows[:, :, 0].transpose(0, 1)
+        weights = torch.bmm(by_direction.transpose(1, 2), states[:-1, :, 0].transpose(0, 1))
+        inputs = torch.cat([*gradients[:, :, :2].unbind(2), (arriving * to_new)[:, :, 0]], dim=2)
+        return inputs, weights, by_direction.sum(1)
 
 
 def bidirectional(gru: nn.GRU, x: Tensor) -> Tensor:
@@ -80,6 +91,6 @@ def bidirectional(gru: nn.GRU, x: Tensor) -> Tensor:
     sequence = x[:, 0]
     inputs = [torch.addmm(b, sequence, w.t()) for w, b in zip(both("weight_ih"), both("bias_ih"), strict=True)]
     states = Recurrence.apply(
-        torch.stack([inputs[0], inputs[1].flip(0)]), torch.stack(both("weight_hh")), torch.stack(both("bias_hh"))
+        torch.stack([inputs[0], inputs[1].flip(0)], dim=1), torch.stack(both("weight_hh")), torch.stack(both("bias_hh"))
     )
-    return torch.cat([states[0], states[1].flip(0)], dim=1)[:, None]
+    return torch.cat([states[:, 0], states[:, 1].flip(0)], dim=1)[:, None]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune.methods.generators import ScoreGenerator
+from fastprune.methods.generators import GateProducts, ScoreGenerator
 from fastprune.methods.recurrent import Recurrence, bidirectional
 
 
@@ -27,16 +27,26 @@ def test_values_and_gradients_are_torchs(steps: int) -> None:
 
 def test_gradients_against_differences() -> None:
     torch.manual_seed(0)
-    shapes = ((2, 4, 9), (2, 9, 3), (2, 9))
+    shapes = ((4, 2, 9), (2, 9, 3), (2, 9))
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(Recurrence.apply, inputs)
+
+
+def test_products_of_each_gate_and_their_gradients() -> None:
+    torch.manual_seed(0)
+    features, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (3, 13))
+    found = GateProducts.apply(features, weight, (4, 7, 2))
+    owner = torch.tensor([0] * 4 + [1] * 7 + [2] * 2)
+    torch.testing.assert_close(found, (weight * features[owner]).sum(1))
+    assert torch.autograd.gradcheck(lambda f, w: GateProducts.apply(f, w, (4, 7, 2)), (features, weight))
 
 
 def test_the_generator_runs_on_it() -> None:
     generator = ScoreGenerator([4, 7, 2], "gru", seed=1)
     assert isinstance(generator.between, nn.GRU)
     features = torch.relu(generator.norm(generator.between(generator.input)[0]))[:, 0]
-    wanted = torch.cat([head(row) for head, row in zip(generator.heads, features, strict=True)]) * generator.scale
+    heads = generator.heads.split([4, 7, 2])
+    wanted = torch.cat([head @ row for head, row in zip(heads, features, strict=True)]) * generator.scale
     found = generator()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     assert "Recurrence" in names_of(found.grad_fn)
