@@ -100,6 +100,11 @@ def pictures(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
         "Gate randomness s = mean |θ − ½|: at ½ all gates are decided, at 0 each is a coin.",
         "randomness", "s = mean |θ − ½|", over="steps",
     )  # fmt: skip
+    yield curves(
+        "alignment_gap",
+        "Alignment gap: held-out accuracy with all channels, less that without those that are to go.",
+        "alignment_gap", "accuracy lost at the cut", percent=True,
+    )  # fmt: skip
     yield from heat_maps(runs, plots)
     yield from bars(runs, plots)
 

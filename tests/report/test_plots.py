@@ -25,7 +25,8 @@ WriteRun = Callable[..., Path]
 
 SEARCH = [
     {"stage": "search", "phase": "gates", "epoch": n, "step": 10 * n + 10, "regulariser": 0.4 - n / 10,
-     "flops_ratio": 0.9 - n / 10, "proxy_accuracy": 0.5 + n / 10, "keep/conv1": 1 - n / 4, "keep/conv2": 0.5}
+     "flops_ratio": 0.9 - n / 10, "proxy_accuracy": 0.5 + n / 10, "alignment_gap": 0.3 - n / 10,
+     "keep/conv1": 1 - n / 4, "keep/conv2": 0.5}
     for n in range(3)
 ]  # fmt: skip
 RANDOMNESS = [{**line, "randomness": 0.25} for line in SEARCH]
@@ -147,6 +148,7 @@ def test_a_report_of_several_runs(write_run: WriteRun, tmp_path: Path) -> None:
     np.testing.assert_allclose(drawn["randomness"].axes[0].get_lines()[0].get_xdata(), [10, 20, 30])
     assert drawn["randomness"].axes[0].get_xlabel() == "steps of the search"
     np.testing.assert_allclose(drawn["regulariser"].axes[0].get_lines()[1].get_ydata(), [0.4, 0.3, 0.2])
+    np.testing.assert_allclose(drawn["alignment_gap"].axes[0].get_lines()[0].get_ydata(), [0.3, 0.2, 0.1])
 
     files = {path.name for path in (tmp_path / "new" / "out").iterdir()}
     assert files == {"index.html"} | {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
@@ -220,7 +222,8 @@ def test_a_real_search(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert code == 0
     names = ["proxy_accuracy", "regulariser", "resource_ratio", "randomness", "keep_over_epochs", "widths"]
     told = json.loads(out)
-    assert told == {"figures": names, "left_out": {}, "report": str(run / "report" / "index.html")}
+    left_out = {"alignment_gap": f"Left out: dmc · {run.name} (logged no such metric)."}
+    assert told == {"figures": names, "left_out": left_out, "report": str(run / "report" / "index.html")}
     assert {path.stem for path in (run / "report").glob("*.png")} == set(names)
     read = PruningRun.read(run)
     assert read.plan is not None
