@@ -71,6 +71,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the weights at ``path`` into ``model``; all names and shapes must agree.
 
+    Only ``num_batches_tracked`` may be missing: files from before torch 0.4.1, torchvision's first ones among them, do
+    not have it. The model then keeps its own.
+
     Args:
         model: the network, changed in place.
         path: as in ``read_weights``.
@@ -78,8 +81,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: as in ``read_weights``, or naming the keys that do not agree; the model is then unchanged.
     """
-    given = read_weights(path)
-    wanted = model.state_dict()
+    given, wanted = read_weights(path), model.state_dict()
+    counters = {name: tensor for name, tensor in wanted.items() if name.rpartition(".")[2] == "num_batches_tracked"}
+    given = {**counters, **given}
     problems = [
         *_listed("missing", [name for name in wanted if name not in given]),
         *_listed("unexpected", [name for name in given if name not in wanted]),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fastprune import models
@@ -93,6 +94,18 @@ def test_mismatched_weights_name_file_and_keys(tmp_path: Path) -> None:
         models.create("resnet20", weights=path)
     with pytest.raises(ValueError, match=r"missing: layer1\.3\.conv1\.weight.*and \d+ more"):
         models.create("resnet32", weights=path)
+
+
+def test_weights_from_before_batch_norms_counted(tmp_path: Path) -> None:
+    path, model, other = tmp_path / "old.safetensors", models.create("resnet20"), models.create("resnet20")
+    old = {name: tensor for name, tensor in other.state_dict().items() if "num_batches_tracked" not in name}
+    assert len(old) < len(other.state_dict())
+    save_file(old, path)
+    models.load_weights(model, path)
+    assert all(torch.equal(tensor, old[name]) for name, tensor in model.state_dict().items() if name in old)
+    save_file({name: tensor for name, tensor in old.items() if name != "bn1.running_mean"}, path)
+    with pytest.raises(ValueError, match=r"do not fit ResNet: missing: bn1\.running_mean$"):
+        models.load_weights(model, path)
 
 
 def test_damaged_and_missing_weights(tmp_path: Path) -> None:
