@@ -136,7 +136,7 @@ def shared_scores(method: AutoSlim, masks: list[Tensor], images: Tensor, labels:
     """AutoSlim's proxy, the accuracy with shared weights, and the cross-entropy beside it."""
     found = []
     for mask in masks:
-        scores = method.slices(images, mask=mask)
+        scores = method.frozen(images, mask=mask)
         accuracy = (scores.argmax(1) == labels).double().mean()
         found.append((float(accuracy), float(F.cross_entropy(scores, labels))))
     return found

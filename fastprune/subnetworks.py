@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fastprune.graph.rewrite import Rewritten, argument_of, rewrite
 from fastprune.graph.rules import operator_name
 from fastprune.graph.tracing import attribute_of
 from fastprune.masking import make_out_of_place, share_tensors
+from fastprune.prefixes import use_kernels
 
 # Operators that are written the same way for any number of channels.
 WIDTHLESS = {
@@ -70,6 +72,7 @@ class SubNetworks:
         sliced = [node for node in self.source.graph.nodes if node.op == "call_function" and self.reads_units(node)]
         self._one_for_all = not any(node in self._selections or not is_widthless(node) for node in sliced)
         self._written: OrderedDict[bytes, Rewritten] = OrderedDict()
+        self._convs: dict[Any, nn.Module] | None = None
 
     def __call__(self, *inputs: Any, mask: Tensor) -> Any:
         """The outputs of the sub-network of ``mask`` [U], bool on the CPU."""
@@ -79,12 +82,26 @@ class SubNetworks:
         with modes_kept():
             return pytree.tree_unflatten(written.module(*inputs, *tensors, *indices), written.results)
 
+    def frozen(self) -> SubNetworks:
+        """The same sub-networks, faster without gradients: what does not change with the widths is made once.
+
+        Weights may change; what is made of them is then made again.
+        """
+        found = copy.copy(self)
+        found._written, found._convs = OrderedDict(), {}
+        return found
+
     def written(self, mask: Tensor) -> Rewritten:
         """The graph of a sub-network; one for all of them where nothing in it depends on the number of channels."""
         key = b"" if self._one_for_all else mask.numpy().tobytes()
         if key not in self._written:
             keep = np.append(mask.numpy(), True)[self._unit_of_label]  # of labels that belong to no unit: True
-            self._written[key] = rewrite(self.source, self._labels, self._selections, keep)
+            made = rewrite(self.source, self._labels, self._selections, keep)
+            if self._convs is not None:
+                inputs = made.module.graph.find_nodes(op="placeholder")[-len(made.tensors) - len(made.indices) :]
+                wholes = [partial(attribute_of, self.source, name) for name in made.tensors]
+                use_kernels(made.module, dict(zip(inputs, wholes, strict=False)), self._convs)
+            self._written[key] = made
             if len(self._written) > REMEMBERED:
                 self._written.popitem(last=False)
         self._written.move_to_end(key)

@@ -1,13 +1,16 @@
 """One evaluation of SP's search: a sub-network of every stage, on slices of the weights or behind masks.
 
-``eager`` is what one writes without slices: the stage at full width, with a mask on the channels of each layer. Both
-take batch statistics, and have to give the same features. Widths are random, a half of each group's on average, and new
-in every round, so that rewriting the stage's graph for them is a part of our time.
+``eager`` is what one writes without slices: the stage at full width, with a mask on the channels of each layer, on the
+CPU also in channels_last. ``library`` is our slices with torch's own operators, as in training; ``fastprune`` those of
+the search, on our kernels on the CPU. All take batch statistics, and have to give the same features. Widths are random,
+a half of each group's on average, and new in every round, so that rewriting the stage's graph for them is a part of our
+time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +20,8 @@ from fastprune.bench.case import OURS, Case
 from fastprune.bench.step import TOLERANCE, networks, prepared
 from fastprune.graph import ChannelGraph, find_stages, trace
 from fastprune.masking import gated, share_tensors
-from fastprune.subnetworks import use_batch_statistics
+from fastprune.methods.stage_losses import StageData
+from fastprune.subnetworks import SubNetworks, use_batch_statistics
 from fastprune.supernet import StageNetwork, SuperNet
 
 LEAST = 0.1  # of the widths' ratios, which are between this and 0.9
@@ -51,10 +55,16 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
         yield case(name, model, graph, batch, side, device)
 
 
+def searching(part: StageNetwork, networks: SubNetworks, features: Tensor, mask: Tensor) -> Tensor:
+    """The features of a stage as the search computes them; ``mask`` [U] is that of the whole network."""
+    return networks(features, mask=part.own_mask(mask))  # type: ignore[no-any-return]
+
+
 def case(name: str, model: nn.Module, graph: ChannelGraph, batch: int, side: int, device: torch.device) -> Case:
     """Evaluations of one network."""
     net = SuperNet(graph, model, find_stages(graph))
     features = net.features(torch.randn(batch, 3, side, side, device=device))
+    last = [x.contiguous(memory_format=torch.channels_last) for x in features]
     decided = [graph.groups[g] for stage in net.stages for g in stage.groups]
 
     def draw() -> tuple[Tensor]:
@@ -63,14 +73,23 @@ def case(name: str, model: nn.Module, graph: ChannelGraph, batch: int, side: int
             mask[group.start + max(1, int(ratio * group.size)) : group.start + group.size] = False
         return (mask,)
 
-    def through(parts: list[Any]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def through(parts: Sequence[Any], inputs: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
         @torch.no_grad()
         def evaluate(mask: Tensor) -> tuple[Tensor, ...]:
-            return tuple(part(x, mask) for part, x in zip(parts, features, strict=False))
+            return tuple(part(x, mask) for part, x in zip(parts, inputs, strict=False))
 
         return evaluate
 
-    variants = {"eager": through([Masked(part) for part in net.parts]), OURS: through(net.parts)}
+    masked = [Masked(part) for part in net.parts]
+    searched = [StageData.of(part.slices, x, y) for part, x, y in zip(net.parts, features, features[1:], strict=False)]
+    variants = {"eager": through(masked, features)}
+    if device.type == "cpu":
+        variants["eager channels_last"] = through(masked, last)
+    variants["library"] = through(net.parts, features)
+    variants[OURS] = through(
+        [partial(searching, part, data.networks) for part, data in zip(net.parts, searched, strict=True)],
+        [data.features for data in searched],
+    )
     macs = sum(float(part.slices.graph.cost().macs) for part in net.parts)
     return Case(
         f"sub-networks, {name}, batch {batch}",

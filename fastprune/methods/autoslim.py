@@ -66,6 +66,7 @@ class AutoSlim(WeightSharing):
         self.accuracy = 0.0
         self.net = SuperNet(graph, task.model, ())
         self.slices = SubNetworks(graph, task.model)
+        self.frozen = self.slices.frozen()  # for comparing
         self.training = self.make_training(task, task.model)
         self.batch: tuple[Tensor, Tensor] | None = None
 
@@ -130,7 +131,7 @@ class AutoSlim(WeightSharing):
         peers = task.distributed
         found = torch.zeros(len(masks), 2, dtype=torch.float64, device=images.device)
         for number in range(peers.rank, len(masks), peers.world_size):
-            scores = self.slices(images, mask=masks[number]).float()
+            scores = self.frozen(images, mask=masks[number]).float()
             found[number, 0] = (scores.argmax(1) == labels).double().mean()
             found[number, 1] = -F.cross_entropy(scores.double(), labels).float()
         return [(float(accuracy), float(loss)) for accuracy, loss in peers.sum_(found).tolist()]

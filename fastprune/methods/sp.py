@@ -193,7 +193,8 @@ class SP(WeightSharing):
         assert task.data is not None
         features = self.net.features(task.data.held_out_batch(self.config.images)[0])
         data = [
-            StageData(part.slices, features[number], features[number + 1]) for number, part in enumerate(self.net.parts)
+            StageData.of(part.slices, features[number], features[number + 1])
+            for number, part in enumerate(self.net.parts)
         ]
         if not self.config.workers:
             return Here(data, task.distributed)

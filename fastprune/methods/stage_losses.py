@@ -41,6 +41,13 @@ class StageData:
     features: Tensor
     target: Tensor
 
+    @staticmethod
+    def of(networks: SubNetworks, features: Tensor, target: Tensor) -> StageData:
+        """For weights that stay as they are; on the CPU in channels_last, which is faster there."""
+        if features.device.type == "cpu" and features.dim() == target.dim() == 4:
+            features, target = (x.contiguous(memory_format=torch.channels_last) for x in (features, target))
+        return StageData(networks.frozen(), features, target)
+
     @torch.no_grad()
     def loss(self, mask: Tensor) -> float:
         """Eq. 7 for the sub-network of a mask over the stage's own units, as a float32.
@@ -119,7 +126,7 @@ class SavedStage:
             setattr(holder, last, nn.Parameter(value) if last in holder._parameters else value)
         example = tensors["features"][:2].to(next(self.structure.parameters()).dtype)
         graph = trace(self.structure, example, rewrite=self.rewrite, exact=self.exact)
-        return StageData(SubNetworks(graph, self.structure), tensors["features"], tensors["target"])
+        return StageData.of(SubNetworks(graph, self.structure), tensors["features"], tensors["target"])
 
 
 _loaded: dict[str, StageData] = {}  # in a worker process, by the file

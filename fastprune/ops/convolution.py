@@ -24,7 +24,7 @@ _POST_OPS: dict[str, tuple[str, list[float]]] = {
     "silu": ("swish", []),
     "hardswish": ("hardswish", []),
 }
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
     "relu": torch.relu_,
     "relu6": lambda z: z.clamp_(0, 6),
@@ -106,7 +106,7 @@ def convolve(
     if not library_takes(x) or x.numel() == 0 or weight.numel() == 0:
         result = F.conv2d(x, weight, shift, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
         result = result if residual is None else result.add_(residual)
-        return _IN_PLACE[activation](result)
+        return IN_PLACE[activation](result)
     layout = layout_of(x)
     if layout == torch.contiguous_format:
         weight = weight.contiguous()  # oneDNN's result is channels_last as soon as one of its inputs is
@@ -127,7 +127,7 @@ def convolve(
         result = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, shift, *moves, "add", 1.0, *post)
     else:
         result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *moves, "none", [], "").add_(residual)
-        result = _IN_PLACE[activation](result)
+        result = IN_PLACE[activation](result)
     return result.contiguous(memory_format=layout)
 
 

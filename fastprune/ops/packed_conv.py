@@ -40,11 +40,15 @@ def best_instructions() -> str | None:
 
 def computes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether this convolution is one of ours."""
+    return takes(x, weight, geometry) and layout_of(x) == torch.channels_last
+
+
+def takes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether it would be one if x were channels_last."""
     return (
         best_instructions() is not None
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and layout_of(x) == torch.channels_last
         and x.numel() > 0
         and (geometry.groups == 1 or is_depthwise(weight, geometry))
         and all(geometry.padding[d] <= geometry.dilation[d] * (weight.shape[2 + d] - 1) for d in (0, 1))
@@ -126,6 +130,28 @@ def convolve(
             y, saved, torch.get_num_threads(),
         )  # fmt: skip
     return results[0], results[1] if saves else None
+
+
+def convolve_prefix(x: Tensor, packed: PackedWeight, rows: int, bias: Tensor | None = None) -> Tensor:
+    """``conv(x)`` with the first ``rows`` outputs of a weight, and as many of its inputs as x has.
+
+    Args:
+        x: ``[N, c, H, W]``, as in ``convolve``.
+        packed: The weight ``[K, C, R, S]``.
+        rows: From 1 to K.
+        bias: ``[rows]``.
+
+    Returns:
+        ``[N, rows, P, Q]``, channels_last.
+    """
+    y = empty_rows(packed.geometry.output_size(x.shape, (rows, *packed.size[1:])))
+    moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
+    lowest, highest = BOUNDS["identity"]
+    _C.masked_conv(
+        packed.algorithm, packed.instructions, in_rows(x), packed.data, packed.size, *moves,
+        None if bias is None else bias.contiguous(), None, None, lowest, highest, y, None, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def in_rows(x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def stage_data(*, channels_last: bool = False) -> tuple[list[StageData], list[Qu
     task.model.to(memory_format=layout)
     features = method.net.features(next(iter(sample_data().batches("train", 16)))[0].contiguous(memory_format=layout))
     assert not channels_last or not features[0].is_contiguous()
-    data = [StageData(part.slices, features[n], features[n + 1]) for n, part in enumerate(method.net.parts)]
+    data = [StageData.of(part.slices, features[n], features[n + 1]) for n, part in enumerate(method.net.parts)]
     generator = torch.Generator().manual_seed(0)
     queries: list[Query] = []
     for number, part in enumerate(method.net.parts):

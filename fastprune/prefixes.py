@@ -1,0 +1,160 @@
+"""Sub-networks of a network whose weights stay as they are: on the CPU by our own kernels.
+
+The first rows and columns of a weight lie in the packed weight where the kernels read them, so that each weight is
+packed once for all widths. Batch statistics, batch norm and activation are two passes over what a convolution makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fastprune.fusion import activation_of, same_kind, value_of, version
+from fastprune.graph.rewrite import argument_of
+from fastprune.ops.convolution import IN_PLACE, Geometry
+from fastprune.ops.masked_bn_act import masked_bn_act
+from fastprune.ops.packed_conv import PackedWeight, convolve_prefix, pack, takes
+
+aten = torch.ops.aten
+
+
+class PrefixConv(nn.Module):
+    """A convolution with the first rows and columns of a weight, without gradients.
+
+    Args:
+        full: gives the whole weight.
+        moves: stride, padding and dilation.
+    """
+
+    def __init__(self, full: Callable[[], Tensor], moves: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.full, self.moves = full, dict(moves)
+        self._packed: tuple[Any, PackedWeight] | None = None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """The convolution of x [N, c, H, W] with ``weight`` [k, c / groups, R, S], mostly a view of the whole one."""
+        geometry = Geometry(**self.moves, groups=groups)
+        if not (runs_here(x) and takes(x, weight, geometry)):
+            return F.conv2d(x, weight, bias, **self.moves, groups=groups)
+        return convolve_prefix(x, self.packed(weight, geometry), weight.shape[0], bias)
+
+    def packed(self, weight: Tensor, geometry: Geometry) -> PackedWeight:
+        """The whole weight; where what is wanted lies otherwise in it, that alone."""
+        full = self.full()
+        if not is_prefix(weight, full):
+            return pack(weight, geometry)
+        if self._packed is None or self._packed[0] != version(full):
+            whole = replace(geometry, groups=1 if geometry.groups == 1 else full.shape[0])
+            self._packed = version(full), pack(full.detach(), whole)
+        return self._packed[1]
+
+
+class NormAct(nn.Module):
+    """Batch norm with the statistics of the batch, a sum, and the activation behind it, without gradients.
+
+    Args:
+        eps: added to the variance.
+        activation: by its name in the kernels.
+        otherwise: the activation, for what the kernels do not take.
+    """
+
+    def __init__(self, eps: float, activation: str, otherwise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.eps, self.activation, self.otherwise = eps, activation, otherwise
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """``act(bn(x) + residual)`` of x [N, C, ...]."""
+        if not runs_here(x):
+            y = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+            return self.otherwise(y if residual is None else y + residual)
+        bn = weight, bias, None, None
+        if residual is None:
+            return masked_bn_act(x, bn, activation=self.activation, eps=self.eps, training=True)
+        y = masked_bn_act(x, bn, activation="identity", eps=self.eps, training=True).add_(residual)
+        return IN_PLACE[self.activation](y)
+
+
+def runs_here(x: Tensor) -> bool:
+    """Whether the kernels compute a tensor without gradients as the library would."""
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and not torch.is_grad_enabled()
+
+
+def is_prefix(part: Tensor, full: Tensor) -> bool:
+    """Whether a tensor is a view of the first rows and columns of another."""
+    return part.data_ptr() == full.data_ptr() and part.stride() == full.stride() and part.dim() == 4
+
+
+def use_kernels(module: GraphModule, weights: Mapping[Node, Callable[[], Tensor]], made: dict[Any, nn.Module]) -> None:
+    """Replace the convolutions and batch norms of a rewritten graph, which is changed.
+
+    Args:
+        module: of ``rewrite``.
+        weights: {input of the graph: gives the whole tensor that it is a slice of}.
+        made: convolutions by their weight, which later graphs use again.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is aten.conv2d.default and argument_of(node, "weight") in weights:
+            replace_conv(module, node, weights, made)
+        elif node.target is aten.batch_norm.default and argument_of(node, "training"):
+            replace_norm(module, node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def replace_conv(
+    module: GraphModule, node: Node, weights: Mapping[Node, Callable[[], Tensor]], made: dict[Any, nn.Module]
+) -> None:
+    """Let a :class:`PrefixConv` compute a node."""
+    weight = cast("Node", argument_of(node, "weight"))
+    moves = {name: tuple(argument_of(node, name)) for name in ("stride", "padding", "dilation")}
+    key = weight.name, *moves.values()
+    conv = made.setdefault(key, PrefixConv(weights[weight], moves))
+    read = (argument_of(node, "input"), weight, argument_of(node, "bias"), argument_of(node, "groups"))
+    call(module, node, f"conv_of_{node.name}", conv, read)
+
+
+def replace_norm(module: GraphModule, node: Node) -> None:
+    """Let a :class:`NormAct` compute a node, and a sum and an activation if nothing else reads what is before them."""
+    end, residual, activation, otherwise = node, None, "identity", None
+    following = only_reader(end)
+    if following is not None and following.target is aten.add.Tensor and not following.kwargs:
+        a, b = following.args
+        other = b if a is end else a
+        if isinstance(other, Node) and other is not end and same_kind(value_of(other), value_of(end)):
+            end, residual, following = following, other, only_reader(following)
+    if following is not None and (named := activation_of(following)):
+        end, activation, otherwise = following, named, following
+    norm = NormAct(float(argument_of(node, "eps")), activation, applied(otherwise))
+    read = (argument_of(node, "input"), argument_of(node, "weight"), argument_of(node, "bias"), residual)
+    call(module, end, f"norm_of_{node.name}", norm, read)
+
+
+def only_reader(node: Node) -> Node | None:
+    """The operator that reads a node's value, if it is the only one that does."""
+    readers = [user for user in node.users if user.op == "call_function"]
+    return readers[0] if len(readers) == len(node.users) == 1 else None
+
+
+def applied(node: Node | None) -> Callable[[Tensor], Tensor]:
+    """What an activation's node computes of its input."""
+    if node is None:
+        return lambda x: x
+    target, rest, named = cast("Callable[..., Tensor]", node.target), node.args[1:], dict(node.kwargs)
+    return lambda x: target(x, *rest, **named)
+
+
+def call(module: GraphModule, node: Node, name: str, by: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Compute a node by a module."""
+    module.add_submodule(name, by)
+    with module.graph.inserting_before(node):
+        computed = module.graph.call_module(name, arguments)
+    computed.meta = dict(node.meta)
+    node.replace_all_uses_with(computed)
+    module.graph.erase_node(node)
