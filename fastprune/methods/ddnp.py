@@ -191,7 +191,7 @@ class DDNP(GateSearch):
             else:
                 mask, hard = self.release.masks(raw, keep)
                 widths, coupling = self.release.widths(hard, keep), self.release.pursuit(hard, keep)
-        with weights_frozen(task.model):
+        with weights_frozen(self.weights):
             outputs = self.masked(images, self.placement.spread(mask))
             cross_entropy = F.cross_entropy(outputs.float(), labels)
             cost = self.cost(task, widths)

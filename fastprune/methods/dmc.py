@@ -78,7 +78,7 @@ class DMC(GateSearch):
 
     def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
         """One iteration of Algorithm 1."""
-        with weights_frozen(task.model):
+        with weights_frozen(self.weights):
             scores = self.masked(images, self.placement.spread(self.sample(task.seed)))
             cross_entropy = F.cross_entropy(scores.float(), labels)
             cost = self.cost(task)

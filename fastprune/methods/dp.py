@@ -100,7 +100,7 @@ class DP(GateSearch):
         config, parameters = self.config, list(self.scores.parameters())
         with torch.autocast(task.device.type, enabled=False):  # bfloat16 would make scores equal that are not
             gates = self.placement.spread(self.draw(self.scores(), task.seed))
-        with weights_frozen(task.model):
+        with weights_frozen(self.weights):
             cross_entropy = F.cross_entropy(self.masked(images, gates).float(), labels)
             cost = task.budget.cost(task.graph, gates)
             regulariser = self.cost_term(self.placement.ratio(cost))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -135,6 +135,7 @@ class GateSearch(Method):
         fit(task.graph, task.budget, torch.zeros(task.graph.num_units), prunable=may_go, limits=task.limits)
         self.placement = GatePlacement.of(task.graph, task.budget, may_go, task.device)
         self.masked = MaskedNetwork(task.graph, task.model, may_go)
+        self.weights = list(task.model.parameters())
         self._results: dict[str, float] = {}
         return may_go
 
@@ -219,15 +220,12 @@ class GateSearch(Method):
 
 
 @contextmanager
-def weights_frozen(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[None]:
-    """No gradient reaches the weights, so none is computed or stored for; the flags are put back afterwards.
+def weights_frozen(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """No gradient reaches these weights, so none is computed or stored for; the flags are put back afterwards.
 
-    Args:
-        model: whose weights.
-        but: parameters that get their gradients all the same.
+    A list of them is made once, not in each step: to find a network's parameters takes as long as some of its layers.
     """
-    exempt = {id(parameter) for parameter in but}
-    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in exempt]
+    trained = [parameter for parameter in weights if parameter.requires_grad]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)

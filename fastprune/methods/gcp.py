@@ -133,6 +133,7 @@ class GCP(Method):
             if buffer is not None
         ]
         trained = {id(parameter) for parameter in self.linear}
+        self.others = [parameter for parameter in task.model.parameters() if id(parameter) not in trained]
         self.shifts = [  # folding may write to them
             parameter
             for name, parameter in task.model.named_parameters()
@@ -208,7 +209,7 @@ class GCP(Method):
     def train_step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
         """One step on γ, β, m and θ."""
         parameters = self.parameters
-        with weights_frozen(task.model, but=self.linear):
+        with weights_frozen(self.others):
             outputs = torch.func.functional_call(task.model, self.scales.effective(), (images,))
             loss, scores = classification_loss(outputs, labels)
             with torch.autocast(images.device.type, enabled=False):
