@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fastprune.fusion import activation_of, same_kind, value_of, version
-from fastprune.graph.rewrite import argument_of
+from fastprune.graph.rewrite import Rewritten, argument_of
+from fastprune.graph.tracing import attribute_of
 from fastprune.ops.convolution import IN_PLACE, Geometry
 from fastprune.ops.masked_bn_act import masked_bn_act
 from fastprune.ops.packed_conv import PackedWeight, convolve_prefix, pack, takes
@@ -35,7 +37,7 @@ class PrefixConv(nn.Module):
     def __init__(self, full: Callable[[], Tensor], moves: Mapping[str, Any]) -> None:
         super().__init__()
         self.full, self.moves = full, dict(moves)
-        self._packed: tuple[Any, PackedWeight] | None = None
+        self._packed: dict[int, tuple[Any, PackedWeight]] = {}  # by groups: a single one may also be all of them
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """The convolution of x [N, c, H, W] with ``weight`` [k, c / groups, R, S], mostly a view of the whole one."""
@@ -49,10 +51,10 @@ class PrefixConv(nn.Module):
         full = self.full()
         if not is_prefix(weight, full):
             return pack(weight, geometry)
-        if self._packed is None or self._packed[0] != version(full):
-            whole = replace(geometry, groups=1 if geometry.groups == 1 else full.shape[0])
-            self._packed = version(full), pack(full.detach(), whole)
-        return self._packed[1]
+        groups = 1 if geometry.groups == 1 else full.shape[0]
+        if groups not in self._packed or self._packed[groups][0] != version(full):
+            self._packed[groups] = version(full), pack(full.detach(), replace(geometry, groups=groups))
+        return self._packed[groups][1]
 
 
 class NormAct(nn.Module):
@@ -91,17 +93,21 @@ def is_prefix(part: Tensor, full: Tensor) -> bool:
     return part.data_ptr() == full.data_ptr() and part.stride() == full.stride() and part.dim() == 4
 
 
-def use_kernels(module: GraphModule, weights: Mapping[Node, Callable[[], Tensor]], made: dict[Any, nn.Module]) -> None:
+def use_kernels(written: Rewritten, source: GraphModule, made: dict[Any, nn.Module]) -> None:
     """Replace the convolutions and batch norms of a rewritten graph, which is changed.
 
     Args:
-        module: of ``rewrite``.
-        weights: {input of the graph: gives the whole tensor that it is a slice of}.
+        written: of ``rewrite``.
+        source: holds the whole tensors that the graph takes slices of, by the same names.
         made: convolutions by their weight, which later graphs use again.
     """
+    module, count = written.module, len(written.tensors) + len(written.indices)
+    inputs = module.graph.find_nodes(op="placeholder")
+    weights = dict(zip(inputs[len(inputs) - count :], written.tensors, strict=False))
     for node in list(module.graph.nodes):
         if node.target is aten.conv2d.default and argument_of(node, "weight") in weights:
-            replace_conv(module, node, weights, made)
+            name = weights[argument_of(node, "weight")]
+            replace_conv(module, node, name, partial(attribute_of, source, name), made)
         elif node.target is aten.batch_norm.default and argument_of(node, "training"):
             replace_norm(module, node)
     module.graph.eliminate_dead_code()
@@ -109,14 +115,12 @@ def use_kernels(module: GraphModule, weights: Mapping[Node, Callable[[], Tensor]
 
 
 def replace_conv(
-    module: GraphModule, node: Node, weights: Mapping[Node, Callable[[], Tensor]], made: dict[Any, nn.Module]
+    module: GraphModule, node: Node, weight: str, full: Callable[[], Tensor], made: dict[Any, nn.Module]
 ) -> None:
     """Let a :class:`PrefixConv` compute a node."""
-    weight = cast("Node", argument_of(node, "weight"))
     moves = {name: tuple(argument_of(node, name)) for name in ("stride", "padding", "dilation")}
-    key = weight.name, *moves.values()
-    conv = made.setdefault(key, PrefixConv(weights[weight], moves))
-    read = (argument_of(node, "input"), weight, argument_of(node, "bias"), argument_of(node, "groups"))
+    conv = made.setdefault((weight, *moves.values()), PrefixConv(full, moves))
+    read = tuple(argument_of(node, name) for name in ("input", "weight", "bias", "groups"))
     call(module, node, f"conv_of_{node.name}", conv, read)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,9 +97,7 @@ class SubNetworks:
             keep = np.append(mask.numpy(), True)[self._unit_of_label]  # of labels that belong to no unit: True
             made = rewrite(self.source, self._labels, self._selections, keep)
             if self._convs is not None:
-                inputs = made.module.graph.find_nodes(op="placeholder")[-len(made.tensors) - len(made.indices) :]
-                wholes = [partial(attribute_of, self.source, name) for name in made.tensors]
-                use_kernels(made.module, dict(zip(inputs, wholes, strict=False)), self._convs)
+                use_kernels(made, self.source, self._convs)
             self._written[key] = made
             if len(self._written) > REMEMBERED:
                 self._written.popitem(last=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -64,17 +65,18 @@ def near(found: Tensor, wanted: Tensor) -> bool:
     ],
 )
 @torch.no_grad()
-def test_outputs_are_those_of_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, graph, networks, images = prepared(name)
-    for module in networks.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+def test_outputs_are_as_near_as_the_librarys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph, networks, images = prepared(name)
+    exact = SubNetworks(graph, copy.deepcopy(model).double())
     frozen, calls = networks.frozen(), counted(monkeypatch, "convolve_prefix")
     convolutions = [module for module in networks.model.modules() if isinstance(module, nn.Conv2d)]
     ours = sum(conv.groups in (1, conv.in_channels) for conv in convolutions)
     for ratio in (0.0, 0.3, 0.55, 1.0):
         mask = first_units(graph, ratio)
-        assert near(frozen(images, mask=mask), networks(images, mask=mask))
+        wanted = exact(images.double(), mask=mask)
+        # Statistics of few numbers make much of every rounding.
+        errors = [float((each(images, mask=mask) - wanted).norm() / wanted.norm()) for each in (frozen, networks)]
+        assert errors[0] <= 3 * errors[1] + 1e-7
     assert len(calls) == 4 * ours
 
 

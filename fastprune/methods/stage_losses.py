@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from fastprune.distributed import Distributed
 from fastprune.graph import trace
 from fastprune.graph.tracing import state_of
+from fastprune.ops.layout import layout_of
 from fastprune.subnetworks import SubNetworks
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class SavedStage:
         rewrite: how it was traced, see ``trace``.
         exact: the same.
         autocast: to which type it is measured.
-        channels_last: whether its tensors are.
+        channels_last: names of the tensors in the file that are.
     """
 
     structure: GraphModule
@@ -98,7 +99,7 @@ class SavedStage:
     rewrite: bool
     exact: bool
     autocast: torch.dtype | None
-    channels_last: bool
+    channels_last: tuple[str, ...]
 
     @staticmethod
     def save(stage: StageData, path: Path) -> SavedStage:
@@ -111,15 +112,14 @@ class SavedStage:
         graph = stage.networks.graph
         structure, device = copy.deepcopy(module).to("meta"), stage.features.device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        layout = stage.features.is_contiguous(memory_format=torch.channels_last) and not stage.features.is_contiguous()
-        return SavedStage(structure, str(path), str(device), graph.rewrites, graph.exact, autocast, layout)
+        images = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 4}
+        last = tuple(name for name, tensor in images.items() if layout_of(tensor) == torch.channels_last)
+        return SavedStage(structure, str(path), str(device), graph.rewrites, graph.exact, autocast, last)
 
     def load(self) -> StageData:
         """Read it."""
         tensors = load_file(self.path, device=self.device)
-        if self.channels_last:
-            four = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 4}
-            tensors |= {name: tensor.to(memory_format=torch.channels_last) for name, tensor in four.items()}
+        tensors |= {name: tensors[name].to(memory_format=torch.channels_last) for name in self.channels_last}
         for name in state_of(self.structure):
             owner, _, last = name.rpartition(".")
             holder, value = self.structure.get_submodule(owner), tensors[f"tensor.{name}"]
