@@ -84,7 +84,7 @@ class SubNetworks:
     def frozen(self) -> SubNetworks:
         """The same sub-networks, faster without gradients: what does not change with the widths is made once.
 
-        Weights may change; what is made of them is then made again.
+        Weights may change; what is made of them is then made again, but not where they change through ``.data``.
         """
         found = copy.copy(self)
         found._written, found._convs = OrderedDict(), {}
