@@ -42,14 +42,15 @@ class PrefixConv(nn.Module):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """The convolution of x [N, c, H, W] with ``weight`` [k, c / groups, R, S], mostly a view of the whole one."""
         geometry = Geometry(**self.moves, groups=groups)
-        if not (runs_here(x) and takes(x, weight, geometry)):
+        if not (x.dim() == 4 and runs_here(x) and takes(x, weight, geometry)):
             return F.conv2d(x, weight, bias, **self.moves, groups=groups)
         return convolve_prefix(x, self.packed(weight, geometry), weight.shape[0], bias)
 
     def packed(self, weight: Tensor, geometry: Geometry) -> PackedWeight:
         """The whole weight; where what is wanted lies otherwise in it, that alone."""
         full = self.full()
-        if not is_prefix(weight, full):
+        grouped = geometry.groups > 1 and full.shape[1] > 1  # depthwise in this sub-network alone
+        if not is_prefix(weight, full) or grouped or full.is_inference():  # these do not tell that they have changed
             return pack(weight, geometry)
         groups = 1 if geometry.groups == 1 else full.shape[0]
         if groups not in self._packed or self._packed[groups][0] != version(full):
@@ -72,8 +73,8 @@ class NormAct(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """``act(bn(x) + residual)`` of x [N, C, ...]."""
-        if not runs_here(x):
-            y = F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+        if not runs_here(x) or x.numel() <= x.shape[1]:  # of a single value torch's function makes the bias
+            y = torch.batch_norm(x, weight, bias, None, None, True, 0.1, self.eps, torch.backends.cudnn.enabled)
             return self.otherwise(y if residual is None else y + residual)
         bn = weight, bias, None, None
         if residual is None:
@@ -97,7 +98,7 @@ def use_kernels(written: Rewritten, source: GraphModule, made: dict[Any, nn.Modu
     """Replace the convolutions and batch norms of a rewritten graph, which is changed.
 
     Args:
-        written: of ``rewrite``.
+        written: of ``rewrite``; nothing in it writes into a tensor.
         source: holds the whole tensors that the graph takes slices of, by the same names.
         made: convolutions by their weight, which later graphs use again.
     """
@@ -110,6 +111,8 @@ def use_kernels(written: Rewritten, source: GraphModule, made: dict[Any, nn.Modu
             replace_conv(module, node, name, partial(attribute_of, source, name), made)
         elif node.target is aten.batch_norm.default and argument_of(node, "training"):
             replace_norm(module, node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # what lies in channels_last cannot be viewed as planes
     module.graph.eliminate_dead_code()
     module.recompile()
 
@@ -118,7 +121,8 @@ def replace_conv(
     module: GraphModule, node: Node, weight: str, full: Callable[[], Tensor], made: dict[Any, nn.Module]
 ) -> None:
     """Let a :class:`PrefixConv` compute a node."""
-    moves = {name: tuple(argument_of(node, name)) for name in ("stride", "padding", "dilation")}
+    given = {name: tuple(argument_of(node, name)) for name in ("stride", "padding", "dilation")}
+    moves = {name: numbers * 2 if len(numbers) == 1 else numbers for name, numbers in given.items()}
     conv = made.setdefault((weight, *moves.values()), PrefixConv(full, moves))
     read = tuple(argument_of(node, name) for name in ("input", "weight", "bias", "groups"))
     call(module, node, f"conv_of_{node.name}", conv, read)
@@ -131,13 +135,18 @@ def replace_norm(module: GraphModule, node: Node) -> None:
     if following is not None and following.target is aten.add.Tensor and not following.kwargs:
         a, b = following.args
         other = b if a is end else a
-        if isinstance(other, Node) and other is not end and same_kind(value_of(other), value_of(end)):
+        if isinstance(other, Node) and other is not end and alike(other, end):
             end, residual, following = following, other, only_reader(following)
     if following is not None and (named := activation_of(following)):
         end, activation, otherwise = following, named, following
     norm = NormAct(float(argument_of(node, "eps")), activation, applied(otherwise))
     read = (argument_of(node, "input"), argument_of(node, "weight"), argument_of(node, "bias"), residual)
     call(module, end, f"norm_of_{node.name}", norm, read)
+
+
+def alike(one: Node, other: Node) -> bool:
+    """Whether two values are known to have one shape and dtype; inputs of a rewritten graph are not known."""
+    return "val" in one.meta and "val" in other.meta and same_kind(value_of(one), value_of(other))
 
 
 def only_reader(node: Node) -> Node | None:

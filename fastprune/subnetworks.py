@@ -58,7 +58,7 @@ class SubNetworks:
         self.graph, self.model = graph, model
         traced = graph.traced.evaluation
         self.source = GraphModule(traced, copy.deepcopy(traced.graph))
-        make_out_of_place(self.source)
+        self._overwrites = make_out_of_place(self.source)
         share_tensors(model, self.source)
         state = Propagation(exact=False, rewrites=graph.rewrites)
         self._labels = run_on_labels(self.source, graph.traced.inputs, state, record=True)
@@ -87,7 +87,8 @@ class SubNetworks:
         Weights may change; what is made of them is then made again, but not where they change through ``.data``.
         """
         found = copy.copy(self)
-        found._written, found._convs = OrderedDict(), {}
+        if not self._overwrites:
+            found._written, found._convs = OrderedDict(), {}
         return found
 
     def written(self, mask: Tensor) -> Rewritten:

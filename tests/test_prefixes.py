@@ -156,6 +156,124 @@ def test_what_follows_a_batch_norm(activation: nn.Module, adds: bool, dtype: tor
     assert near(networks.frozen()(images, mask=mask), wanted)
 
 
+class Small(nn.Module):
+    """Two convolutions, and what a subclass does around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.norm, self.last = (
+            nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1),
+        )  # fmt: skip
+        self.linear = nn.Linear(8 * 6 * 6, 2)
+        self.grouped = nn.Conv2d(16, 8, 3, groups=8)
+        self.wide = nn.Conv2d(3, 16, 3)
+        self.added = nn.Parameter(torch.randn(1, 8, 6, 6))
+
+
+class Viewed(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.relu(self.norm(self.conv(self.stem(x)))).view(len(x), -1))
+
+
+class WithInput(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm3(self.last(self.stem(x))) + x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm3 = nn.BatchNorm2d(3)
+
+
+class WithParameter(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.norm(self.conv(self.stem(x))) + self.added))
+
+
+class WithSlice(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.norm(self.conv(self.stem(x))) + self.wide(F.pad(x, (1, 1, 1, 1)))[:, :8]))
+
+
+class Overwriting(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        n = self.norm(y)
+        y[:, :4].sub_(5).mul_(-1)
+        return self.last(torch.relu(n)) + self.last(y)
+
+
+class GroupsOfTwo(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.grouped(self.wide(x))))
+
+
+class OneNumber(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            F.conv2d(x, self.last(self.stem(x))[0, :, :2, :2].expand(4, 3, 2, 2), stride=[2])
+            + F.conv2d(self.stem(x), self.conv.weight[:4], stride=[2], padding=[1]).mean()
+        )
+
+
+class SingleImage(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.stem(self.picture)) + self.conv(self.stem(x)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picture = nn.Parameter(torch.randn(3, 6, 6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", [Viewed, WithInput, WithParameter, WithSlice, Overwriting, GroupsOfTwo, OneNumber, SingleImage]
+)
+def test_whatever_a_network_does_around_them(kind: type[Small]) -> None:
+    torch.manual_seed(0)
+    model, images = kind(), torch.randn(5, 3, 6, 6)
+    graph = fp.trace(model, images)
+    networks = SubNetworks(graph, model)
+    for ratio in (0.0, 0.5, 1.0):
+        mask = first_units(graph, ratio)
+        assert near(networks.frozen()(images, mask=mask), networks(images, mask=mask))
+
+
+@torch.no_grad()
+def test_a_single_value_becomes_the_bias() -> None:
+    class Squeezed(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.norm(self.stem(x).mean((2, 3), keepdim=True))))
+
+    model = Squeezed()
+    nn.init.normal_(model.norm.bias)
+    graph = fp.trace(model, torch.randn(2, 3, 6, 6))
+    networks, mask = SubNetworks(graph, model), first_units(graph, 0.5)
+    image = torch.randn(1, 3, 6, 6)
+    assert near(networks.frozen()(image, mask=mask), networks(image, mask=mask))
+
+
+def test_weights_that_do_not_tell_of_changes_are_packed_in_each_call() -> None:
+    with torch.inference_mode():
+        model, images = Viewed(), torch.randn(2, 3, 6, 6)
+        graph = fp.trace(model, images)
+        networks, mask = SubNetworks(graph, model), first_units(graph, 0.5)
+        frozen = networks.frozen()
+        frozen(images, mask=mask)
+        model.conv.weight.mul_(torch.rand(8, 1, 1, 1) - 0.5)
+        assert near(frozen(images, mask=mask), networks(images, mask=mask))
+
+
+@torch.no_grad()
+def test_nothing_is_left_behind_a_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph, networks, images = prepared("resnet20")
+    frozen, mask, calls = networks.frozen(), first_units(graph, 0.5), counted(monkeypatch, "masked_bn_act")
+    frozen(images, mask=mask)
+    assert len(calls) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    left = {node.target for node in frozen.written(mask).module.graph.nodes}
+    aten = torch.ops.aten
+    assert not left & {aten.batch_norm.default, aten.relu.default, aten.add.Tensor, aten.conv2d.default}
+
+
 @needs_kernels
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("depthwise", [False, True])

@@ -64,7 +64,6 @@ def case(name: str, model: nn.Module, graph: ChannelGraph, batch: int, side: int
     """Evaluations of one network."""
     net = SuperNet(graph, model, find_stages(graph))
     features = net.features(torch.randn(batch, 3, side, side, device=device))
-    last = [x.contiguous(memory_format=torch.channels_last) for x in features]
     decided = [graph.groups[g] for stage in net.stages for g in stage.groups]
 
     def draw() -> tuple[Tensor]:
@@ -81,14 +80,14 @@ def case(name: str, model: nn.Module, graph: ChannelGraph, batch: int, side: int
         return evaluate
 
     masked = [Masked(part) for part in net.parts]
-    searched = [StageData.of(part.slices, x, y) for part, x, y in zip(net.parts, features, features[1:], strict=False)]
+    searched = StageData.of([part.slices for part in net.parts], features)
+    last = [stage.features for stage in searched]
     variants = {"eager": through(masked, features)}
     if device.type == "cpu":
         variants["eager channels_last"] = through(masked, last)
     variants["library"] = through(net.parts, features)
     variants[OURS] = through(
-        [partial(searching, part, data.networks) for part, data in zip(net.parts, searched, strict=True)],
-        [data.features for data in searched],
+        [partial(searching, part, stage.networks) for part, stage in zip(net.parts, searched, strict=True)], last
     )
     macs = sum(float(part.slices.graph.cost().macs) for part in net.parts)
     return Case(

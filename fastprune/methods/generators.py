@@ -72,6 +72,8 @@ class ScoreGenerator(nn.Module):
         divided: whether scores are divided by the root of the number of features.
     """
 
+    input: Tensor
+
     def __init__(self, sizes: Sequence[int], architecture: Architecture, seed: int, *, divided: bool = True) -> None:
         super().__init__()
         self.sizes, self.architecture = tuple(sizes), architecture
@@ -94,15 +96,16 @@ class ScoreGenerator(nn.Module):
         """The raw scores of all gates, one after the other, float32 [n]."""
         if self.architecture == "channel":
             return self.scores
-        if not isinstance(self.between, nn.GRU):
-            features = self.between(self.input)
-        elif self.input.device.type == "cpu":
-            features = bidirectional(self.between, self.input)
-        else:
-            features = self.between(self.input)[0]
-        features = torch.relu(self.norm(features))[:, 0]
-        scores: Tensor = GateProducts.apply(features, self.heads, self.sizes)
-        return scores * self.scale
+        with torch.autocast(self.input.device.type, enabled=False):
+            if not isinstance(self.between, nn.GRU):
+                features = self.between(self.input)
+            elif self.input.device.type == "cpu":
+                features = bidirectional(self.between, self.input)
+            else:
+                features = self.between(self.input)[0]
+            features = torch.relu(self.norm(features))[:, 0]
+            scores: Tensor = GateProducts.apply(features, self.heads, self.sizes)
+            return scores * self.scale
 
 
 class WidthGenerator(nn.Module):
@@ -138,7 +141,7 @@ def follow(
         flat = peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
         gradients = flat.split([gradient.numel() for gradient in gradients])
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient.view_as(parameter)
+        parameter.grad = gradient.contiguous().view_as(parameter)  # Adam's fused step takes no strides
     optimizer.step()
 
 
@@ -159,7 +162,7 @@ def restore(method: str, state: Mapping[str, Any], optimizer: torch.optim.Optimi
             module.load_state_dict(dict(state[name]))
         except (KeyError, RuntimeError) as error:
             raise ValueError(
-                f"{method}: the state is for other gates; was it made with another model, or other options 'groups' or "
-                f"'architecture'? ({error})"
+                f"{method}: the state is for other gates; was it made with another model or version, or other options "
+                f"'groups' or 'architecture'? ({error})"
             ) from error
     optimizer.load_state_dict(dict(state["optimizer"]))

@@ -192,10 +192,7 @@ class SP(WeightSharing):
         """Save the full network's features, on one batch and with its statistics, and start the workers."""
         assert task.data is not None
         features = self.net.features(task.data.held_out_batch(self.config.images)[0])
-        data = [
-            StageData.of(part.slices, features[number], features[number + 1])
-            for number, part in enumerate(self.net.parts)
-        ]
+        data = StageData.of([part.slices for part in self.net.parts], features)
         if not self.config.workers:
             return Here(data, task.distributed)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastprune-")))

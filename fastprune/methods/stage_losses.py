@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,11 +44,18 @@ class StageData:
     target: Tensor
 
     @staticmethod
-    def of(networks: SubNetworks, features: Tensor, target: Tensor) -> StageData:
-        """For weights that stay as they are; on the CPU in channels_last, which is faster there."""
-        if features.device.type == "cpu" and features.dim() == target.dim() == 4:
-            features, target = (x.contiguous(memory_format=torch.channels_last) for x in (features, target))
-        return StageData(networks.frozen(), features, target)
+    def of(networks: Sequence[SubNetworks], features: Sequence[Tensor]) -> list[StageData]:
+        """Stages one after the other, whose weights stay as they are; on the CPU in channels_last, which is faster.
+
+        Args:
+            networks: of each stage.
+            features: what the first stage reads, and what each one makes.
+        """
+        laid = [
+            x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" and x.dim() == 4 else x
+            for x in features
+        ]
+        return [StageData(n.frozen(), x, y) for n, (x, y) in zip(networks, pairwise(laid), strict=True)]
 
     @torch.no_grad()
     def loss(self, mask: Tensor) -> float:
@@ -126,7 +134,8 @@ class SavedStage:
             setattr(holder, last, nn.Parameter(value) if last in holder._parameters else value)
         example = tensors["features"][:2].to(next(self.structure.parameters()).dtype)
         graph = trace(self.structure, example, rewrite=self.rewrite, exact=self.exact)
-        return StageData.of(SubNetworks(graph, self.structure), tensors["features"], tensors["target"])
+        (stage,) = StageData.of([SubNetworks(graph, self.structure)], [tensors["features"], tensors["target"]])
+        return stage
 
 
 _loaded: dict[str, StageData] = {}  # in a worker process, by the file

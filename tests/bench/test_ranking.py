@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -37,4 +38,5 @@ def test_proxies_and_accuracies_of_each_network(tmp_path: Path) -> None:
         assert network["sp_loss"] > 0
     assert len({network["sp_loss"] for network in found["networks"]}) == 3
     assert set(found["spearman"]) == {"sp", "autoslim", "autoslim_loss", "seeds"}
-    assert all(-1 <= of["rho"] <= 1 for of in found["spearman"].values())
+    # Not a number where three networks are all the same to a proxy.
+    assert all(math.isnan(of["rho"]) or -1 <= of["rho"] <= 1 for of in found["spearman"].values())

@@ -50,6 +50,8 @@ def test_the_generator_runs_on_it() -> None:
     found = generator()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     assert "Recurrence" in names_of(found.grad_fn)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(generator(), found)
 
 
 def names_of(node: object) -> str:

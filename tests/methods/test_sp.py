@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import fastprune as fp
 from fastprune.budget import Budget, BudgetError
 from fastprune.distributed import Distributed
 from fastprune.engine import HeldOut, Placement
+from fastprune.graph.tracing import state_of
 from fastprune.limits import Limits
 from fastprune.methods import Task
 from fastprune.methods.contract import Rounds
 from fastprune.methods.registry import configure
 from fastprune.methods.sp import SP
-from fastprune.methods.stage_losses import Elsewhere, Here, Query, StageData
+from fastprune.methods.stage_losses import Elsewhere, Here, Query, SavedStage, StageData
 from fastprune.methods.widths import random_widths
 from fastprune.supernet import SuperNet
 from fastprune.testing import check_method, network, sample_data, traced
@@ -128,7 +130,7 @@ def stage_data(*, channels_last: bool = False) -> tuple[list[StageData], list[Qu
     task.model.to(memory_format=layout)
     features = method.net.features(next(iter(sample_data().batches("train", 16)))[0].contiguous(memory_format=layout))
     assert not channels_last or not features[0].is_contiguous()
-    data = [StageData.of(part.slices, features[n], features[n + 1]) for n, part in enumerate(method.net.parts)]
+    data = StageData.of([part.slices for part in method.net.parts], features)
     generator = torch.Generator().manual_seed(0)
     queries: list[Query] = []
     for number, part in enumerate(method.net.parts):
@@ -145,10 +147,12 @@ def pool(workers: int) -> Executor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bf16"])  # bf16: in channels_last
-def test_processes_measure_the_same_and_those_that_die_lose_nothing(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "channels_last"), [("float32", False), ("bf16", True), ("bf16", False)])
+def test_processes_measure_the_same_and_those_that_die_lose_nothing(
+    tmp_path: Path, precision: str, channels_last: bool
+) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        processes_measure_the_same(tmp_path, channels_last=precision == "bf16")
+        processes_measure_the_same(tmp_path, channels_last=channels_last)
 
 
 def processes_measure_the_same(tmp_path: Path, *, channels_last: bool) -> None:
@@ -169,6 +173,19 @@ def processes_measure_the_same(tmp_path: Path, *, channels_last: bool) -> None:
         assert len(executors) == 2
     finally:
         elsewhere.close()
+
+
+def test_features_are_held_once_and_layouts_saved(tmp_path: Path) -> None:
+    data, _ = stage_data()
+    for one, after in pairwise(data):
+        assert one.target.data_ptr() == after.features.data_ptr()
+    saved = SavedStage.save(data[0], tmp_path / "stage.safetensors")
+    assert {"features", "target"} <= set(saved.channels_last)
+    loaded = saved.load()
+    assert loaded.features.stride() == data[0].features.stride()
+    assert loaded.target.stride() == data[0].target.stride()
+    whole, again = state_of(data[0].networks.model), state_of(loaded.networks.model)
+    assert all(again[name].stride() == tensor.stride() for name, tensor in whole.items() if tensor.dim() == 4)
 
 
 class Dying(ThreadPoolExecutor):
