@@ -2,7 +2,7 @@
 
 torch runs a step of each direction as products of a vector and a matrix of their own, and in the backward pass adds up
 an outer product for each. Here both directions take one batched product for a step, and the gradients of the recurrent
-weights one product over all steps. For the 27 gates of ResNet-56 it takes 3.0 ms instead of 6.4 on one core,
+weights one product over all steps. For the 27 gates of ResNet-56 it takes 1.7 ms instead of 4.7 on one core,
 forward and backward.
 """
 
