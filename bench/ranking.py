@@ -1,11 +1,14 @@
 """How well the proxies of SP and AutoSlim order sub-networks, after Fig. 4 of SP's paper.
 
-Random sub-networks of one cost, with widths of their own inside each block, are measured with the weights that all
-share, by each method's own proxy after its own training, and then trained from scratch. Printed: both proxies and the
-test accuracy of each, and Spearman's rank correlations; with several seeds also that of the first two with each other,
-which says how much there is to predict. The paper's third method, MetaPruning, is not here.
+Random sub-networks of one cost, drawn as SP's search draws its first ones, are trained from scratch, and measured with
+the weights that all share, by each method's own proxy after its own training. Printed: both proxies and the test
+accuracy of each, and Spearman's rank correlations; with several seeds also that of the first two with each other, which
+says how much there is to predict. The paper's third method, MetaPruning, is not here.
 
     python bench/ranking.py --data fashion-mnist:FOLDER --weights runs/base/model.safetensors --json ranking.json
+
+Training from scratch takes the longest. ``--scratch FILE`` keeps each accuracy as soon as it is known, and takes from
+there those that are known already.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
@@ -33,15 +37,21 @@ from fastprune.limits import Limits
 from fastprune.machine import machine
 from fastprune.methods.autoslim import AutoSlim
 from fastprune.methods.contract import Phase, Task
+from fastprune.methods.evolution import Genes, Space
 from fastprune.methods.registry import configure
-from fastprune.methods.sp import SP
+from fastprune.methods.sp import SP, variance
+from fastprune.methods.stage_search import WidthSpace
 from fastprune.methods.weight_sharing import WeightSharing
-from fastprune.methods.widths import random_widths
 from fastprune.models import create, load_weights
 from fastprune.surgery import apply
 
 WIDTH = 0.02  # of the band of costs below the budget's
 ATTEMPTS = 20_000  # at drawing a sub-network within it
+
+
+def random_genes(space: Space, rng: np.random.Generator) -> Genes:
+    """One gene of a space, [1, L]: independent choices, brought within its constraint."""
+    return space.within(rng.integers(0, space.choices, (1, len(space.choices))), rng)
 
 
 class Trained:
@@ -87,7 +97,7 @@ def prepared(
         data=HeldOut(data, placement, Distributed()),
         rng=torch.Generator().manual_seed(0),
     )
-    options = {"epochs": epochs, "batch_size": batch_size, "evaluate_every": 1, "groups": "interior"}
+    options = {"epochs": epochs, "batch_size": batch_size, "evaluate_every": 1}
     method = kind(configure(kind, options))
     method.setup(task)
     return method, task
@@ -102,15 +112,20 @@ def run_training(method: WeightSharing, task: Task, data: Data, placement: Place
 def draw(method: SP, task: Task, count: int, seed: int) -> list[Tensor]:
     """Masks [U] of random sub-networks whose cost is within the budget, and at most ``WIDTH`` of all below it.
 
+    As in the first generations of SP's search, the stages' quotas are drawn first, and then widths that keep to them.
+
     Raises:
-        ValueError: where random widths hardly ever cost so much; says what they cost.
+        ValueError: where these networks hardly ever cost so much; says what they cost.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    search = method.search
     full, limit = float(task.budget.cost(task.graph)), task.budget.limit(task.graph)
     masks: list[Tensor] = []
     costs: list[float] = []
     while len(masks) < count:
-        mask = method.mask([random_widths(choices, rng) for choices in method.choices], task)
+        levels = random_genes(search.quotas, rng)[0]
+        spaces = [WidthSpace(*pair) for pair in zip(search.stages, search.quotas.quotas(levels), strict=True)]
+        mask = method.mask([space.stage.widths(random_genes(space, rng)[0]) for space in spaces], task)
         costs.append(float(task.budget.cost(task.graph, mask)))
         if limit - WIDTH * full <= costs[-1] <= limit:
             masks.append(mask)
@@ -124,11 +139,12 @@ def draw(method: SP, task: Task, count: int, seed: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def distances(method: SP, task: Task, masks: list[Tensor], images: Tensor) -> list[float]:
-    """SP's proxy: the distillation losses of all stages (eq. 7)."""
+def distances(method: SP, masks: list[Tensor], images: Tensor) -> tuple[list[list[float]], list[float]]:
+    """The distillation losses of stages (eq. 7), whose sum is SP's proxy, and the variances of stages' features."""
     features = method.net.features(images)
     pairs = range(len(method.stages))
-    return [sum(float(method.net.distance(n, features[n], features[n + 1], mask)) for n in pairs) for mask in masks]
+    losses = [[float(method.net.distance(n, features[n], features[n + 1], mask)) for n in pairs] for mask in masks]
+    return losses, [float(variance(y)) for y in features[1:]]
 
 
 @torch.no_grad()
@@ -142,16 +158,40 @@ def shared_scores(method: AutoSlim, masks: list[Tensor], images: Tensor, labels:
     return found
 
 
-def from_scratch(task: Task, mask: Tensor, name: str, data: Data, config: TrainConfig, seeds: int) -> list[float]:
-    """Test accuracies of the compact network, trained from random weights, one for each seed."""
-    found = []
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        fresh = create(name, num_classes=data.num_classes, in_channels=data.shape[0])
-        compact = apply(task.graph.plan(mask), fresh, check=False)
-        train(compact, data, config, seed=seed, device="cpu")
-        found.append(evaluate(compact, data)["accuracy"])
-    return found
+class FromScratch:
+    """Test accuracies of compact networks that were trained from random weights.
+
+    Args:
+        file: where they are kept, or None.
+        settings: of the training; those in the file have to be the same.
+
+    Raises:
+        ValueError: if the file is about other trainings.
+    """
+
+    def __init__(self, file: Path | None, settings: Mapping[str, Any]) -> None:
+        self.file, self.settings = file, dict(settings)
+        self.known: dict[str, float] = {}
+        if file and file.exists():
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            if saved["settings"] != json.loads(json.dumps(self.settings)):
+                raise ValueError(f"{file}: accuracies of other trainings ({saved['settings']}, not {self.settings})")
+            self.known = saved["accuracies"]
+
+    def accuracy(self, task: Task, mask: Tensor, data: Data, seed: int) -> float:
+        """That of the network of a mask, of one seed."""
+        widths = [int(mask[group.units].sum()) for group in task.graph.groups]
+        name = f"{'-'.join(map(str, widths))} seed {seed}"
+        if name not in self.known:
+            torch.manual_seed(seed)
+            fresh = create(self.settings["model"], num_classes=data.num_classes, in_channels=data.shape[0])
+            compact = apply(task.graph.plan(mask), fresh, check=False)
+            train(compact, data, TrainConfig(**self.settings["training"]), seed=seed, device="cpu")
+            self.known[name] = evaluate(compact, data)["accuracy"]
+            print(name, self.known[name], flush=True)
+            if self.file:
+                self.file.write_text(json.dumps({"settings": self.settings, "accuracies": self.known}, indent=2) + "\n")
+        return self.known[name]
 
 
 def main() -> None:
@@ -170,6 +210,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="float32", help="of every training: float32 or bf16")
     parser.add_argument("--channels_last", action="store_true", help="in every training")
+    parser.add_argument("--scratch", type=Path, help="file of the accuracies from scratch")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -180,13 +221,6 @@ def main() -> None:
     options = (model.eval(), data, placement, arguments.budget, arguments.supernet_epochs, arguments.batch_size)
     sp, task = prepared(SP, *options)
     masks = draw(sp, task, arguments.networks, arguments.seed)
-    run_training(sp, task, data, placement)
-    assert task.data is not None
-    images, labels = task.data.held_out_batch(arguments.images)
-    before = distances(sp, task, masks, images)
-    slim, slim_task = prepared(AutoSlim, *options)
-    run_training(slim, slim_task, data, placement)
-    shared = shared_scores(slim, masks, images, labels)
     config = TrainConfig(
         epochs=arguments.scratch_epochs,
         batch_size=arguments.batch_size,
@@ -195,22 +229,37 @@ def main() -> None:
         precision=arguments.precision,
         channels_last=arguments.channels_last,
     )
-    rows = []
-    for mask, distance, (accuracy, entropy) in zip(masks, before, shared, strict=True):
-        seeds = from_scratch(task, mask, arguments.model, data, config, arguments.scratch_seeds)
+    training = dataclasses.asdict(config)
+    known = FromScratch(
+        arguments.scratch, {"model": arguments.model, "data": arguments.data.partition(":")[0], "training": training}
+    )
+    seeds = [[known.accuracy(task, mask, data, seed) for mask in masks] for seed in range(arguments.scratch_seeds)]
+    run_training(sp, task, data, placement)
+    assert task.data is not None
+    images, labels = task.data.held_out_batch(arguments.images)
+    before, scales = distances(sp, masks, images)
+    slim, slim_task = prepared(AutoSlim, *options)
+    run_training(slim, slim_task, data, placement)
+    shared = shared_scores(slim, masks, images, labels)
+    rows: list[dict[str, Any]] = []
+    for mask, stages, (accuracy, entropy), scratch in zip(masks, before, shared, zip(*seeds, strict=True), strict=True):
         rows.append(
             {
+                "widths": [int(mask[group.units].sum()) for group in task.graph.groups],
                 "flops_ratio": float(task.budget.cost(task.graph, mask) / task.budget.cost(task.graph)),
-                "sp_loss": distance,
+                "sp_loss": sum(stages),
+                "sp_losses": stages,
+                "sp_relative": sum(loss / scale for loss, scale in zip(stages, scales, strict=True)),
                 "autoslim_accuracy": accuracy,
                 "autoslim_loss": entropy,
-                "from_scratch": seeds,
+                "from_scratch": scratch,
             }
         )
         print(json.dumps(rows[-1]), flush=True)
     truth = [sum(row["from_scratch"]) / len(row["from_scratch"]) for row in rows]
     correlations = {
         "sp": spearmanr([-row["sp_loss"] for row in rows], truth),
+        "sp_relative": spearmanr([-row["sp_relative"] for row in rows], truth),
         "autoslim": spearmanr([row["autoslim_accuracy"] for row in rows], truth),
         "autoslim_loss": spearmanr([-row["autoslim_loss"] for row in rows], truth),
     }
@@ -219,14 +268,14 @@ def main() -> None:
     found = {name: {"rho": float(c.statistic), "p": float(c.pvalue)} for name, c in correlations.items()}
     print(json.dumps(found, indent=2))
     if arguments.json:
-        places = ("data", "weights", "json")
+        places = ("data", "weights", "scratch", "json")
         document = {
             "machine": machine(torch.device("cpu")),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "data": arguments.data.partition(":")[0],
             "settings": {name: value for name, value in vars(arguments).items() if name not in places},
-            "training": dataclasses.asdict(config),
+            "training": training,
             "networks": rows,
             "spearman": found,
         }

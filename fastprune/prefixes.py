@@ -21,7 +21,7 @@ from fastprune.graph.rewrite import Rewritten, argument_of
 from fastprune.graph.tracing import attribute_of
 from fastprune.ops.convolution import IN_PLACE, Geometry
 from fastprune.ops.masked_bn_act import masked_bn_act
-from fastprune.ops.packed_conv import PackedWeight, convolve_prefix, pack, takes
+from fastprune.ops.packed_conv import PackedWeight, algorithm_for, convolve_prefix, pack, takes
 
 aten = torch.ops.aten
 
@@ -37,25 +37,26 @@ class PrefixConv(nn.Module):
     def __init__(self, full: Callable[[], Tensor], moves: Mapping[str, Any]) -> None:
         super().__init__()
         self.full, self.moves = full, dict(moves)
-        self._packed: dict[int, tuple[Any, PackedWeight]] = {}  # by groups: a single one may also be all of them
+        self._packed: dict[str, tuple[Any, PackedWeight]] = {}  # by algorithm
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """The convolution of x [N, c, H, W] with ``weight`` [k, c / groups, R, S], mostly a view of the whole one."""
         geometry = Geometry(**self.moves, groups=groups)
         if not (x.dim() == 4 and runs_here(x) and takes(x, weight, geometry)):
             return F.conv2d(x, weight, bias, **self.moves, groups=groups)
-        return convolve_prefix(x, self.packed(weight, geometry), weight.shape[0], bias)
+        algorithm = algorithm_for(weight, geometry, x.shape[1])
+        return convolve_prefix(x, self.packed(weight, geometry, algorithm), weight.shape[0], bias)
 
-    def packed(self, weight: Tensor, geometry: Geometry) -> PackedWeight:
+    def packed(self, weight: Tensor, geometry: Geometry, algorithm: str) -> PackedWeight:
         """The whole weight; where what is wanted lies otherwise in it, that alone."""
         full = self.full()
         grouped = geometry.groups > 1 and full.shape[1] > 1  # depthwise in this sub-network alone
         if not is_prefix(weight, full) or grouped or full.is_inference():  # these do not tell that they have changed
             return pack(weight, geometry)
-        groups = 1 if geometry.groups == 1 else full.shape[0]
-        if groups not in self._packed or self._packed[groups][0] != version(full):
-            self._packed[groups] = version(full), pack(full.detach(), replace(geometry, groups=groups))
-        return self._packed[groups][1]
+        if algorithm not in self._packed or self._packed[algorithm][0] != version(full):
+            whole = replace(geometry, groups=1 if geometry.groups == 1 else full.shape[0])
+            self._packed[algorithm] = version(full), pack(full.detach(), whole, algorithm=algorithm)
+        return self._packed[algorithm][1]
 
 
 class NormAct(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fastprune.graph import ChannelGraph, Slice
+from fastprune.graph import ChannelGraph
 from fastprune.graph.interior import ACTIVATIONS
 from fastprune.graph.interpret import run_on_labels
 from fastprune.graph.labels import IntArray, core
@@ -65,9 +66,12 @@ class SubNetworks:
         self._selections = state.selections
         self._unit_of_label = unit_of_label(graph, state)
         use_batch_statistics(self.source, update=False)
-        self._pieces: dict[str, list[Slice]] = {}
+        self._arrangements: dict[bytes, IntArray] = {}  # of units along a dimension; few for many tensors
+        self._pieces: dict[str, list[tuple[int, bytes]]] = {}  # of each tensor: dimensions and arrangements
         for piece in graph.slices:
-            self._pieces.setdefault(piece.tensor, []).append(piece)
+            units = piece.units.numpy()
+            self._arrangements[units.tobytes()] = units
+            self._pieces.setdefault(piece.tensor, []).append((piece.dim, units.tobytes()))
         sliced = [node for node in self.source.graph.nodes if node.op == "call_function" and self.reads_units(node)]
         self._one_for_all = not any(node in self._selections or not is_widthless(node) for node in sliced)
         self._written: OrderedDict[bytes, Rewritten] = OrderedDict()
@@ -76,7 +80,8 @@ class SubNetworks:
     def __call__(self, *inputs: Any, mask: Tensor) -> Any:
         """The outputs of the sub-network of ``mask`` [U], bool on the CPU."""
         written = self.written(mask)
-        tensors = [self.slice(name, mask) for name in written.tensors]
+        kept = self.kept(mask)
+        tensors = [self.slice(name, kept) for name in written.tensors]
         indices = [index.to(tensors[0].device) for index in written.indices]
         with modes_kept():
             return pytree.tree_unflatten(written.module(*inputs, *tensors, *indices), written.results)
@@ -112,16 +117,21 @@ class SubNetworks:
         parts = [part for x in labels for part in (x.parts if isinstance(x, Computed) else (x,))]
         return any(bool((self._unit_of_label[core(part).numpy()] >= 0).any()) for part in parts)
 
-    def slice(self, name: str, mask: Tensor) -> Tensor:
+    def kept(self, mask: Tensor) -> dict[bytes, IntArray]:
+        """The indices that stay, ascending, for each arrangement of units."""
+        stays = np.append(mask.numpy(), True)  # the last is -1, what belongs to no unit
+        return {key: np.flatnonzero(stays[units]) for key, units in self._arrangements.items()}
+
+    def slice(self, name: str, kept: Mapping[bytes, IntArray]) -> Tensor:
         """A tensor of the network with the indices that stay; a view of it where they lie next to each other."""
         tensor: Tensor = attribute_of(self.source, name)
-        for piece in self._pieces.get(name, []):
-            kept = ((piece.units < 0) | mask[piece.units.clamp(min=0)]).nonzero().flatten()
-            first, last = int(kept[0]), int(kept[-1])
-            if last - first + 1 == len(kept):
-                tensor = tensor.narrow(piece.dim, first, len(kept))
+        for dim, arrangement in self._pieces.get(name, []):
+            indices = kept[arrangement]
+            first, last = int(indices[0]), int(indices[-1])
+            if last - first + 1 == len(indices):
+                tensor = tensor.narrow(dim, first, len(indices))
             else:
-                tensor = tensor.index_select(piece.dim, kept.to(tensor.device))
+                tensor = tensor.index_select(dim, torch.from_numpy(indices).to(tensor.device))
         return tensor
 
 

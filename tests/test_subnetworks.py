@@ -71,7 +71,8 @@ def test_outputs_and_gradients_are_those_of_the_compact_copy(name: str, which: s
 def test_the_first_channels_are_views() -> None:
     model, graph, networks, _ = prepared("resnet20")
     mask = first_half(graph)
-    weight, whole = networks.slice("layer1.1.conv1.weight", mask), model.get_parameter("layer1.1.conv1.weight")
+    name = "layer1.1.conv1.weight"
+    weight, whole = networks.slice(name, networks.kept(mask)), model.get_parameter(name)
     assert weight.shape == (8, 8, 3, 3)
     assert weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 

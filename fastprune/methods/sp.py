@@ -9,7 +9,8 @@ The network is cut into stages by the resolution of its features. Its weights tr
 and one update with the gradients of all three. Sub-networks are the first channels of the shared weights, and A_i is a
 1×1 convolution that brings their features to full width. All read the full network's features, so that stages are
 independent, and so is the search (``stage_search``): an evolution over what each stage may cost, and one over the
-widths of a stage for each such quota; what is minimised is eq. 7, summed over stages, on held-out images.
+widths of a stage for each such quota; what is minimised is eq. 7, summed over stages, on held-out images. The sum asks
+more of a stage whose features are large; with ``relative`` each loss counts as a part of its features' variance.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class SPConfig(WeightSharingConfig):
         "all", "widths of all channels that one stage makes, its features among them, or of those inside blocks"
     )
     last_features: bool = option(True, "whether the features of the last stage may lose channels")
+    relative: bool = option(False, "compare losses as parts of the variance of the stage's features")
     population: int = option(128, "genes per generation, of every evolution", minimum=2)
     iterations: int = option(10, "generations", minimum=1)
     mutation: float = option(0.1, "the chance of a position to move to another choice", minimum=0.0, maximum=1.0)
@@ -185,13 +187,17 @@ class SP(WeightSharing):
             whole = self.mask([*smallest[:stage], widths, *smallest[stage + 1 :]], task)
             masks.append((stage, self.net.parts[stage].own_mask(whole)))
         assert self.measure is not None
-        return self.measure(masks)
+        found = zip(masks, self.measure(masks), strict=True)
+        return [loss / self.scales[stage] for (stage, _), loss in found]
 
     @torch.no_grad()
     def make_measure(self, task: Task, stack: ExitStack) -> Here | Elsewhere:
         """Save the full network's features, on one batch and with its statistics, and start the workers."""
         assert task.data is not None
         features = self.net.features(task.data.held_out_batch(self.config.images)[0])
+        self.scales = [1.0] * len(self.stages)
+        if self.config.relative:
+            self.scales = task.distributed.mean_(torch.stack([variance(y) for y in features[1:]])).tolist()
         data = StageData.of([part.slices for part in self.net.parts], features)
         if not self.config.workers:
             return Here(data, task.distributed)
@@ -240,3 +246,8 @@ class SP(WeightSharing):
             raise ValueError(f"sp: the state is of other stages ({error})") from error
         self.training.load_state_dict(state["training"])
         self.search.load_state_dict(state["search"])
+
+
+def variance(features: Tensor) -> Tensor:
+    """The variance of each channel of features [N, C, ...] over batch and pixels, its mean over channels, float64."""
+    return torch.stack([channel.double().var() for channel in features.unbind(1)]).mean()

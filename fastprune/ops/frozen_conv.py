@@ -25,6 +25,7 @@ from fastprune.ops.conv_arguments import (
     vector,
     vector_dtype,
 )
+from fastprune.ops.convolution import Geometry
 from fastprune.ops.deferred import Deferred
 from fastprune.ops.layout import layout_of
 from fastprune.ops.masked_act import masked_act_backward
@@ -79,8 +80,7 @@ class FrozenConv:
             self.shift = None if shift is None else shift.clone()  # it may be the bias itself
             folded = fold(weight, scale).to(weight.dtype if dtype is None else dtype)
             self.weight = folded.clone(memory_format=torch.channels_last)
-        self._packed: PackedWeight | None = None
-        self._packed_transposed: PackedWeight | None = None
+        self._packed: dict[tuple[str, bool], PackedWeight] = {}  # by algorithm, and whether it is the transposed weight
 
     def __call__(
         self,
@@ -207,25 +207,33 @@ class FrozenConv:
         # A deferred mask gets its gradient from the reader.
         return _FrozenConv.apply(x, input_mask, None if defers else mask, residual, call)
 
-    def layer(self, x: Tensor, input_mask: Tensor | None) -> Layer:
-        """What computes x, the mask that x owes multiplied into the weight."""
+    def layer(self, x: Tensor, input_mask: Tensor | None, open_in: int) -> Layer:
+        """What computes the first channels of x, the mask that x owes multiplied into the weight."""
         layer = Layer(self.weight, None, self.shift, self.geometry, self.activation)
         ours = packed_conv.computes(x, self.weight, self.geometry)
         if input_mask is not None:
-            weight = (self.weight * input_mask.view(-1, 1, 1)).to(self.weight.dtype)
-            return replace(layer, weight=weight, packed=packed_conv.pack(weight, self.geometry) if ours else None)
-        if ours and self._packed is None:
-            self._packed = packed_conv.pack(self.weight, self.geometry)
-        return replace(layer, packed=self._packed if ours else None)
+            layer = replace(layer, weight=(self.weight * input_mask.view(-1, 1, 1)).to(self.weight.dtype))
+        if not ours:
+            return layer
+        algorithm = packed_conv.algorithm_for(self.weight, self.geometry, open_in)
+        if input_mask is not None:
+            return replace(layer, packed=packed_conv.pack(layer.weight, self.geometry, algorithm=algorithm))
+        return replace(layer, packed=self.packed(self.geometry, algorithm, transposed=False))
 
     def packed_transposed(self, dz: Tensor) -> PackedWeight | None:
         """The weight packed for the gradient of x, if our kernel computes it."""
         transposed = self.geometry.transposed(self.weight)
         if transposed is None or not packed_conv.computes(dz, self.weight, transposed):
             return None
-        if self._packed_transposed is None:
-            self._packed_transposed = packed_conv.pack(self.weight, transposed, transposed=True)
-        return self._packed_transposed
+        algorithm = packed_conv.algorithm_for(self.weight, transposed, dz.shape[1])
+        return self.packed(transposed, algorithm, transposed=True)
+
+    def packed(self, geometry: Geometry, algorithm: str, *, transposed: bool) -> PackedWeight:
+        """The weight, packed once for each algorithm."""
+        key = algorithm, transposed
+        if key not in self._packed:
+            self._packed[key] = packed_conv.pack(self.weight, geometry, transposed=transposed, algorithm=algorithm)
+        return self._packed[key]
 
 
 def _check_promise(mask: Tensor | None, open_out: int | None, hard: bool) -> None:
@@ -259,7 +267,7 @@ class _FrozenConv(torch.autograd.Function):
         ctx: Any, x: Tensor, input_mask: Tensor | None, mask: Tensor | None, residual: Tensor | None, call: _Call
     ) -> Tensor | tuple[Tensor, Tensor]:
         conv = call.conv
-        layer = conv.layer(x, input_mask if call.soft else None)
+        layer = conv.layer(x, input_mask if call.soft else None, call.open_in)
         if not call.trains:
             y = open_outputs(x, layer, mask, residual, call.open_in, call.open_out)
             return y[:, : call.open_out] if call.defers else widened(y, conv.weight.shape[0])

@@ -194,7 +194,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns y, and what the backward pass needs where that is not y itself."""
     layer = Layer(weight, scale, shift, geometry_of(stride, padding, dilation, groups), activation)
-    layer, nothing = packed_once(x, layer), x.new_empty(0)
+    layer, nothing = packed_once(x, layer, open_in), x.new_empty(0)
     if not trains:
         return widened(open_outputs(x, layer, mask, residual, open_in, open_out), weight.shape[0]), nothing
     y, saved = forward_for_training(x, layer, mask, residual, open_in, open_out)

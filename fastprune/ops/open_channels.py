@@ -23,7 +23,7 @@ from fastprune.ops.convolution import (
 from fastprune.ops.cuda_conv import convolve_on_cuda
 from fastprune.ops.layout import layout_of
 from fastprune.ops.masked_act import masked_act
-from fastprune.ops.packed_conv import PackedWeight, computes, pack
+from fastprune.ops.packed_conv import PackedWeight, algorithm_for, computes, pack
 from fastprune.ops.packed_conv import convolve as packed_convolve
 
 
@@ -99,12 +99,13 @@ def open_outputs(
     return r if mask is None else masked_act(r, mask=mask, activation="identity")[0]
 
 
-def packed_once(x: Tensor, layer: Layer) -> Layer:
+def packed_once(x: Tensor, layer: Layer, open_in: int) -> Layer:
     """The layer with its weight packed for one call, where our kernel computes it and packing is the smaller part."""
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if not computes(x, layer.weight, layer.geometry) or weight_outweighs(layer.weight, pixels):
         return layer
-    return replace(layer, packed=pack(layer.weight, layer.geometry, scale=layer.scale))
+    algorithm = algorithm_for(layer.weight, layer.geometry, open_in)
+    return replace(layer, packed=pack(layer.weight, layer.geometry, scale=layer.scale, algorithm=algorithm))
 
 
 def folds(mask: Tensor, activation: str) -> bool:
@@ -127,7 +128,8 @@ def input_gradient_of_open(
     pixels = dz.shape[0] * dz.shape[2] * dz.shape[3]
     once = packed is None and transposed is not None and not weight_outweighs(weight, pixels)
     if once and transposed is not None and computes(dz, weight, transposed):
-        packed = pack(weight, transposed, transposed=True)
+        algorithm = algorithm_for(weight, transposed, dz.shape[1])
+        packed = pack(weight, transposed, transposed=True, algorithm=algorithm)
     if packed is not None and dz.shape[1] > 0:
         return packed_convolve(dz, packed, x_size[1])[0]
     if dz.shape[1] == outputs:

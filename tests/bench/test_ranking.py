@@ -37,6 +37,6 @@ def test_proxies_and_accuracies_of_each_network(tmp_path: Path) -> None:
         assert all(0 < accuracy < 1 for accuracy in network["from_scratch"])
         assert network["sp_loss"] > 0
     assert len({network["sp_loss"] for network in found["networks"]}) == 3
-    assert set(found["spearman"]) == {"sp", "autoslim", "autoslim_loss", "seeds"}
+    assert set(found["spearman"]) == {"sp", "sp_relative", "autoslim", "autoslim_loss", "seeds"}
     # Not a number where three networks are all the same to a proxy.
     assert all(math.isnan(of["rho"]) or -1 <= of["rho"] <= 1 for of in found["spearman"].values())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -244,6 +246,22 @@ def test_the_search_is_told_the_features_of_the_full_network() -> None:
         for number in range(len(method.stages)):
             total += float(method.net.distance(number, features[number], features[number + 1], mask))
     assert total == pytest.approx(min(loss for loss, _, _ in method.search.results), rel=1e-5)
+
+
+def test_relative_losses_are_parts_of_the_variance() -> None:
+    losses = {}
+    for relative in (False, True):
+        method, task = prepared(relative=relative)
+        with ExitStack() as stack:
+            method.measure = method.make_measure(task, stack)
+            smallest = [tuple(c[0] for c in choices) for choices in method.choices]
+            losses[relative] = method.losses(task, list(enumerate(smallest)))
+    assert task.data is not None
+    features = method.net.features(task.data.held_out_batch(method.config.images)[0])[1:]
+    for raw, part, y in zip(losses[False], losses[True], features, strict=True):
+        spread = np.mean([np.var(y[:, c].numpy(), ddof=1) for c in range(y.shape[1])])
+        assert part == pytest.approx(raw / spread, rel=1e-5)
+        assert abs(spread - 1) > 0.1
 
 
 def test_what_cannot_be_is_refused() -> None:
