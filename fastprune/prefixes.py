@@ -20,7 +20,7 @@ from fastprune.fusion import activation_of, same_kind, value_of, version
 from fastprune.graph.rewrite import Rewritten, argument_of
 from fastprune.graph.tracing import attribute_of
 from fastprune.ops.convolution import IN_PLACE, Geometry
-from fastprune.ops.masked_bn_act import masked_bn_act
+from fastprune.ops.masked_bn_act import batch_norm_in_place, masked_bn_act
 from fastprune.ops.packed_conv import PackedWeight, algorithm_for, convolve_prefix, pack, takes
 
 aten = torch.ops.aten
@@ -66,22 +66,24 @@ class NormAct(nn.Module):
         eps: added to the variance.
         activation: by its name in the kernels.
         otherwise: the activation, for what the kernels do not take.
+        overwrites: whether nobody else reads x: new memory costs more than the arithmetic.
     """
 
-    def __init__(self, eps: float, activation: str, otherwise: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, eps: float, activation: str, otherwise: Callable[[Tensor], Tensor], *, overwrites: bool) -> None:
         super().__init__()
-        self.eps, self.activation, self.otherwise = eps, activation, otherwise
+        self.eps, self.activation, self.otherwise, self.overwrites = eps, activation, otherwise, overwrites
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """``act(bn(x) + residual)`` of x [N, C, ...]."""
         if not runs_here(x) or x.numel() <= x.shape[1]:  # of a single value torch's function makes the bias
             y = torch.batch_norm(x, weight, bias, None, None, True, 0.1, self.eps, torch.backends.cudnn.enabled)
             return self.otherwise(y if residual is None else y + residual)
-        bn = weight, bias, None, None
-        if residual is None:
-            return masked_bn_act(x, bn, activation=self.activation, eps=self.eps, training=True)
-        y = masked_bn_act(x, bn, activation="identity", eps=self.eps, training=True).add_(residual)
-        return IN_PLACE[self.activation](y)
+        activation = self.activation if residual is None else "identity"
+        if self.overwrites:
+            y = batch_norm_in_place(x, weight, bias, activation=activation, eps=self.eps)
+        else:
+            y = masked_bn_act(x, (weight, bias, None, None), activation=activation, eps=self.eps, training=True)
+        return y if residual is None else IN_PLACE[self.activation](y.add_(residual))
 
 
 def runs_here(x: Tensor) -> bool:
@@ -140,9 +142,16 @@ def replace_norm(module: GraphModule, node: Node) -> None:
             end, residual, following = following, other, only_reader(following)
     if following is not None and (named := activation_of(following)):
         end, activation, otherwise = following, named, following
-    norm = NormAct(float(argument_of(node, "eps")), activation, applied(otherwise))
+    overwrites = is_new(module, argument_of(node, "input"))
+    norm = NormAct(float(argument_of(node, "eps")), activation, applied(otherwise), overwrites=overwrites)
     read = (argument_of(node, "input"), argument_of(node, "weight"), argument_of(node, "bias"), residual)
     call(module, end, f"norm_of_{node.name}", norm, read)
+
+
+def is_new(module: GraphModule, node: Node) -> bool:
+    """Whether a value is the result of a convolution, and only one operator reads it."""
+    by = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return isinstance(by, PrefixConv) and len(node.users) == 1
 
 
 def alike(one: Node, other: Node) -> bool:

@@ -267,7 +267,7 @@ def test_weights_that_do_not_tell_of_changes_are_packed_in_each_call() -> None:
 @torch.no_grad()
 def test_nothing_is_left_behind_a_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     model, graph, networks, images = prepared("resnet20")
-    frozen, mask, calls = networks.frozen(), first_units(graph, 0.5), counted(monkeypatch, "masked_bn_act")
+    frozen, mask, calls = networks.frozen(), first_units(graph, 0.5), counted(monkeypatch, "batch_norm_in_place")
     frozen(images, mask=mask)
     assert len(calls) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     left = {node.target for node in frozen.written(mask).module.graph.nodes}

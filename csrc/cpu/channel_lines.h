@@ -5,6 +5,7 @@
 //
 //     rows, and planes of few elements   a line is some neighbouring channels of one index `outer`; each channel's
 //                                        coefficient is repeated `inner` times, which the other lines share
+//     short rows                         a line is several rows; where there is nothing between them, a single stretch
 //     long planes                        a line is a piece of a plane, all of one channel
 //
 // So one loop serves all layouts. Sums are kept for every element of a line and folded to channels at the end.
@@ -15,6 +16,7 @@
 
 #include "fastprune/channel_layout.h"
 #include "parallel.h"
+#include "vectors.h"
 
 namespace fastprune::cpu {
 
@@ -30,15 +32,41 @@ struct LineTile {
     int64_t outer, channel, inner;  // the first element
     int64_t channels;
     int64_t repeat;  // neighbouring elements of a line that belong to one channel
+    int64_t rows;    // how often a line has these channels, each time of another index `outer`
+    bool joined;     // a line is one stretch of memory; else each of its rows is
     int64_t lines;   // full ones
     int64_t rest;    // width of one more line, may be 0
-    bool gapless;    // lines follow each other; else each is of another index `outer`
+    bool gapless;    // lines follow each other; else each begins at another index `outer`
     int64_t chunk;   // index of the partial sums
 
-    int64_t width() const { return channels * repeat; }
-    /// Elements from one line to the next in a tensor of this outer stride.
+    int64_t width() const { return channels * repeat * rows; }
+    /// Elements from one row to the next in a tensor of this outer stride; where lines are gapless, from one line.
     int64_t pitch(int64_t outer_stride) const { return gapless ? repeat : outer_stride; }
 };
+
+/// Calls action(row, at, width) for each stretch of a line: the first of its rows, counted from the tile's first, its
+/// place in the line, and its width. Always inline, as the action has to be.
+template <class Action>
+FASTPRUNE_INLINE void for_each_stretch(const LineTile& tile, int64_t line, const Action& action) {
+    const int64_t width = line < tile.lines ? tile.width() : tile.rest;
+    if (tile.joined) return action(line * tile.rows, 0, width);
+    for (int64_t row = 0; row * tile.channels < width; ++row) {
+        action(line * tile.rows + row, row * tile.channels, tile.channels);
+    }
+}
+
+/// How many rows make a line: several short ones. A function of the layout alone, as sums are cut by it.
+inline int64_t rows_of_line(const ChannelLayout& layout) {
+    constexpr int64_t enough = 64, lanes = 16;  // channels that need no more; what the widest vectors hold
+    const bool brief = layout.inner == 1 && layout.channels > 0 && layout.channels < enough;
+    return brief ? enough / layout.channels * lanes : 1;
+}
+
+/// Whether there is nothing between the rows of any of these views.
+template <class... Views>
+bool are_gapless(const ChannelLayout& layout, const Views&... views) {
+    return ((views.data == nullptr || views.outer_stride == layout.channels * layout.inner) && ...);
+}
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -56,18 +84,22 @@ inline ChannelChunks chunks_of(const ChannelLayout& layout) {
     return {1, inner, layout.outer * ceil_divide(layout.inner, inner)};
 }
 
-/// Calls body(tile) for all tiles of the tensor, in any order, on at most `num_threads` threads.
+/// Calls body(tile) for all tiles of the tensor, in any order, on at most `num_threads` threads. `gapless`: of all
+/// views that the body goes over.
 template <class Body>
-void for_each_tile(const ChannelLayout& layout, int num_threads, const Body& body) {
+void for_each_tile(const ChannelLayout& layout, bool gapless, int num_threads, const Body& body) {
     const ChannelChunks chunks = chunks_of(layout);
     if (chunks.count == 0) return;
     const int threads = threads_for(layout.numel(), line_grain, num_threads);
     if (has_short_planes(layout)) {
         const int64_t together = tile_width / layout.inner, tiles = ceil_divide(layout.channels, together);
+        const int64_t rows = rows_of_line(layout);
         parallel_for(chunks.count * tiles, threads, [&](int64_t task, int) {
             const int64_t chunk = task / tiles, channel = task % tiles * together, first = chunk * chunks.outer;
-            body(LineTile{first, channel, 0, std::min(together, layout.channels - channel), layout.inner,
-                          std::min(chunks.outer, layout.outer - first), 0, false, chunk});
+            const int64_t channels = std::min(together, layout.channels - channel);
+            const int64_t count = std::min(chunks.outer, layout.outer - first);
+            body(LineTile{first, channel, 0, channels, layout.inner, rows, gapless || rows == 1, count / rows,
+                          count % rows * channels, false, chunk});
         });
         return;
     }
@@ -77,8 +109,8 @@ void for_each_tile(const ChannelLayout& layout, int num_threads, const Body& bod
         for (int64_t i = task * group; i < std::min(count, (task + 1) * group); ++i) {
             const int64_t plane = i / pieces, begin = i % pieces * chunks.inner;
             const int64_t outer = plane / layout.channels, size = std::min(chunks.inner, layout.inner - begin);
-            body(LineTile{outer, plane % layout.channels, begin, 1, plane_line, size / plane_line, size % plane_line,
-                          true, outer * pieces + i % pieces});
+            body(LineTile{outer, plane % layout.channels, begin, 1, plane_line, 1, true, size / plane_line,
+                          size % plane_line, true, outer * pieces + i % pieces});
         }
     });
 }
@@ -96,7 +128,9 @@ void fill_line(Real* line, const Real* vector, Real neutral, const LineTile& til
     if (vector == nullptr) {
         std::fill_n(line, tile.width(), neutral);
     } else if (tile.repeat == 1) {
-        std::copy_n(vector + tile.channel, tile.channels, line);
+        for (int64_t row = 0; row < tile.rows; ++row) {
+            std::copy_n(vector + tile.channel, tile.channels, line + row * tile.channels);
+        }
     } else {
         for (int64_t c = 0; c < tile.channels; ++c) {
             std::fill_n(line + c * tile.repeat, tile.repeat, vector[tile.channel + c]);
@@ -122,7 +156,9 @@ void flush_line(Real* sums, const LineTile& tile, const ChannelLayout& layout, d
     if (partials == nullptr) return;
     double* partial = partials + tile.chunk * layout.channels + tile.channel;
     if (tile.repeat == 1) {
-        for (int64_t c = 0; c < tile.channels; ++c) partial[c] += sums[c];
+        for (int64_t row = 0; row < tile.rows; ++row) {
+            for (int64_t c = 0; c < tile.channels; ++c) partial[c] += sums[row * tile.channels + c];
+        }
     } else {
         for (int64_t c = 0; c < tile.channels; ++c) partial[c] += fold(sums + c * tile.repeat, tile.repeat);
     }

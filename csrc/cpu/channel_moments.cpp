@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "channel_lines.h"
-#include "vectors.h"
 
 namespace fastprune::cpu {
 namespace {
@@ -32,7 +31,7 @@ Status channel_moments(const ChannelMomentsArgs<Storage>& args, int num_threads)
         square_partials(count * layout.channels);
     for (int64_t c = 0; c < layout.channels; ++c) first[c] = static_cast<double>(widen(args.x.data[c * layout.inner]));
 
-    for_each_tile(layout, num_threads, [&](const LineTile& tile) {
+    for_each_tile(layout, are_gapless(layout, args.x), num_threads, [&](const LineTile& tile) {
         alignas(64) double firsts[tile_width], sums[tile_width], square_sums[tile_width];
         fill_line(firsts, first.data(), 0.0, tile);
         std::fill_n(sums, tile.width(), 0.0);
@@ -40,10 +39,12 @@ Status channel_moments(const ChannelMomentsArgs<Storage>& args, int num_threads)
         const Storage* x = first_of(args.x, tile, layout);
         const int64_t pitch = tile.pitch(args.x.outer_stride);
         with_widest_vectors([&]() __attribute__((always_inline)) {
-            for (int64_t line = 0; line < tile.lines; ++line) {
-                add_line(x + line * pitch, firsts, sums, square_sums, tile.width());
+            for (int64_t line = 0; line <= tile.lines; ++line) {
+                for_each_stretch(tile, line,
+                                 [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
+                                     add_line(x + row * pitch, firsts + at, sums + at, square_sums + at, width);
+                                 });
             }
-            if (tile.rest > 0) add_line(x + tile.lines * pitch, firsts, sums, square_sums, tile.rest);
         });
         flush_line(sums, tile, layout, sum_partials.data());
         flush_line(square_sums, tile, layout, square_partials.data());

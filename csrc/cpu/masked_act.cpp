@@ -6,7 +6,6 @@
 
 #include "channel_lines.h"
 #include "dispatch_activation.h"
-#include "vectors.h"
 
 namespace fastprune::cpu {
 namespace {
@@ -22,20 +21,22 @@ struct ForwardTile {
 };
 
 template <class Storage, Activation activation, bool wants_y, bool wants_saved>
-FASTPRUNE_INLINE void forward_line(const ForwardTile<Storage>& tile, const Storage* x, Storage* y, Storage* saved,
-                                   int64_t width) {
+FASTPRUNE_INLINE void forward_line(const ForwardTile<Storage>& tile, int64_t at, const Storage* x, Storage* y,
+                                   Storage* saved, int64_t width) {
+    const Real<Storage>*scale = tile.scale + at, *shift = tile.shift + at, *mask = tile.mask + at;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-        const Real<Storage> z = widen(x[i]) * tile.scale[i] + tile.shift[i];
+        const Real<Storage> z = widen(x[i]) * scale[i] + shift[i];
         const Real<Storage> r = activate(activation, z);
         if constexpr (wants_saved) saved[i] = narrow<Storage>(saves_input(activation) ? z : r);
-        if constexpr (wants_y) y[i] = narrow<Storage>(r * tile.mask[i]);
+        if constexpr (wants_y) y[i] = narrow<Storage>(r * mask[i]);
     }
 }
 
 template <class Storage, Activation activation, bool wants_y, bool wants_saved>
 void forward(const MaskedActArgs<Storage>& args, int num_threads) {
-    for_each_tile(args.layout, num_threads, [&](const LineTile& lines) {
+    const bool gapless = are_gapless(args.layout, args.x, args.y, args.saved);
+    for_each_tile(args.layout, gapless, num_threads, [&](const LineTile& lines) {
         ForwardTile<Storage> tile;
         tile.x = first_of(args.x, lines, args.layout);
         tile.y = first_of(args.y, lines, args.layout);
@@ -47,9 +48,12 @@ void forward(const MaskedActArgs<Storage>& args, int num_threads) {
                       saved_pitch = lines.pitch(args.saved.outer_stride);
         with_widest_vectors([&]() __attribute__((always_inline)) {
             for (int64_t line = 0; line <= lines.lines; ++line) {
-                const int64_t width = line < lines.lines ? lines.width() : lines.rest;
-                forward_line<Storage, activation, wants_y, wants_saved>(
-                    tile, tile.x + line * x_pitch, tile.y + line * y_pitch, tile.saved + line * saved_pitch, width);
+                for_each_stretch(
+                    lines, line, [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
+                        forward_line<Storage, activation, wants_y, wants_saved>(tile, at, tile.x + row * x_pitch,
+                                                                                tile.y + row * y_pitch,
+                                                                                tile.saved + row * saved_pitch, width);
+                    });
             }
         });
     });

@@ -8,7 +8,6 @@
 #include "channel_lines.h"
 #include "dispatch_activation.h"
 #include "fastprune/masked_act.h"
-#include "vectors.h"
 
 namespace fastprune::cpu {
 namespace {
@@ -42,25 +41,28 @@ struct Lines {
 };
 
 template <class Storage, Activation activation, bool wants_dx, Sums wanted>
-FASTPRUNE_INLINE void backward_line(const Lines<Storage>& lines, int64_t line, int64_t width,
-                                    const Coefficients<Storage>& coefficients, LineSums<Real<Storage>>& sums) {
+FASTPRUNE_INLINE void backward_line(const Lines<Storage>& lines, int64_t row, int64_t at, int64_t width,
+                                    const Coefficients<Storage>& coefficients, LineSums<Real<Storage>>& line_sums) {
     using Value = Real<Storage>;
-    const Storage* const dy_line = lines.dy + line * lines.dy_pitch;
-    const Storage* const saved_line = lines.saved + line * lines.saved_pitch;
-    const Storage* const x_line = lines.x + line * lines.x_pitch;
-    Storage* const dx_line = lines.dx + line * lines.dx_pitch;
+    const Storage* const dy_line = lines.dy + row * lines.dy_pitch;
+    const Storage* const saved_line = lines.saved + row * lines.saved_pitch;
+    const Storage* const x_line = lines.x + row * lines.x_pitch;
+    Storage* const dx_line = lines.dx + row * lines.dx_pitch;
+    const Value *mask = coefficients.mask + at, *scale = coefficients.scale + at, *centre = coefficients.centre + at,
+                *slope = coefficients.slope + at, *offset = coefficients.offset + at;
+    Value *mask_sums = line_sums.mask + at, *shift_sums = line_sums.shift + at, *scale_sums = line_sums.scale + at;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
         const Value dy = widen(dy_line[i]);
         const Activated<Value> r = reactivate(activation, widen(saved_line[i]));
-        const Value dz = masked_gradient(dy, coefficients.mask[i], r.derivative);
-        Value dx = dz * coefficients.scale[i];
-        if constexpr (wanted >= Sums::mask) sums.mask[i] += dy * r.value;
+        const Value dz = masked_gradient(dy, mask[i], r.derivative);
+        Value dx = dz * scale[i];
+        if constexpr (wanted >= Sums::mask) mask_sums[i] += dy * r.value;
         if constexpr (wanted == Sums::all) {
-            const Value x = widen(x_line[i]) - coefficients.centre[i];
-            sums.shift[i] += dz;
-            sums.scale[i] += dz * x;
-            dx = dx + (x * coefficients.slope[i] + coefficients.offset[i]);
+            const Value x = widen(x_line[i]) - centre[i];
+            shift_sums[i] += dz;
+            scale_sums[i] += dz * x;
+            dx = dx + (x * slope[i] + offset[i]);
         }
         if constexpr (wants_dx) dx_line[i] = narrow<Storage>(dx);
     }
@@ -74,7 +76,8 @@ struct Partials {
 template <class Storage, Activation activation, bool wants_dx, Sums wanted>
 void backward(const MaskedActBackwardArgs<Storage>& args, const Partials& partials, int num_threads) {
     const auto& x = args.x.data != nullptr ? args.x : args.saved;  // where dshift alone is wanted: read for nothing
-    for_each_tile(args.layout, num_threads, [&](const LineTile& tile) {
+    const bool gapless = are_gapless(args.layout, args.dy, args.saved, x, args.dx);
+    for_each_tile(args.layout, gapless, num_threads, [&](const LineTile& tile) {
         Coefficients<Storage> coefficients;
         fill_line(coefficients.mask, args.mask, Real<Storage>{1}, tile);
         fill_line(coefficients.scale, args.scale, Real<Storage>{1}, tile);
@@ -95,8 +98,11 @@ void backward(const MaskedActBackwardArgs<Storage>& args, const Partials& partia
         for (int64_t begin = 0; begin < count; begin += lines_per_stretch) {
             with_widest_vectors([&]() __attribute__((always_inline)) {
                 for (int64_t line = begin; line < std::min(begin + lines_per_stretch, count); ++line) {
-                    const int64_t width = line < tile.lines ? tile.width() : tile.rest;
-                    backward_line<Storage, activation, wants_dx, wanted>(lines, line, width, coefficients, sums);
+                    for_each_stretch(tile, line,
+                                     [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
+                                         backward_line<Storage, activation, wants_dx, wanted>(lines, row, at, width,
+                                                                                              coefficients, sums);
+                                     });
                 }
             });
             flush_line(sums.mask, tile, args.layout, partials.mask);

@@ -139,6 +139,16 @@ def masked_act(
     return y, saved
 
 
+def masked_act_in_place(x: Tensor, scale: Tensor, shift: Tensor, *, activation: str) -> Tensor:
+    """``act(x * scale + shift)`` in the memory of x where it lies as the kernels read it: x is not to be used again.
+
+    Autograd knows nothing of it.
+    """
+    (x,) = as_views(x)
+    _C.masked_act(x, scale.contiguous(), shift.contiguous(), None, activation, x, None, torch.get_num_threads())
+    return x
+
+
 def masked_act_backward(
     dy: Tensor,
     saved: Tensor,

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from fastprune.ops.activations import checked_activation
 from fastprune.ops.channel_moments import channel_moments
 from fastprune.ops.library import refuse_transforms
-from fastprune.ops.masked_act import masked_act, masked_act_backward
+from fastprune.ops.masked_act import masked_act, masked_act_backward, masked_act_in_place
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """weight, bias, running_mean, running_var."""
@@ -137,6 +137,18 @@ def _statistics(
     if running_mean is not None and running_var is not None:
         _update_running(running_mean, running_var, mean, variance * (count / (count - 1)), momentum)
     return mean, variance
+
+
+def batch_norm_in_place(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, activation: str, eps: float
+) -> Tensor:
+    """``act(bn(x))`` with the statistics of the batch, in the memory of x, which is not to be used again.
+
+    Autograd knows nothing of it. Arguments as those of :func:`masked_bn_act`.
+    """
+    mean, variance = channel_moments(x)
+    scale, shift, _ = _coefficients(weight, bias, mean, variance, eps)
+    return masked_act_in_place(x, scale, shift, activation=activation)
 
 
 def masked_bn_act(
