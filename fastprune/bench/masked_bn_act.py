@@ -4,6 +4,7 @@ Batch 8 in float32 on the CPU, 256 in bfloat16 on CUDA. ``backward`` is the kern
 reads dy and the saved activation and writes dx, with the gradient of the mask on the way. ``forward`` is
 :func:`fastprune.ops.masked_bn_act` with frozen statistics and a gradient to come: it reads x and writes y and what it
 saves. ``step`` is forward, and backward to x and mask. The ``network`` has every activation as often as ResNet-50.
+Behind these are activations of few channels.
 
 ``eager`` is fastprune.reference, and for the backward pass its gradient with as few operators as torch allows.
 """
@@ -35,6 +36,8 @@ RESNET50 = [
     (2048, 7, 4),
 ]
 """Channels, height and width, and how often ResNet-50 normalises such an activation."""
+PRUNED = [(3, 32), (8, 32), (13, 32), (16, 32)]
+"""Channels, height and width: what may be left of the first stage of a ResNet for CIFAR."""
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -120,6 +123,9 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
             yield make(f"network, {layout}", network)
     for channels, size, _ in RESNET50:
         yield backward(f"{channels}×{size}×{size}", [Activation.of(channels, size, 1, "channels_last", device, batch)])
+    for channels, size in PRUNED:
+        small = [Activation.of(channels, size, 1, "channels_last", device, 8 * batch)]
+        yield backward(f"{channels}×{size}×{size}, batch {8 * batch}", small)
 
 
 def described(activations: list[Activation]) -> dict[str, int]:
