@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from fastprune import atomic
 from fastprune.budget import Budget
 from fastprune.distributed import Distributed
 from fastprune.engine import HeldOut, Placement, evaluate, load_data, run_phases
@@ -37,10 +38,9 @@ from fastprune.limits import Limits
 from fastprune.machine import machine
 from fastprune.methods.autoslim import AutoSlim
 from fastprune.methods.contract import Phase, Task
-from fastprune.methods.evolution import Genes, Space
+from fastprune.methods.evolution import Evolution
 from fastprune.methods.registry import configure
 from fastprune.methods.sp import SP, variance
-from fastprune.methods.stage_search import WidthSpace
 from fastprune.methods.weight_sharing import WeightSharing
 from fastprune.models import create, load_weights
 from fastprune.surgery import apply
@@ -49,9 +49,10 @@ WIDTH = 0.02  # of the band of costs below the budget's
 ATTEMPTS = 20_000  # at drawing a sub-network within it
 
 
-def random_genes(space: Space, rng: np.random.Generator) -> Genes:
-    """One gene of a space, [1, L]: independent choices, brought within its constraint."""
-    return space.within(rng.integers(0, space.choices, (1, len(space.choices))), rng)
+def random_gene(evolution: Evolution, rng: np.random.Generator) -> list[int]:
+    """A gene as those of the first generation."""
+    gene: list[int] = evolution.space.within(evolution.random(1, rng), rng)[0].tolist()
+    return gene
 
 
 class Trained:
@@ -123,9 +124,9 @@ def draw(method: SP, task: Task, count: int, seed: int) -> list[Tensor]:
     masks: list[Tensor] = []
     costs: list[float] = []
     while len(masks) < count:
-        levels = random_genes(search.quotas, rng)[0]
-        spaces = [WidthSpace(*pair) for pair in zip(search.stages, search.quotas.quotas(levels), strict=True)]
-        mask = method.mask([space.stage.widths(random_genes(space, rng)[0]) for space in spaces], task)
+        levels = random_gene(search.manager, rng)
+        genes = [random_gene(search.evolution(stage, level), rng) for stage, level in enumerate(levels)]
+        mask = method.mask([stage.widths(gene) for stage, gene in zip(search.stages, genes, strict=True)], task)
         costs.append(float(task.budget.cost(task.graph, mask)))
         if limit - WIDTH * full <= costs[-1] <= limit:
             masks.append(mask)
@@ -158,20 +159,28 @@ def shared_scores(method: AutoSlim, masks: list[Tensor], images: Tensor, labels:
     return found
 
 
+def description_of(data: Data, spec: str) -> dict[str, Any]:
+    """What tells data from others, without a folder's name."""
+    sizes = {"train": data.size("train"), "test": data.size("test")}
+    return {"kind": spec.partition(":")[0], "shape": list(data.shape), "classes": data.num_classes, **sizes}
+
+
 class FromScratch:
     """Test accuracies of compact networks that were trained from random weights.
 
     Args:
-        file: where they are kept, or None.
+        file: where they are kept, or None; of one process.
         settings: of the training; those in the file have to be the same.
 
     Raises:
-        ValueError: if the file is about other trainings.
+        ValueError: if the file is about other trainings; if there is no folder for it.
     """
 
     def __init__(self, file: Path | None, settings: Mapping[str, Any]) -> None:
         self.file, self.settings = file, dict(settings)
         self.known: dict[str, float] = {}
+        if file and not file.parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {str(file.parent)!r}")
         if file and file.exists():
             saved = json.loads(file.read_text(encoding="utf-8"))
             if saved["settings"] != json.loads(json.dumps(self.settings)):
@@ -190,7 +199,9 @@ class FromScratch:
             self.known[name] = evaluate(compact, data)["accuracy"]
             print(name, self.known[name], flush=True)
             if self.file:
-                self.file.write_text(json.dumps({"settings": self.settings, "accuracies": self.known}, indent=2) + "\n")
+                atomic.write_text(
+                    self.file, json.dumps({"settings": self.settings, "accuracies": self.known}, indent=2) + "\n"
+                )
         return self.known[name]
 
 
@@ -230,9 +241,8 @@ def main() -> None:
         channels_last=arguments.channels_last,
     )
     training = dataclasses.asdict(config)
-    known = FromScratch(
-        arguments.scratch, {"model": arguments.model, "data": arguments.data.partition(":")[0], "training": training}
-    )
+    described = description_of(data, arguments.data)
+    known = FromScratch(arguments.scratch, {"model": arguments.model, "data": described, "training": training})
     seeds = [[known.accuracy(task, mask, data, seed) for mask in masks] for seed in range(arguments.scratch_seeds)]
     run_training(sp, task, data, placement)
     assert task.data is not None

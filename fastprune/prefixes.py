@@ -1,7 +1,8 @@
 """Sub-networks of a network whose weights stay as they are: on the CPU by our own kernels.
 
 The first rows and columns of a weight lie in the packed weight where the kernels read them, so that each weight is
-packed once for all widths. Batch statistics, batch norm and activation are two passes over what a convolution makes.
+packed once for all widths, or twice, as few channels take another algorithm. Batch statistics, batch norm and
+activation are two passes over what a convolution makes.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class PrefixConv(nn.Module):
         if not is_prefix(weight, full) or grouped or full.is_inference():  # these do not tell that they have changed
             return pack(weight, geometry)
         if algorithm not in self._packed or self._packed[algorithm][0] != version(full):
+            self._packed = {a: packed for a, packed in self._packed.items() if packed[0] == version(full)}
             whole = replace(geometry, groups=1 if geometry.groups == 1 else full.shape[0])
             self._packed[algorithm] = version(full), pack(full.detach(), whole, algorithm=algorithm)
         return self._packed[algorithm][1]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import fastprune as fp
 from fastprune import prefixes
@@ -203,6 +204,39 @@ class Overwriting(Small):
         return self.last(torch.relu(n)) + self.last(y)
 
 
+class TwoNorms(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stem(x))
+        return self.last(self.norm(y) + self.second(y))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.BatchNorm2d(8)
+        nn.init.constant_(self.second.weight, 3)
+
+
+class AddsWhatIsNormalised(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stem(x))
+        return self.last(torch.relu(self.norm(y) + y))
+
+
+class AlsoReturned(Small):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.last(self.stem(x))
+        return torch.relu(self.third(y)), y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.BatchNorm2d(3)
+
+
+class ReadThroughAView(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stem(x))
+        return self.last(self.norm(y)) + self.last(y.detach())
+
+
 class GroupsOfTwo(Small):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(self.grouped(self.wide(x))))
@@ -227,7 +261,11 @@ class SingleImage(Small):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "kind", [Viewed, WithInput, WithParameter, WithSlice, Overwriting, GroupsOfTwo, OneNumber, SingleImage]
+    "kind",
+    [
+        *(Viewed, WithInput, WithParameter, WithSlice, Overwriting, GroupsOfTwo, OneNumber, SingleImage),
+        *(TwoNorms, AddsWhatIsNormalised, AlsoReturned, ReadThroughAView),
+    ],
 )
 def test_whatever_a_network_does_around_them(kind: type[Small]) -> None:
     torch.manual_seed(0)
@@ -236,7 +274,8 @@ def test_whatever_a_network_does_around_them(kind: type[Small]) -> None:
     networks = SubNetworks(graph, model)
     for ratio in (0.0, 0.5, 1.0):
         mask = first_units(graph, ratio)
-        assert near(networks.frozen()(images, mask=mask), networks(images, mask=mask))
+        found, wanted = (pytree.tree_leaves(each(images, mask=mask)) for each in (networks.frozen(), networks))
+        assert all(near(*pair) for pair in zip(found, wanted, strict=True))
 
 
 @torch.no_grad()

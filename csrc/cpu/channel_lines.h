@@ -23,8 +23,10 @@ namespace fastprune::cpu {
 inline constexpr int64_t tile_width =
     4096;  // two coefficients and a sum fit the L1 cache; shorter lines defeat prefetch
 inline constexpr int64_t short_plane = 256;
-inline constexpr int64_t plane_line = 128;       // of a long plane: repeating coefficients and folding has to pay off
-inline constexpr int64_t task_elements = 16384;  // enough to forget what starting a task costs
+inline constexpr int64_t short_row = 64;    // of fewer channels several make a line
+inline constexpr int64_t row_group = 16;    // or a multiple of these: whole vectors, whatever the number of channels
+inline constexpr int64_t plane_line = 128;  // of a long plane: repeating coefficients and folding has to pay off
+inline constexpr int64_t task_elements = 16384;           // enough to forget what starting a task costs
 inline constexpr int64_t line_grain = 4 * task_elements;  // fewer elements are not worth waking a second thread
 
 /// Lines of the same channels, whose sums belong to one chunk.
@@ -40,26 +42,33 @@ struct LineTile {
     int64_t chunk;   // index of the partial sums
 
     int64_t width() const { return channels * repeat * rows; }
+    int64_t all_lines() const { return lines + (rest > 0); }
     /// Elements from one row to the next in a tensor of this outer stride; where lines are gapless, from one line.
     int64_t pitch(int64_t outer_stride) const { return gapless ? repeat : outer_stride; }
 };
 
-/// Calls action(row, at, width) for each stretch of a line: the first of its rows, counted from the tile's first, its
-/// place in the line, and its width. Always inline, as the action has to be.
+/// Calls action(row, at, width) for each stretch of the lines from `begin` up to `end`: the first of its rows, counted
+/// from the tile's first, its place in the line, and its width. Always inline, as the action has to be.
 template <class Action>
-FASTPRUNE_INLINE void for_each_stretch(const LineTile& tile, int64_t line, const Action& action) {
-    const int64_t width = line < tile.lines ? tile.width() : tile.rest;
-    if (tile.joined) return action(line * tile.rows, 0, width);
-    for (int64_t row = 0; row * tile.channels < width; ++row) {
-        action(line * tile.rows + row, row * tile.channels, tile.channels);
+FASTPRUNE_INLINE void for_each_stretch(const LineTile& tile, int64_t begin, int64_t end, const Action& action) {
+    const int64_t rows = tile.rows, lines = tile.lines, rest = tile.rest;
+    if (tile.joined) {
+        const int64_t whole = tile.width();
+        for (int64_t line = begin; line < std::min(end, lines); ++line) action(line * rows, 0, whole);
+        if (end > lines) action(lines * rows, 0, rest);
+        return;
+    }
+    const int64_t channels = tile.channels, last = rest / channels;
+    for (int64_t line = begin; line < end; ++line) {
+        const int64_t count = line < lines ? rows : last;
+        for (int64_t row = 0; row < count; ++row) action(line * rows + row, row * channels, channels);
     }
 }
 
 /// How many rows make a line: several short ones. A function of the layout alone, as sums are cut by it.
 inline int64_t rows_of_line(const ChannelLayout& layout) {
-    constexpr int64_t enough = 64, lanes = 16;  // channels that need no more; what the widest vectors hold
-    const bool brief = layout.inner == 1 && layout.channels > 0 && layout.channels < enough;
-    return brief ? enough / layout.channels * lanes : 1;
+    const bool brief = layout.inner == 1 && layout.channels > 0 && layout.channels < short_row;
+    return brief ? std::max<int64_t>(1, short_row / 2 / layout.channels) * row_group : 1;
 }
 
 /// Whether there is nothing between the rows of any of these views.
@@ -84,16 +93,15 @@ inline ChannelChunks chunks_of(const ChannelLayout& layout) {
     return {1, inner, layout.outer * ceil_divide(layout.inner, inner)};
 }
 
-/// Calls body(tile) for all tiles of the tensor, in any order, on at most `num_threads` threads. `gapless`: of all
-/// views that the body goes over.
+/// Calls body(tile) for all tiles of the tensor, in any order, on at most `num_threads` threads. `rows`: rows_of_line,
+/// or 1 where nothing is summed. `gapless`: all views that the body goes over.
 template <class Body>
-void for_each_tile(const ChannelLayout& layout, bool gapless, int num_threads, const Body& body) {
+void for_each_tile(const ChannelLayout& layout, int64_t rows, bool gapless, int num_threads, const Body& body) {
     const ChannelChunks chunks = chunks_of(layout);
     if (chunks.count == 0) return;
     const int threads = threads_for(layout.numel(), line_grain, num_threads);
     if (has_short_planes(layout)) {
         const int64_t together = tile_width / layout.inner, tiles = ceil_divide(layout.channels, together);
-        const int64_t rows = rows_of_line(layout);
         parallel_for(chunks.count * tiles, threads, [&](int64_t task, int) {
             const int64_t chunk = task / tiles, channel = task % tiles * together, first = chunk * chunks.outer;
             const int64_t channels = std::min(together, layout.channels - channel);
@@ -150,14 +158,33 @@ Real fold(Real* values, int64_t count) {
     return values[0];
 }
 
+/// Adds the sums of a line of several rows, [rows, channels], to those of its channels, in double.
+template <class Real>
+FASTPRUNE_INLINE void add_rows(const Real* sums, int64_t rows, int64_t channels, double* partial) {
+    double totals[row_group * short_row];  // of rows that are row_group apart
+    const int64_t together = row_group * channels;
+    std::fill_n(totals, together, 0.0);
+    for (int64_t row = 0; row < rows; row += row_group) {
+#pragma omp simd
+        for (int64_t i = 0; i < together; ++i) totals[i] += sums[row * channels + i];
+    }
+    for (int64_t half = row_group / 2; half > 0; half /= 2) {
+#pragma omp simd
+        for (int64_t i = 0; i < half * channels; ++i) totals[i] += totals[half * channels + i];
+    }
+    for (int64_t c = 0; c < channels; ++c) partial[c] += totals[c];
+}
+
 /// Adds the sums of a line to the partial sums [chunks, channels], and sets them back to 0. Nothing if those are null.
 template <class Real>
-void flush_line(Real* sums, const LineTile& tile, const ChannelLayout& layout, double* partials) {
+FASTPRUNE_INLINE void flush_line(Real* sums, const LineTile& tile, const ChannelLayout& layout, double* partials) {
     if (partials == nullptr) return;
     double* partial = partials + tile.chunk * layout.channels + tile.channel;
     if (tile.repeat == 1) {
-        for (int64_t row = 0; row < tile.rows; ++row) {
-            for (int64_t c = 0; c < tile.channels; ++c) partial[c] += sums[row * tile.channels + c];
+        if (tile.rows > 1) {
+            add_rows(sums, tile.rows, tile.channels, partial);
+        } else {
+            for (int64_t c = 0; c < tile.channels; ++c) partial[c] += sums[c];
         }
     } else {
         for (int64_t c = 0; c < tile.channels; ++c) partial[c] += fold(sums + c * tile.repeat, tile.repeat);

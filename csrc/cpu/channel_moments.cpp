@@ -31,7 +31,7 @@ Status channel_moments(const ChannelMomentsArgs<Storage>& args, int num_threads)
         square_partials(count * layout.channels);
     for (int64_t c = 0; c < layout.channels; ++c) first[c] = static_cast<double>(widen(args.x.data[c * layout.inner]));
 
-    for_each_tile(layout, are_gapless(layout, args.x), num_threads, [&](const LineTile& tile) {
+    for_each_tile(layout, rows_of_line(layout), are_gapless(layout, args.x), num_threads, [&](const LineTile& tile) {
         alignas(64) double firsts[tile_width], sums[tile_width], square_sums[tile_width];
         fill_line(firsts, first.data(), 0.0, tile);
         std::fill_n(sums, tile.width(), 0.0);
@@ -39,12 +39,10 @@ Status channel_moments(const ChannelMomentsArgs<Storage>& args, int num_threads)
         const Storage* x = first_of(args.x, tile, layout);
         const int64_t pitch = tile.pitch(args.x.outer_stride);
         with_widest_vectors([&]() __attribute__((always_inline)) {
-            for (int64_t line = 0; line <= tile.lines; ++line) {
-                for_each_stretch(tile, line,
-                                 [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
-                                     add_line(x + row * pitch, firsts + at, sums + at, square_sums + at, width);
-                                 });
-            }
+            for_each_stretch(tile, 0, tile.all_lines(),
+                             [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
+                                 add_line(x + row * pitch, firsts + at, sums + at, square_sums + at, width);
+                             });
         });
         flush_line(sums, tile, layout, sum_partials.data());
         flush_line(square_sums, tile, layout, square_partials.data());

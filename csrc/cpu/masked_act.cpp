@@ -36,27 +36,26 @@ FASTPRUNE_INLINE void forward_line(const ForwardTile<Storage>& tile, int64_t at,
 template <class Storage, Activation activation, bool wants_y, bool wants_saved>
 void forward(const MaskedActArgs<Storage>& args, int num_threads) {
     const bool gapless = are_gapless(args.layout, args.x, args.y, args.saved);
-    for_each_tile(args.layout, gapless, num_threads, [&](const LineTile& lines) {
-        ForwardTile<Storage> tile;
-        tile.x = first_of(args.x, lines, args.layout);
-        tile.y = first_of(args.y, lines, args.layout);
-        tile.saved = first_of(args.saved, lines, args.layout);
-        fill_line(tile.scale, args.scale, Real<Storage>{1}, lines);
-        fill_line(tile.shift, args.shift, -Real<Storage>{0}, lines);  // x + -0 is x, signed zeros included
-        fill_line(tile.mask, args.mask, Real<Storage>{1}, lines);
-        const int64_t x_pitch = lines.pitch(args.x.outer_stride), y_pitch = lines.pitch(args.y.outer_stride),
-                      saved_pitch = lines.pitch(args.saved.outer_stride);
-        with_widest_vectors([&]() __attribute__((always_inline)) {
-            for (int64_t line = 0; line <= lines.lines; ++line) {
-                for_each_stretch(
-                    lines, line, [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
-                        forward_line<Storage, activation, wants_y, wants_saved>(tile, at, tile.x + row * x_pitch,
-                                                                                tile.y + row * y_pitch,
-                                                                                tile.saved + row * saved_pitch, width);
-                    });
-            }
+    for_each_tile(
+        args.layout, gapless ? rows_of_line(args.layout) : 1, gapless, num_threads, [&](const LineTile& lines) {
+            ForwardTile<Storage> tile;
+            tile.x = first_of(args.x, lines, args.layout);
+            tile.y = first_of(args.y, lines, args.layout);
+            tile.saved = first_of(args.saved, lines, args.layout);
+            fill_line(tile.scale, args.scale, Real<Storage>{1}, lines);
+            fill_line(tile.shift, args.shift, -Real<Storage>{0}, lines);  // x + -0 is x, signed zeros included
+            fill_line(tile.mask, args.mask, Real<Storage>{1}, lines);
+            const int64_t x_pitch = lines.pitch(args.x.outer_stride), y_pitch = lines.pitch(args.y.outer_stride),
+                          saved_pitch = lines.pitch(args.saved.outer_stride);
+            with_widest_vectors([&]() __attribute__((always_inline)) {
+                for_each_stretch(lines, 0, lines.all_lines(),
+                                 [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
+                                     forward_line<Storage, activation, wants_y, wants_saved>(
+                                         tile, at, tile.x + row * x_pitch, tile.y + row * y_pitch,
+                                         tile.saved + row * saved_pitch, width);
+                                 });
+            });
         });
-    });
 }
 
 }  // namespace

@@ -12,7 +12,8 @@
 namespace fastprune::cpu {
 namespace {
 
-constexpr int64_t lines_per_stretch = 32;  // so many terms are added in float before a double takes them
+/// So many terms are added in float before a double takes them, half of them where it takes those of several rows.
+constexpr int64_t lines_per_stretch = 32;
 
 /// Which sums a loop makes: the variants that the compiler sees. Those with `all` also read x.
 enum class Sums { none, mask, all };
@@ -77,7 +78,7 @@ template <class Storage, Activation activation, bool wants_dx, Sums wanted>
 void backward(const MaskedActBackwardArgs<Storage>& args, const Partials& partials, int num_threads) {
     const auto& x = args.x.data != nullptr ? args.x : args.saved;  // where dshift alone is wanted: read for nothing
     const bool gapless = are_gapless(args.layout, args.dy, args.saved, x, args.dx);
-    for_each_tile(args.layout, gapless, num_threads, [&](const LineTile& tile) {
+    for_each_tile(args.layout, rows_of_line(args.layout), gapless, num_threads, [&](const LineTile& tile) {
         Coefficients<Storage> coefficients;
         fill_line(coefficients.mask, args.mask, Real<Storage>{1}, tile);
         fill_line(coefficients.scale, args.scale, Real<Storage>{1}, tile);
@@ -94,20 +95,19 @@ void backward(const MaskedActBackwardArgs<Storage>& args, const Partials& partia
                                    first_of(x, tile, args.layout),       first_of(args.dx, tile, args.layout),
                                    tile.pitch(args.dy.outer_stride),     tile.pitch(args.saved.outer_stride),
                                    tile.pitch(x.outer_stride),           tile.pitch(args.dx.outer_stride)};
-        const int64_t count = tile.lines + (tile.rest > 0);
-        for (int64_t begin = 0; begin < count; begin += lines_per_stretch) {
+        const int64_t count = tile.all_lines();
+        const int64_t stretch = tile.rows > 1 ? lines_per_stretch / 2 : lines_per_stretch;
+        for (int64_t begin = 0; begin < count; begin += stretch) {
             with_widest_vectors([&]() __attribute__((always_inline)) {
-                for (int64_t line = begin; line < std::min(begin + lines_per_stretch, count); ++line) {
-                    for_each_stretch(tile, line,
-                                     [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
-                                         backward_line<Storage, activation, wants_dx, wanted>(lines, row, at, width,
-                                                                                              coefficients, sums);
-                                     });
-                }
+                for_each_stretch(tile, begin, std::min(begin + stretch, count),
+                                 [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
+                                     backward_line<Storage, activation, wants_dx, wanted>(lines, row, at, width,
+                                                                                          coefficients, sums);
+                                 });
+                flush_line(sums.mask, tile, args.layout, partials.mask);
+                flush_line(sums.shift, tile, args.layout, partials.shift);
+                flush_line(sums.scale, tile, args.layout, partials.scale);
             });
-            flush_line(sums.mask, tile, args.layout, partials.mask);
-            flush_line(sums.shift, tile, args.layout, partials.shift);
-            flush_line(sums.scale, tile, args.layout, partials.scale);
         }
     });
 }

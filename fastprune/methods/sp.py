@@ -94,6 +94,7 @@ class SP(WeightSharing):
         self.training = self.make_training(task, nn.ModuleList([task.model, self.net.adaptors]))
         self.search = self.make_search(task)
         self.measure: Here | Elsewhere | None = None
+        self.scales = [1.0] * len(self.stages)  # what losses are divided by
 
     def groups_of(self, task: Task, stage: Stage) -> tuple[int, ...]:
         """The groups of a stage whose widths are searched."""
@@ -195,9 +196,14 @@ class SP(WeightSharing):
         """Save the full network's features, on one batch and with its statistics, and start the workers."""
         assert task.data is not None
         features = self.net.features(task.data.held_out_batch(self.config.images)[0])
-        self.scales = [1.0] * len(self.stages)
         if self.config.relative:
             self.scales = task.distributed.mean_(torch.stack([variance(y) for y in features[1:]])).tolist()
+            for stage, scale in zip(self.stages, self.scales, strict=True):
+                if not scale > 0:
+                    raise ValueError(
+                        f"sp: the features of stage {stage.name!r} have variance {scale:g}, so that losses have no "
+                        "relative size; give relative false"
+                    )
         data = StageData.of([part.slices for part in self.net.parts], features)
         if not self.config.workers:
             return Here(data, task.distributed)

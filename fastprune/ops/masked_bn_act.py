@@ -144,7 +144,14 @@ def batch_norm_in_place(
 ) -> Tensor:
     """``act(bn(x))`` with the statistics of the batch, in the memory of x, which is not to be used again.
 
-    Autograd knows nothing of it. Arguments as those of :func:`masked_bn_act`.
+    Private, and unchecked; autograd knows nothing of it.
+
+    Args:
+        x: ``[N, C, *spatial]``, more than one value for each channel.
+        weight: ``[C]``, float64 beside a float64 x, else float32, as is ``bias``.
+        bias: ``[C]``.
+        activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
+        eps: Added to the variance.
     """
     mean, variance = channel_moments(x)
     scale, shift, _ = _coefficients(weight, bias, mean, variance, eps)

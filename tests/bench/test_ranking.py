@@ -2,18 +2,73 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+from fastprune.engine import Placement
+from fastprune.engine.training import TrainConfig
+from fastprune.methods.sp import SP
 from fastprune.models import create
+from fastprune.testing import network as small_network
+from fastprune.testing import sample_data
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranking() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ranking", ROOT / "bench" / "ranking.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def drawn(ranking: ModuleType, seed: int) -> tuple[list[torch.Tensor], Any]:
+    method, task = ranking.prepared(SP, small_network(), sample_data(), Placement(), "flops=0.5", 1, 32)
+    return ranking.draw(method, task, 5, seed), task
+
+
+def test_networks_are_drawn_within_the_budget(ranking: ModuleType) -> None:
+    masks, task = drawn(ranking, seed=3)
+    full = float(task.budget.cost(task.graph))
+    assert all(0.48 * full <= float(task.budget.cost(task.graph, mask)) <= 0.5 * full for mask in masks)
+    again, other = drawn(ranking, seed=3)[0], drawn(ranking, seed=4)[0]
+    assert all(torch.equal(*pair) for pair in zip(masks, again, strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(masks, other, strict=True))
+
+
+def test_what_was_trained_is_not_trained_again(
+    ranking: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks, task = drawn(ranking, seed=3)
+    trained: list[int] = []
+    monkeypatch.setattr(ranking, "create", lambda *_, **__: small_network())
+    monkeypatch.setattr(ranking, "train", lambda *_, seed, **__: trained.append(seed))
+    monkeypatch.setattr(ranking, "evaluate", lambda *_: {"accuracy": len(trained) / 10})
+    file = tmp_path / "scratch.json"
+    settings = {"model": "small", "training": {**vars(TrainConfig()), "epochs": 2}}
+    known = ranking.FromScratch(file, settings)
+    found = [known.accuracy(task, mask, sample_data(), seed) for seed in (0, 1) for mask in masks[:2]]
+    assert found == [0.1, 0.2, 0.3, 0.4]
+    known = ranking.FromScratch(file, settings)
+    assert [known.accuracy(task, mask, sample_data(), seed) for seed in (0, 1) for mask in masks[:2]] == found
+    assert trained == [0, 0, 1, 1]
+    assert known.accuracy(task, masks[2], sample_data(), 0) == 0.5
+    with pytest.raises(ValueError, match="accuracies of other trainings"):
+        ranking.FromScratch(file, {**settings, "model": "large"})
+    with pytest.raises(ValueError, match="there is no folder"):
+        ranking.FromScratch(tmp_path / "nowhere" / "scratch.json", settings)
 
 
 @pytest.mark.slow
@@ -35,7 +90,10 @@ def test_proxies_and_accuracies_of_each_network(tmp_path: Path) -> None:
         assert 0.48 <= network["flops_ratio"] <= 0.5
         assert len(network["from_scratch"]) == 2
         assert all(0 < accuracy < 1 for accuracy in network["from_scratch"])
-        assert network["sp_loss"] > 0
+        assert network["sp_loss"] == pytest.approx(sum(network["sp_losses"]))
+        assert all(loss > 0 for loss in network["sp_losses"])
+        assert network["sp_relative"] > 0
+        assert len(network["widths"]) == 10
     assert len({network["sp_loss"] for network in found["networks"]}) == 3
     assert set(found["spearman"]) == {"sp", "sp_relative", "autoslim", "autoslim_loss", "seeds"}
     # Not a number where three networks are all the same to a proxy.

@@ -262,6 +262,10 @@ def test_relative_losses_are_parts_of_the_variance() -> None:
         spread = np.mean([np.var(y[:, c].numpy(), ddof=1) for c in range(y.shape[1])])
         assert part == pytest.approx(raw / spread, rel=1e-5)
         assert abs(spread - 1) > 0.1
+    for parameter in task.model.parameters():
+        nn.init.zeros_(parameter)
+    with ExitStack() as stack, pytest.raises(ValueError, match=r"stage '.*' have variance 0, .* give relative false"):
+        method.make_measure(task, stack)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -54,6 +54,19 @@ def test_a_constant_has_no_variance():
     assert (variance == 0).all()
 
 
+@pytest.mark.parametrize("channels", [3, 13, 40, 63])
+@pytest.mark.parametrize("pixels", [1, 15, 16, 17, 511, 2050])
+def test_views_have_the_bits_of_what_is_gapless(channels, pixels):
+    """Several short rows make a line, whose last one may be a part, and lie apart in a view."""
+    x = draw((1, channels, pixels, 1), rows=True, mean=0.5)
+    whole = torch.full((1, channels + 5, pixels, 1), torch.nan).to(memory_format=torch.channels_last)
+    view = whole[:, 2 : 2 + channels]
+    view.copy_(x)
+    for ours, expected in zip(channel_moments(view), channel_moments(x), strict=True):
+        assert torch.equal(ours, expected)
+    torch.testing.assert_close(channel_moments(x)[0].double(), moments_of(x)[0], rtol=1e-6, atol=1e-6)
+
+
 def test_same_bits_for_every_number_of_threads():
     before = torch.get_num_threads()
     try:
