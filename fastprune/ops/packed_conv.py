@@ -18,7 +18,7 @@ from fastprune.ops.convolution import Geometry
 from fastprune.ops.layout import empty_rows, has_rows, layout_of
 
 WINOGRAD_CHANNELS = 12
-"""With fewer inputs, transforming costs more than multiplying saves. Measured for 16 and 64 outputs: with 4 inputs 0.6
+"""With fewer inputs, transforming costs more than multiplying saves. Measured for 16 and 64 outputs: with 4 inputs 0.65
 and 0.8 times as fast as the direct algorithm, with 8 0.8 and 0.9, with 12 0.9 and 1.05, with 16 1.0 and 1.2 on AVX-512;
 on AVX2 the same for 16 outputs, and for 64 faster from 4 on."""
 
