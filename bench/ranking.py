@@ -159,6 +159,11 @@ def shared_scores(method: AutoSlim, masks: list[Tensor], images: Tensor, labels:
     return found
 
 
+def widths_of(task: Task, mask: Tensor) -> list[int]:
+    """How many channels of each group stay."""
+    return [kept for kept, _ in task.graph.plan(mask).widths.values()]
+
+
 def description_of(data: Data, spec: str) -> dict[str, Any]:
     """What tells data from others, without a folder's name."""
     sizes = {"train": data.size("train"), "test": data.size("test")}
@@ -189,8 +194,7 @@ class FromScratch:
 
     def accuracy(self, task: Task, mask: Tensor, data: Data, seed: int) -> float:
         """That of the network of a mask, of one seed."""
-        widths = [int(mask[group.units].sum()) for group in task.graph.groups]
-        name = f"{'-'.join(map(str, widths))} seed {seed}"
+        name = f"{'-'.join(map(str, widths_of(task, mask)))} seed {seed}"
         if name not in self.known:
             torch.manual_seed(seed)
             fresh = create(self.settings["model"], num_classes=data.num_classes, in_channels=data.shape[0])
@@ -205,8 +209,8 @@ class FromScratch:
         return self.known[name]
 
 
-def main() -> None:
-    """Run the experiment."""
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--data", required=True)
@@ -223,8 +227,12 @@ def main() -> None:
     parser.add_argument("--channels_last", action="store_true", help="in every training")
     parser.add_argument("--scratch", type=Path, help="file of the accuracies from scratch")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Run the experiment."""
+    arguments = parsed()
     data = load_data(arguments.data)
     model = create(arguments.model, num_classes=data.num_classes, in_channels=data.shape[0])
     load_weights(model, arguments.weights)
@@ -255,7 +263,7 @@ def main() -> None:
     for mask, stages, (accuracy, entropy), scratch in zip(masks, before, shared, zip(*seeds, strict=True), strict=True):
         rows.append(
             {
-                "widths": [int(mask[group.units].sum()) for group in task.graph.groups],
+                "widths": widths_of(task, mask),
                 "flops_ratio": float(task.budget.cost(task.graph, mask) / task.budget.cost(task.graph)),
                 "sp_loss": sum(stages),
                 "sp_losses": stages,

@@ -208,7 +208,7 @@ class FrozenConv:
         return _FrozenConv.apply(x, input_mask, None if defers else mask, residual, call)
 
     def layer(self, x: Tensor, input_mask: Tensor | None, open_in: int) -> Layer:
-        """What computes the first channels of x, the mask that x owes multiplied into the weight."""
+        """What reads the first ``open_in`` channels of x, the mask that x owes multiplied into the weight."""
         layer = Layer(self.weight, None, self.shift, self.geometry, self.activation)
         ours = packed_conv.computes(x, self.weight, self.geometry)
         if input_mask is not None:
