@@ -65,7 +65,7 @@ done
 
 # Of every fused convolution, where the build has them, the cases of one seed.
 step fused_conv_memcheck 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
-    "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_fused_conv_cuda.py -k "test_values and seed0"
+    "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/conv/test_fused_cuda.py -k "test_values and seed0"
 
 # Benchmarks share what is left. Each stops before its next case when its time is up, and names what it leaves out; the
 # rest of its share is for the case that runs then (torch.compile with max-autotune takes its time). bench_search also

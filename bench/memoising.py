@@ -14,16 +14,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastprune.budget import Budget
-from fastprune.distributed import Distributed
-from fastprune.engine import HeldOut, Placement, load_data
+from fastprune.data import load_data
+from fastprune.engine import HeldOut, Placement
 from fastprune.graph import trace
-from fastprune.limits import Limits
+from fastprune.host.distributed import Distributed
 from fastprune.methods.contract import Task
 from fastprune.methods.registry import configure
-from fastprune.methods.sp import SP
-from fastprune.methods.widths import Widths
+from fastprune.methods.sp.sp import SP
+from fastprune.methods.sp.widths import Widths
 from fastprune.models import create
+from fastprune.planning.budget import Budget
+from fastprune.planning.limits import Limits
 
 
 def main() -> None:

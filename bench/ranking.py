@@ -27,22 +27,23 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from fastprune import atomic
-from fastprune.budget import Budget
-from fastprune.distributed import Distributed
-from fastprune.engine import HeldOut, Placement, evaluate, load_data, run_phases
-from fastprune.engine.data import Data
+from fastprune.data import load_data
+from fastprune.data.data import Data
+from fastprune.engine import HeldOut, Placement, evaluate, run_phases
 from fastprune.engine.training import TrainConfig, train
 from fastprune.graph import trace
-from fastprune.limits import Limits
-from fastprune.machine import machine
-from fastprune.methods.autoslim import AutoSlim
+from fastprune.host import atomic
+from fastprune.host.distributed import Distributed
+from fastprune.host.machine import machine
 from fastprune.methods.contract import Phase, Task
-from fastprune.methods.evolution import Evolution
 from fastprune.methods.registry import configure
-from fastprune.methods.sp import SP, variance
-from fastprune.methods.weight_sharing import WeightSharing
+from fastprune.methods.sp.autoslim import AutoSlim
+from fastprune.methods.sp.evolution import Evolution
+from fastprune.methods.sp.sp import SP, variance
+from fastprune.methods.sp.weight_sharing import WeightSharing
 from fastprune.models import create, load_weights
+from fastprune.planning.budget import Budget
+from fastprune.planning.limits import Limits
 from fastprune.surgery import apply
 
 WIDTH = 0.02  # of the band of costs below the budget's

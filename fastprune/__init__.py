@@ -10,14 +10,14 @@ True
 from importlib.metadata import version
 
 from fastprune import models, ops, reference
-from fastprune.budget import Budget, BudgetError, Conditions
 from fastprune.graph import ChannelGraph, Cost, TraceError, trace
-from fastprune.limits import LimitError, Limits
-from fastprune.plan import PlanError, PruningPlan
+from fastprune.graph.plan import PlanError, PruningPlan
+from fastprune.planning.budget import Budget, BudgetError, Conditions
+from fastprune.planning.limits import LimitError, Limits
 from fastprune.pruning import PruningResult, prune
-from fastprune.rewritten import RewrittenNetwork
 from fastprune.steps import prune_in_steps
 from fastprune.surgery import SurgeryError, apply, masked, slice_optimizer, verify
+from fastprune.surgery.rewritten import RewrittenNetwork
 
 __version__ = version("fastprune")
 

@@ -13,31 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastprune.budget import Budget, BudgetError, Conditions
-from fastprune.distributed import Distributed
+from fastprune.data import Data, UserData
+from fastprune.data.user_data import Loader
 from fastprune.engine import (
-    Data,
     HeldOut,
     LoopOptions,
     Placement,
     RunDirectory,
-    UserData,
     choose_device,
     measure_latencies,
     run_phases,
     seed_everything,
 )
-from fastprune.engine.user_data import Loader
 from fastprune.graph import ChannelGraph, trace
-from fastprune.graph.inputs import Example, Inputs
-from fastprune.limits import LimitError, Limits
+from fastprune.graph.export.inputs import Example, Inputs
+from fastprune.graph.plan import PruningPlan
+from fastprune.host.distributed import Distributed
 from fastprune.methods.contract import Method, Task
-from fastprune.methods.options import fields_of
 from fastprune.methods.registry import configure, load
 from fastprune.models import save_weights
-from fastprune.plan import PruningPlan
-from fastprune.slicing import copied
+from fastprune.options import fields_of
+from fastprune.planning.budget import Budget, BudgetError, Conditions
+from fastprune.planning.limits import LimitError, Limits
 from fastprune.surgery import cut
+from fastprune.surgery.slicing import copied
 
 
 @dataclass(frozen=True)

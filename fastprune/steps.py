@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastprune.budget import Budget
-from fastprune.distributed import Distributed
 from fastprune.engine import choose_device
 from fastprune.graph import trace
-from fastprune.graph.inputs import Example, Inputs
-from fastprune.limits import Limits
-from fastprune.lineage import Lineage
+from fastprune.graph.export.inputs import Example, Inputs
+from fastprune.host.distributed import Distributed
+from fastprune.planning.budget import Budget
+from fastprune.planning.limits import Limits
+from fastprune.planning.lineage import Lineage
 from fastprune.pruning import PruningResult, prune
 
 

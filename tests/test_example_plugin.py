@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "fastprune-fpgm"
 PRUNE = """
 import torch
 from fastprune import models
-from fastprune.budget import Budget
+from fastprune.planning.budget import Budget
 from fastprune.graph import trace
 from fastprune.methods import Task, available, configure, load
 from fastprune.surgery import apply
@@ -84,8 +84,8 @@ def test_scores_are_the_distances_to_the_other_filters(site, monkeypatch):
     monkeypatch.syspath_prepend(site)
     from fastprune_fpgm import FPGM
 
-    from fastprune.budget import Budget
     from fastprune.methods import Task
+    from fastprune.planning.budget import Budget
     from fastprune.testing import network, traced
 
     model, graph = network(), traced()

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastprune as fp
-from fastprune.budget import Budget, BudgetError
 from fastprune.engine import LoopOptions, RunDirectory, RunError
-from fastprune.graph.tracing import TraceError
+from fastprune.graph.export.tracing import TraceError
+from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Method, Metrics, Phase, Task
-from fastprune.methods.options import option
-from fastprune.plan import PruningPlan
+from fastprune.options import option
+from fastprune.planning.budget import Budget, BudgetError
 
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 SHORT: dict[str, Any] = {"epochs": 2, "samples": 32, "batch_size": 16, "evaluate_every": 0}

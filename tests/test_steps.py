@@ -12,8 +12,8 @@ import torchvision
 from torch import nn
 
 import fastprune as fp
-from fastprune.cli import main
-from fastprune.plan import PlanError
+from fastprune.cli.main import main
+from fastprune.graph.plan import PlanError
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from fastprune.budget import Budget
+from fastprune.graph.plan import PruningPlan
 from fastprune.methods import Method, Phase, ScoreMethod, Task, option
-from fastprune.methods.magnitude import L1
-from fastprune.plan import PruningPlan
+from fastprune.methods.scores.magnitude import L1
+from fastprune.planning.budget import Budget
 from fastprune.testing import ContractError, check_method, network, traced
 
 
@@ -290,7 +290,7 @@ def test_a_plan_of_another_network_fails():
 
 RANK_DEPENDENT = """
 import torch
-from fastprune.methods.magnitude import L1
+from fastprune.methods.scores.magnitude import L1
 
 class RankDependent(L1):
     name = "rank-dependent"

@@ -1,8 +1,9 @@
 """What SANP adds to a step of training: the proximal step on channels that go, and a step of the generator in twenty.
 
 ``training`` is a step of the network's weights alone. ``fastprune`` is the same with the proximal step of
-:class:`fastprune.methods.sanp.SANP`, one call for all layers; ``eager`` with the loop over layers that one writes with
-torch. Both have to end at the same weights. ``generator`` is a step of the generator on the frozen, masked network.
+:class:`fastprune.methods.gates.sanp.SANP`, one call for all layers; ``eager`` with the loop over layers that one
+writes with torch. Both have to end at the same weights. ``generator`` is a step of the generator on the frozen,
+masked network.
 
     overhead = (fastprune + generator / 20) / training − 1
 
@@ -24,12 +25,13 @@ from fastprune.bench.case import OURS, Case
 from fastprune.bench.memory import memory_of
 from fastprune.bench.search import weights_of
 from fastprune.bench.step import TOLERANCE, Network, networks, prepared
-from fastprune.budget import Budget
-from fastprune.distributed import Distributed
-from fastprune.engine import HeldOut, Placement, load_data
+from fastprune.data import load_data
+from fastprune.engine import HeldOut, Placement
 from fastprune.graph import ChannelGraph, trace
+from fastprune.host.distributed import Distributed
 from fastprune.methods.contract import Task
-from fastprune.methods.sanp import SANP, SANPConfig
+from fastprune.methods.gates.sanp import SANP, SANPConfig
+from fastprune.planning.budget import Budget
 
 PENALTY = 1.0  # small enough that nothing becomes zero while the clock runs
 CLOSED = 0.5  # the part of the gates that go

@@ -20,14 +20,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastprune import atomic
 from fastprune.bench import zoo
+from fastprune.cli.settings import setting
 from fastprune.graph import ChannelGraph, trace
-from fastprune.machine import machine
-from fastprune.rewritten import RewrittenNetwork
-from fastprune.settings import setting
-from fastprune.slicing import copied
+from fastprune.host import atomic
+from fastprune.host.machine import machine
 from fastprune.surgery import cut, verify
+from fastprune.surgery.rewritten import RewrittenNetwork
+from fastprune.surgery.slicing import copied
 
 PEER = "torch-pruning"
 

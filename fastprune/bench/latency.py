@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastprune import atomic
+from fastprune.cli.settings import ModelSettings, check_seed, setting
 from fastprune.engine import Placement, choose_device, measure_latencies
 from fastprune.graph import ChannelGraph, trace
-from fastprune.graph.latency import LatencyModel, measure
-from fastprune.graph.stopwatch import on_host
-from fastprune.machine import machine
-from fastprune.settings import ModelSettings, check_seed, setting
+from fastprune.graph.latency.model import LatencyModel, measure
+from fastprune.graph.latency.stopwatch import on_host
+from fastprune.host import atomic
+from fastprune.host.machine import machine
 from fastprune.surgery import cut
 
 

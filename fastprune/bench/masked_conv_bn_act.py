@@ -26,7 +26,7 @@ from torch import Tensor
 from fastprune import ops
 from fastprune.bench.case import Attempted, Case, Compiled
 from fastprune.bench.shapes import ConvShape, convolutions
-from fastprune.ops.frozen_conv import FrozenConv
+from fastprune.ops.conv.frozen import FrozenConv
 
 Images = Callable[[Tensor, Tensor], Tensor]
 """From x and a mask to y."""

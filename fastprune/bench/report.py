@@ -18,7 +18,7 @@ from rich.text import Text
 from fastprune import _C
 from fastprune.bench.case import OURS
 from fastprune.bench.ceilings import Ceilings
-from fastprune.machine import machine
+from fastprune.host.machine import machine
 
 WIDEST = 1000  # characters: a narrow terminal breaks lines, which is better than digits that are not shown
 

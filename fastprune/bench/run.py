@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastprune import atomic
 from fastprune.bench import EVALUATIONS, KERNELS, SEARCH, STEP, TRAINING, report
 from fastprune.bench.align import overheads
 from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
 from fastprune.bench.search import METHODS
 from fastprune.bench.timing import Clock, Timing, interleaved, rotating
+from fastprune.cli.settings import check_seed, setting
 from fastprune.engine import choose_device
-from fastprune.settings import check_seed, setting
+from fastprune.host import atomic
 
 QUICK_ROUNDS = 5
 ONLY = f"kernels to time, of {', '.join(KERNELS)}; all without it"

@@ -27,13 +27,13 @@ from fastprune.bench.case import Case
 from fastprune.bench.eager_search import EagerDDNP, EagerDMC, Flops, gradients_of
 from fastprune.bench.memory import Memory, memory_of
 from fastprune.bench.step import TOLERANCE, Floor, Network, Plain, networks, prepared
-from fastprune.budget import Budget
 from fastprune.engine import Placement
 from fastprune.graph import ChannelGraph, trace
 from fastprune.methods.contract import Task
-from fastprune.methods.ddnp import DDNP
-from fastprune.methods.dmc import DMC
-from fastprune.methods.gated import GateSearch
+from fastprune.methods.gates.ddnp import DDNP
+from fastprune.methods.gates.dmc import DMC
+from fastprune.methods.gates.gated import GateSearch
+from fastprune.planning.budget import Budget
 from fastprune.reference.philox import random_bits
 
 PART = 0.5  # of the multiply-accumulates that may stay

@@ -29,8 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastprune import models
 from fastprune.bench.case import Attempted, Case, Compiled
 from fastprune.bench.shapes import from_torchvision
-from fastprune.methods.gates import deterministic_gate
-from fastprune.ops.frozen_conv import FrozenConv
+from fastprune.methods.gates.gates import deterministic_gate
+from fastprune.ops.conv.frozen import FrozenConv
 
 LEARNING_RATE = 1e-3
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from fastprune.bench.case import OURS, Case
 from fastprune.bench.step import TOLERANCE, networks, prepared
 from fastprune.graph import ChannelGraph, find_stages, trace
-from fastprune.masking import gated, share_tensors
-from fastprune.methods.stage_losses import StageData
-from fastprune.subnetworks import SubNetworks, use_batch_statistics
-from fastprune.supernet import StageNetwork, SuperNet
+from fastprune.methods.sp.stage_losses import StageData
+from fastprune.methods.sp.supernet import StageNetwork, SuperNet
+from fastprune.networks.masked import gated, share_tensors
+from fastprune.networks.subnetworks import SubNetworks, use_batch_statistics
 
 LEAST = 0.1  # of the widths' ratios, which are between this and 0.9
 

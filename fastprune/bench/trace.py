@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastprune import atomic
 from fastprune.bench import zoo
 from fastprune.bench.coverage import PEER, half, prune_by_peer
+from fastprune.cli.settings import setting
 from fastprune.graph import trace
-from fastprune.machine import machine
-from fastprune.rewritten import RewrittenNetwork, rewritten
-from fastprune.settings import setting
-from fastprune.slicing import sliced
+from fastprune.host import atomic
+from fastprune.host.machine import machine
 from fastprune.surgery import SurgeryError, verify
+from fastprune.surgery.rewritten import RewrittenNetwork, rewritten
+from fastprune.surgery.slicing import sliced
 
 NETWORKS = tuple(
     f"torchvision:{name}"

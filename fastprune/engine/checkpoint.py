@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastprune import atomic
-from fastprune.distributed import Distributed
+from fastprune.host import atomic
+from fastprune.host.distributed import Distributed
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprune.distributed import Distributed
-from fastprune.engine.data import Data, Split
+from fastprune.data.data import Data, Split
 from fastprune.engine.device import Placement
+from fastprune.host.distributed import Distributed
 
 
 class Evaluation(TypedDict):

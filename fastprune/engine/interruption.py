@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastprune.distributed import Distributed
+from fastprune.host.distributed import Distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

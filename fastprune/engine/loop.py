@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastprune.distributed import Distributed
-from fastprune.engine.batches import hashed
+from fastprune.data.batches import hashed
+from fastprune.data.data import Data
+from fastprune.data.sources import Batch
 from fastprune.engine.checkpoint import Checkpoints
-from fastprune.engine.data import Data
 from fastprune.engine.device import Placement
 from fastprune.engine.interruption import Interrupted, Interruption
 from fastprune.engine.meter import Meter, NonFiniteError
 from fastprune.engine.progress import ProgressBar
 from fastprune.engine.run import RunDirectory
-from fastprune.engine.sources import Batch
+from fastprune.host.distributed import Distributed
 from fastprune.methods.contract import Phase, Rounds
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprune.distributed import Distributed
+from fastprune.host.distributed import Distributed
 
 
 class NonFiniteError(RuntimeError):

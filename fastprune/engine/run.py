@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from fastprune.distributed import Distributed
+from fastprune.host.distributed import Distributed
 
 
 class RunError(RuntimeError):

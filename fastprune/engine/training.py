@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastprune.distributed import Distributed
-from fastprune.engine.augment import cutout, mixup
-from fastprune.engine.batches import hashed
-from fastprune.engine.data import Data
+from fastprune.data.augment import cutout, mixup
+from fastprune.data.batches import hashed
+from fastprune.data.data import Data
 from fastprune.engine.device import Placement, choose_device, seed_everything
 from fastprune.engine.evaluate import evaluate
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
+from fastprune.host.distributed import Distributed
 from fastprune.models.weights import save_weights
-from fastprune.weight_training import WeightOptions, WeightTraining
+from fastprune.training.weight_training import WeightOptions, WeightTraining
 
 if TYPE_CHECKING:
     from fastprune.methods.contract import Phase

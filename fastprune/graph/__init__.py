@@ -3,9 +3,9 @@
 from fastprune.graph.build import trace
 from fastprune.graph.channel_graph import ChannelGraph, Group, Layer, Slice
 from fastprune.graph.cost import Cost
-from fastprune.graph.custom import Operator, rule
-from fastprune.graph.latency import LatencyModel
-from fastprune.graph.refusals import TraceError
+from fastprune.graph.export.refusals import TraceError
+from fastprune.graph.labels.custom import Operator, rule
+from fastprune.graph.latency.model import LatencyModel
 from fastprune.graph.stages import Stage, find_stages
 
 __all__ = [

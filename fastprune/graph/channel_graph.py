@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fastprune.distributed import Distributed
 from fastprune.graph.conventions import Flops, counted
 from fastprune.graph.cost import Cost, CostModel
-from fastprune.graph.propagate import Role
-from fastprune.graph.tracing import Traced
+from fastprune.graph.export.tracing import Traced
+from fastprune.graph.labels.propagate import Role
+from fastprune.host.distributed import Distributed
 
 if TYPE_CHECKING:
-    from fastprune.graph.latency import LatencyModel
-    from fastprune.plan import PruningPlan
+    from fastprune.graph.latency.model import LatencyModel
+    from fastprune.graph.plan import PruningPlan
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class ChannelGraph:
         Raises:
             ValueError: for a batch below 1, or one that the network's code does not allow.
         """
-        from fastprune.graph.latency import measure
+        from fastprune.graph.latency.model import measure
 
         device = torch.device(device)
         if batch < 1:
@@ -242,7 +242,7 @@ class ChannelGraph:
         Raises:
             ValueError: if the mask has another shape, holds anything but 0 and 1, or empties a group.
         """
-        from fastprune.plan import PruningPlan
+        from fastprune.graph.plan import PruningPlan
 
         return PruningPlan.from_mask(self, mask)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fastprune.graph.rules import operator_name
-from fastprune.graph.tracing import concrete
+from fastprune.graph.export.tracing import concrete
+from fastprune.graph.labels.rules import operator_name
 
 if TYPE_CHECKING:
     from fastprune.graph.channel_graph import ChannelGraph, Group, Layer

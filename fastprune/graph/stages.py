@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastprune.graph.rules import module_of
-from fastprune.graph.tracing import concrete
+from fastprune.graph.export.tracing import concrete
+from fastprune.graph.labels.rules import module_of
 
 if TYPE_CHECKING:
     from fastprune.graph.channel_graph import ChannelGraph, Group, Layer

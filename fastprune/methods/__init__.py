@@ -2,10 +2,10 @@
 
 from fastprune.graph.interior import interior_units
 from fastprune.methods.contract import Method, Metrics, Phase, Task, TaskData
-from fastprune.methods.filters import unit_filters, unit_norms
-from fastprune.methods.options import OptionInfo, option
-from fastprune.methods.ranking import KeepConfig, RankingConfig, ScoreMethod
 from fastprune.methods.registry import MethodInfo, PluginError, PluginWarning, available, broken, configure, load
+from fastprune.methods.scores.filters import unit_filters, unit_norms
+from fastprune.methods.scores.ranking import KeepConfig, RankingConfig, ScoreMethod
+from fastprune.options import OptionInfo, option
 
 __all__ = [
     "KeepConfig",

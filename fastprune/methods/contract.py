@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastprune.budget import Budget
-from fastprune.distributed import Distributed
 from fastprune.graph import ChannelGraph
-from fastprune.limits import Limits
-from fastprune.masking import MaskedNetwork
-from fastprune.plan import PruningPlan
+from fastprune.graph.plan import PruningPlan
+from fastprune.host.distributed import Distributed
+from fastprune.networks.masked import MaskedNetwork
+from fastprune.planning.budget import Budget
+from fastprune.planning.limits import Limits
 
 Metrics = Mapping[str, float | Tensor]
 

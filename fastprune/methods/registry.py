@@ -20,7 +20,7 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 from fastprune.methods.contract import Method
-from fastprune.methods.options import OptionInfo, build, describe
+from fastprune.options import OptionInfo, build, describe
 
 GROUP = "fastprune.methods"
 

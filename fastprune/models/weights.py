@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastprune import atomic
+from fastprune.host import atomic
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:

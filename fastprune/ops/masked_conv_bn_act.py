@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastprune.ops import packed_conv
 from fastprune.ops.activations import DIFFERENTIABLE_BY_VALUE, checked_activation
-from fastprune.ops.conv_arguments import (
+from fastprune.ops.conv import packed as packed_conv
+from fastprune.ops.conv.arguments import (
     check_images,
     check_residual,
     count,
@@ -21,12 +21,9 @@ from fastprune.ops.conv_arguments import (
     vector,
     vector_dtype,
 )
-from fastprune.ops.convolution import Geometry
-from fastprune.ops.cuda_conv import convolve_on_cuda
-from fastprune.ops.layout import layout_of
-from fastprune.ops.library import refuse_transforms, register
-from fastprune.ops.masked_act import masked_act, masked_act_backward
-from fastprune.ops.open_channels import (
+from fastprune.ops.conv.cuda import convolve_on_cuda
+from fastprune.ops.conv.library import Geometry
+from fastprune.ops.conv.open_channels import (
     Layer,
     convolve_open,
     fold,
@@ -36,6 +33,9 @@ from fastprune.ops.open_channels import (
     weight_gradient_of_open,
     widened,
 )
+from fastprune.ops.layout import layout_of
+from fastprune.ops.library import refuse_transforms, register
+from fastprune.ops.masked_act import masked_act, masked_act_backward
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 

@@ -10,9 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from fastprune.budget import Budget
 from fastprune.engine import RunDirectory, RunError
-from fastprune.plan import PruningPlan
+from fastprune.graph.plan import PruningPlan
+from fastprune.planning.budget import Budget
 
 Over = Literal["epochs", "steps"]
 

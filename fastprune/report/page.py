@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprune import atomic
-from fastprune.plan import PruningPlan
+from fastprune.graph.plan import PruningPlan
+from fastprune.host import atomic
 from fastprune.report.log import Metric, Over, PruningRun, lines, number
 from fastprune.report.tables import listed, millions, percent
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fastprune import atomic
+from fastprune.host import atomic
 from fastprune.report.log import Line
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart; its yellow is too light for lines.

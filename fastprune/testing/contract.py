@@ -18,14 +18,14 @@ import torch.distributed
 import torch.multiprocessing
 import yaml
 
-from fastprune.budget import Budget, BudgetError
-from fastprune.distributed import Distributed
 from fastprune.engine.checkpoint import load_state, save_state
 from fastprune.engine.run import RunDirectory
-from fastprune.limits import Limits
+from fastprune.graph.plan import PruningPlan
+from fastprune.host.distributed import Distributed
 from fastprune.methods.contract import Method, Phase, Rounds
 from fastprune.methods.registry import class_fault, configure
-from fastprune.plan import PruningPlan
+from fastprune.planning.budget import Budget, BudgetError
+from fastprune.planning.limits import Limits
 from fastprune.testing.trial import ContractError, Killed, Trial, different, same
 
 BUDGETS = (Budget("flops", 0.5), Budget("params", 0.6), Budget("flops", 1.2e6))

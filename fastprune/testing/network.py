@@ -10,8 +10,8 @@ import torch.distributed
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from fastprune.engine.data import SourceData
-from fastprune.engine.synthetic import SyntheticSource
+from fastprune.data.data import SourceData
+from fastprune.data.synthetic import SyntheticSource
 from fastprune.graph import ChannelGraph, trace
 
 SHAPE, NUM_CLASSES = (3, 16, 16), 10

@@ -11,15 +11,15 @@ import torch.distributed
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from fastprune.budget import Budget
-from fastprune.distributed import Distributed
 from fastprune.engine.device import Placement
 from fastprune.engine.evaluate import HeldOut
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
-from fastprune.limits import Limits
+from fastprune.graph.plan import PruningPlan
+from fastprune.host.distributed import Distributed
 from fastprune.methods.contract import Method, Metrics, Phase, Rounds, Task
-from fastprune.plan import PruningPlan
+from fastprune.planning.budget import Budget
+from fastprune.planning.limits import Limits
 from fastprune.surgery import SurgeryError, cut, verify
 from fastprune.testing.network import network, sample_data, traced
 
@@ -140,7 +140,7 @@ class Trial:
         graph = self.task.graph
         broken = self.limits.broken_by(graph, plan.mask)
         if broken is not None:
-            raise self.fail("limits", f"{broken}; take fastprune.fitting.fit(…, limits=task.limits)")
+            raise self.fail("limits", f"{broken}; take fastprune.planning.fitting.fit(…, limits=task.limits)")
         if float(self.budget.cost(graph, plan.mask)) > self.budget.limit(graph):
             raise self.fail("limits", f"with {self.limits} the plan costs more than the budget {self.budget}")
 

@@ -19,7 +19,7 @@ from fastprune.bench.coverage import (
     prune_by_half,
     summary,
 )
-from fastprune.cli import main
+from fastprune.cli.main import main
 
 
 def test_the_list_has_all_convolutional_networks_of_torchvision_and_each_name_once() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastprune.cli import main
+from fastprune.cli.main import main
 
 COMMAND = ["bench", "latency", "--model", "fastprune.testing.network:network", "--input", "3x16x16"]
 

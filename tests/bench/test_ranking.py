@@ -16,7 +16,7 @@ import torch
 
 from fastprune.engine import Placement
 from fastprune.engine.training import TrainConfig
-from fastprune.methods.sp import SP
+from fastprune.methods.sp.sp import SP
 from fastprune.models import create
 from fastprune.testing import network as small_network
 from fastprune.testing import sample_data

@@ -20,7 +20,7 @@ from fastprune import _C
 from fastprune.bench import KERNELS, OURS, Case, Compiled, report
 from fastprune.bench.ceilings import Ceilings
 from fastprune.bench.run import bench_case, bench_kernel
-from fastprune.cli import main
+from fastprune.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from fastprune.bench.case import check_agreement
 from fastprune.bench.eager_search import Flops, soft_top_k
 from fastprune.bench.memory import memory_of
 from fastprune.bench.step import Network, Plain, prepared
-from fastprune.cli import main
+from fastprune.cli.main import main
 from fastprune.engine import Placement
 from fastprune.graph import trace
 from fastprune.ops import topk_mask

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.bench.trace import STEPS, TraceBenchSettings, bench_trace, geometric_means, line
-from fastprune.cli import main
+from fastprune.cli.main import main
 
 
 @pytest.mark.slow

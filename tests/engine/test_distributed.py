@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastprune.distributed import Distributed
-from fastprune.engine import LoopOptions, RunDirectory, RunError, TrainConfig, evaluate, load_data, train
-from fastprune.weight_training import WeightTraining
+from fastprune.data import load_data
+from fastprune.engine import LoopOptions, RunDirectory, RunError, TrainConfig, evaluate, train
+from fastprune.host.distributed import Distributed
+from fastprune.training.weight_training import WeightTraining
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune import models
-from fastprune.distributed import Distributed
+from fastprune.data import load_data
 from fastprune.engine import (
     HeldOut,
     LoopOptions,
@@ -22,13 +22,13 @@ from fastprune.engine import (
     TrainConfig,
     choose_device,
     evaluate,
-    learning_rate,
-    load_data,
     measure_latencies,
     measure_latency,
     train,
 )
 from fastprune.engine.training import _synchronised_batch_norm
+from fastprune.host.distributed import Distributed
+from fastprune.training.schedule import learning_rate
 
 DATA = load_data("synthetic:1x8x8:4:90")
 

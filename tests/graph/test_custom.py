@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fastprune as fp
 from fastprune.graph import Operator, rule
-from fastprune.graph.rules import RULES
-from fastprune.masking import MaskedNetwork
+from fastprune.graph.labels.rules import RULES
+from fastprune.networks.masked import MaskedNetwork
 
 PAGE = Path(__file__).parents[2] / "docs" / "custom_operators.md"
 IMAGES = torch.zeros(1, 3, 8, 8, dtype=torch.float64)

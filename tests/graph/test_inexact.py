@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastprune as fp
-from fastprune.masking import MaskedNetwork
+from fastprune.networks.masked import MaskedNetwork
 from fastprune.surgery import Cut, cut
 
 WIDTH = 8  # no other dimension of the networks has this size

@@ -13,12 +13,12 @@ import torchvision
 from torch import Tensor, nn
 
 import fastprune as fp
-from fastprune.graph import latency as latency_module
-from fastprune.graph.axes import Axis
-from fastprune.graph.latency import LatencyModel, measure
-from fastprune.graph.measurements import Measurements
-from fastprune.graph.operations import record
-from fastprune.graph.stopwatch import Call, Stopwatch, on_host, segments
+from fastprune.graph.latency import model as latency_module
+from fastprune.graph.latency.axes import Axis
+from fastprune.graph.latency.measurements import Measurements
+from fastprune.graph.latency.model import LatencyModel, measure
+from fastprune.graph.latency.operations import record
+from fastprune.graph.latency.stopwatch import Call, Stopwatch, on_host, segments
 
 CPU = torch.device("cpu")
 
@@ -127,7 +127,7 @@ def in_blocks(calls: Sequence[Call]) -> list[float]:
 
 
 def test_whole_blocks_lie_on_a_line_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastprune.graph.operations.block_of", lambda device: 16)
+    monkeypatch.setattr("fastprune.graph.latency.operations.block_of", lambda device: 16)
     network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 2, 1)).eval()
     graph = fp.trace(network, torch.zeros(2, 3, 8, 8))
     assert len(graph.groups) == 1

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import fastprune as fp
-from fastprune.graph.inputs import Inputs
-from fastprune.masking import MaskedNetwork
+from fastprune.graph.export.inputs import Inputs
+from fastprune.networks.masked import MaskedNetwork
 
 IMAGES = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
 

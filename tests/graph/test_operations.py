@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import fastprune as fp
 from fastprune.graph import Operator, rule
-from fastprune.graph.latency import LatencyModel, measure
-from fastprune.graph.operations import record
-from fastprune.graph.regions import Autocast
-from fastprune.graph.rules import RULES
-from fastprune.graph.stopwatch import Call, Segment, on_host, segments
+from fastprune.graph.export.regions import Autocast
+from fastprune.graph.labels.rules import RULES
+from fastprune.graph.latency.model import LatencyModel, measure
+from fastprune.graph.latency.operations import record
+from fastprune.graph.latency.stopwatch import Call, Segment, on_host, segments
 
 CPU = torch.device("cpu")
 Timer = Callable[[Sequence[Call]], list[float]]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastprune as fp
-from fastprune.masking import MaskedNetwork
+from fastprune.networks.masked import MaskedNetwork
 
 BLOCKS: dict[str, type[Block]] = {}
 

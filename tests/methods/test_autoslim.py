@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastprune.budget import Budget, BudgetError
-from fastprune.distributed import Distributed
 from fastprune.engine import HeldOut, Placement
+from fastprune.host.distributed import Distributed
 from fastprune.methods import Task
-from fastprune.methods.autoslim import AutoSlim
 from fastprune.methods.registry import configure
-from fastprune.methods.widths import first_units, random_widths
-from fastprune.subnetworks import SubNetworks
+from fastprune.methods.sp.autoslim import AutoSlim
+from fastprune.methods.sp.widths import first_units, random_widths
+from fastprune.networks.subnetworks import SubNetworks
+from fastprune.planning.budget import Budget, BudgetError
 from fastprune.testing import check_method, network, sample_data, traced
 
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 32, "stride": 10, "images": 16}

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from fastprune import Limits, models
-from fastprune.budget import Budget, BudgetError
 from fastprune.graph import trace
 from fastprune.methods import Task, interior_units
-from fastprune.methods.ddnp import DDNP, DDNPConfig
-from fastprune.methods.generators import ScoreGenerator, WidthGenerator
-from fastprune.methods.regularisers import one_sided, two_sided
+from fastprune.methods.gates.ddnp import DDNP, DDNPConfig
+from fastprune.methods.gates.generators import ScoreGenerator, WidthGenerator
+from fastprune.methods.gates.regularisers import one_sided, two_sided
+from fastprune.planning.budget import Budget, BudgetError
 from fastprune.testing import check_method, network, photograph, sample_data, traced
 
 QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import fastprune as fp
-from fastprune.budget import Budget
-from fastprune.masking import MaskedNetwork
 from fastprune.methods import Task
-from fastprune.methods.ddnp import DDNP, DDNPConfig
-from fastprune.methods.ddnp_release import Release, cosine
+from fastprune.methods.gates.ddnp import DDNP, DDNPConfig
+from fastprune.methods.gates.ddnp_release import Release, cosine
+from fastprune.networks.masked import MaskedNetwork
 from fastprune.ops import gumbel_gate, topk_mask
+from fastprune.planning.budget import Budget
 from fastprune.testing import network, sample_data, traced
 
 

@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from fastprune import models
-from fastprune.budget import Budget, BudgetError
 from fastprune.graph import trace
-from fastprune.masking import MaskedNetwork
 from fastprune.methods import Task, interior_units
-from fastprune.methods.dmc import DMC, DMCConfig, symmetric_decay_
-from fastprune.methods.gated import prunable_cost
-from fastprune.methods.gates import deterministic_gate
-from fastprune.methods.magnitude import Random
-from fastprune.methods.ranking import RankingConfig
-from fastprune.methods.regularisers import log_distance
+from fastprune.methods.gates.dmc import DMC, DMCConfig, symmetric_decay_
+from fastprune.methods.gates.gated import prunable_cost
+from fastprune.methods.gates.gates import deterministic_gate
+from fastprune.methods.gates.regularisers import log_distance
+from fastprune.methods.scores.magnitude import Random
+from fastprune.methods.scores.ranking import RankingConfig
+from fastprune.networks.masked import MaskedNetwork
 from fastprune.ops import bernoulli_gate
+from fastprune.planning.budget import Budget, BudgetError
 from fastprune.testing import check_method, network, photograph, sample_data, traced
 
 QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}

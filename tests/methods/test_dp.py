@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastprune.budget import Budget
 from fastprune.methods import Task, interior_units
-from fastprune.methods.dp import DP, DPConfig
+from fastprune.methods.gates.dp import DP, DPConfig
 from fastprune.ops import gumbel_gate
+from fastprune.planning.budget import Budget
 from fastprune.testing import check_method, network, sample_data, traced
 
 QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastprune import models
 from fastprune.graph import trace
-from fastprune.methods.filters import unit_filters, unit_norms
+from fastprune.methods.scores.filters import unit_filters, unit_norms
 from fastprune.testing import network, traced
 
 

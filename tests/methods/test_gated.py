@@ -10,7 +10,7 @@ from torch import nn
 
 from fastprune import Budget, trace
 from fastprune.methods.contract import Task
-from fastprune.methods.gated import gated_units
+from fastprune.methods.gates.gated import gated_units
 from fastprune.methods.registry import load
 
 

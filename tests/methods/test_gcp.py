@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastprune as fp
-from fastprune.budget import Budget
-from fastprune.distributed import Distributed
-from fastprune.engine import HeldOut, Placement, UserData
-from fastprune.fitting import fit
+from fastprune.data import UserData
+from fastprune.engine import HeldOut, Placement
 from fastprune.graph import ChannelGraph, trace
-from fastprune.masking import MaskedNetwork
+from fastprune.host.distributed import Distributed
 from fastprune.methods import Metrics, Task
-from fastprune.methods.filters import unit_batch_norms, unit_norms
-from fastprune.methods.folding import fold_constants
-from fastprune.methods.gcp import GCP, closed_by_scales, costs
+from fastprune.methods.gcp.folding import fold_constants
+from fastprune.methods.gcp.gcp import GCP, closed_by_scales, costs
+from fastprune.methods.gcp.scales import Scales
 from fastprune.methods.registry import configure
-from fastprune.methods.scales import Scales
+from fastprune.methods.scores.filters import unit_batch_norms, unit_norms
+from fastprune.networks.masked import MaskedNetwork
+from fastprune.planning.budget import Budget
+from fastprune.planning.fitting import fit
 from fastprune.testing import check_method, network, sample_data, traced
 
 QUICK: dict[str, Any] = {"rounds": 2, "batch_size": 32, "penalties": (0.5,)}

@@ -5,10 +5,10 @@ import torch
 import torchvision
 
 from fastprune import models
-from fastprune.budget import Budget
 from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.interior import interior_units, last_gated_units
-from fastprune.methods.gated import gated_units, prunable_cost
+from fastprune.methods.gates.gated import gated_units, prunable_cost
+from fastprune.planning.budget import Budget
 
 
 def chosen(graph: ChannelGraph) -> list[str]:

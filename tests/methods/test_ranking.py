@@ -5,13 +5,13 @@ import torch
 import torchvision
 
 from fastprune import models
-from fastprune.budget import Budget, BudgetError
 from fastprune.graph import trace
-from fastprune.limits import Limits
 from fastprune.methods import ScoreMethod, Task, interior_units
-from fastprune.methods.magnitude import L1, L2, Random, Uniform
-from fastprune.methods.ranking import KeepConfig, RankingConfig, across_groups, rank_of, within_groups
 from fastprune.methods.registry import configure
+from fastprune.methods.scores.magnitude import L1, L2, Random, Uniform
+from fastprune.methods.scores.ranking import KeepConfig, RankingConfig, across_groups, rank_of, within_groups
+from fastprune.planning.budget import Budget, BudgetError
+from fastprune.planning.limits import Limits
 from fastprune.testing import check_method, network, traced
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune.methods.generators import GateProducts, ScoreGenerator
-from fastprune.methods.recurrent import Recurrence, bidirectional
+from fastprune.methods.gates.generators import GateProducts, ScoreGenerator
+from fastprune.methods.gates.recurrent import Recurrence, bidirectional
 
 
 @pytest.mark.parametrize("steps", [1, 2, 27])

@@ -7,12 +7,12 @@ from typing import Literal
 import pytest
 
 from fastprune.methods import Method, PluginError, PluginWarning, available, broken, configure, load, option, registry
-from fastprune.methods.dmc import DMC, DMCConfig
-from fastprune.methods.magnitude import L1, Uniform
+from fastprune.methods.gates.dmc import DMC, DMCConfig
+from fastprune.methods.scores.magnitude import L1, Uniform
 
 GOOD = """
 from fastprune.methods import ScoreMethod
-from fastprune.methods.magnitude import L1
+from fastprune.methods.scores.magnitude import L1
 
 class Good(L1):
     "A good one,\\n    on two lines.\\n\\nMore."

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastprune.budget import Budget
-from fastprune.distributed import Distributed
 from fastprune.engine import HeldOut, Placement
+from fastprune.host.distributed import Distributed
 from fastprune.methods import Task
+from fastprune.methods.gates.sanp import DEAD_ZONE, SANP, SANPConfig
 from fastprune.methods.registry import configure
-from fastprune.methods.sanp import DEAD_ZONE, SANP, SANPConfig
+from fastprune.planning.budget import Budget
 from fastprune.testing import check_method, network, sample_data, traced
 
 QUICK: dict[str, Any] = {"epochs": 4, "batch_size": 32, "lr": 0.05, "every": 2, "part": 0.5, "evaluate_every": 2}

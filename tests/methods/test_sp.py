@@ -17,18 +17,18 @@ import torch
 from torch import nn
 
 import fastprune as fp
-from fastprune.budget import Budget, BudgetError
-from fastprune.distributed import Distributed
 from fastprune.engine import HeldOut, Placement
-from fastprune.graph.tracing import state_of
-from fastprune.limits import Limits
+from fastprune.graph.export.tracing import state_of
+from fastprune.host.distributed import Distributed
 from fastprune.methods import Task
 from fastprune.methods.contract import Rounds
 from fastprune.methods.registry import configure
-from fastprune.methods.sp import SP
-from fastprune.methods.stage_losses import Elsewhere, Here, Query, SavedStage, StageData
-from fastprune.methods.widths import random_widths
-from fastprune.supernet import SuperNet
+from fastprune.methods.sp.sp import SP
+from fastprune.methods.sp.stage_losses import Elsewhere, Here, Query, SavedStage, StageData
+from fastprune.methods.sp.supernet import SuperNet
+from fastprune.methods.sp.widths import random_widths
+from fastprune.planning.budget import Budget, BudgetError
+from fastprune.planning.limits import Limits
 from fastprune.testing import check_method, network, sample_data, traced
 
 QUICK: dict[str, Any] = {

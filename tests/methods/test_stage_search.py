@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastprune.engine.checkpoint import load_state, save_state
-from fastprune.methods.evolution import Evolution, EvolutionSettings
-from fastprune.methods.stage_search import PASSES, QuotaSpace, StageSearch, StageWidths, Widths, WidthSpace
+from fastprune.methods.sp.evolution import Evolution, EvolutionSettings
+from fastprune.methods.sp.stage_search import PASSES, QuotaSpace, StageSearch, StageWidths, Widths, WidthSpace
 
 SETTINGS = EvolutionSettings(population=12, iterations=4, mutation=0.2, parents=4)
 WIDTHS = tuple(range(2, 33, 2))

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import fastprune as fp
-from fastprune.budget import Budget
 from fastprune.engine import HeldOut, Placement
 from fastprune.methods import Task, unit_norms
-from fastprune.methods.group_lasso import GroupLasso
 from fastprune.methods.registry import configure
-from fastprune.methods.slimming import Slimming
-from fastprune.methods.soft import Soft
-from fastprune.methods.trained import TrainedMethod
+from fastprune.methods.scores.group_lasso import GroupLasso
+from fastprune.methods.scores.slimming import Slimming
+from fastprune.methods.scores.soft import Soft
+from fastprune.methods.scores.trained import TrainedMethod
+from fastprune.planning.budget import Budget
 from fastprune.testing import check_method, network, sample_data, traced
 
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.05}

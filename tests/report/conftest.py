@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from fastprune.plan import InputSpec, PruningPlan
+from fastprune.graph.plan import InputSpec, PruningPlan
 
 WriteRun = Callable[..., Path]
 

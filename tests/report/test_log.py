@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastprune.engine import RunError
-from fastprune.plan import PlanError
+from fastprune.graph.plan import PlanError
 from fastprune.report.log import PruningRun, lines, number, read_runs
 
 WriteRun = Callable[..., Path]

@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from fastprune.cli import main
+from fastprune.cli.main import main
 from fastprune.report import plots
 from fastprune.report.log import Line, PruningRun, read_runs
 from fastprune.report.page import Picture, page, write_report

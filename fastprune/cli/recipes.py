@@ -1,0 +1,103 @@
+"""Recipes: files with everything that a row of a paper needs but the data, the weights and the run's directory."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastprune.cli.settings import FinetuneConfig, PruneSettings, pick, read_settings
+from fastprune.methods import registry
+from fastprune.options import build
+from fastprune.planning.budget import Budget
+from fastprune.pruning import plain
+
+PLACES = {"data", "weights", "out", "from_run", "recipe"}
+"""Settings of ``prune`` that differ from machine to machine; a recipe has none of them."""
+
+NEEDED = ("model", "method", "budget")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The row that a recipe is for; accuracies and the reduction in per cent."""
+
+    title: str = ""
+    table: str = ""
+    baseline_top1: float | None = None
+    pruned_top1: float | None = None
+    flops_reduction: float | None = None
+
+
+SECTIONS: dict[str, type[Any]] = {"finetune": FinetuneConfig, "paper": Paper}
+"""What the run's ``config.yaml`` takes over as it is, for ``finetune`` and for the reader."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A file of settings for ``prune`` that knows the fine-tuning, too.
+
+    Args:
+        path: of the file.
+        method: the method's name.
+        settings: of ``prune``, with the method's options under its name.
+        sections: ``finetune`` and ``paper``, where the file has them.
+    """
+
+    path: str
+    method: str
+    settings: dict[str, Any]
+    sections: dict[str, Any]
+
+
+def read_recipe(path: str) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        ValueError: for a file that is none; the message names the file and the key.
+    """
+    values = read_settings(path, "--recipe")
+    try:
+        return checked(path, values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--recipe {path}: {error}") from error
+
+
+def checked(path: str, values: Mapping[str, Any]) -> Recipe:
+    """The recipe that a file's values are."""
+    missing = [name for name in NEEDED if name not in values]
+    if missing:
+        raise ValueError(f"{missing[0]!r} is missing; a recipe has {', '.join(NEEDED)}")
+    method = values["method"]
+    if not isinstance(method, str):
+        raise ValueError(f"method {method!r}: the name of one method is needed")
+    method_class = registry.load(method)
+    own = {f.name for f in fields(PruneSettings)} - PLACES
+    refuse_unknown(values, {*own, *SECTIONS, method})
+    told = {name: value for name, value in values.items() if name in own}
+    settings = pick(PruneSettings, told)
+    Budget.parse(settings.budget)
+    kinds = {name: kind for name, kind in {**SECTIONS, method: method_class.Config}.items() if name in values}
+    sections = {name: section(values[name], kind, name) for name, kind in kinds.items()}
+    options = {name: sections.pop(name) for name in (method,) if name in sections}
+    return Recipe(path, method, {**{name: getattr(settings, name) for name in told}, **options}, sections)
+
+
+def section(values: Any, kind: type[Any], name: str) -> dict[str, Any]:
+    """A section of a recipe, checked against the dataclass whose fields it sets."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} {values!r}: settings by name are needed, as in '{name}: {{…}}'")
+    made = build(kind, values, owner=name)
+    return plain({key: getattr(made, key) for key in values})
+
+
+def refuse_unknown(names: Iterable[Any], known: set[str]) -> None:
+    """Refuse the first setting that a recipe cannot have."""
+    for name in names:
+        if name in PLACES:
+            raise ValueError(f"{name!r} is no part of a recipe; it is told on the command line")
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+            raise ValueError(f"there is no setting {name!r}: {hint}")

@@ -1,0 +1,7 @@
+"""Labelled images: data sets, how they are split, and their batches."""
+
+from fastprune.data.data import Data, SourceData, Split
+from fastprune.data.load import load_data
+from fastprune.data.user_data import UserData
+
+__all__ = ["Data", "SourceData", "Split", "UserData", "load_data"]

@@ -1,0 +1,94 @@
+"""Augmentation of whole batches: of small images as they are read, and of any, with their labels, in a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprune.data.batches import Noise
+
+
+@dataclass(frozen=True)
+class ShiftAndFlip:
+    """Random crop out of the zero-padded image, then a horizontal mirror with probability ½.
+
+    Args:
+        padding: pixels of zeros around the image; each shift from -padding to padding is equally likely.
+        flip: whether mirror images keep their class (digits do not).
+    """
+
+    padding: int
+    flip: bool
+
+    def __call__(self, images: Tensor, noise: Noise) -> Tensor:
+        """Transform each image by its own random bits.
+
+        Args:
+            images: [N, C, H, W], any dtype; zero is the value of the margin.
+            noise: [N] random bits, one word per image.
+
+        Returns:
+            Tensor of the shape and dtype of ``images``.
+        """
+        count, channels, height, width = images.shape
+        span = np.uint64(2 * self.padding + 1)
+        # 20 bits for each shift, so that the bias of the modulo stays below 1e-5; disjoint bits for each draw.
+        down = torch.from_numpy(((noise & np.uint64(0xFFFFF)) % span).astype(np.int64)).to(images.device)
+        right = torch.from_numpy((((noise >> np.uint64(20)) & np.uint64(0xFFFFF)) % span).astype(np.int64))
+        columns = torch.arange(width).expand(count, width)
+        if self.flip:
+            mirrored = torch.from_numpy(((noise >> np.uint64(40)) & np.uint64(1)).astype(np.bool_))
+            columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+        columns = (columns + right[:, None]).to(images.device)
+        rows = torch.arange(height, device=images.device) + down[:, None]
+        padded = F.pad(images, (self.padding,) * 4)
+        return padded[
+            torch.arange(count, device=images.device)[:, None, None, None],
+            torch.arange(channels, device=images.device)[None, :, None, None],
+            rows[:, None, :, None],
+            columns[:, None, None, :],
+        ]
+
+
+def cutout(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
+    """Images with a square of zeros, which is the mean of normalised ones (DeVries and Taylor, 2017).
+
+    Args:
+        images: [N, C, H, W].
+        side: of the squares, in pixels. Their centres are anywhere in the image, so that parts of them may lie outside.
+        rng: where the centres come from.
+    """
+    height, width = images.shape[2:]
+
+    def outside(size: int) -> Tensor:
+        first = torch.from_numpy(rng.integers(size, size=(len(images), 1))) - side // 2
+        places = torch.arange(size)
+        return (places < first) | (places >= first + side)
+
+    kept = outside(height)[:, None, :, None] | outside(width)[:, None, None, :]
+    return images * kept.to(images.device, images.dtype)
+
+
+def mixup(
+    images: Tensor, labels: Tensor, classes: int, alpha: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Each image blended with another of the batch, and targets blended alike (Zhang et al., ICLR 2018).
+
+    Args:
+        images: [N, C, H, W].
+        labels: [N].
+        classes: K.
+        alpha: α of the distribution Beta(α, α) of the share, which is one number for the batch.
+        rng: where share and partners come from.
+
+    Returns:
+        Images [N, C, H, W] and the probabilities of classes [N, K].
+    """
+    share = float(rng.beta(alpha, alpha))
+    partner = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    targets = F.one_hot(labels, classes).float()
+    return torch.lerp(images[partner], images, share), torch.lerp(targets[partner], targets, share)

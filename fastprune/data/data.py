@@ -1,0 +1,201 @@
+"""A data set in three parts: training, held out of the training set, and test."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fastprune.data.batches import BatchPlan, Indices, hashed, permutation
+from fastprune.data.sources import Batch, Source
+from fastprune.host.distributed import Distributed
+
+Split = Literal["train", "held_out", "test"]
+
+HELD_OUT_SHARE = 0.1
+HELD_OUT_MOST = 5000
+
+# First keys of ``hashed``: one per use of the run's seed, so that no two uses share bits.
+_HOLD_OUT, _SUBSET, _ORDER, _AUGMENT = range(4)
+
+
+class Data(ABC):
+    """Labelled images, as the engine reads them.
+
+    Attributes:
+        name: what the user typed.
+        shape: (C, H, W) of one image.
+        num_classes: number of classes.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of classes."""
+
+    @abstractmethod
+    def size(self, split: Split) -> int:
+        """Number of samples in ``split``; 0 where there is no such part."""
+
+    @abstractmethod
+    def steps(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        samples: int | None = None,
+        distributed: Distributed | None = None,
+    ) -> int:
+        """How many batches ``batches`` gives in one epoch of training."""
+
+    @abstractmethod
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        samples: int | None = None,
+        augment: bool = False,
+        complete: bool = False,
+        distributed: Distributed | None = None,
+    ) -> Iterator[Batch]:
+        """The batches of one epoch, from batch ``start`` on.
+
+        Args:
+            split: "train" comes shuffled; "held_out" and "test" in their own order.
+            batch_size: samples per batch over all ranks together.
+            seed: of the run.
+            epoch: which pass; another order and augmentation each.
+            start: batches to leave out at the beginning, for a resumed run.
+            samples: see only this many random samples, the same in every epoch; None, or more than there are = all.
+            augment: whether the training augmentation is applied.
+            complete: see ``BatchPlan``: False for training, True for evaluation.
+            distributed: this process among its peers; it gets its share of every batch.
+
+        Yields:
+            Images [n, C, H, W], float32, normalised, and labels [n], int64.
+        """
+
+    def to(self, device: torch.device) -> Data:
+        """The same data, kept on ``device`` where it is small enough to be kept in memory at all."""
+        return self
+
+
+class SourceData(Data):
+    """Data with random access: every batch is a pure function of (seed, epoch, index).
+
+    Args:
+        name: what the user typed.
+        shape: (C, H, W) of one image.
+        num_classes: number of classes.
+        train: the training set.
+        test: the test set.
+        held_out: positions in ``train`` that are never trained on; see ``held_out_part``.
+    """
+
+    def __init__(
+        self, name: str, shape: tuple[int, int, int], num_classes: int, train: Source, test: Source, held_out: Indices
+    ) -> None:
+        self.name = name
+        self.shape = shape
+        self._num_classes = num_classes
+        self._train = train
+        self._test = test
+        self._parts: dict[Split, Indices] = {
+            "train": np.setdiff1d(np.arange(len(train)), held_out),
+            "held_out": np.sort(held_out),
+            "test": np.arange(len(test)),
+        }
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self._num_classes
+
+    def size(self, split: Split) -> int:
+        """Number of samples in ``split``; 0 where there is no such part."""
+        return len(self._parts[split])
+
+    def steps(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        samples: int | None = None,
+        distributed: Distributed | None = None,
+    ) -> int:
+        """How many batches ``batches`` gives in one epoch of training."""
+        total = self.size(split) if samples is None else min(samples, self.size(split))
+        return len(BatchPlan(np.arange(total), batch_size, distributed or Distributed()))
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        samples: int | None = None,
+        augment: bool = False,
+        complete: bool = False,
+        distributed: Distributed | None = None,
+    ) -> Iterator[Batch]:
+        """As ``Data.batches``."""
+        order = self._parts[split]
+        if samples is not None and samples < len(order):
+            order = np.sort(order[permutation(len(order), seed, _SUBSET)[:samples]])
+        if split == "train":
+            order = order[permutation(len(order), seed, _ORDER, epoch)]
+        plan = BatchPlan(order, batch_size, distributed or Distributed(), complete)
+        draws = []
+        for index in range(start, len(plan)):
+            chosen = plan[index]
+            if len(chosen):
+                draws.append((chosen, hashed(seed, _AUGMENT, epoch, chosen) if augment else None))
+        return (self._test if split == "test" else self._train).read(draws)
+
+    def to(self, device: torch.device) -> SourceData:
+        """The same data with its tensors on ``device``."""
+        return SourceData(
+            self.name,
+            self.shape,
+            self.num_classes,
+            self._train.to(device),
+            self._test.to(device),
+            self._parts["held_out"],
+        )
+
+
+def held_out_part(size: int, seed: int, amount: int | float | None) -> Indices:
+    """A random part of a training set of ``size``, fixed by ``seed``.
+
+    Args:
+        size: of the training set.
+        seed: of the run.
+        amount: a number of samples (int) or a fraction in [0, 1) (float); None = 10 %, at most 5000.
+
+    Returns:
+        Positions in the training set.
+
+    Raises:
+        ValueError: where nothing would be left to train on.
+    """
+    if amount is None:
+        count = min(int(size * HELD_OUT_SHARE), HELD_OUT_MOST)
+    else:
+        count = int(amount if isinstance(amount, int) else size * amount)
+    if not 0 <= count < size:
+        raise ValueError(
+            f"held_out {amount}: give a number of samples below the {size} of the training set, or a fraction in [0, 1)"
+        )
+    return permutation(size, seed, _HOLD_OUT)[:count]

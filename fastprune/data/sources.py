@@ -1,0 +1,133 @@
+"""Where samples come from: tensors in memory, or a dataset that reads one sample at a time in worker processes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastprune.data.augment import ShiftAndFlip
+from fastprune.data.batches import Indices, Noise
+
+Batch = tuple[Tensor, Tensor]
+"""Images [N, C, H, W], float32, normalised; labels [N], int64."""
+
+Draw = tuple[Indices, Noise | None]
+"""Which samples a batch takes, and one word of random bits for each; None = no augmentation."""
+
+
+class Source(ABC):
+    """Labelled images with random access."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def read(self, draws: Sequence[Draw]) -> Iterator[Batch]:
+        """The batches that ``draws`` lists, in order."""
+
+    def to(self, device: torch.device) -> Source:
+        """The same source with its data on ``device``, where that saves copies; else unchanged."""
+        return self
+
+
+@dataclass(frozen=True)
+class TensorSource(Source):
+    """Images that fit in memory, kept as bytes and normalised batch by batch.
+
+    Args:
+        images: [N, C, H, W], uint8.
+        labels: [N], int64.
+        mean: [C], in units of the bytes.
+        std: [C], in units of the bytes.
+        augmentation: what ``noise`` does to a batch; None for a set that is never augmented.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+    augmentation: ShiftAndFlip | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, draws: Sequence[Draw]) -> Iterator[Batch]:
+        """The batches that ``draws`` lists, in order."""
+        mean = self.mean[:, None, None]
+        std = self.std[:, None, None]
+        for indices, noise in draws:
+            chosen = torch.from_numpy(indices).to(self.images.device)
+            images = self.images[chosen]
+            if noise is not None and self.augmentation is not None:
+                images = self.augmentation(images, noise)
+            yield (images.float() - mean) / std, self.labels[chosen]
+
+    def to(self, device: torch.device) -> TensorSource:
+        """The same source with its tensors on ``device``."""
+        moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "mean", "std")}
+        return replace(self, **moved)
+
+
+Transform = Callable[[object], Tensor]
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
+    """A dataset of torch's kind behind keys (sample, random bits), so that augmentation follows the sample.
+
+    Args:
+        dataset: gives (image, label); images of any kind that the transforms take.
+        plain: applied where there are no random bits.
+        augmented: applied with torch's generator seeded from the random bits.
+    """
+
+    def __init__(self, dataset: Dataset[tuple[object, int]], plain: Transform, augmented: Transform) -> None:
+        self.dataset = dataset
+        self.plain = plain
+        self.augmented = augmented
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
+        index, noise = key
+        image, label = self.dataset[index]
+        if noise is None:
+            return self.plain(image), label
+        with torch.random.fork_rng(devices=[]):  # without workers this is the training process itself
+            torch.default_generator.manual_seed(noise)
+            return self.augmented(image), label
+
+
+@dataclass(frozen=True)
+class DatasetSource(Source):
+    """Samples that are read one at a time, by ``workers`` processes ahead of the training.
+
+    Args:
+        samples: the dataset behind (sample, random bits) keys.
+        size: number of samples.
+        workers: reading processes; 0 reads in the training process.
+    """
+
+    samples: Samples
+    size: int
+    workers: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, draws: Sequence[Draw]) -> Iterator[Batch]:
+        """The batches that ``draws`` lists, in order."""
+        keys = [
+            list(zip(indices.tolist(), [None] * len(indices) if noise is None else noise.tolist(), strict=True))
+            for indices, noise in draws
+        ]
+        yield from DataLoader(
+            self.samples,
+            batch_sampler=keys,
+            num_workers=min(self.workers, len(keys)),
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # torch's default one stays untouched
+        )

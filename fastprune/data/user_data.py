@@ -1,0 +1,177 @@
+"""A user's own loaders as data: anything that can be iterated again and again for (images, labels)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from fastprune.data.batches import hashed
+from fastprune.data.data import Data, Split
+from fastprune.data.sources import Batch
+from fastprune.host.distributed import Distributed
+
+Loader = Iterable[tuple[Tensor, Tensor]]
+
+
+class UserData(Data):
+    """Loaders of one's own, taken as they are: their batch size, order and augmentation are not touched.
+
+    Each pass runs with torch's generator seeded by (seed, epoch), so that a ``DataLoader`` that shuffles and augments
+    by torch's generator gives the same batches when a run is resumed; those before ``start`` are read and dropped.
+    Workers are started for each pass, also where they would persist.
+    Under N processes each takes its share of every batch, unless the loader has a ``DistributedSampler``, which has
+    divided them already.
+
+    Args:
+        train: the training batches; images [N, C, H, W], labels [N]. Not an iterator: each epoch starts anew.
+        held_out: batches from the training set that ``train`` does not hold, for methods that compare candidates.
+        test: the test batches, for ``evaluate``.
+        num_classes: number of classes, for methods that ask.
+        name: shown in reports.
+
+    Raises:
+        ValueError: for an iterator in place of an iterable, or an empty ``train``.
+    """
+
+    def __init__(
+        self,
+        train: Loader,
+        *,
+        held_out: Loader | None = None,
+        test: Loader | None = None,
+        num_classes: int | None = None,
+        name: str = "user",
+    ) -> None:
+        self._loaders: dict[Split, Loader | None] = {"train": train, "held_out": held_out, "test": test}
+        for split, loader in self._loaders.items():
+            if isinstance(loader, Iterator):
+                raise ValueError(
+                    f"{split} data is an iterator, which can be gone through only once; give a DataLoader, a list of "
+                    "batches or another object whose __iter__ starts anew"
+                )
+        first = next(iter(train), None)
+        if first is None:
+            raise ValueError("train data is empty")
+        images = first[0]
+        if images.dim() != 4:
+            raise ValueError(f"train data gives images of shape {list(images.shape)}; [N, C, H, W] is needed")
+        self.name = name
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+        self._num_classes = num_classes
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        if self._num_classes is None:
+            raise ValueError("the number of classes is not known: give it, UserData(loader, num_classes=…)")
+        return self._num_classes
+
+    def size(self, split: Split) -> int:
+        """Number of samples in ``split``; 0 where there is no such part."""
+        loader = self._loaders[split]
+        if loader is None:
+            return 0
+        if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):
+            return len(loader.dataset)
+        return sum(len(labels) for _, labels in loader)
+
+    def steps(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        samples: int | None = None,
+        distributed: Distributed | None = None,
+    ) -> int:
+        """How many batches ``batches`` gives in one epoch of training."""
+        loader = self._loader(split)
+        if samples is None and isinstance(loader, Sized):
+            return len(loader)
+        return sum(1 for _ in self.batches(split, batch_size, samples=samples))
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        samples: int | None = None,
+        augment: bool = False,
+        complete: bool = False,
+        distributed: Distributed | None = None,
+    ) -> Iterator[Batch]:
+        """As ``Data.batches``; the loader decides batch size, order and augmentation.
+
+        Args:
+            split: which loader.
+            batch_size: not used.
+            seed: of the run.
+            epoch: which pass.
+            start: batches to read and drop at the beginning.
+            samples: stop after this many samples of each pass, which then is the same pass in every epoch.
+            augment: not used.
+            complete: whether a batch with fewer samples than ranks is kept.
+            distributed: this process among its peers.
+        """
+        peers = distributed or Distributed()
+        loader = self._loader(split)
+        epoch = epoch if samples is None else 0  # some samples are the same ones in every epoch
+        divided = isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler)
+        if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
+            loader.sampler.set_epoch(epoch)
+        remaining = samples
+        given = 0
+        for images, labels in _seeded(loader, int(hashed(seed, epoch) >> np.uint64(1))):
+            if remaining is not None:
+                if remaining <= 0:
+                    return
+                images, labels = images[:remaining], labels[:remaining]
+                remaining -= len(labels)
+            if not divided:
+                if len(labels) < peers.world_size and not complete:
+                    continue
+                share = slice(
+                    peers.rank * len(labels) // peers.world_size, (peers.rank + 1) * len(labels) // peers.world_size
+                )
+                images, labels = images[share], labels[share]
+            if given >= start and len(labels):
+                yield images, labels
+            given += 1
+
+    def _loader(self, split: Split) -> Loader:
+        loader = self._loaders[split]
+        if loader is None:
+            raise ValueError(f"there is no {split} data: give it, UserData(loader, {split}=…)")
+        return loader
+
+
+def _seeded(loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass of ``loader`` with its own stream of torch's default generator, and that generator left as it was."""
+    if isinstance(loader, DataLoader):
+        if loader.persistent_workers:
+            # Kept workers go on with their own random numbers and serve one pass at a time: this pass has new ones.
+            fresh: DataLoader[Any] = copy.copy(loader)
+            fresh._iterator = None
+            loader = fresh
+        if loader.generator is not None:
+            loader.generator.manual_seed(seed)
+    state = torch.Generator().manual_seed(seed).get_state()
+    iterator: Iterator[tuple[Tensor, Tensor]] | None = None
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            if iterator is None:
+                iterator = iter(loader)
+            batch = next(iterator, None)
+            state = torch.get_rng_state()
+        if batch is None:
+            return
+        yield batch

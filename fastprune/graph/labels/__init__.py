@@ -1,0 +1,1 @@
+"""Channel labels flow through the operator graph."""

@@ -1,0 +1,199 @@
+"""Operators that work on each channel by itself: padding, pooling, reductions, normalisation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastprune.graph.labels.labels import along, canonical, core, kept, varying
+from fastprune.graph.labels.propagate import Weight
+from fastprune.graph.labels.rules import SIZES, Context, give_up, require_box, rule, unlabelled
+
+
+@rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
+def pad(context: Context, x: Tensor, amounts: Sequence[int], *rest: Any, **options: Any) -> Tensor:
+    """Padding around pixels belongs to the channel; padding beside channels adds channels that stay."""
+    padded = [x.dim() - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
+    if any(dim in varying(x) for dim in padded):
+        if context.operator not in ("constant_pad_nd", "pad") or min(amounts) < 0:
+            return give_up(context, (x,), {})  # type: ignore[no-any-return]
+        return canonical(torch.constant_pad_nd(x, list(amounts), 0))
+    return resize(context, x)
+
+
+def resize(context: Context, x: Tensor) -> Tensor:
+    """The same channels with other extents in the dimensions along which labels do not vary."""
+    if any(x.size(dim) != context.shape[dim] for dim in varying(x)):
+        return give_up(context, (x,), {})  # type: ignore[no-any-return]
+    return canonical(core(x).expand(context.shape))
+
+
+POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)]
+UPSAMPLES = [
+    f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d", "trilinear3d")
+]
+
+
+@rule(*POOLS, *UPSAMPLES, "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "zeros_like", "ones_like")
+def spatial(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
+    """Works on each channel by itself, along dimensions 2 and up."""
+    pixels = re.search("([123])d", context.operator)  # one dimension fewer: a single image without a batch
+    unbatched = pixels is not None and x.dim() != int(pixels.group(1)) + 2
+    if unbatched or any(dim > 1 for dim in varying(x)) or not isinstance(context.shape, tuple):
+        return give_up(context, (x, rest), options)
+    return resize(context, x)
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "var_mean", "std_mean")
+def reduce(context: Context, x: Tensor, dims: Any = None, *rest: Any, **options: Any) -> Any:
+    """A reduction. Channels that it brings together can only leave together."""
+    if context.shape is None:
+        return give_up(context, (x,), {})
+    named = isinstance(dims, (int, list, tuple)) and not isinstance(dims, bool) and dims != []  # a flag: all of them
+    chosen = pytree.tree_leaves(dims) if named else range(x.dim())
+    reduced = {int(dim) % x.dim() for dim in chosen}
+    if not mix(context, x, reduced):
+        return unlabelled(context) if let_mix(context, x) else give_up(context, (x,), {})
+    index = tuple(0 if dim in reduced else slice(None) for dim in range(x.dim()))
+    if isinstance(context.shape, list):
+        return [canonical(x[index].reshape(shape)) for shape in context.shape]
+    return canonical(x[index].reshape(context.shape))
+
+
+@rule("linalg_vector_norm", "norm")
+def norm(context: Context, x: Tensor, order: Any = 2, dims: Any = None, *rest: Any, **options: Any) -> Any:
+    """A reduction, too."""
+    return reduce(context, x, dims)
+
+
+@rule("softmax", "log_softmax", "_softmax", "cumsum")
+def along_one(context: Context, x: Tensor, dim: int, *rest: Any, **options: Any) -> Any:
+    """Mixes values along one dimension only."""
+    if mix(context, x, {dim % x.dim()}) or (context.operator != "cumsum" and let_mix(context, x)):
+        return x
+    return give_up(context, (x,), {})
+
+
+def mix(context: Context, x: Tensor, dims: set[int]) -> bool:
+    """Values along ``dims`` meet. Unite what meets, unless nothing but these dimensions tells channels apart."""
+    crossed = dims & set(varying(x))
+    if crossed and crossed == set(varying(x)):
+        return False
+    for dim in crossed:  # the parts of a split attention, say: each channel leaves with its counterparts in all parts
+        context.state.space.unite(x.narrow(dim, 0, 1).expand_as(x), x, context.reason)
+    if crossed:
+        require_box(context, x)
+    return True
+
+
+def let_mix(context: Context, x: Tensor) -> bool:
+    """Whether the channels of ``x`` may leave although their values meet here; see ``trace(exact=False)``."""
+    allowed = context.state.let_mix(x, context.reason)
+    if allowed:
+        require_box(context, x)
+    return allowed
+
+
+def follow(context: Context, parameters: Iterable[Any], channels: Tensor, dim: int = 0) -> None:
+    """The scale, shift and statistics of a normalisation go with its channels, along their dimension ``dim``."""
+    for weight in parameters:
+        if isinstance(weight, Weight):
+            context.state.label_dim(weight, dim, channels, "channel", context.reason)
+        elif isinstance(weight, Tensor):
+            context.state.space.unite(channels, along(weight, dim), context.reason)  # type: ignore[arg-type]
+
+
+@rule("matmul", "bmm")
+def product(context: Context, x: Tensor, y: Tensor) -> Any:
+    """Products of matrices, where the channels are rows or columns and the sums run over something else."""
+    weighted = any(isinstance(value, Weight) for value in (x, y))
+    if weighted or min(x.dim(), y.dim()) < 2 or not isinstance(context.shape, tuple):
+        return give_up(context, (x, y), {})
+    if x.dim() - 1 in varying(x) or y.dim() - 2 in varying(y) or (varying(x) and varying(y)):
+        return give_up(context, (x, y), {})
+    source, along_sum = (x, -1) if varying(x) else (y, -2)
+    padded = source.reshape((1,) * (len(context.shape) - source.dim()) + tuple(source.shape))
+    if any(padded.size(dim) != context.shape[dim] for dim in varying(padded)):
+        return give_up(context, (x, y), {})
+    result = canonical(padded.narrow(along_sum, 0, 1).expand(context.shape))
+    require_box(context, result)
+    return result
+
+
+@rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
+def batch_norm(context: Context, x: Tensor, *parameters: Any, **options: Any) -> Any:
+    """Each channel by itself; its scale, shift and statistics go with it."""
+    channels = along(x, 1)
+    if channels is None:
+        if standardises(context, x) and let_mix(context, x):
+            return x
+        return give_up(context, (x, parameters), options)
+    follow(context, (*parameters, *options.values()), channels)
+    return x if isinstance(context.shape, tuple) else [x, *map(kept, context.shape[1:])]
+
+
+def standardises(context: Context, x: Tensor) -> bool:
+    """Whether a batch norm computes its statistics, over dimensions along which the labels lie: of a weight, say."""
+    arguments = context.node.args
+    training = context.operator == "batch_norm" and len(arguments) > 5 and bool(arguments[5])
+    return training and 1 not in varying(x)
+
+
+@rule("group_norm")
+def group_norm(context: Context, x: Tensor, groups: int, *parameters: Any, **options: Any) -> Any:
+    """Normalises the channels of each group together, so that a group leaves as a whole; a single one stays."""
+    channels = along(x, 1)
+    if channels is None or (groups == 1 and not let_mix(context, x)):
+        return give_up(context, (x, parameters), options)
+    if groups > 1:
+        rows = channels.reshape(groups, -1)
+        context.state.space.unite(rows[:, :1].expand_as(rows), rows, context.reason)
+    follow(context, (*parameters, *options.values()), channels)
+    return x
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(context: Context, x: Tensor, shape: Sequence[int], *parameters: Any, **options: Any) -> Any:
+    """Normalises over the last dimensions. Where the channels lie there, each changes the statistics of all."""
+    across, first = varying(x), x.dim() - len(shape)
+    if len(across) != 1 or across[0] < first or not let_mix(context, x):
+        return give_up(context, (x, parameters), options)
+    follow(context, (*parameters, *options.values()), core(x).flatten(), across[0] - first)
+    return x
+
+
+@rule("_weight_norm")
+def weight_norm(context: Context, v: Tensor, g: Any, dim: int = 0) -> Any:
+    """A weight computed from a parameter: ``g v / ‖v‖``, the norm over all dimensions but one."""
+    if set(varying(v)) <= {dim % v.dim()}:
+        follow(context, [g], core(v).flatten(), dim) if varying(v) else None
+        return v
+    return v if let_mix(context, v) else give_up(context, (v, g), {})
+
+
+@rule("new_ones", "new_zeros", "new_full", "new_empty")
+def new(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
+    """Takes nothing but the dtype and the device of a tensor."""
+    return kept(context.shape)
+
+
+@rule(*SIZES)
+def size_of(context: Context, x: Tensor | Weight, dim: int | None = None) -> int:
+    """Sizes are those of the example."""
+    return x.shape[dim] if dim is not None else torch.Size(x.shape).numel()
+
+
+@rule("prelu")
+def prelu(context: Context, x: Tensor, slope: Any) -> Any:
+    """A slope per channel (dimension 1), or one for all."""
+    channels = along(x, 1)
+    if channels is None or not isinstance(slope, Weight):
+        return give_up(context, (x, slope), {})
+    if slope.shape[0] > 1:
+        context.state.label_dim(slope, 0, channels, "channel", context.reason)
+    return x

@@ -1,0 +1,97 @@
+"""Execute an exported graph on labels: the walk over its nodes; what an operator does is said in ``rules``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from fastprune.graph.export.inputs import Inputs
+from fastprune.graph.export.tracing import attribute_of, concrete
+from fastprune.graph.labels import channelwise, layers, moves  # noqa: F401 - they enter their rules into the table
+from fastprune.graph.labels.computed import apply_by_parts, computed_weights
+from fastprune.graph.labels.labels import kept
+from fastprune.graph.labels.propagate import Propagation, Weight
+from fastprune.graph.labels.rules import Context, apply_rule
+
+
+def run_on_labels(graph: GraphModule, inputs: Inputs, state: Propagation, *, record: bool) -> dict[Node, Any]:
+    """Let labels flow through ``graph``.
+
+    Args:
+        graph: an exported graph whose parameters and buffers are attributes.
+        inputs: the example; only its shapes matter here.
+        state: where the findings go.
+        record: whether convolutions and linear layers are recorded as calls (the eval-mode graph) or only labelled.
+
+    Returns:
+        The labels of every node's value.
+    """
+    weights = weights_of(graph)
+    computed = {} if state.exact else computed_weights(graph, weights)
+    values: dict[Node, Any] = {}
+    remaining = list(inputs.tensors)
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = kept(tuple(remaining.pop(0).shape))
+        elif node.op == "get_attr":
+            values[node] = attribute(graph, str(node.target), weights)
+        elif node.op == "output":
+            pin_outputs(node, values, state)
+        elif node.op == "call_function":
+            args = map_arg(node.args, values.__getitem__)
+            kwargs = map_arg(node.kwargs, values.__getitem__)
+            context = Context(state, node, inputs.batch, output_shapes(node), record)
+            if node in computed:
+                values[node] = apply_by_parts(context, args, kwargs, computed[node])
+            else:
+                values[node] = apply_rule(context, args, kwargs)
+        else:  # a call_module is an exporter's guard; it returns nothing
+            values[node] = None
+    return values
+
+
+def attribute(graph: GraphModule, name: str, weights: dict[str, Weight]) -> Weight | Tensor | None:
+    """A parameter or buffer, a constant of the model's code (which stays as it is), or None for a graph."""
+    if name in weights:
+        return weights[name]
+    value = attribute_of(graph, name)
+    return kept(tuple(value.shape)) if isinstance(value, Tensor) else None
+
+
+def weights_of(graph: GraphModule) -> dict[str, Weight]:
+    """The parameters and buffers by the names that the graph uses; a tied tensor goes by its first name."""
+    first: dict[int, str] = {}
+    weights = {}
+    for named in (graph.named_parameters, graph.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            weights[name] = Weight(first.setdefault(id(tensor), name), tuple(tensor.shape))
+    return weights
+
+
+def pin_outputs(node: Node, values: dict[Node, Any], state: Propagation) -> None:
+    """What the network returns keeps its shape."""
+
+    def pin(source: Node) -> Node:
+        value = values[source]
+        if isinstance(value, Weight):
+            state.locked.setdefault(value.name, "output of the network")
+        for labels in pytree.tree_leaves(value):
+            if isinstance(labels, Tensor):
+                state.space.pin(labels, "output of the network")
+        return source
+
+    map_arg(node.args, pin)
+
+
+def output_shapes(node: Node) -> Any:
+    """The shape of the node's value, a list where it has several; symbolic sizes become those of the example."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return tuple(concrete(size) for size in value.shape)
+    if isinstance(value, (list, tuple)):
+        return [tuple(concrete(size) for size in v.shape) for v in value if isinstance(v, Tensor)]
+    return None

@@ -1,0 +1,1 @@
+"""Methods that train gates on the frozen network."""

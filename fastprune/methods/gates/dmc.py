@@ -1,0 +1,160 @@
+"""Discrete Model Compression (Gao, Huang, Pei and Huang, CVPR 2020): train one discrete gate per channel, nothing else.
+
+The network is frozen. Each gate has one parameter θ in [0, 1] and is open with probability θ. One step (Algorithm 1),
+with r the cost ratio that the deterministic gates 1[θ ≥ ½] leave and p its target:
+
+    loss = cross-entropy(masked network, stochastic gates) + λ · log(|r − p| + 1)
+    θ ← Adam(θ, ∂loss/∂θ)            straight-through: the gradient of the gate is the gradient of θ
+    θ ← θ − β · sign(θ − ½)          symmetric decay keeps the gates undecided, so that the search stays wide
+    θ ← clip(θ, 0, 1)
+
+In the end a channel stays if θ ≥ ½.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprune.graph.plan import PruningPlan
+from fastprune.methods.contract import Metrics, Task
+from fastprune.methods.gates.gated import GateSearch, weights_frozen
+from fastprune.methods.gates.gates import deterministic_gate
+from fastprune.methods.gates.regularisers import log_distance
+from fastprune.methods.scores.filters import unit_norms
+from fastprune.methods.scores.ranking import across_groups
+from fastprune.ops import bernoulli_gate
+from fastprune.options import option
+
+
+@dataclass(frozen=True)
+class DMCConfig:
+    """Options of DMC; the defaults are the paper's for CIFAR-10 (§4.1)."""
+
+    epochs: int = option(300, "passes over the samples", minimum=1)
+    samples: int = option(2500, "random training samples to search on; the paper takes 10000 on ImageNet", minimum=1)
+    batch_size: int = option(256, "samples per step over all processes together", minimum=1)
+    learning_rate: float = option(1e-3, "of Adam, constant", minimum=0.0)
+    regularisation: float = option(4.0, "λ, the weight of the cost term; the paper takes 8 on ImageNet", minimum=0.0)
+    decay: float = option(1e-4, "β, the step towards ½ after each update", minimum=0.0, maximum=0.5)
+    sampling: Literal["stochastic", "deterministic"] = option(
+        "stochastic", "gates of the cross-entropy term: drawn with probability θ (eq. 4), or θ ≥ ½ (eq. 1)"
+    )
+    groups: Literal["interior", "one_gate", "all"] = option(
+        "interior", "gates inside blocks, as in the paper; only the last one of each block; or on all that can go"
+    )
+    augment: bool = option(False, "whether the search sees augmented images")
+    evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
+
+
+class DMC(GateSearch):
+    """Learn which channels to keep: one discrete, stochastic gate per channel, trained under the budget.
+
+    The weights stay as they are; only the gates are trained, by gradients that pass straight through them.
+    """
+
+    name = "dmc"
+    paper = "Gao et al., Discrete Model Compression with Resource Constraint for Deep Neural Networks, CVPR 2020"
+    phase = "gates"
+    Config: ClassVar[type[Any]] = DMCConfig
+    config: DMCConfig
+
+    def setup(self, task: Task) -> None:
+        """Open all gates.
+
+        Raises:
+            BudgetError: if the budget is out of reach with these gates; says what is in reach.
+        """
+        self.place_gates(task)
+        self.theta = nn.Parameter(torch.ones(len(self.placement.index), device=task.device))
+        self.optimizer = torch.optim.Adam([self.theta], lr=self.config.learning_rate)
+        self.step = 0
+
+    def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+        """One iteration of Algorithm 1."""
+        with weights_frozen(self.weights):
+            scores = self.masked(images, self.placement.spread(self.sample(task.seed)))
+            cross_entropy = F.cross_entropy(scores.float(), labels)
+            cost = self.cost(task)
+            regulariser = log_distance(self.placement.ratio(cost), self.placement.target)
+            loss = cross_entropy + self.config.regularisation * regulariser.float()
+            (gradient,) = torch.autograd.grad(loss, [self.theta])
+        # The gates and the cost term are the same on every rank, the images are not.
+        self.theta.grad = task.distributed.mean_(gradient)
+        self.optimizer.step()
+        symmetric_decay_(self.theta, self.config.decay)
+        with torch.no_grad():
+            self.theta.clamp_(0, 1)
+        self.step += 1
+        return {
+            "loss": loss.detach(),
+            "cross_entropy": cross_entropy.detach(),
+            "regulariser": regulariser.detach(),
+            f"{task.budget.resource}_ratio": cost.detach() / self.placement.full,
+            "randomness": (self.theta.detach() - 0.5).abs().mean(),  # s of Fig. 5: ½ = decided, 0 = a coin
+            "open": (self.theta.detach() >= 0.5).float().mean(),
+        }
+
+    def sample(self, seed: int) -> Tensor:
+        """The gates of the cross-entropy term, [n]."""
+        if self.config.sampling == "deterministic":
+            return deterministic_gate(self.theta)
+        return bernoulli_gate(self.theta, seed=seed, step=self.step)
+
+    def cost(self, task: Task) -> Tensor:
+        """MACs or parameters of the network that the deterministic gates leave; differentiable in θ."""
+        gates = self.placement.spread(deterministic_gate(self.theta))
+        return task.budget.cost(task.graph, gates)
+
+    def gates(self) -> Tensor:
+        """The deterministic gates, [n]."""
+        return deterministic_gate(self.theta)
+
+    def plan(self, task: Task) -> PruningPlan:
+        """Keep θ ≥ ½; where that misses the budget, open or close the gates that are nearest to changing.
+
+        Many θ end at exactly 0 or 1. Among equal ones the larger filters (relative to their group) stay, so that an
+        index does not decide.
+        """
+        graph = task.graph
+        theta = self.placement.spread(self.theta.detach()).cpu()
+        norms = across_groups(graph, unit_norms(graph, task.model, p=2))
+        by_norm = norms.argsort(descending=True, stable=True)
+        order = by_norm[theta[by_norm].argsort(descending=True, stable=True)]
+        scores = torch.empty(graph.num_units, dtype=torch.float64)
+        scores[order] = -torch.arange(graph.num_units, dtype=torch.float64)
+        return self.keep_open(task, theta >= 0.5, scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        """θ, Adam's moments and the step."""
+        # Copies: torch hands out the optimiser's live tensors, which further steps would change.
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        return {"theta": self.theta.detach().clone(), "optimizer": optimizer, "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if the state is for another number of gates.
+        """
+        if state["theta"].shape != self.theta.shape:
+            raise ValueError(
+                f"dmc: the state has {len(state['theta'])} gates, this network has {len(self.theta)}; "
+                "was it made with another model or another option 'groups'?"
+            )
+        with torch.no_grad():
+            self.theta.copy_(state["theta"])
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        self.step = int(state["step"])
+
+
+def symmetric_decay_(theta: Tensor, amount: float) -> None:
+    """θ ← θ − β sign(θ − ½), in place; sign(0) = 0. Source: Gao et al., CVPR 2020, eq. 12."""
+    with torch.no_grad():
+        theta.sub_(torch.sign(theta - 0.5), alpha=amount)

@@ -1,0 +1,154 @@
+"""Differentiable pruning with Gumbel-sigmoid gates: the baseline of Gao et al., ECCV 2022 (DDNP), Fig. 3 and 4.
+
+One number z per channel says both whether it stays and, together with the others of its layer, how many do; DDNP takes
+these two apart. The network is frozen. One step, with r the ratio of the cost that the drawn gates leave:
+
+    gate = 1[y ≥ ½],  y = σ((z + b + noise)/t)           the gradient is that of y
+    J = cross-entropy(masked network) + λ R(r, p)
+
+In the end a channel stays if z + b ≥ 0. The scores z come from DDNP's generator, or are parameters themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprune.graph.plan import PruningPlan
+from fastprune.methods.contract import Metrics, Task
+from fastprune.methods.gates.gated import GateSearch, weights_frozen
+from fastprune.methods.gates.generators import ScoreGenerator, follow, restore, state_of
+from fastprune.methods.gates.regularisers import SIDES
+from fastprune.ops import gumbel_gate
+from fastprune.options import option
+
+
+@dataclass(frozen=True)
+class RelaxedGates:
+    """Options of gates that are relaxed by noise, and of what makes their scores."""
+
+    temperature: float = option(0.4, "t of the gates", minimum=1e-3)
+    base: float = option(3.0, "b, added to the scores: with 3 nearly all gates begin open")
+    noise: Literal["gumbel", "logistic"] = option(
+        "gumbel", "one Gumbel sample, as the authors' releases draw it, or logistic, which makes P(open) = σ(z + b)"
+    )
+    architecture: Literal["gru", "fc", "channel"] = option(
+        "gru", "of what makes the scores: gru (GRU and linear layers), fc (linear layers), channel (one parameter each)"
+    )
+
+
+@dataclass(frozen=True)
+class DPConfig(RelaxedGates):
+    """Options of DP; the defaults are those of DDNP where it has them, as its paper compares the two."""
+
+    epochs: int = option(200, "passes over the samples", minimum=1)
+    samples: int = option(2500, "random training samples to search on", minimum=1)
+    batch_size: int = option(256, "samples per step over all processes together", minimum=1)
+    learning_rate: float = option(1e-3, "of Adam, constant", minimum=0.0)
+    regularisation: float = option(2.0, "λ, the weight of the cost term", minimum=0.0)
+    resource: Literal["one_sided", "two_sided"] = option(
+        "one_sided", "the cost term: log(max(T, pT)/pT), or |log(T/pT)|, which also pulls upwards"
+    )
+    groups: Literal["interior", "all"] = option("interior", "gates inside blocks only, or on every channel that can go")
+    augment: bool = option(False, "whether the search sees augmented images")
+    evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
+
+
+class DP(GateSearch):
+    """Learn one relaxed gate per channel, as differentiable pruning was done before DDNP, whose baseline it is.
+
+    The weights stay as they are.
+    """
+
+    name = "dp"
+    paper = "Gao et al., Disentangled Differentiable Network Pruning, ECCV 2022 (its baseline)"
+    phase = "gates"
+    Config: ClassVar[type[Any]] = DPConfig
+    config: Any
+
+    def setup(self, task: Task) -> None:
+        """Make the generator.
+
+        Raises:
+            BudgetError: if the budget is out of reach with these gates; says what is in reach.
+        """
+        may_go = self.place_gates(task)
+        sizes = [group.size for group in task.graph.groups if bool(may_go[group.start])]
+        self.scores = self.make_generator(sizes, task.seed).to(task.device)
+        self.optimizer = self.make_optimizer()
+        self.step = 0
+
+    def make_generator(self, sizes: list[int], seed: int) -> ScoreGenerator:
+        """What makes the scores of gates for groups of the given sizes."""
+        return ScoreGenerator(sizes, self.config.architecture, seed)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """That of the generator."""
+        return torch.optim.Adam(self.scores.parameters(), lr=self.config.learning_rate, fused=True)
+
+    def cost_term(self, ratio: Tensor) -> Tensor:
+        """R of the ratio r = T̂/T that the gates leave."""
+        return SIDES[self.config.resource](ratio, self.placement.target)
+
+    def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+        """One iteration."""
+        config, parameters = self.config, list(self.scores.parameters())
+        with torch.autocast(task.device.type, enabled=False):  # bfloat16 would make scores equal that are not
+            gates = self.placement.spread(self.draw(self.scores(), task.seed))
+        with weights_frozen(self.weights):
+            cross_entropy = F.cross_entropy(self.masked(images, gates).float(), labels)
+            cost = task.budget.cost(task.graph, gates)
+            regulariser = self.cost_term(self.placement.ratio(cost))
+            loss = cross_entropy + config.regularisation * regulariser.float()
+            gradients = torch.autograd.grad(loss, parameters)
+        follow(self.optimizer, parameters, gradients, task.distributed)
+        self.step += 1
+        return {
+            "loss": loss.detach(),
+            "cross_entropy": cross_entropy.detach(),
+            "regulariser": regulariser.detach(),
+            f"{task.budget.resource}_ratio": cost.detach() / self.placement.full,
+            "open": gates.detach()[self.placement.index].mean(),
+        }
+
+    def draw(self, scores: Tensor, seed: int) -> Tensor:
+        """The gates of a step, [n]."""
+        config = self.config
+        return gumbel_gate(
+            scores, seed=seed, step=self.step, temperature=config.temperature, base=config.base, noise=config.noise
+        )
+
+    def gates(self) -> Tensor:
+        """The gates without noise, [n]."""
+        gates: Tensor = (self.scores_now() + self.config.base >= 0).float()
+        return gates
+
+    def scores_now(self) -> Tensor:
+        """The scores of all gates, [n], without gradients."""
+        with torch.autocast(self.placement.index.device.type, enabled=False):  # as where they are trained
+            scores: Tensor = self.scores()
+        return scores.detach()
+
+    def plan(self, task: Task) -> PruningPlan:
+        """Keep z + b ≥ 0; where that misses the budget, the channels of highest z."""
+        scores = torch.full((task.graph.num_units,), torch.inf, dtype=torch.float64)
+        scores[self.placement.index.cpu()] = self.scores_now().cpu().double() + self.config.base
+        return self.keep_open(task, scores >= 0, scores)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator with its input, Adam's moments and the step."""
+        return {**state_of(self.optimizer, scores=self.scores), "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if the state is for other gates.
+        """
+        restore(self.name, state, self.optimizer, scores=self.scores)
+        self.step = int(state["step"])

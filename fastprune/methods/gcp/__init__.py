@@ -1,0 +1,1 @@
+"""GCP: global channel pruning by the scales of batch norm."""

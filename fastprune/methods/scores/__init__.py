@@ -1,0 +1,1 @@
+"""Methods that rank channels by a score."""

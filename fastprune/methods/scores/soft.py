@@ -1,0 +1,58 @@
+"""Soft filter pruning (He et al., IJCAI 2018): each epoch ends with the smallest filters at zero.
+
+Each layer loses the same part of its filters, those of the smallest ℓ2 norm, as many as the budget asks for. They stay
+in the training, so that they can come back in the next epoch. The choice after the last epoch is the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastprune.methods.contract import Metrics, Task
+from fastprune.methods.scores.filters import unit_norms
+from fastprune.methods.scores.trained import TrainedConfig, TrainedMethod
+from fastprune.options import option
+
+
+@dataclass(frozen=True)
+class SoftConfig(TrainedConfig):
+    """Options of soft filter pruning; the defaults are the paper's for trained networks on CIFAR-10 (§4.1)."""
+
+    epochs: int = option(200, "passes over the training set", minimum=0)
+    lr: float = option(0.01, "largest learning rate; the paper takes ten times as much for networks from scratch")
+    weight_decay: float = option(5e-4, "L2 penalty")
+    nesterov: bool = option(True, "Nesterov's momentum")
+    milestones: tuple[float, ...] = option((0.3, 0.6, 0.8), "epochs of the drops, or fractions of all if below 1")
+    gamma: float = option(0.2, "factor of each drop")
+    ranking: Literal["local", "global"] = option(
+        "local", "local: the same part of every group stays, as in the paper; global: all channels compete"
+    )
+
+
+class Soft(TrainedMethod):
+    """Train on while the filters that would go are set to zero once an epoch, free to grow again."""
+
+    name = "soft"
+    paper = "He et al., Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks, IJCAI 2018"
+    Config: ClassVar[type[Any]] = SoftConfig
+    config: SoftConfig
+
+    def after_epoch(self, task: Task) -> Metrics:
+        """Set the filters to zero that the plan would take now."""
+        closed = ~self.plan(task).mask.bool()
+        parameters = dict(task.model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for piece in task.graph.slices:
+                weight = parameters.get(piece.tensor)
+                if piece.role in ("out", "depthwise") and weight is not None and weight.requires_grad:
+                    places = ((piece.units >= 0) & closed[piece.units]).nonzero().flatten()
+                    weight.index_fill_(piece.dim, places.to(weight.device), 0.0)
+        return {"zero_channels": float(closed.float().mean())}
+
+    def scores(self, task: Task) -> Tensor:
+        """‖filters‖₂ of each unit."""
+        return unit_norms(task.graph, task.model, p=2)

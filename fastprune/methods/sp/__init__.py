@@ -1,0 +1,1 @@
+"""SP: search of stage widths in a super-net; AutoSlim."""

@@ -1,0 +1,1 @@
+"""Networks that run gated or in part."""

@@ -1,0 +1,299 @@
+"""Convolution, scale, shift, activation and mask in one CUDA kernel, where there is one that is faster.
+
+Building blocks for :func:`fastprune.ops.masked_conv_bn_act`; they have no gradients and register no operator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastprune import _C
+from fastprune.ops.activations import ACTIVATIONS, DIFFERENTIABLE_BY_VALUE
+from fastprune.ops.conv.autotune import AUTOTUNER, Candidate, Problem
+from fastprune.ops.conv.library import Geometry
+from fastprune.ops.layout import has_rows
+
+Channels = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""scale, shift and mask, each [K] float32, or None: 1, 0 and 1."""
+
+Fallback = Callable[[Tensor, Tensor, Channels], Sequence[Tensor]]
+"""Computes (y,) or (y, saved) from x, weight and the three vectors, as the library does."""
+
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-10}
+"""The error of one rounding, relative to the number. tf32 has the bits of float16, and rounds two factors."""
+
+
+@dataclass(frozen=True)
+class FusedGeometry(Geometry):
+    """How the window moves, and what follows the convolution."""
+
+    activation: str = "identity"
+    save: bool = False
+
+
+def fused_conv(
+    x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, fallback: Fallback | None = None
+) -> Sequence[Tensor]:
+    r"""The convolution with everything behind it, by the kernel that is known to be right and fastest here.
+
+    .. math:: z = \mathrm{scale} \cdot (x * W) + \mathrm{shift}, \quad r = \mathrm{activation}(z),
+        \quad y = \mathrm{mask} \cdot r
+
+    Sums, scale, shift, activation and mask are float32, and each result is rounded once.
+
+    Args:
+        x: [N, C, H, W], float16, bfloat16 or float32.
+        weight: [K, C / groups, R, S], dtype of ``x``.
+        channels: scale, shift and mask, each [K] float32 or None.
+        geometry: of the convolution.
+        fallback: computes the same with the library; it runs where no kernel does (see :func:`unavailable`), and
+            judges those that do. None: :func:`library_conv`.
+
+    Returns:
+        (y,), or (y, saved) if the geometry says so: ``saved`` is what the gradient needs, ``r`` for identity, relu and
+        relu6, ``z`` for silu and hardswish.
+    """
+    usual = fallback or partial(library_conv, geometry=geometry)
+    kernel = choose(x, weight, channels, geometry, usual)
+    if kernel is None:
+        return usual(x, weight, channels)
+    results = [_output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
+    kernel.run(x, weight, channels, geometry, results)
+    return results
+
+
+def choose(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, fallback: Fallback) -> Kernel | None:
+    """The kernel to run for these tensors; None: your fallback. The first call for new shapes tries all kernels."""
+    if _not_now(x) is not None:
+        return None
+    key = _key(x, weight, channels, geometry)
+    kernels = _SUPPORTED.get((key, x.device))
+    if kernels is None:
+        kernels = _SUPPORTED[key, x.device] = _supported(x, weight, geometry)
+
+    def problem() -> Problem:
+        return _problem(_similar(x, weight, channels), geometry, fallback, list(kernels.values()))
+
+    winner = AUTOTUNER.choose(key, x.device, tuple(kernels), problem)
+    return None if winner is None else kernels[winner]
+
+
+def unavailable(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> str | None:
+    """Why no kernel can be tried for these tensors; None if some may."""
+    return _not_now(x) or _not_for(x, weight, geometry)
+
+
+def _not_now(x: Tensor) -> str | None:
+    """What can change between two calls with equal shapes, and is asked every time."""
+    if not kernels_of_this_build():
+        return "this build of fastprune has no CUTLASS kernels"
+    if x.device.type != "cuda":
+        return f"the tensors are on {x.device}, not on a CUDA device"
+    if torch.compiler.is_compiling():
+        return "torch is tracing"
+    if x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return "float32 is to be multiplied exactly: torch.backends.cudnn.allow_tf32 is off"
+    return None
+
+
+def _not_for(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> str | None:
+    """What the shapes decide, and is asked once for each."""
+    if weight.device != x.device:
+        return f"the tensors are on {x.device} and {weight.device}, not on one device"
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        return f"the dtypes are {x.dtype} and {weight.dtype}, not one of float16, bfloat16 and float32"
+    if geometry.groups != 1:
+        return f"there are {geometry.groups} groups; the kernels have one"
+    if x.dim() != 4 or weight.dim() != 4:
+        return "the convolution is not two-dimensional"
+    if not (has_rows(x) and has_rows(weight)):
+        return "the tensors are not channels_last"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "there is nothing to compute"
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel, with the workspace that it needs for one set of shapes."""
+
+    index: int
+    name: str
+    dtype: str
+    capabilities: tuple[int, int]
+    workspace: int = 0
+
+    def run(
+        self, x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, results: Sequence[Tensor]
+    ) -> None:
+        """Write (y,) or (y, saved) into ``results``."""
+        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=x.device) if self.workspace else None
+        _C.fused_conv(
+            x,
+            weight,
+            *channels,
+            results[0],
+            results[1] if len(results) > 1 else None,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.activation,
+            self.index,
+            workspace,
+        )
+
+
+@cache
+def kernels_of_this_build() -> tuple[Kernel, ...]:
+    """All kernels, for every dtype and device; none without CUDA and CUTLASS."""
+    return tuple(Kernel(index=index, **facts) for index, facts in enumerate(_C.fused_conv_candidates()))
+
+
+def supported(
+    x: Tensor, weight: Tensor, results: Sequence[Tensor], geometry: FusedGeometry, capability: int
+) -> dict[str, Kernel]:
+    """The kernels that can take these tensors on a device of this capability (10 major + minor), by name."""
+    kernels = {}
+    for kernel in kernels_of_this_build():
+        first, last = kernel.capabilities
+        if kernel.dtype != DTYPES[x.dtype] or not first <= capability <= last:
+            continue
+        saved = results[1] if len(results) > 1 else None
+        moves = geometry.stride, geometry.padding, geometry.dilation
+        workspace = _C.fused_conv_workspace(x, weight, results[0], saved, *moves, kernel.index)
+        if workspace is not None:
+            kernels[kernel.name] = replace(kernel, workspace=workspace)
+    return kernels
+
+
+def library_conv(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry) -> Sequence[Tensor]:
+    """The same in plain torch: a convolution rounded to the dtype of ``x``, then everything else in float32.
+
+    Float64 is computed in float64.
+    """
+    z = F.conv2d(x, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale, shift, mask = (None if v is None else v.to(wide)[None, :, None, None] for v in channels)
+    z = z.to(wide)
+    z = z if scale is None else z * scale
+    z = z if shift is None else z + shift
+    r = ACTIVATIONS[geometry.activation](z)
+    y = (r if mask is None else r * mask).to(x.dtype)
+    if not geometry.save:
+        return (y,)
+    return y, (r if geometry.activation in DIFFERENTIABLE_BY_VALUE else z).to(x.dtype)
+
+
+_SUPPORTED: dict[Any, dict[str, Kernel]] = {}
+
+
+def _supported(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> dict[str, Kernel]:
+    if _not_for(x, weight, geometry) is not None:
+        return {}
+    major, minor = torch.cuda.get_device_capability(x.device)
+    results = [_output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
+    try:
+        return supported(x, weight, results, geometry, 10 * major + minor)
+    except ValueError:  # too large for 32-bit indices; what is malformed, the fallback names better
+        return {}
+
+
+def _output(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> Tensor:
+    shape = geometry.output_size(x.shape, weight.shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _key(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry) -> tuple[tuple[str, Any], ...]:
+    """Everything that a kernel could depend on but the values."""
+    return (
+        ("operator", "fused_conv"),
+        ("dtypes", (DTYPES.get(x.dtype), DTYPES.get(weight.dtype))),
+        ("x", tuple(x.shape)),
+        ("x_strides", x.stride()),
+        ("x_alignment", _alignment(x)),
+        ("weight", tuple(weight.shape)),
+        ("weight_strides", weight.stride()),
+        ("weight_alignment", _alignment(weight)),
+        ("vectors", tuple(vector is not None for vector in channels)),
+        ("stride", geometry.stride),
+        ("padding", geometry.padding),
+        ("dilation", geometry.dilation),
+        ("groups", geometry.groups),
+        ("activation", geometry.activation),
+        ("save", geometry.save),
+    )
+
+
+def _alignment(tensor: Tensor) -> int:
+    """The largest power of two up to 16 that divides the address."""
+    return math.gcd(tensor.data_ptr(), 16)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    x: Tensor
+    weight: Tensor
+    channels: Channels
+
+
+def _similar(x: Tensor, weight: Tensor, channels: Channels) -> _Inputs:
+    """Random numbers in the shapes and strides of real inputs: what is chosen must not depend on values.
+
+    Of unit variance behind the convolution. Closed channels and open ones are both there.
+    """
+    random = torch.Generator(x.device).manual_seed(0)
+
+    def normal(like: Tensor, deviation: float) -> Tensor:
+        into = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+        return into.copy_(torch.randn(like.shape, generator=random, device=like.device) * deviation)
+
+    def uniform(like: Tensor | None, low: float, high: float) -> Tensor | None:
+        return None if like is None else torch.empty_like(like).uniform_(low, high, generator=random)
+
+    scale, shift, mask = channels
+    return _Inputs(
+        normal(x, 1.0),
+        normal(weight, weight[0].numel() ** -0.5),
+        (uniform(scale, 0.5, 2.0), uniform(shift, -1.0, 1.0), None if mask is None else _mask(mask, random)),
+    )
+
+
+def _mask(like: Tensor, random: torch.Generator) -> Tensor:
+    """A quarter closed, a quarter open, the rest between; the first channel open."""
+    mask = (torch.empty_like(like).uniform_(-0.5, 1.5, generator=random)).clamp(0, 1)
+    mask[:1] = 1
+    return mask
+
+
+def _problem(inputs: _Inputs, geometry: FusedGeometry, fallback: Fallback, kernels: Sequence[Kernel]) -> Problem:
+    x, weight, channels = inputs.x, inputs.weight, inputs.channels
+
+    def candidate(kernel: Kernel) -> Candidate:
+        return Candidate(kernel.name, lambda results: kernel.run(x, weight, channels, geometry, results))
+
+    def usual() -> Sequence[Tensor]:
+        return [result.contiguous(memory_format=torch.channels_last) for result in fallback(x, weight, channels)]
+
+    return Problem(
+        fallback=usual,
+        exact=lambda: _exact(inputs, geometry),
+        candidates=[candidate(kernel) for kernel in kernels],
+        unit=UNITS[x.dtype],
+    )
+
+
+def _exact(inputs: _Inputs, geometry: FusedGeometry) -> Sequence[Tensor]:
+    """In float64, a few images at a time to save memory; kept as float32."""
+    weight = inputs.weight.double()
+    parts = [library_conv(images.double(), weight, inputs.channels, geometry) for images in inputs.x.split(16)]
+    return [torch.cat([result.float() for result in results]) for results in zip(*parts, strict=True)]

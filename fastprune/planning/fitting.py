@@ -1,0 +1,188 @@
+"""The choice of units that meets a budget from below, within the limits of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastprune.graph import ChannelGraph, Group
+from fastprune.planning.budget import Budget, BudgetError, Meter
+from fastprune.planning.limits import LimitError, Limits, Widths
+
+PREFIXES = 512  # of a ranking whose costs are found at a time
+SLACK = 0.005  # part of the full cost below the limit that is not worth filling; the promise is 0.01
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Blocks of units, best first. A block is kept or lost as a whole, so that widths stay allowed ones.
+
+    Args:
+        of_unit: the place of each unit's block, int64 [U]; -1 = the unit stays in any case, B = it goes in any case.
+        groups: the group of each block, int64 [B].
+        sizes: the units of each block, int64 [B].
+    """
+
+    of_unit: Tensor
+    groups: Tensor
+    sizes: Tensor
+
+
+def fit(
+    graph: ChannelGraph,
+    budget: Budget,
+    scores: Tensor,
+    *,
+    prunable: Tensor | None = None,
+    gone: Tensor | None = None,
+    limits: Limits | None = None,
+) -> Tensor:
+    """Keep the units of highest score whose network costs at most the budget, and nearly as much.
+
+    The longest prefix of the ranking that fits is kept. Where it leaves more than 0.5 % of the full cost unused, the
+    next units that still fit are added. Where widths are rounded, ``round_to`` units at a time are ranked, by their
+    mean score.
+
+    Args:
+        graph: the network.
+        budget: what it may cost.
+        scores: importance of each unit [U], comparable across groups; ties go to the lower index.
+        prunable: units that may go, bool [U]; None = all.
+        gone: units that must go, bool [U], all of them prunable; None = none.
+        limits: of the widths; None = each group keeps one unit at least.
+
+    Returns:
+        Flat mask, bool [U].
+
+    Raises:
+        ValueError: if there is not one score per unit, or a score is NaN.
+        LimitError: if the limits contradict each other or ``prunable``.
+        BudgetError: if the budget is below what is left when everything that may go has gone; states that limit.
+    """
+    if scores.shape != (graph.num_units,):
+        raise ValueError(f"scores: a vector of {graph.num_units} units is needed, got shape {tuple(scores.shape)}")
+    scores = scores.detach().to("cpu", torch.float64)
+    if bool(torch.isnan(scores).any()):
+        raise ValueError("scores: NaN has no rank")
+    limits = limits or Limits()
+    may_go = torch.ones(graph.num_units, dtype=torch.bool) if prunable is None else prunable.cpu()
+    gone = torch.zeros_like(may_go) if gone is None else gone.cpu()
+    ranking = rank(graph, limits.widths(graph), scores, may_go, gone)
+    meter = budget.meter(graph)
+    limit, total = budget.limit(graph), float(meter(torch.ones(graph.num_units)))
+    low = longest_prefix(graph, meter, ranking, limit, grows=budget.resource != "latency")
+    if low is None:
+        least = float(meter(ranking.of_unit < 0))
+        raise BudgetError(
+            f"budget '{budget}': {limit / total:.3f} of the full network is asked for, but with every prunable channel "
+            f"gone {least / total:.3f} remains{what_remains(graph, budget, ranking.of_unit < 0, limits)}; "
+            "ask for more, or let more groups be pruned"
+        )
+    return fill(graph, meter, ranking, low, limit, SLACK * total)
+
+
+def longest_prefix(graph: ChannelGraph, meter: Meter, ranking: Ranking, limit: float, *, grows: bool) -> int | None:
+    """How many blocks of the ranking fit at most beside the units that stay in any case; None where these alone do not.
+
+    By bisection where the cost ``grows`` with every unit. A latency does not: 65 channels may take longer than 80.
+    """
+    low, high = 0, len(ranking.sizes)
+    if grows:
+        if float(meter(ranking.of_unit < 0)) > limit:
+            return None
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = float(meter(ranking.of_unit < middle)) <= limit
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+    for end in range(high + 1, 0, -PREFIXES):
+        begin = max(0, end - PREFIXES)
+        kept = torch.zeros(end - begin, len(graph.groups), dtype=torch.float64)
+        kept[0].index_add_(0, graph.group_of_unit, (ranking.of_unit < begin).double())
+        rows = torch.arange(1, end - begin)
+        kept[rows, ranking.groups[begin : end - 1]] = ranking.sizes[begin : end - 1].double()
+        fitting = (meter.of_widths(kept.cumsum(0)) <= limit).nonzero().flatten()
+        if len(fitting):
+            return begin + int(fitting[-1])
+    return None
+
+
+def rank(graph: ChannelGraph, widths: Sequence[Widths], scores: Tensor, may_go: Tensor, gone: Tensor) -> Ranking:
+    """All blocks by their mean scores; the smallest index decides between equal ones."""
+    stays, goes = -1, -2
+    of_unit = torch.full((graph.num_units,), goes)
+    groups: list[int] = []
+    sizes: list[int] = []
+    means, indices = [], []
+    for g, (group, allowed) in enumerate(zip(graph.groups, widths, strict=True)):
+        order, bounds = ranked(group, allowed, scores, may_go, gone)
+        of_unit[order[: bounds[0]]] = stays
+        for begin, end in pairwise(bounds):
+            of_unit[order[begin:end]] = len(sizes)
+            groups.append(g)
+            sizes.append(end - begin)
+        ordered, first = scores[order].numpy(), bounds[0]
+        if len(bounds) > 1:
+            starts = np.array(bounds[:-1]) - first
+            means.append(np.add.reduceat(ordered[first : bounds[-1]], starts) / np.diff(bounds))
+            indices.append(np.minimum.reduceat(order[first : bounds[-1]].numpy(), starts))
+    best_first = np.lexsort((np.concatenate([*indices, []]), -np.concatenate([*means, []])))
+    place = torch.empty(len(best_first) + 2, dtype=torch.int64)
+    place[torch.from_numpy(best_first)] = torch.arange(len(best_first))
+    place[stays], place[goes] = -1, len(best_first)
+    return Ranking(place[of_unit], torch.tensor(groups)[best_first], torch.tensor(sizes)[best_first])
+
+
+def ranked(group: Group, widths: Widths, scores: Tensor, may_go: Tensor, gone: Tensor) -> tuple[Tensor, list[int]]:
+    """The units of a group, those that must stay first, then best first; and the widths that it may have."""
+    movable = may_go[group.units]
+    fixed = widths.at_least(int((~movable).sum()))
+    if fixed > widths.most:
+        raise LimitError(
+            f"group {group.name!r}: {fixed} of its {group.size} units may not go, but its limits let at most "
+            f"{widths.most} stay; let the method prune them, or loosen the limits"
+        )
+    best_first = scores[group.units].argsort(descending=True, stable=True)
+    rank_of_kind = movable.int() + gone[group.units].int()
+    order = group.start + best_first[rank_of_kind[best_first].argsort(stable=True)]
+    first = max(widths.least, fixed)
+    bounds = [first, *range(first + widths.step, widths.most + 1, widths.step)]
+    bounds += [widths.most] * (bounds[-1] < widths.most)  # the last step to all units is a shorter one
+    most = max(first, group.size - int(gone[group.units].sum()))
+    return order, [bound for bound in bounds if bound <= most]
+
+
+def fill(graph: ChannelGraph, meter: Meter, ranking: Ranking, low: int, limit: float, slack: float) -> Tensor:
+    """The first ``low`` blocks, and the next ones that fit, until the slack is small or none does.
+
+    A block can only follow those of its group that come before it in the ranking, so that the best units stay.
+    """
+    mask = ranking.of_unit < low
+    kept = torch.zeros(len(graph.groups), dtype=torch.float64).index_add(0, graph.group_of_unit, mask.double())
+    blocks = list(zip(range(low, len(ranking.sizes)), *(x[low:].tolist() for x in (ranking.groups, ranking.sizes)),
+                      strict=True))  # fmt: skip
+    while blocks and limit - float(meter.of_widths(kept)) > slack:
+        more = torch.zeros(len(graph.groups), dtype=torch.float64)
+        for _, g, size in reversed(blocks):
+            more[g] = size
+        fits = (meter.of_widths(kept + more.diag()) <= limit).tolist()
+        blocks = [block for block in blocks if fits[block[1]]]
+        if blocks:
+            place, g, size = blocks.pop(0)
+            mask |= ranking.of_unit == place
+            kept[g] += size
+    return mask
+
+
+def what_remains(graph: ChannelGraph, budget: Budget, mask: Tensor, limits: Limits) -> str:
+    """For people: what stands between a budget and the smallest network."""
+    text = f" (limits: {limits})" if str(limits) != "none" else ""
+    largest = budget.largest_layers(graph, mask)
+    if largest:
+        text += ", most of it in " + ", ".join(f"{name} ({share:.0%})" for name, share in largest)
+    return text

@@ -1,0 +1,8 @@
+"""From a plan to the compact network, and the proof that it computes what the masked network computes."""
+
+from fastprune.surgery.rewritten import RewrittenNetwork
+from fastprune.surgery.slicing import SurgeryError, slice_optimizer
+from fastprune.surgery.surgery import Cut, apply, cut
+from fastprune.surgery.verification import masked, verify
+
+__all__ = ["Cut", "RewrittenNetwork", "SurgeryError", "apply", "cut", "masked", "slice_optimizer", "verify"]

@@ -1,0 +1,180 @@
+"""Compact tensors in a copy of the model, and the same for what hangs on its parameters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastprune.graph.channel_graph import Slice
+from fastprune.graph.export.tracing import state_of
+from fastprune.graph.plan import PlanError, PruningPlan
+
+
+class SurgeryError(ValueError):
+    """The plan cannot be applied exactly to this model."""
+
+
+def sliced(plan: PruningPlan, model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with compact tensors, not verified."""
+    fits(plan, model)
+    compact = copied(model)
+    replaced: dict[int, Tensor] = {}
+    for piece in plan.slices:
+        owner_name, _, attribute = piece.tensor.rpartition(".")
+        owner = compact.get_submodule(owner_name)
+        shrink(owner, attribute, piece.dim, plan.kept_indices(piece), replaced)
+    share_tied(compact, replaced)
+    tensors = state_of(compact)
+    depthwise = {id(tensors[s.tensor]) for s in plan.slices if s.role == "depthwise"}
+    shrunk = {id(tensors[s.tensor]) for s in plan.slices}
+    for module in compact.modules():
+        own = {id(t) for t in (*module._parameters.values(), *module._buffers.values())}
+        if own & shrunk:
+            mend(module, depthwise=bool(own & depthwise))
+    return compact
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy. Tensors that modules keep of a run (the last weight of ``weight_norm``) are copied as constants.
+
+    Raises:
+        SurgeryError: if a module holds what cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in pytree.tree_leaves(dict(vars(module))):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:  # what Python and torch raise for such objects
+        raise SurgeryError(f"{type(model).__name__} holds what cannot be copied: {error}") from error
+
+
+def fits(plan: PruningPlan, model: nn.Module) -> None:
+    """Refuse a plan for another model."""
+    state = state_of(model)
+    for piece in plan.slices:
+        tensor = state.get(piece.tensor)
+        if tensor is None:
+            raise PlanError(
+                f"the plan is for another model: this {type(model).__name__} has no tensor {piece.tensor!r}"
+            )
+        if tensor.dim() <= piece.dim or tensor.shape[piece.dim] != len(piece.units):
+            raise PlanError(
+                f"the plan is for another model: {piece.tensor!r} has shape {tuple(tensor.shape)}, "
+                f"the plan needs size {len(piece.units)} along dimension {piece.dim}"
+            )
+
+
+def shrink(owner: nn.Module, attribute: str, dim: int, kept: Tensor, replaced: dict[int, Tensor]) -> None:
+    """Keep the indices ``kept`` along ``dim`` of a parameter or buffer of ``owner``."""
+    old: Tensor = getattr(owner, attribute)
+    new = old.detach().index_select(dim, kept.to(old.device))
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
+        new = new.contiguous(memory_format=torch.channels_last)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    tensors: Any = owner._parameters if isinstance(old, nn.Parameter) else owner._buffers
+    tensors[attribute] = new
+    # Under its own id too, so that it lives on when the next dimension replaces it: a freed id would be given again.
+    replaced[id(old)] = replaced[id(new)] = new
+
+
+def share_tied(model: nn.Module, replaced: dict[int, Tensor]) -> None:
+    """Give every other holder of a replaced tensor the new one."""
+    for module in model.modules():
+        holders: tuple[Any, ...] = (module._parameters, module._buffers)
+        for tensors in holders:
+            for attribute, tensor in list(tensors.items()):
+                new = tensor
+                while new is not None and replaced.get(id(new), new) is not new:
+                    new = replaced[id(new)]
+                tensors[attribute] = new
+
+
+def mend(module: nn.Module, *, depthwise: bool) -> None:
+    """Bring a module's stored sizes into line with its tensors."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        reads, makes = (0, 1) if transposed else (1, 0)
+        if depthwise:
+            multiplier = module.out_channels // module.in_channels
+            module.groups = module.weight.shape[0] // (1 if transposed else multiplier)
+        module.in_channels = module.weight.shape[reads] * (1 if transposed else module.groups)
+        module.out_channels = module.weight.shape[makes] * (module.groups if transposed else 1)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.GroupNorm):
+        width = next(p.shape[0] for p in module._parameters.values() if p is not None)
+        module.num_groups = max(1, module.num_groups * width // module.num_channels)  # groups leave as a whole
+        module.num_channels = width
+    elif isinstance(getattr(module, "normalized_shape", None), tuple):  # torch's LayerNorm, RMSNorm, and timm's own
+        own = next(p for p in module._parameters.values() if p is not None)
+        setattr(module, "normalized_shape", tuple(own.shape))  # noqa: B010
+    elif isinstance(module, (nn.modules.batchnorm._NormBase, nn.PReLU)):
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        width = next(t.shape[0] for t in tensors if t is not None and t.dim() == 1)
+        setattr(module, "num_parameters" if isinstance(module, nn.PReLU) else "num_features", width)
+
+
+def slice_optimizer(optimizer: torch.optim.Optimizer, plan: PruningPlan, model: nn.Module, compact: nn.Module) -> None:
+    """Let an optimizer of the full model go on with the compact one, in place: parameters and their state.
+
+    State of a parameter's shape (momenta, second moments) is sliced like the parameter; numbers (steps) stay. Options,
+    parameter groups and whatever refers to the optimizer (a learning-rate schedule) stay as well.
+
+    Args:
+        optimizer: SGD, Adam, AdamW or any other whose state is numbers and tensors of the parameters' shapes; it holds
+            parameters of ``model``.
+        plan: what stays.
+        model: the full model.
+        compact: what ``apply`` made of it.
+
+    Raises:
+        ValueError: if the optimizer holds a parameter that is not the model's, or state of another shape; the optimizer
+            is then as it was.
+    """
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    successors = dict(compact.named_parameters(remove_duplicate=False))
+    pieces: dict[str, list[Slice]] = {}
+    for piece in plan.slices:
+        pieces.setdefault(piece.tensor, []).append(piece)
+    aliases = {id(p): [n for n, q in successors.items() if q is p] for p in successors.values()}
+    groups: list[list[nn.Parameter]] = []
+    state: dict[Tensor, dict[str, Any]] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        groups.append([])
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise ValueError(f"optimizer: a parameter of its group {number} is none of the model's")
+            successor = successors[names[id(parameter)]]
+            cuts = [cut for name in aliases[id(successor)] for cut in pieces.get(name, [])]
+            groups[-1].append(successor)
+            if parameter in optimizer.state:
+                state[successor] = {
+                    key: sliced_state(value, parameter, cuts, plan, f"{names[id(parameter)]}, {key}")
+                    for key, value in optimizer.state[parameter].items()
+                }
+    for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = parameters
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def sliced_state(value: Any, parameter: Tensor, cuts: list[Slice], plan: PruningPlan, name: str) -> Any:
+    """A piece of an optimizer's state for the compact parameter."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"optimizer: its state of {name} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}; "
+            "state of another shape cannot be sliced"
+        )
+    for piece in cuts:
+        value = value.index_select(piece.dim, plan.kept_indices(piece).to(value.device))
+    return value

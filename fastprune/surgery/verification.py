@@ -1,0 +1,211 @@
+"""The proof that a compact network computes what the masked one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastprune.graph.export.tracing import mode_of, state_of
+from fastprune.graph.plan import PruningPlan
+from fastprune.surgery.closed_inputs import ClosedInputs
+from fastprune.surgery.slicing import SurgeryError, copied, fits
+
+# Largest |compact - masked| / max |masked| that rounding explains beyond doubt. A float32 model that exceeds it, and
+# any model of lower precision, is decided in float64.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-6}
+
+
+def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A copy of ``model`` of full size in which nothing reads a closed channel: what the compact model must equal.
+
+    Every weight that reads a closed channel is zeroed, so whatever the channel holds cannot reach anything. Where a
+    layer computes its weight (weight standardisation), zeros in it would not stay zeros: there the closed channels of
+    its input are zeroed.
+
+    Under an inexact plan closed channels still count in the statistics of the norms that they pass, with the values
+    that they have.
+
+    Raises:
+        PlanError: if the plan does not fit the model.
+    """
+    fits(plan, model)
+    full = copied(model)
+    tensors = state_of(full)
+    closed_inputs: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for piece in plan.slices:
+            if piece.role == "in":
+                closed = torch.ones(len(piece.units), dtype=torch.bool)
+                closed[plan.kept_indices(piece)] = False
+                if piece.computed:
+                    closed_inputs[piece.tensor] = closed
+                else:
+                    weight = tensors[piece.tensor]
+                    weight.index_fill_(piece.dim, closed.nonzero().flatten().to(weight.device), 0.0)
+    if closed_inputs:
+        ClosedInputs(closed_inputs).around(full)
+    return full
+
+
+def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: torch.dtype | None = None) -> float:
+    """Prove on a random input that the compact model computes what the masked one computes, in eval mode.
+
+    Under an inexact plan they differ: then the difference is measured.
+
+    Args:
+        plan: the plan that was applied.
+        model: the full model.
+        compact: its compact copy.
+        dtype: precision of the comparison, float32 or float64; None = the model's own, and float64 where that does not
+            decide.
+
+    Returns:
+        The largest difference, relative to the largest output.
+
+    Raises:
+        SurgeryError: if the compact model does not run, gives other shapes or values that are not finite, or differs by
+            more than rounding (float64: 1e-9) under an exact plan.
+    """
+    if dtype is not None and dtype not in TOLERANCE:
+        raise ValueError(f"dtype {dtype}: float32 or float64 is needed")
+    require_values(model)
+    reference = masked(model, plan)
+    precisions = [dtype] if dtype is not None else precisions_for(model)
+    if not plan.exact:
+        return compare(plan, reference, compact, precisions[0])
+    failure = f"the plan cannot be applied exactly to {type(model).__name__}: compact and masked outputs differ"
+    return prove_equal(plan, reference, compact, precisions, failure)
+
+
+def require_values(model: nn.Module) -> None:
+    """Refuse to compare a model that has no values yet."""
+    if any(t.is_meta for t in state_of(model).values()):
+        raise SurgeryError(
+            f"{type(model).__name__} is on the meta device and has no values to compare; load its weights first, "
+            "or apply the plan with check=False"
+        )
+
+
+def precisions_for(model: nn.Module) -> list[torch.dtype]:
+    """The precisions in which a model is compared, in order: float32 if it is in that, and float64."""
+    all_float32 = {t.dtype for t in state_of(model).values() if t.is_floating_point()} == {torch.float32}
+    return [torch.float32, torch.float64] if all_float32 else [torch.float64]
+
+
+def prove_equal(
+    plan: PruningPlan, reference: nn.Module, compact: nn.Module, precisions: list[torch.dtype], failure: str
+) -> float:
+    """The difference of two networks if rounding explains it in one of the precisions, else an error."""
+    for chosen in precisions:
+        difference = compare(plan, reference, compact, chosen)
+        if difference <= TOLERANCE[chosen]:
+            return difference
+    if compare(plan, reference, reference, chosen) > TOLERANCE[chosen]:
+        raise SurgeryError(
+            f"{type(reference).__name__} computes something else each time, also in eval mode (it draws random "
+            "numbers, or changes its state), so exactness cannot be checked; apply(plan, model, check=False) does not "
+            "check it"
+        )
+    raise SurgeryError(f"{failure} by {difference:.1e} of the largest output in {str(chosen).removeprefix('torch.')}")
+
+
+def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: torch.dtype) -> float:
+    """The largest difference of two models' outputs on one random input, relative to the largest output."""
+    inputs = plan.example(compact).map(lambda x: x.to(converted(x.dtype, dtype)))
+    precise: Any = InFloat64() if dtype == torch.float64 else nullcontext()  # type: ignore[no-untyped-call]
+    with torch.no_grad(), in_dtype(reference, dtype) as full, in_dtype(compact, dtype) as small, precise:
+        with name_the_failing_module(full, f"the model itself does not run in {dtype}", "exactness cannot be checked"):
+            expected = pytree.tree_leaves(inputs.given_to(full))
+        with name_the_failing_module(
+            small, "the compact model does not run", "its code expects a fixed number of channels"
+        ):
+            got = pytree.tree_leaves(inputs.given_to(small))
+    if len(expected) != len(got):
+        raise SurgeryError(f"the compact model returns {len(got)} values, the masked one {len(expected)}")
+    worst = 0.0
+    for a, b in zip(expected, got, strict=True):
+        if not isinstance(a, Tensor):
+            continue
+        if a.shape != b.shape:
+            raise SurgeryError(f"the compact model returns shape {tuple(b.shape)}, the masked one {tuple(a.shape)}")
+        if not (a.is_floating_point() or a.is_complex()):
+            if not torch.equal(a, b):  # class indices, say: equal or not
+                worst = max(worst, float("inf") if plan.exact else 1.0)
+        else:
+            scale = float(a.abs().max()) if a.numel() else 0.0
+            error = float((a - b).abs().max()) if a.numel() else 0.0
+            worst = max(worst, error / scale if scale > 0 else error)
+            if not torch.isfinite(a).all() or not torch.isfinite(b).all():
+                raise SurgeryError("the model's output on a random input is not finite, so exactness cannot be checked")
+    return worst
+
+
+class InFloat64(TorchDispatchMode):
+    """Where a model's own code asks for a floating-point type (half precision, say) or for none, it gets float64."""
+
+    supports_higher_order_operators = True
+
+    def __enter__(self) -> InFloat64:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self.default)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if isinstance(kwargs.get("dtype"), torch.dtype):
+            kwargs["dtype"] = converted(kwargs["dtype"], torch.float64)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """``model`` in eval mode and ``dtype``: itself where it has that precision already, a copy elsewhere."""
+    if any(t.dtype != converted(t.dtype, dtype) for t in state_of(model).values()):
+        model = copied(model)._apply(lambda t: t.to(converted(t.dtype, dtype)))
+    with mode_of(model, training=False):
+        yield model
+
+
+def converted(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of type ``own`` becomes where computations are made in ``dtype``."""
+    if own.is_complex:
+        return dtype.to_complex()
+    return dtype if own.is_floating_point else own
+
+
+@contextmanager
+def name_the_failing_module(model: nn.Module, what: str, why: str) -> Iterator[None]:
+    """Turn an error inside ``model`` into one that says ``what`` failed, in which module, and ``why`` that matters."""
+    names = {module: name for name, module in model.named_modules()}
+    entered: list[str] = []
+    hooks: list[Any] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        entered.append(names[module])
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        entered.pop()
+
+    for module in names:
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    except Exception as error:  # the model's own code may raise anything
+        where = entered[-1] if entered else ""
+        raise SurgeryError(
+            f"{what}: {where or type(model).__name__!r} fails with {' '.join(str(error).split())[:300]}; {why}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()

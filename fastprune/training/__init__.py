@@ -1,0 +1,1 @@
+"""Steps of training: the phases of a method, the optimiser, the learning rate."""

@@ -1,0 +1,227 @@
+"""Steps that train weights: the optimiser, its schedule, gradients over all processes. Whose steps they are is open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.nn.parallel import DistributedDataParallel
+
+from fastprune.host.distributed import Distributed
+from fastprune.training.schedule import SCHEDULES, learning_rate
+
+AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary heads (Szegedy et al., CVPR 2015, §5)
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """How weights are trained. The defaults are the papers' CIFAR fine-tuning."""
+
+    epochs: int = _option(160, "passes over the training set")
+    batch_size: int = _option(128, "samples per step over all processes together")
+    optimizer: str = _option("sgd", f"of the weights: {' or '.join(OPTIMIZERS)}")
+    lr: float = _option(0.1, "largest learning rate")
+    momentum: float = _option(0.9, "momentum of SGD, β₁ of AdamW")
+    nesterov: bool = _option(False, "Nesterov's momentum")
+    weight_decay: float = _option(1e-4, "L2 penalty of SGD, decoupled decay of AdamW")
+    decay_norm_and_bias: bool = _option(True, "apply weight decay to batch-norm parameters and biases too")
+    schedule: str = _option("milestones", f"shape of the learning rate: {', '.join(SCHEDULES)}")
+    milestones: tuple[float, ...] = _option((0.5, 0.75), "epochs of the drops, or fractions of all epochs if below 1")
+    gamma: float = _option(0.1, "factor of each drop")
+    warmup_epochs: float = _option(0.0, "epochs in which the learning rate rises from 0")
+    label_smoothing: float = _option(0.0, "share of the target that is spread over all classes")
+    clip_gradient: float = _option(0.0, "largest norm of the whole gradient; 0 = no clipping")
+    augment: bool = _option(True, "apply the data set's training augmentation")
+    evaluate_every: int = _option(1, "epochs between two accuracies on the held-out part; 0 = never")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))  # YAML gives a list
+        for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r}: give one of {', '.join(choices)}")
+        for name in ("epochs", "lr", "weight_decay", "warmup_epochs", "clip_gradient", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: it cannot be negative")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size}: it must be at least 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing {self.label_smoothing}: it must be in [0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum {self.momentum}: it must be in [0, 1)")
+        if self.nesterov and (not self.momentum or self.optimizer != "sgd"):
+            raise ValueError("nesterov: it needs optimizer 'sgd' and a momentum above 0; set it to false otherwise")
+        if not self.gamma > 0:
+            raise ValueError(f"gamma {self.gamma}: it must be above 0")
+        if any(milestone < 0 for milestone in self.milestones):
+            raise ValueError(f"milestones {list(self.milestones)}: they cannot be negative")
+
+
+class WeightTraining:
+    """A model's weights on their way: ``gradients`` and ``update``, with whatever belongs between and after them.
+
+    Args:
+        model: trained in place, in the mode that it is in.
+        options: how.
+        steps_per_epoch: for the schedule.
+        device: where the model is.
+        peers: this process among its peers; gradients are means over all of them.
+        several_passes: whether the gradients of an update come from several passes of the caller's, who asks for their
+            means over all processes with ``average_gradients``.
+
+    Raises:
+        ValueError: for a model without a parameter that requires gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: WeightOptions,
+        *,
+        steps_per_epoch: int,
+        device: torch.device,
+        peers: Distributed,
+        several_passes: bool = False,
+    ) -> None:
+        self.model, self.options, self.peers = model, options, peers
+        self.steps_per_epoch = steps_per_epoch
+        self.steps = 0
+        self.network: nn.Module = model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError(f"{type(model).__name__} has no parameter with requires_grad: there is nothing to train")
+        if peers.world_size > 1 and several_passes:
+            self.share(model.parameters())
+            self.share_buffers()
+        elif peers.world_size > 1:
+            self.network = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        plain = [] if options.decay_norm_and_bias else [parameter for parameter in trained if parameter.dim() <= 1]
+        decayed = trained if options.decay_norm_and_bias else [p for p in trained if p.dim() > 1]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = optimizer_of([group for group in groups if group["params"]], options)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next update."""
+        return self.learning_rate_of(self.steps)
+
+    @property
+    def remaining_rates(self) -> float:
+        """The sum of the learning rates of all updates that are still to come."""
+        return sum(map(self.learning_rate_of, range(self.steps, self.options.epochs * self.steps_per_epoch)))
+
+    def learning_rate_of(self, step: int) -> float:
+        """The learning rate of an update, counted from 0."""
+        options = self.options
+        return learning_rate(
+            step,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=options.epochs,
+            lr=options.lr,
+            schedule=options.schedule,
+            milestones=options.milestones,
+            gamma=options.gamma,
+            warmup_epochs=options.warmup_epochs,
+        )
+
+    def gradients(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
+        """Forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N] or targets [N, K].
+
+        Returns:
+            The metrics to log: loss, accuracy, lr.
+        """
+        loss, scores = classification_loss(self.network(images), labels, self.options.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        # Backward runs outside autocast: each gradient takes the precision of its forward.
+        with torch.autocast(images.device.type, enabled=False):
+            loss.backward()
+        accuracy = (scores.argmax(1) == (labels if labels.dim() == 1 else labels.argmax(1))).float().mean()
+        return {"loss": loss.detach(), "accuracy": accuracy, "lr": self.learning_rate}
+
+    def average_gradients(self) -> None:
+        """Replace the gradients that there are by their means over all processes."""
+        if self.peers.world_size > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = self.peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def update(self) -> None:
+        """One step of the optimiser along the gradients that there are."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        if self.options.clip_gradient:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_gradient)
+        self.optimizer.step()
+        self.steps += 1
+
+    def share_buffers(self) -> None:
+        """Give all ranks rank 0's batch-norm statistics; DDP does so only when the next forward begins."""
+        if self.peers.world_size > 1:
+            self.share(self.model.buffers())
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks rank 0's values."""
+        for tensor in tensors:
+            self.peers.broadcast_(tensor.detach())
+            increment_version(tensor)  # collectives do not, and networks that hold on to values look at it
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state and the number of steps; not the weights."""
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        self.steps = int(state["steps"])
+
+
+def classification_loss(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The loss of a network's outputs, those of auxiliary heads among them.
+
+    Args:
+        outputs: scores [N, classes], or a tuple of such from the main head and others, as torchvision's GoogLeNet and
+            Inception return it in training mode; a head may be None.
+        labels: [N], or probabilities of the first K classes [N, K].
+        label_smoothing: share of the target that is spread over all classes.
+
+    Returns:
+        The mean cross-entropy in nats, of auxiliary heads with a weight of 0.3, and the main head's scores.
+
+    Raises:
+        ValueError: for probabilities of more classes than there are scores.
+    """
+    scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+    if labels.dim() == 2:
+        missing = scores.shape[1] - labels.shape[1]
+        if missing < 0:
+            raise ValueError(f"the network has {scores.shape[1]} outputs, the data have {labels.shape[1]} classes")
+        labels = F.pad(labels, (0, missing))
+    loss = F.cross_entropy(scores.float(), labels, label_smoothing=label_smoothing)
+    for other in auxiliary:
+        if other is not None:
+            loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(other.float(), labels, label_smoothing=label_smoothing)
+    return loss, scores
+
+
+def optimizer_of(groups: list[dict[str, Any]], options: WeightOptions) -> torch.optim.Optimizer:
+    """The optimiser of ``options`` for groups of parameters."""
+    if options.optimizer == "adamw":
+        betas = (options.momentum, 0.999)
+        return torch.optim.AdamW(groups, lr=options.lr, betas=betas, weight_decay=options.weight_decay)
+    return torch.optim.SGD(
+        groups,
+        lr=options.lr,
+        momentum=options.momentum,
+        nesterov=options.nesterov,
+        weight_decay=options.weight_decay,
+    )

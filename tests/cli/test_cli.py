@@ -1,0 +1,506 @@
+"""The command line, as a demanding new user has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastprune import models
+from fastprune.cli import commands, settings
+from fastprune.cli.main import command_parser, main
+from fastprune.engine import RunDirectory
+
+DATA = "synthetic:3x8x8:4:128"
+DMC = f"prune --model resnet20 --data {DATA} --budget flops=0.6 --device cpu --dmc.batch_size 16 --dmc.samples 96"
+COMMAND = [sys.executable, "-m", "fastprune.cli.main"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a training ``t``, a pruning ``p`` of it, and files that are wrong; tests copy what they change."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(shlex.split(f"train --model resnet20 --data {DATA} --epochs 1 --batch_size 32 --out {folder}/t")) == 0
+    weights = f"--weights {folder}/t/model.safetensors"
+    assert main(shlex.split(f"prune --model resnet20 --data {DATA} --method l1 {weights} --out {folder}/p")) == 0
+    models.save_weights(models.create("resnet20", num_classes=7), folder / "seven.safetensors")
+    torch.save({"a": object()}, folder / "object.pt")
+    (folder / "file").write_text("not a folder")
+    for name, text in {
+        "unknown": "metod: dmc",
+        "nope": "dmc: {nope: 3}",
+        "type": "budget: [1]",
+        "list": "- 1",
+        "broken": "{a: [",
+        "methods": "method: [1]",
+        "number": "dmc: 3",
+    }.items():
+        (folder / f"{name}.yaml").write_text(text)
+    for name, file, content in (
+        ("badplan", "plan.json", b'{"format": 3'),
+        ("listplan", "plan.json", b"[]"),
+        ("cut", "model.safetensors", (folder / "p" / "model.safetensors").read_bytes()[:5000]),
+        ("badyaml", "config.yaml", b"{a: ["),
+        ("listyaml", "config.yaml", b"- 1"),
+        ("typeyaml", "config.yaml", (folder / "p" / "config.yaml").read_bytes().replace(b"seed: 0", b"seed: x")),
+        ("noweights", "config.yaml", (folder / "p" / "config.yaml").read_bytes().replace(b"t/model", b"gone/model")),
+        ("empty", "model.safetensors", None),
+    ):
+        shutil.copytree(folder / "p", folder / name)
+        if content is None:
+            (folder / name / file).unlink()
+        else:
+            (folder / name / file).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def here(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(runs)
+    return runs
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()} | {
+        str(path.relative_to(folder)): b"" for path in folder.rglob("*") if path.is_dir()
+    }
+
+
+TRAIN = f"train --model resnet20 --data {DATA} --epochs 1"
+L1 = "prune --model resnet20 --method l1 --out new/run"
+
+BAD = [
+    # The parser's own complaints, in words that a user knows.
+    ("nonsense", "invalid choice: 'nonsense'"),
+    ("--nope", "there is no option --nope"),
+    (f"{TRAIN} --out new --epohcs 3", "there is no option --epohcs: did you mean --epochs?"),
+    (f"{TRAIN} --out new --batch-size 3", "there is no option --batch-size: did you mean --batch_size?"),
+    (f"{TRAIN} --out new --epochs x", "--epochs x: a whole number is needed"),
+    (f"{TRAIN} --out new --lr nan", "--lr nan: a finite number is needed"),
+    (f"{TRAIN} --out new --milestones 0.5", r"--milestones 0.5: a list such as \[0.5,0.75\] is needed"),
+    (f"{TRAIN} --out new --nesterov maybe", "--nesterov maybe: true or false is needed"),
+    (f"{L1} --metho l1", "there is no option --metho: did you mean --method?"),
+    # train
+    ("train", "--model and --data and --out are needed"),
+    (f"train --model resnet21 --data {DATA} --out new", r"model 'resnet21' is unknown \(did you mean resnet"),
+    ("train --model resnet20 --data digitz --out new", "data 'digitz' is unknown; give one of digits"),
+    ("train --model resnet20 --data cifar10:/nowhere --out new", "'/nowhere' is no folder"),
+    (f"train --model resnet20 --data {DATA} --out t", "exists already: continue that run with --resume"),
+    (f"{TRAIN} --out file/new", "cannot make the run directory"),
+    (f"{TRAIN} --out new --epochs -1", "epochs -1: it cannot be negative"),
+    (f"{TRAIN} --out new --batch_size 0", "batch_size 0: it must be at least 1"),
+    (f"{TRAIN} --out new --momentum -1", r"momentum -1.0: it must be in \[0, 1\)"),
+    (f"{TRAIN} --out new --nesterov true --momentum 0", "nesterov: it needs optimizer 'sgd' and a momentum above 0"),
+    (f"{TRAIN} --out new --gamma 0", "gamma 0.0: it must be above 0"),
+    (f"{TRAIN} --out new --milestones [-1]", r"milestones \[-1.0\]: they cannot be negative"),
+    (f"{TRAIN} --out new --precision fp16", "precision 'fp16': give float32 or bf16"),
+    (f"{TRAIN} --out new --sync_bn true --device cpu", "sync_bn: .* leave it out on the CPU"),
+    (f"{TRAIN} --out new --seed -1", "seed -1: give a whole number from 0"),
+    (f"{TRAIN} --out new --seed 99999999999999999999", "seed 99999999999999999999: give a whole number from 0"),
+    (f"{TRAIN} --out new --image_size 0", "image_size 0: at least 1 pixel is needed"),
+    (f"{TRAIN} --out new --held_out 1.5", "held_out 1.5: give"),
+    (f"{TRAIN} --out new --device gpu", "device 'gpu': give auto, cpu, cuda or cuda:N"),
+    (f"{TRAIN} --out new --input 1x8x8", "--input '1x8x8': the images of .* are 3x8x8"),
+    (f"{TRAIN} --out new --weights nowhere.pth", "weights 'nowhere.pth': there is no such file"),
+    (f"{TRAIN} --out new --weights object.pt", "never unpickled"),
+    (f"{TRAIN} --out new --weights seven.safetensors", r"do not fit ResNet: .*fc.weight \[7, 64\], needs \[4, 64\]"),
+    ("train --model torchvision:resnet18 --data digits --out new", "takes images of 3 channels, not 1"),
+    (f"train --model torchvision:alexnet --data {DATA} --out new", "cannot take images of 3x8x8: .*too small"),
+    ("train --resume --out nowhere", "'nowhere' is not a run directory"),
+    ("train --resume --out p", "'p' is a run of 'fastprune prune', not of 'train'"),
+    ("train --resume --out t --epochs 3", "--resume takes its settings from t/config.yaml; leave out --epochs"),
+    # inspect, methods, demo
+    ("inspect", "--model is needed"),
+    ("inspect --model resnet20 --input 3x0x5", "--input '3x0x5': write CxHxW"),
+    ("inspect --model torchvision:alexnet --input 3x20x20", "cannot take images of 3x20x20"),
+    ("inspect --model resnet20 --input 99999999x3x3", "model 'resnet20' cannot be made for 99999999 channels"),
+    ("methods extra", "unrecognized arguments: extra"),
+    ("demo --out p", "'p' exists already: give another --out"),
+    ("demo --out new --seed -3", "seed -3: give a whole number from 0"),
+    # bench
+    ("bench", 'expected "bench.command" to be one of {kernels,step,search,align,subnets, '),
+    ("bench nope", "invalid choice: 'nope'"),
+    ("bench kernels --only nope", "only 'nope': there is no such benchmark; give some of gates, group_prox, "),
+    ("bench kernels --onyl topk_mask", "there is no option --onyl: did you mean --only?"),
+    ("bench kernels --device gpu", "device 'gpu': give auto, cpu, cuda or cuda:N"),
+    ("bench kernels --json nowhere/file", "json 'nowhere/file': there is no such folder"),
+    ("bench kernels --seconds 0", "seconds 0.0: it must be above 0"),
+    ("bench step --compile_seconds 0", "compile_seconds 0.0: it must be above 0"),
+    ("bench step --only topk_mask", "there is no option --only"),
+    ("bench search --only l1", "only 'l1': there is no such benchmark; give some of dmc, ddnp"),
+    # prune: the method, its options, the budget
+    ("prune --model resnet20 --out new --method dmcc", "no pruning method is called 'dmcc': did you mean 'dmc'"),
+    ("prune --model resnet20 --out new", "--data is needed: method 'dmc' searches on training data"),
+    (f"{L1} --dmc.epochs 3", "there is no option --dmc.epochs: the method is 'l1'; --method dmc has"),
+    (f"{DMC} --out new --dmc.nope 3", "there is no option --dmc.nope"),
+    (f"{DMC} --out new --dmc.epoch 3", "there is no option --dmc.epoch: did you mean --dmc.epochs?"),
+    (f"{DMC} --out new --dmc.epochs x", "--dmc.epochs x: a whole number is needed"),
+    (f"{DMC} --out new --dmc.epochs 0", "option epochs=0: must be at least 1"),
+    (f"{DMC} --out new --dmc.sampling dice", "--dmc.sampling dice: one of 'stochastic', 'deterministic' is needed"),
+    (f"{DMC} --out new --dmc 3", "--dmc 3: a YAML file with options of 'dmc' is needed"),
+    (f"{L1} --budget 0.5", "budget '0.5': 'flops=…', 'params=…' or 'latency=…' is needed"),
+    (f"{L1} --budget flops=1.5", r"the fraction to keep must be in \(0, 1\]"),
+    (f"{L1} --budget flops=2G", "so there is nothing to prune"),
+    (f"{L1} --budget flops=0.001", "with every prunable channel gone 0.011 remains"),
+    (f"{L1} --keep_ratio '*=1:1'", "with every prunable channel gone 1.000 remains"),
+    (f"{L1} --keep_ratio layer9=0:1", "no layer has such a name"),
+    (f"{L1} --keep_ratio layer1", "write PATTERN=LEAST:MOST"),
+    (f"{L1} --round_to 0", "round_to 0"),
+    (f"{L1} --budget latency=12", r"a unit \(12ms\)"),
+    (f"{L1} --latency_dtype int8", "none of float32, bfloat16, float16"),
+    (f"prune --model resnet20 --method l1 --data {DATA} --weights seven.safetensors --out new", "do not fit ResNet"),
+    ("prune --model resnet20 --method l1 --out p", "exists already"),
+    # prune: YAML, resume
+    ("prune --config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
+    ("prune --config unknown.yaml", "there is no option --metod: did you mean --method?"),
+    ("prune --config nope.yaml", "there is no option --dmc.nope"),
+    ("prune --config type.yaml", r"--budget \[1\]: a text is needed"),
+    ("prune --config list.yaml", "--config list.yaml: settings by name are needed"),
+    ("prune --config broken.yaml", "--config broken.yaml: this is not YAML"),
+    ("prune --config seven.safetensors", "--config seven.safetensors: this is not YAML"),
+    ("prune --config methods.yaml", r"method \[1\]: the name of one method is needed"),
+    ("prune --config number.yaml", "dmc 3: options by name are needed"),
+    ("prune --resume", "--out is needed"),
+    ("prune --resume --out t", "'t' is a run of 'fastprune train', not of 'prune'"),
+    ("prune --resume --out p --budget flops=0.3", "leave out --budget"),
+    ("prune --resume --out p --l1.groups interior", "leave out --l1.groups"),
+    ("prune --resume --out badyaml", "config.yaml' is not YAML"),
+    ("prune --resume --out listyaml", "holds no mapping"),
+    ("prune --resume --out typeyaml", "seed 'x': type int is needed"),
+    ("prune --resume --out noweights", "gone/model.safetensors': there is no such file"),
+    # finetune
+    ("finetune", "--run is needed"),
+    ("finetune --run t", "'t' holds no plan: it is no finished pruning run"),
+    ("finetune --run badplan", "badplan/plan.json: not a pruning plan"),
+    ("finetune --run listplan", "listplan/plan.json: not a pruning plan"),
+    ("finetune --run cut", "not a whole safetensors file"),
+    ("finetune --run empty", "there is no such file"),
+    ("finetune --run typeyaml", "seed 'x': type int is needed"),
+    ("finetune --run p --precision fp16", "precision 'fp16'"),
+    ("finetune --run p --momentum -1", "momentum -1.0"),
+    ("finetune --run p --data synthetic:3x8x8:9:128", r"needs \[9, \d+\]"),
+    ("finetune --run p --resume", "p/finetune.yaml; there is none, so there is nothing to resume"),
+    ("finetune --run p --resume --epochs 3", "leave out --epochs"),
+    # evaluate
+    ("evaluate", "--model and --data are needed"),
+    ("evaluate --run nowhere", "'nowhere' is not a run directory"),
+    ("evaluate --run empty", "there is no such file"),
+    ("evaluate --run cut", "not a whole safetensors file"),
+    ("evaluate --run badplan", "not a pruning plan"),
+    ("evaluate --run noweights", "gone/model.safetensors': there is no such file"),
+    ("evaluate --run p --model resnet20", "--run p has a network of its own: leave out --model"),
+    ("evaluate --run p --data synthetic:3x8x8:9:128", r"needs \[9, 64\]"),
+    (f"evaluate --model torchvision:alexnet --data {DATA}", "cannot take images of 3x8x8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), BAD, ids=[line for line, _ in BAD])
+def test_bad_input(line: str, message: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = contents(here)
+    assert main(shlex.split(line)) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("fastprune: error: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+    assert contents(here) == before
+
+
+def test_inspect_of_resnet50(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--model", "torchvision:resnet50", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["macs"], found["params"], found["units"], len(found["groups"])) == (4089184256, 25557032, 11456, 37)
+    assert sum(group["size"] for group in found["groups"]) == 11456
+    assert len(found["layers"]) == 54
+    assert found["layers"][0]["groups"] == ["conv1"]
+    assert [layer["layer"] for layer in found["layers"] if layer["kept"]] == ["fc"]
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--json"]) == 0
+    found = {method["name"]: method for method in json.loads(capsys.readouterr().out)}
+    assert {"dmc", "l1", "l2", "random", "uniform"} <= found.keys()
+    assert found["dmc"]["package"] == "fastprune"
+    assert "CVPR 2020" in found["dmc"]["paper"]
+    options = {option["name"]: option for option in found["dmc"]["options"]}
+    assert options["epochs"]["default"] == 300
+    assert options["epochs"]["type"] == "int"
+    assert options["epochs"]["help"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "methods",
+        "doctor",
+        pytest.param("inspect --model mobilenetv2-cifar", marks=pytest.mark.slow),
+        "evaluate --run p",
+    ],
+)
+def test_tables_fit_80_columns(
+    line: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(shlex.split(line)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 4
+    assert max(map(len, lines)) <= 80
+
+
+def test_every_flag_has_its_own_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in commands.COMMANDS:
+        actions = [action for action in command_parser(command, "dmc")._actions if action.option_strings]
+        assert len(actions) >= 2
+        for action in actions:
+            assert action.help, f"{command} {action.option_strings}"
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as stop:
+        main(["prune", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …" in shown
+    assert "--dmc.epochs EPOCHS   passes over the samples (type: int, default: 300)" in shown
+
+
+def test_the_whole_way(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    line = f"prune --model resnet20 --data {DATA} --weights t/model.safetensors --method l2 --out {run} --json"
+    assert main(shlex.split(line)) == 0
+    pruned = json.loads(capsys.readouterr().out)
+    # What is printed is what is on disk, and what the compact network itself measures.
+    plan = json.loads((run / "plan.json").read_text())
+    assert pruned["compact"]["macs"] == plan["macs"]["planned"] <= 0.5 * plan["macs"]["full"]
+    assert pruned["baseline"]["params"] == plan["params"]["full"] == 269332
+    assert main(["evaluate", "--run", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {name: pruned[name] for name in ("baseline", "compact")}
+
+    assert main(shlex.split(f"finetune --run {run} --epochs 1 --batch_size 32 --json")) == 0
+    tuned = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", "--run", str(run), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["baseline"] == pruned["baseline"]
+    assert evaluated["compact"] == {**pruned["compact"], "accuracy": tuned["compact"]["accuracy"]}
+    weights = models.read_weights(run / "model.safetensors")
+    counted = sum(t.numel() for name, t in weights.items() if "running" not in name and "num_batches" not in name)
+    assert counted == evaluated["compact"]["params"]
+
+    # A search that is taken up again would put the weights before the fine-tuning in the place of these.
+    before = contents(run)
+    assert main(shlex.split(f"prune --resume --out {run}")) == 2
+    assert "have been fine-tuned since: go on with fastprune finetune" in capsys.readouterr().err
+    assert contents(run) == before
+
+
+@pytest.mark.slow
+def test_no_data_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    line = f"prune --model resnet20 --method uniform --input 3x16x16 --out {run} --json"
+    assert main(shlex.split(line)) == 0
+    pruned = json.loads(capsys.readouterr().out)
+    assert pruned["baseline"] == {"macs": 10138240, "params": 269722}
+    # The run names no data, so it may be measured on images of another size than it was told.
+    assert main(shlex.split(f"evaluate --run {run} --data synthetic:3x8x8:10:128 --json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 <= found["compact"]["accuracy"] <= 1
+    assert found["baseline"]["macs"] == 2535040  # 8x8: the convolutions' quarter, and the linear layer
+
+
+def test_yaml_settings_and_flags_over_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "model: resnet20\nmethod: l1\nbudget: flops=0.3\nround_to: 4\nl1: {groups: interior}\n"
+    )
+    line = f"prune --config {tmp_path}/recipe.yaml --budget flops=0.6 --channels_last --out {tmp_path}/run --json"
+    assert main(shlex.split(line)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.55 < found["compact"]["macs"] / found["baseline"]["macs"] <= 0.6
+    config = RunDirectory.open(tmp_path / "run").config
+    assert (config["method"], config["budget"], config["round_to"], config["l1"]["groups"]) == (
+        "l1",
+        "flops=0.6",
+        4,
+        "interior",
+    )
+    assert config["channels_last"]
+
+
+def test_settings_from_a_file_are_checked() -> None:
+    with pytest.raises(ValueError, match="seed 'x': type int is needed"):
+        settings.pick(settings.NetworkSettings, {"seed": "x"})
+    chosen = settings.pick(settings.FinetuneConfig, {"milestones": [1, 2], "lr": 1, "other": 3})
+    assert (chosen.milestones, chosen.lr) == ((1.0, 2.0), 1.0)
+
+
+# --- stopped and resumed --------------------------------------------------------------------------------------------
+
+SLOW_STEPS = """
+import sys, time
+from fastprune.cli.main import main
+from fastprune.engine import loop
+from fastprune.engine.meter import Meter
+
+add = Meter.add
+def slow(self, metrics):  # so that a signal finds the run in the middle
+    add(self, metrics)
+    time.sleep(0.05)
+Meter.add = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def stopped(line: str, folder: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+    """Run a command with slow steps, and stop it by a signal once it has a checkpoint after step 0."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STEPS, *shlex.split(line)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not any(int(path.stem[5:]) > 0 for path in folder.glob("step-*.safetensors")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no checkpoint"
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs as below, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(shlex.split(f"{DMC} --dmc.epochs 4 --out {folder}/p")) == 0
+    return folder
+
+
+def same_files(one: Path, other: Path) -> None:
+    for name in ("plan.json", "model.safetensors"):
+        if (one / name).exists():
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_interrupted_prune_resumes_to_the_same_bytes(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "p"
+    ended = stopped(f"{DMC} --dmc.epochs 4 --out {run}", run / "checkpoints" / "search", signal.SIGTERM)
+    assert ended.returncode == 130
+    assert ended.stdout == ""
+    told = re.fullmatch(
+        r"fastprune: search was interrupted at step \d+; resume it from .*: fastprune (.*)\n", ended.stderr
+    )
+    assert told, ended.stderr
+    assert not (run / "plan.json").exists()
+    assert main(shlex.split(told[1])) == 0  # the command that it told
+    capsys.readouterr()
+    same_files(whole / "p", run)
+    logged = [record["step"] for record in RunDirectory.open(run).metrics() if record["stage"] == "search"]
+    assert logged == sorted(set(logged))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train",
+        "prune",
+        "prune ddnp",
+        "prune ddnp release",
+        "prune dp",
+        "prune sanp",
+        "prune gcp",
+        "prune sp",
+        "finetune",
+    ],
+)
+def test_every_command_resumes_after_every_signal(
+    command: str, number: signal.Signals, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = "--epochs 3 --batch_size 16 --device cpu"
+    common, _, _ = DMC.partition(" --dmc")
+    ddnp = DMC.replace("dmc", "ddnp") + " --method ddnp --ddnp.epochs 4 --out {}"
+    sp = "--sp.batch_size 16 --sp.population 4 --sp.iterations 2 --sp.levels 3 --sp.images 12"
+    lines = {
+        "prune ddnp": ddnp,
+        "prune ddnp release": f"{ddnp} --ddnp.variant release",
+        "prune dp": DMC.replace("dmc", "dp") + " --method dp --dp.epochs 4 --out {}",
+        "prune sanp": f"{common} --method sanp --sanp.batch_size 16 --sanp.epochs 4 --sanp.every 2 --out {{}}",
+        "prune gcp": f"{common} --method gcp --gcp.batch_size 16 --gcp.rounds 2 --out {{}}",
+        "prune sp": f"{common} --method sp --sp.epochs 2 {sp} --out {{}}",
+        "train": f"train --model resnet20 --data {DATA} {recipe} --out {{}}",
+        "prune": f"{DMC} --dmc.epochs 4 --out {{}}",
+        "finetune": f"finetune {recipe} --run {{}}",
+    }
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    if command == "finetune":
+        shutil.copytree(whole / "p", expected)
+        shutil.copytree(whole / "p", run)
+    assert main(shlex.split(lines[command].format(expected))) == 0
+    line, command = lines[command].format(run), command.split()[0]
+    stage = {"train": "training", "prune": "search", "finetune": "finetune"}[command]
+    ended = stopped(line, run / "checkpoints" / stage, number)
+    assert ended.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    place = "--run" if command == "finetune" else "--out"
+    assert main([command, place, str(run), "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["run"] == str(run)
+    assert (run / "model.safetensors").exists()
+    same_files(expected, run)
+
+
+def test_a_killed_start_can_be_resumed(whole: Path, tmp_path: Path) -> None:
+    """Killed before its first checkpoint, a run is its config.yaml alone."""
+    run = tmp_path / "p"
+    run.mkdir()
+    shutil.copy(whole / "p" / "config.yaml", run)
+    assert main(shlex.split(f"prune --resume --out {run}")) == 0
+    same_files(whole / "p", run)
+
+
+# --- as a process, and as several -----------------------------------------------------------------------------------
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    bad = subprocess.run(
+        [*COMMAND, "inspect", "--model", "resnet2"], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("fastprune: error: model 'resnet2' is unknown")
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_is_no_error() -> None:
+    line = f"{shlex.join([*COMMAND, 'methods', '--json'])} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("0", "141")  # 0: written before the reader left
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_plan(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    line = shlex.split(f"{DMC} --dmc.epochs 2 --out {run} --json")
+    done = subprocess.run(
+        [*torchrun, "-m", "fastprune.cli.main", *line], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (printed,) = done.stdout.splitlines()
+    plan = json.loads((run / "plan.json").read_text())
+    assert json.loads(printed)["compact"]["macs"] == plan["macs"]["planned"]
+    assert "destroy_process_group" not in done.stderr
+    records = RunDirectory.open(run).metrics()
+    assert [record["stage"] for record in records].count("plan") == 1
+    assert [record["stage"] for record in records].count("result") == 1
