@@ -35,7 +35,7 @@ from fastprune.graph import trace
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
 from fastprune.host.machine import machine
-from fastprune.methods.contract import Phase, Task
+from fastprune.methods.contract import Task
 from fastprune.methods.registry import configure
 from fastprune.methods.sp.autoslim import AutoSlim
 from fastprune.methods.sp.evolution import Evolution
@@ -45,6 +45,7 @@ from fastprune.models import create, load_weights
 from fastprune.planning.budget import Budget
 from fastprune.planning.limits import Limits
 from fastprune.surgery import apply
+from fastprune.training.phases import Phase
 
 WIDTH = 0.02  # of the band of costs below the budget's
 ATTEMPTS = 20_000  # at drawing a sub-network within it

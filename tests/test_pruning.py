@@ -17,9 +17,10 @@ import fastprune as fp
 from fastprune.engine import LoopOptions, RunDirectory, RunError
 from fastprune.graph.export.tracing import TraceError
 from fastprune.graph.plan import PruningPlan
-from fastprune.methods.contract import Method, Metrics, Phase, Task
+from fastprune.methods.contract import Method, Task
 from fastprune.options import option
 from fastprune.planning.budget import Budget, BudgetError
+from fastprune.training.phases import Metrics, Phase
 
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 SHORT: dict[str, Any] = {"epochs": 2, "samples": 32, "batch_size": 16, "evaluate_every": 0}

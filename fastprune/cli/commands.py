@@ -53,6 +53,7 @@ from fastprune.cli.settings import (
 )
 from fastprune.data import SourceData, load_data
 from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate, train
+from fastprune.engine.run import plain, run_directory, took_steps
 from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.plan import PruningPlan
 from fastprune.host import atomic
@@ -60,7 +61,7 @@ from fastprune.host.distributed import Distributed
 from fastprune.methods import registry
 from fastprune.methods.contract import Method
 from fastprune.planning.budget import Budget
-from fastprune.pruning import plain, prune, run_directory, took_steps
+from fastprune.pruning import prune
 from fastprune.report import tables
 from fastprune.report.log import read_runs
 from fastprune.report.page import summary, write_report

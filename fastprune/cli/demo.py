@@ -27,7 +27,8 @@ from fastprune.engine import (
     train,
 )
 from fastprune.engine.device import Placement
-from fastprune.pruning import plain, prune
+from fastprune.engine.run import plain
+from fastprune.pruning import prune
 
 BASELINE = TrainConfig(epochs=12, batch_size=64, lr=0.1, schedule="cosine", evaluate_every=0)
 # The gates begin wide open, at 1, and Adam moves them by about the learning rate a step: 0.01 over these 840 steps

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastprune.cli.settings import FinetuneConfig, PruneSettings, pick, read_settings
+from fastprune.engine.run import plain
 from fastprune.methods import registry
 from fastprune.options import build
 from fastprune.planning.budget import Budget
-from fastprune.pruning import plain
 
 PLACES = {"data", "weights", "out", "from_run", "recipe"}
 """Settings of ``prune`` that differ from machine to machine; a recipe has none of them."""

@@ -21,7 +21,7 @@ from fastprune.engine.meter import Meter, NonFiniteError
 from fastprune.engine.progress import ProgressBar
 from fastprune.engine.run import RunDirectory
 from fastprune.host.distributed import Distributed
-from fastprune.methods.contract import Phase, Rounds
+from fastprune.training.phases import Phase, Rounds
 
 
 class LoopTask(Protocol):

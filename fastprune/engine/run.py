@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,49 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+@contextmanager
+def run_directory(
+    out: str | Path | None, config: Mapping[str, Any], peers: Distributed, *, resume: bool
+) -> Iterator[RunDirectory | None]:
+    """The run's directory, new or resumed; where an error comes before any progress, a new one is taken away again.
+
+    Progress is a line in the log or a checkpoint after step 0: whoever has that can go on after the error.
+    """
+    if out is None:
+        yield None
+        return
+    if resume:
+        yield RunDirectory.open(out, peers)
+        return
+    path = Path(out).absolute()
+    emptied, made = path.is_dir(), [folder for folder in path.parents if not folder.exists()]
+    run = RunDirectory.create(path, config, peers)
+    try:
+        yield run
+    except Exception:
+        if peers.is_main and not has_progress(run):
+            shutil.rmtree(run.path)
+            if emptied:
+                run.path.mkdir()
+            for folder in made:
+                with suppress(OSError):  # somebody else has put something there meanwhile
+                    folder.rmdir()
+        raise
+
+
+def has_progress(run: RunDirectory) -> bool:
+    """Whether a run holds anything that took work: a line in its log, or a checkpoint after step 0."""
+    return run.metrics_size() > 0 or took_steps(run, "*")
+
+
+def took_steps(run: RunDirectory, stage: str) -> bool:
+    """Whether a stage (a glob pattern) has a checkpoint after step 0, from which it can be resumed."""
+    found = run.path.glob(f"checkpoints/{stage}/step-*.safetensors")
+    return any(int(path.stem.removeprefix("step-")) > 0 for path in found)
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with lists in place of tuples, as YAML has it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,8 @@ from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
 from fastprune.host.distributed import Distributed
 from fastprune.models.weights import save_weights
+from fastprune.training.phases import Phase
 from fastprune.training.weight_training import WeightOptions, WeightTraining
-
-if TYPE_CHECKING:
-    from fastprune.methods.contract import Phase
-
 
 _ALTER = 4  # what random bits are for; the first ones are data.py's
 
@@ -88,8 +85,6 @@ class Trainer:
 
     def phases(self, task: TrainTask) -> Iterator[Phase]:
         """The one phase."""
-        from fastprune.methods.contract import Phase
-
         config = self.config
         yield Phase(
             "train",

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 
-from fastprune.graph.channel_graph import ChannelGraph, Group, Layer, Slice
+from fastprune.graph.channel_graph import ChannelGraph
 from fastprune.graph.cost import CostModel, SlicedDim, terms_of
 from fastprune.graph.export.inputs import Example, Inputs
 from fastprune.graph.export.tracing import Traced, trace_graphs
 from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.labels import IntArray
 from fastprune.graph.labels.propagate import LabelledDim, Propagation
+from fastprune.graph.structure import Group, Layer, Slice
 
 REMOVED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # hooks of torch.nn.utils
 

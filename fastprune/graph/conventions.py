@@ -14,13 +14,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from fastprune.graph.cost import CostModel, Term
 from fastprune.graph.interior import Flow, interior_units
-
-if TYPE_CHECKING:
-    from fastprune.graph.channel_graph import ChannelGraph, Layer
+from fastprune.graph.structure import GraphStructure, Layer
 
 Flops = Literal["mac", "eq8", "auth"]
 
@@ -29,7 +27,7 @@ ACTIVATION = 1
 HARDSWISH = 4
 
 
-def counted(graph: ChannelGraph, flops: str) -> CostModel:
+def counted(graph: GraphStructure, flops: str) -> CostModel:
     """The cost model of a network in one of the conventions.
 
     Raises:
@@ -43,7 +41,7 @@ def counted(graph: ChannelGraph, flops: str) -> CostModel:
     return literal if flops == "eq8" else next_to_gates(graph, literal)
 
 
-def with_fixed_groups(graph: ChannelGraph) -> CostModel:
+def with_fixed_groups(graph: GraphStructure) -> CostModel:
     """eq8: depthwise layers shrink with their inputs and with their outputs."""
     depthwise = {layer.weight for layer in graph.layers if layer.depthwise}
     sizes = {(sliced.tensor, sliced.dim): sliced.size for sliced in graph.cost_model.dims}
@@ -58,7 +56,7 @@ def with_fixed_groups(graph: ChannelGraph) -> CostModel:
     return replace(graph.cost_model, terms=terms)
 
 
-def next_to_gates(graph: ChannelGraph, literal: CostModel) -> CostModel:
+def next_to_gates(graph: GraphStructure, literal: CostModel) -> CostModel:
     """auth: only layers that shrink with a gate, with their normalisations and activations."""
     inside, flow = interior_units(graph), Flow(graph)
     gated = [
@@ -79,7 +77,7 @@ def next_to_gates(graph: ChannelGraph, literal: CostModel) -> CostModel:
     return replace(literal, terms=terms, fixed_macs=0)
 
 
-def of_outputs(graph: ChannelGraph, layer: Layer, operations: int) -> Term:
+def of_outputs(graph: GraphStructure, layer: Layer, operations: int) -> Term:
     """So many operations for each channel that a layer makes."""
     for piece in graph.slices:
         if piece.tensor == layer.weight and piece.role in ("out", "depthwise"):

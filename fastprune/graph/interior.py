@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +10,7 @@ from torch.fx import Node
 
 from fastprune.graph.export.tracing import concrete
 from fastprune.graph.labels.rules import operator_name
-
-if TYPE_CHECKING:
-    from fastprune.graph.channel_graph import ChannelGraph, Group, Layer
+from fastprune.graph.structure import GraphStructure, Group, Layer
 
 # Operators after which DMC and its successors put a gate ("always placed after ReLU activation functions").
 ACTIVATIONS = {
@@ -22,7 +19,7 @@ ACTIVATIONS = {
 }
 
 
-def interior_units(graph: ChannelGraph) -> Tensor:
+def interior_units(graph: GraphStructure) -> Tensor:
     """The units inside blocks: those that DMC, DDNP and SANP put gates on.
 
     A group counts if its channels pass an activation on their way to a layer that reads them, and are none of these:
@@ -51,7 +48,7 @@ def interior_units(graph: ChannelGraph) -> Tensor:
     return inside
 
 
-def last_gated_units(graph: ChannelGraph, gated: Tensor) -> Tensor:
+def last_gated_units(graph: GraphStructure, gated: Tensor) -> Tensor:
     """Of the units inside blocks those that no other gate follows within the block: one gate per residual block.
 
     In a ResNet bottleneck these are the channels between the second and the third convolution.
@@ -84,7 +81,7 @@ def last_gated_units(graph: ChannelGraph, gated: Tensor) -> Tensor:
 class Flow:
     """Questions about the order of layers, answered on the traced operators."""
 
-    def __init__(self, graph: ChannelGraph) -> None:
+    def __init__(self, graph: GraphStructure) -> None:
         self.graph = graph
         self.layers = {layer.node: layer for layer in graph.layers}
         nodes = [node for node in graph.traced.evaluation.graph.nodes if node.op == "call_function"]
@@ -205,3 +202,13 @@ class Flow:
 def touches(units: Tensor, group: Group) -> bool:
     """Whether any of ``units`` belongs to ``group``."""
     return bool(((units >= group.start) & (units < group.start + group.size)).any())
+
+
+def gated_units(graph: GraphStructure, groups: str) -> Tensor:
+    """The units of an option ``groups``, bool [U].
+
+    "all", "interior" for ``interior_units``, or "one_gate" for the last of them in every residual block.
+    """
+    if groups == "one_gate":
+        return last_gated_units(graph, interior_units(graph))
+    return interior_units(graph) if groups == "interior" else torch.ones(graph.num_units, dtype=torch.bool)

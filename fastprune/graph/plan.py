@@ -7,18 +7,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastprune.graph.channel_graph import Slice
 from fastprune.graph.export.inputs import Inputs
-from fastprune.graph.labels.propagate import Role
+from fastprune.graph.structure import GraphStructure, Role, Slice
 from fastprune.host.atomic import write_text
-
-if TYPE_CHECKING:
-    from fastprune.graph import ChannelGraph
 
 FORMAT = "fastprune-plan-1"
 
@@ -76,8 +72,8 @@ class PruningPlan:
     exact: bool = True
 
     @staticmethod
-    def from_mask(graph: ChannelGraph, mask: Tensor) -> PruningPlan:
-        """The plan that keeps the units where ``mask`` [U] is 1; see ``ChannelGraph.plan``."""
+    def from_mask(graph: GraphStructure, mask: Tensor) -> PruningPlan:
+        """The plan that keeps the units where ``mask`` [U] is 1; see ``GraphStructure.plan``."""
         if mask.shape != (graph.num_units,):
             raise ValueError(f"mask: a vector of {graph.num_units} units is needed, got shape {tuple(mask.shape)}")
         mask = mask.detach().cpu()
@@ -87,7 +83,7 @@ class PruningPlan:
         for group in graph.groups:
             if not bool(keep[group.units].any()):
                 raise ValueError(f"mask: group {group.name!r} would lose all its {group.size} units; keep at least one")
-        full, planned = graph.cost(), graph.cost(keep)
+        full, planned = graph.cost_model(torch.ones(graph.num_units)), graph.cost_model(keep)
         return PruningPlan(
             mask=keep,
             groups=unique_names(graph),
@@ -291,7 +287,7 @@ def free_name(name: str, taken: Mapping[str, int]) -> str:
     return free
 
 
-def unique_names(graph: ChannelGraph) -> dict[str, int]:
+def unique_names(graph: GraphStructure) -> dict[str, int]:
     """Group names with "#2", "#3" … where one layer makes the channels of several groups."""
     named: dict[str, int] = {}
     for group in graph.groups:

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.export.tracing import attribute_of
 from fastprune.graph.labels.labels import core
 from fastprune.graph.labels.moves import PARTING
 from fastprune.graph.labels.propagate import Computed
 from fastprune.graph.labels.rules import described, operator_name
 from fastprune.graph.labels.selection import Selection
+from fastprune.graph.model_state import attribute_of
 
 Kept = npt.NDArray[np.int64] | None  # the indices that stay along a dimension, None for all
 

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby, pairwise, takewhile
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastprune.graph.export.tracing import concrete
 from fastprune.graph.labels.rules import module_of
-
-if TYPE_CHECKING:
-    from fastprune.graph.channel_graph import ChannelGraph, Group, Layer
+from fastprune.graph.structure import GraphStructure, Group, Layer
 
 STEM = 1  # so many layers in front of the first change of resolution are no stage of their own
 HEAD = 1  # so many behind the last one are a part of the classifier
@@ -45,7 +42,7 @@ class Stage:
     groups: tuple[int, ...]
 
 
-def find_stages(graph: ChannelGraph, ends: Sequence[str] = ()) -> tuple[Stage, ...]:
+def find_stages(graph: GraphStructure, ends: Sequence[str] = ()) -> tuple[Stage, ...]:
     """The stages of a network, in its order. What follows the last one, the classifier, belongs to none.
 
     A stage ends where all data passes one tensor, the last one of a resolution in front of the block that changes it. A
@@ -90,7 +87,7 @@ def passes(traced: GraphModule) -> list[Node]:
     return found
 
 
-def points_of_resolutions(graph: ChannelGraph, points: list[Node]) -> list[Node]:
+def points_of_resolutions(graph: GraphStructure, points: list[Node]) -> list[Node]:
     """The last point of each resolution that lies in front of the block that changes it."""
     runs = [list(run) for _, run in groupby(points, size_of)]
     following = [run[0] for run in runs[1:]]
@@ -136,7 +133,7 @@ def named_points(points: list[Node], ends: Sequence[str]) -> list[Node]:
     return chosen
 
 
-def parts(graph: ChannelGraph, points: list[Node]) -> tuple[Stage, ...]:
+def parts(graph: GraphStructure, points: list[Node]) -> tuple[Stage, ...]:
     """The stages between points."""
     places = {node.name: number for number, node in enumerate(graph.traced.evaluation.graph.nodes)}
     ends = [places[node.name] for node in points]
@@ -163,7 +160,7 @@ def makes(layer: Layer, group: Group) -> bool:
     return bool(((layer.out_units >= group.start) & (layer.out_units < group.start + group.size)).any())
 
 
-def layers_between(graph: ChannelGraph, points: list[Node]) -> list[int]:
+def layers_between(graph: GraphStructure, points: list[Node]) -> list[int]:
     """How many layers lie before each point, and behind the one before it."""
     places = {node.name: number for number, node in enumerate(graph.traced.evaluation.graph.nodes)}
     before = [sum(places[layer.node] <= places[node.name] for layer in graph.layers) for node in points]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fastprune.graph.export.tracing import attribute_of
+from fastprune.graph.model_state import attribute_of
 from fastprune.graph.rewrite import Rewritten, argument_of
 from fastprune.networks.fusion import activation_of, same_kind, value_of, version
 from fastprune.ops.conv.library import IN_PLACE, Geometry

@@ -19,12 +19,12 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph
 from fastprune.graph.export.regions import modes_kept
-from fastprune.graph.export.tracing import attribute_of
 from fastprune.graph.interior import ACTIVATIONS
 from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.labels import IntArray, core
 from fastprune.graph.labels.propagate import Computed, Propagation
 from fastprune.graph.labels.rules import operator_name
+from fastprune.graph.model_state import attribute_of
 from fastprune.graph.rewrite import Rewritten, argument_of, rewrite
 from fastprune.networks.masked import make_out_of_place, share_tensors
 from fastprune.networks.prefixes import use_kernels

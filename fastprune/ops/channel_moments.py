@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastprune import _C
 from fastprune.ops.layout import as_views
-from fastprune.ops.library import register
+from fastprune.ops.library import _C, register
 
 
 def _kernel(x: Tensor) -> tuple[Tensor, Tensor]:

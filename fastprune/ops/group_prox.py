@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastprune import _C
+from fastprune.ops.library import _C
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastprune import _C
-from fastprune.ops.library import refuse_transforms, register
+from fastprune.ops.library import _C, refuse_transforms, register
 from fastprune.ops.seed_and_step import split_step
 
 Noise = Literal["gumbel", "logistic", "none"]

@@ -1,4 +1,4 @@
-"""How an operator becomes ``torch.ops.fastprune._name``.
+"""The compiled kernels, and how an operator becomes ``torch.ops.fastprune._name``.
 
 ``Library.define`` and ``impl`` cost 2 us a call, ``torch.library.custom_op`` with autograd 8 to 12.
 """
@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from fastprune import _C
+
+__all__ = ["_C", "refuse_transforms", "register"]
 
 LIBRARY = torch.library.Library("fastprune", "DEF")
 """Kept alive here: its operators vanish with it."""

@@ -8,9 +8,8 @@ Private: :func:`fastprune.ops.masked_bn_act` and the fused convolution are made 
 import torch
 from torch import Tensor
 
-from fastprune import _C
 from fastprune.ops.layout import as_views, empty_like_views
-from fastprune.ops.library import register
+from fastprune.ops.library import _C, register
 
 
 def _forward(

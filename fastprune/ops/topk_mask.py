@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprune import _C
-from fastprune.ops.library import refuse_transforms, register
+from fastprune.ops.library import _C, refuse_transforms, register
 
 
 def _kernel(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | None) -> Tensor:

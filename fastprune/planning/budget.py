@@ -20,6 +20,7 @@ Resource = Literal["flops", "params", "latency", "eq8", "auth"]
 
 SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
 SMALLEST_ABSOLUTE = 1000.0  # a plain number between 1 and this is more likely a slip than a budget
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fastprune.graph import ChannelGraph
-
-if TYPE_CHECKING:
-    from fastprune.methods.registry import MethodInfo
+from fastprune.methods.registry import MethodInfo
 
 
 def millions(value: float) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.export.tracing import state_of
+from fastprune.graph.model_state import state_of
 from fastprune.surgery.slicing import SurgeryError
 
 LAYERS = {"linear", "convolution", *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))}

@@ -16,17 +16,10 @@ from torch.utils import _pytree as pytree
 from fastprune.graph.export.inputs import Inputs
 from fastprune.graph.export.refusals import TraceError
 from fastprune.graph.export.regions import modes_kept
-from fastprune.graph.export.tracing import (
-    Guards,
-    Traced,
-    attribute_of,
-    export,
-    export_for_sizes,
-    state_of,
-    trace_graphs,
-)
+from fastprune.graph.export.tracing import Guards, Traced, export, export_for_sizes, trace_graphs
 from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.propagate import Propagation
+from fastprune.graph.model_state import attribute_of, state_of
 from fastprune.graph.plan import PlanError, PruningPlan
 from fastprune.graph.rewrite import RewriteError, Rewritten, rewrite
 

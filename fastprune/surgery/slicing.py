@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.channel_graph import Slice
-from fastprune.graph.export.tracing import state_of
+from fastprune.graph.model_state import state_of
 from fastprune.graph.plan import PlanError, PruningPlan
+from fastprune.graph.structure import Slice
 
 
 class SurgeryError(ValueError):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprune.graph.export.tracing import mode_of, state_of
+from fastprune.graph.model_state import mode_of, state_of
 from fastprune.graph.plan import PruningPlan
 from fastprune.surgery.closed_inputs import ClosedInputs
 from fastprune.surgery.slicing import SurgeryError, copied, fits

@@ -22,11 +22,12 @@ from fastprune.engine.checkpoint import load_state, save_state
 from fastprune.engine.run import RunDirectory
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
-from fastprune.methods.contract import Method, Phase, Rounds
+from fastprune.methods.contract import Method
 from fastprune.methods.registry import class_fault, configure
 from fastprune.planning.budget import Budget, BudgetError
 from fastprune.planning.limits import Limits
 from fastprune.testing.trial import ContractError, Killed, Trial, different, same
+from fastprune.training.phases import Phase, Rounds
 
 BUDGETS = (Budget("flops", 0.5), Budget("params", 0.6), Budget("flops", 1.2e6))
 LIMITS = Limits(min_keep=3, round_to=4, keep_ratios={"*": (0.3, 1.0)})

@@ -17,13 +17,12 @@ from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
-from fastprune.methods.contract import Method, Metrics, Phase, Rounds, Task
-from fastprune.planning.budget import Budget
+from fastprune.methods.contract import Method, Task
+from fastprune.planning.budget import TOLERANCE, Budget
 from fastprune.planning.limits import Limits
 from fastprune.surgery import SurgeryError, cut, verify
 from fastprune.testing.network import network, sample_data, traced
-
-TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
+from fastprune.training.phases import Metrics, Phase, Rounds
 
 
 class ContractError(AssertionError):

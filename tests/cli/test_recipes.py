@@ -17,7 +17,8 @@ from fastprune.cli.main import main
 from fastprune.cli.recipes import read_recipe
 from fastprune.cli.settings import FinetuneConfig, ModelSettings, pick
 from fastprune.engine import RunDirectory
-from fastprune.methods.gates.gated import GatePlacement, gated_units
+from fastprune.graph.interior import gated_units
+from fastprune.methods.gates.gated import GatePlacement
 from fastprune.planning.budget import Budget
 
 FOLDER = Path(__file__).parents[2] / "recipes"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastprune.data import load_data
 from fastprune.engine import Checkpoints, Interrupted, LoopOptions, NonFiniteError, RunDirectory, run_phases
 from fastprune.host.distributed import Distributed
-from fastprune.methods.contract import Phase, Rounds, SideSteps
+from fastprune.training.phases import Phase, Rounds, SideSteps
 
 DATA = load_data("synthetic:1x4x4:3:40", held_out=0)
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastprune import Budget, trace
+from fastprune.graph.interior import gated_units
 from fastprune.methods.contract import Task
-from fastprune.methods.gates.gated import gated_units
 from fastprune.methods.registry import load
 
 

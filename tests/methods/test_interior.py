@@ -6,8 +6,8 @@ import torchvision
 
 from fastprune import models
 from fastprune.graph import ChannelGraph, trace
-from fastprune.graph.interior import interior_units, last_gated_units
-from fastprune.methods.gates.gated import gated_units, prunable_cost
+from fastprune.graph.interior import gated_units, interior_units, last_gated_units
+from fastprune.methods.gates.gated import prunable_cost
 from fastprune.planning.budget import Budget
 
 

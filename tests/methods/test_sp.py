@@ -18,10 +18,9 @@ from torch import nn
 
 import fastprune as fp
 from fastprune.engine import HeldOut, Placement
-from fastprune.graph.export.tracing import state_of
+from fastprune.graph.model_state import state_of
 from fastprune.host.distributed import Distributed
 from fastprune.methods import Task
-from fastprune.methods.contract import Rounds
 from fastprune.methods.registry import configure
 from fastprune.methods.sp.sp import SP
 from fastprune.methods.sp.stage_losses import Elsewhere, Here, Query, SavedStage, StageData
@@ -30,6 +29,7 @@ from fastprune.methods.sp.widths import random_widths
 from fastprune.planning.budget import Budget, BudgetError
 from fastprune.planning.limits import Limits
 from fastprune.testing import check_method, network, sample_data, traced
+from fastprune.training.phases import Rounds
 
 QUICK: dict[str, Any] = {
     "epochs": 1, "batch_size": 32, "population": 6, "iterations": 2, "parents": 3, "levels": 5, "images": 16,

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import fastprune as fp
 from fastprune.graph import ChannelGraph
-from fastprune.methods.gates.gated import gated_units
+from fastprune.graph.interior import gated_units
 from fastprune.networks import prefixes
 from fastprune.networks.subnetworks import SubNetworks
 from fastprune.ops.conv.library import Geometry

@@ -10,12 +10,13 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.inputs import Inputs
-from fastprune.graph.export.tracing import attribute_of, concrete
+from fastprune.graph.export.tracing import concrete
 from fastprune.graph.labels import channelwise, layers, moves  # noqa: F401 - they enter their rules into the table
 from fastprune.graph.labels.computed import apply_by_parts, computed_weights
 from fastprune.graph.labels.labels import kept
 from fastprune.graph.labels.propagate import Propagation, Weight
 from fastprune.graph.labels.rules import Context, apply_rule
+from fastprune.graph.model_state import attribute_of
 
 
 def run_on_labels(graph: GraphModule, inputs: Inputs, state: Propagation, *, record: bool) -> dict[Node, Any]:

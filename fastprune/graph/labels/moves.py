@@ -15,12 +15,12 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.export.tracing import attribute_of
 from fastprune.graph.labels.labels import KEPT, along, canonical, core, varying
 from fastprune.graph.labels.own_code import computed_dims, require_equal, require_unmoved
 from fastprune.graph.labels.propagate import Weight
 from fastprune.graph.labels.rules import Context, give_up, operator_name, require_box, rule
 from fastprune.graph.labels.selection import Origin, selection
+from fastprune.graph.model_state import attribute_of
 
 RESHAPING = {
     *("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"),

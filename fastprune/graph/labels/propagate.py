@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -12,11 +11,10 @@ from torch.fx import Node
 
 from fastprune.graph.labels.labels import KEPT, IntArray, LabelSpace, along, canonical, core, kept, spread, varying
 from fastprune.graph.labels.selection import Origin, Selection
+from fastprune.graph.structure import Role
 
 # Given each label's class, does a compact tensor keep its shape here? Returns the labels to pin if it does not.
 Check = Callable[[IntArray], Tensor | None]
-
-Role = Literal["out", "in", "depthwise", "channel"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -18,12 +17,10 @@ from fastprune.graph.latency.axes import Axis
 from fastprune.graph.latency.measurements import Measurements
 from fastprune.graph.latency.operations import Operation, record
 from fastprune.graph.latency.stopwatch import Call, Segment, Stopwatch, Table, Timer, pool_bytes, segments
+from fastprune.graph.structure import GraphStructure
 from fastprune.host.cache import cache_folder
 from fastprune.host.distributed import Distributed
 from fastprune.host.machine import machine
-
-if TYPE_CHECKING:
-    from fastprune.graph.channel_graph import ChannelGraph
 
 ALWAYS = Axis(1, 1, ())
 ALONE = Distributed()
@@ -259,7 +256,7 @@ class _Tables:
 
 
 def measure(
-    graph: ChannelGraph,
+    graph: GraphStructure,
     device: torch.device,
     batch: int,
     dtype: torch.dtype,

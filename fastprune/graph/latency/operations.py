@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +13,14 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.regions import CALLS, MODES, Autocast, modes_kept, under
-from fastprune.graph.export.tracing import attribute_of
 from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.labels import KEPT, core, varying
 from fastprune.graph.labels.propagate import Computed, Propagation, Weight
 from fastprune.graph.labels.rules import module_of, operator_name
 from fastprune.graph.latency.axes import Axis, block_of
+from fastprune.graph.model_state import attribute_of
 from fastprune.graph.rewrite import argument_of
-
-if TYPE_CHECKING:
-    from fastprune.graph.channel_graph import ChannelGraph, Layer
+from fastprune.graph.structure import GraphStructure, Layer
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Recording:
 
 
 def record(
-    graph: ChannelGraph, device: torch.device, batch: int, dtype: torch.dtype, *, channels_last: bool
+    graph: GraphStructure, device: torch.device, batch: int, dtype: torch.dtype, *, channels_last: bool
 ) -> Recording:
     """Run the full network once and write down its operations.
 
@@ -138,7 +136,7 @@ def record(
     return Recording(tuple(recorder.operations), recorder.footprint)
 
 
-def _refusal(graph: ChannelGraph, device: torch.device, batch: int, dtype: torch.dtype, error: RuntimeError) -> str:
+def _refusal(graph: GraphStructure, device: torch.device, batch: int, dtype: torch.dtype, error: RuntimeError) -> str:
     """Why the network could not be run once, and what to do."""
     traced = graph.traced.inputs.batch
     if batch == traced or graph.traced.any_batch:
@@ -153,7 +151,7 @@ def _refusal(graph: ChannelGraph, device: torch.device, batch: int, dtype: torch
 class _Recorder(Interpreter):
     """Executes the exported graph and describes each call."""
 
-    def __init__(self, graph: ChannelGraph, device: torch.device, dtype: torch.dtype, *, channels_last: bool) -> None:
+    def __init__(self, graph: GraphStructure, device: torch.device, dtype: torch.dtype, *, channels_last: bool) -> None:
         super().__init__(graph.traced.evaluation)
         self.extra_traceback = False  # errors are in the operators' own words
         self.device, self.dtype, self.channels_last = device, dtype, channels_last

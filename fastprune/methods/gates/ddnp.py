@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprune.graph.plan import PruningPlan
-from fastprune.methods.contract import Metrics, Phase, Task
+from fastprune.methods.contract import Task
 from fastprune.methods.gates.ddnp_release import Release, cosine
 from fastprune.methods.gates.gated import GateSearch, weights_frozen
 from fastprune.methods.gates.generators import ScoreGenerator, WidthGenerator, follow, restore, state_of
@@ -33,6 +33,7 @@ from fastprune.methods.scores.ranking import rank_of
 from fastprune.ops import topk_mask
 from fastprune.options import option
 from fastprune.planning.fitting import fit
+from fastprune.training.phases import Metrics, Phase
 
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "abs": torch.abs, "square": torch.square}
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune.graph.plan import PruningPlan
-from fastprune.methods.contract import Metrics, Task
+from fastprune.methods.contract import Task
 from fastprune.methods.gates.gated import GateSearch, weights_frozen
 from fastprune.methods.gates.gates import deterministic_gate
 from fastprune.methods.gates.regularisers import log_distance
@@ -31,6 +31,7 @@ from fastprune.methods.scores.filters import unit_norms
 from fastprune.methods.scores.ranking import across_groups
 from fastprune.ops import bernoulli_gate
 from fastprune.options import option
+from fastprune.training.phases import Metrics
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprune.graph.plan import PruningPlan
-from fastprune.methods.contract import Metrics, Task
+from fastprune.methods.contract import Task
 from fastprune.methods.gates.gated import GateSearch, weights_frozen
 from fastprune.methods.gates.generators import ScoreGenerator, follow, restore, state_of
 from fastprune.methods.gates.regularisers import SIDES
 from fastprune.ops import gumbel_gate
 from fastprune.options import option
+from fastprune.training.phases import Metrics
 
 
 @dataclass(frozen=True)

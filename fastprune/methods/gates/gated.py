@@ -13,26 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.graph import ChannelGraph
-from fastprune.graph.interior import interior_units, last_gated_units
+from fastprune.graph.interior import gated_units
 from fastprune.graph.plan import PruningPlan, unique_names
-from fastprune.methods.contract import Method, Metrics, Phase, Task
+from fastprune.methods.contract import Method, Task
 from fastprune.networks.masked import MaskedNetwork
-from fastprune.planning.budget import Budget
+from fastprune.planning.budget import TOLERANCE, Budget
 from fastprune.planning.fitting import fit
+from fastprune.training.phases import Metrics, Phase
 
 log = logging.getLogger(__name__)
-
-TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
-
-
-def gated_units(graph: ChannelGraph, groups: str) -> Tensor:
-    """The units of an option ``groups``, bool [U].
-
-    "all", "interior" for ``interior_units``, or "one_gate" for the last of them in every residual block.
-    """
-    if groups == "one_gate":
-        return last_gated_units(graph, interior_units(graph))
-    return interior_units(graph) if groups == "interior" else torch.ones(graph.num_units, dtype=torch.bool)
 
 
 def prunable_cost(graph: ChannelGraph, budget: Budget, units: Tensor) -> float:

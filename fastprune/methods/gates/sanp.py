@@ -24,15 +24,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastprune.graph.labels.propagate import Role
 from fastprune.graph.plan import PruningPlan
-from fastprune.methods.contract import Metrics, Phase, SideSteps, Task
+from fastprune.graph.structure import Role
+from fastprune.methods.contract import Task
 from fastprune.methods.gates.dp import DP, RelaxedGates
 from fastprune.methods.gates.generators import ScoreGenerator
 from fastprune.methods.gates.regularisers import two_sided
 from fastprune.methods.scores.filters import unit_table
 from fastprune.ops import group_prox_
 from fastprune.options import option
+from fastprune.training.phases import Metrics, Phase, SideSteps
 from fastprune.training.weight_training import WeightOptions, WeightTraining
 
 DEAD_ZONE = 0.005  # of |r − p|: no gradient for what is near enough

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.graph import ChannelGraph
+from fastprune.graph.interior import gated_units
 from fastprune.graph.plan import PruningPlan
-from fastprune.methods.contract import Method, Metrics, Phase, Task
-from fastprune.methods.gates.gated import gated_units, weights_frozen
+from fastprune.methods.contract import Method, Task
+from fastprune.methods.gates.gated import weights_frozen
 from fastprune.methods.gates.generators import follow
 from fastprune.methods.gcp.folding import fold_constants, probes
 from fastprune.methods.gcp.scales import Scales
@@ -41,6 +42,7 @@ from fastprune.methods.scores.filters import unit_batch_norms
 from fastprune.networks.masked import MaskedNetwork
 from fastprune.options import option
 from fastprune.planning.fitting import fit
+from fastprune.training.phases import Metrics, Phase
 from fastprune.training.weight_training import classification_loss
 
 log = logging.getLogger(__name__)

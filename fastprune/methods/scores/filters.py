@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastprune.graph import ChannelGraph, Group
-from fastprune.graph.labels.propagate import Role
+from fastprune.graph.structure import Role
 from fastprune.ops import UnitTable
 
 

@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastprune.graph.labels.propagate import Role
-from fastprune.methods.contract import Metrics, Task
+from fastprune.graph.structure import Role
+from fastprune.methods.contract import Task
 from fastprune.methods.scores.filters import unit_table
 from fastprune.methods.scores.trained import TrainedConfig, TrainedMethod
 from fastprune.ops import group_prox_
 from fastprune.options import option
 from fastprune.planning.fitting import fit
+from fastprune.training.phases import Metrics
 
 MAKERS: tuple[Role, ...] = ("out", "depthwise", "channel")
 """The parameters that make a channel: its filters, batch norm's scale and shift, biases."""

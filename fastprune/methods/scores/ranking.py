@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastprune.graph import ChannelGraph
+from fastprune.graph.interior import gated_units
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Method, Task
-from fastprune.methods.gates.gated import gated_units
 from fastprune.options import option
 from fastprune.planning.fitting import fit
 

@@ -12,10 +12,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastprune.methods.contract import Metrics, Task
+from fastprune.methods.contract import Task
 from fastprune.methods.scores.filters import unit_norms
 from fastprune.methods.scores.trained import TrainedConfig, TrainedMethod
 from fastprune.options import option
+from fastprune.training.phases import Metrics
 
 
 @dataclass(frozen=True)

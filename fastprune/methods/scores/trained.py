@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from fastprune.methods.contract import Metrics, Phase, Task
+from fastprune.methods.contract import Task
 from fastprune.methods.scores.ranking import ScoreMethod
 from fastprune.options import option
 from fastprune.planning.fitting import fit
+from fastprune.training.phases import Metrics, Phase
 from fastprune.training.weight_training import WeightOptions, WeightTraining
 
 

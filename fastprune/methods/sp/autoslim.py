@@ -20,14 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprune.graph.interior import gated_units
 from fastprune.graph.plan import PruningPlan
-from fastprune.methods.contract import Metrics, Phase, Rounds, Task
-from fastprune.methods.gates.gated import gated_units
+from fastprune.methods.contract import Task
 from fastprune.methods.sp.supernet import SuperNet
 from fastprune.methods.sp.weight_sharing import WeightSharing, WeightSharingConfig, backward
 from fastprune.methods.sp.widths import choices_of, first_units, fitted, random_widths, units_of
 from fastprune.networks.subnetworks import SubNetworks
 from fastprune.options import option
+from fastprune.training.phases import Metrics, Phase, Rounds
 
 PROGRESS = 1000  # parts of the way from the full network's cost to the budget
 

@@ -29,10 +29,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fastprune.graph.interior import gated_units
 from fastprune.graph.plan import PruningPlan
 from fastprune.graph.stages import Stage, find_stages
-from fastprune.methods.contract import Metrics, Phase, Rounds, Task
-from fastprune.methods.gates.gated import TOLERANCE, gated_units
+from fastprune.methods.contract import Task
 from fastprune.methods.sp.evolution import EvolutionSettings
 from fastprune.methods.sp.stage_losses import Elsewhere, Here, StageData
 from fastprune.methods.sp.stage_search import StageSearch, StageWidths
@@ -40,6 +40,8 @@ from fastprune.methods.sp.supernet import SuperNet
 from fastprune.methods.sp.weight_sharing import WeightSharing, WeightSharingConfig, backward
 from fastprune.methods.sp.widths import Widths, choices_of, first_units, fitted, random_widths, units_of
 from fastprune.options import option
+from fastprune.planning.budget import TOLERANCE
+from fastprune.training.phases import Metrics, Phase, Rounds
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fastprune.graph import trace
-from fastprune.graph.export.tracing import state_of
+from fastprune.graph.model_state import state_of
 from fastprune.host.distributed import Distributed
 from fastprune.networks.subnetworks import SubNetworks
 from fastprune.ops.layout import layout_of

@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.export.regions import modes_kept
-from fastprune.graph.export.tracing import attribute_of, concrete, state_of
+from fastprune.graph.export.tracing import concrete
+from fastprune.graph.model_state import attribute_of, state_of
 from fastprune.graph.stages import Stage
 from fastprune.networks.masked import make_out_of_place, share_tensors
 from fastprune.networks.subnetworks import SubNetworks, use_batch_statistics

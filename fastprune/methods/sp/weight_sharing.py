@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastprune.methods.contract import Method, Metrics, Phase, Task
+from fastprune.methods.contract import Method, Task
 from fastprune.methods.sp.supernet import SuperNet
 from fastprune.options import option
 from fastprune.planning.fitting import fit
+from fastprune.training.phases import Metrics, Phase
 from fastprune.training.weight_training import WeightOptions, WeightTraining, classification_loss
 
 

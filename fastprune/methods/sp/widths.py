@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastprune.graph import ChannelGraph
 from fastprune.methods.contract import Task
-from fastprune.methods.gates.gated import TOLERANCE
+from fastprune.planning.budget import TOLERANCE
 from fastprune.planning.fitting import fit
 
 LEAST, STEP = 0.10, 0.03  # of the ratios: 31 from 0.10 to 1

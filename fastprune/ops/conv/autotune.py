@@ -31,9 +31,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastprune import _C
 from fastprune.host import atomic
 from fastprune.host.cache import cache_folder
+from fastprune.ops.library import _C
 
 Key = tuple[tuple[str, Any], ...]
 """What a choice depends on besides the machine: operator, dtype, shapes, pitches, parameters. JSON values."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastprune import _C
 from fastprune.ops.activations import ACTIVATIONS, DIFFERENTIABLE_BY_VALUE
 from fastprune.ops.conv.autotune import AUTOTUNER, Candidate, Problem
 from fastprune.ops.conv.library import Geometry
 from fastprune.ops.layout import has_rows
+from fastprune.ops.library import _C
 
 Channels = tuple[Tensor | None, Tensor | None, Tensor | None]
 """scale, shift and mask, each [K] float32, or None: 1, 0 and 1."""
@@ -73,7 +73,7 @@ def fused_conv(
 
 
 def choose(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, fallback: Fallback) -> Kernel | None:
-    """The kernel to run for these tensors; None: your fallback. The first call for new shapes tries all kernels."""
+    """The kernel to run for these tensors; None: your fallback. The first call for new shapes tries all _C."""
     if _not_now(x) is not None:
         return None
     key = _key(x, weight, channels, geometry)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastprune import _C
 from fastprune.ops.activations import BOUNDS
 from fastprune.ops.conv.library import Geometry
 from fastprune.ops.layout import empty_rows, has_rows, layout_of
+from fastprune.ops.library import _C
 
 WINOGRAD_CHANNELS = 12
 """With fewer inputs, transforming costs more than multiplying saves. Measured for 16 and 64 outputs: with 4 inputs 0.65
