@@ -68,14 +68,18 @@ step fused_conv_memcheck 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" -
     "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/conv/test_fused_cuda.py -k "test_values and seed0"
 
 # Benchmarks share what is left. Each stops before its next case when its time is up, and names what it leaves out; the
-# rest of its share is for the case that runs then (torch.compile with max-autotune takes its time). bench_search also
+# rest of its share is for the case that runs then (torch.compile with max-autotune takes its time). search also
 # refuses to time a search step under autocast that does not agree with plain PyTorch's, and measures memory.
-benches=(bench/bench_*.py)
+benches=(align gates group_prox masked_bn_act masked_conv_bn_act search step subnets topk_mask)
 for index in "${!benches[@]}"; do
-    name=$(basename "${benches[index]}" .py)
+    name=${benches[index]}
+    case $name in
+        align | subnets) program=("bench/$name.py") ;;
+        *) program=(-m fastprune.bench "$name") ;;
+    esac
     share=$(((deadline - 15 - SECONDS) / (${#benches[@]} - index)))
-    step "$name" "$share" "$python" "${benches[index]}" --device cuda --seconds "$((share > 2 ? share / 2 : 1))" \
-        --compile_seconds "$((share > 4 ? share / 4 : 1))" --json "$work/$name.json"
+    step "$name" "$share" "$python" "${program[@]}" --device cuda --seconds "$((share > 2 ? share / 2 : 1))" \
+        --compile_seconds "$((share > 4 ? share / 4 : 1))" --json "$work/bench_$name.json"
 done
 
 step report 60 "$python" - "$work" "$out" <<'PYTHON'

@@ -7,14 +7,12 @@ and a line in ``KERNELS``. Agreement, timing, ceilings, tables and JSON are the 
 from collections.abc import Callable, Iterable
 
 from fastprune.bench import (
-    align,
     gates,
     group_prox,
     masked_bn_act,
     masked_conv_bn_act,
     search,
     step,
-    subnets,
     topk_mask,
 )
 from fastprune.bench.case import OURS, Attempted, BenchmarkError, Case, Compiled
@@ -34,19 +32,11 @@ STEP: dict[str, Callable[..., Iterable[Case]]] = {"step": step.cases}
 SEARCH: dict[str, Callable[..., Iterable[Case]]] = {"search": search.cases}
 """What the step is for: a method's search step as users run it."""
 
-TRAINING: dict[str, Callable[..., Iterable[Case]]] = {"align": align.cases}
-"""What a method adds to a step of training."""
-
-EVALUATIONS: dict[str, Callable[..., Iterable[Case]]] = {"subnets": subnets.cases}
-"""What a search by evolution does again and again."""
-
 __all__ = [
-    "EVALUATIONS",
     "KERNELS",
     "OURS",
     "SEARCH",
     "STEP",
-    "TRAINING",
     "Attempted",
     "BenchmarkError",
     "Case",

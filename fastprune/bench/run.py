@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from fastprune.bench import EVALUATIONS, KERNELS, SEARCH, STEP, TRAINING, report
-from fastprune.bench.align import overheads
+from fastprune.bench import KERNELS, SEARCH, STEP, report
 from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
 from fastprune.bench.search import METHODS
@@ -89,16 +87,6 @@ class SearchBenchSettings(BenchSettings):
             raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(METHODS)}")
 
 
-@dataclass
-class AlignBenchSettings(BenchSettings):
-    """Time what SANP adds to a step of training."""
-
-
-@dataclass
-class SubnetsBenchSettings(BenchSettings):
-    """Time the evaluations of SP's search."""
-
-
 def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
     """Time kernels; see ``bench``."""
     return bench(settings, {name: KERNELS[name] for name in settings.only or KERNELS})
@@ -116,16 +104,6 @@ def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
         settings,
         {name: partial(cases, only=only, processor_time=settings.processor_time) for name, cases in SEARCH.items()},
     )
-
-
-def bench_align(settings: AlignBenchSettings) -> dict[str, Any]:
-    """Time what SANP adds to a step of training; see ``bench``. The document says the ``overheads``, too."""
-    return bench(settings, TRAINING)
-
-
-def bench_subnets(settings: SubnetsBenchSettings) -> dict[str, Any]:
-    """Time the evaluations of SP's search; see ``bench``."""
-    return bench(settings, EVALUATIONS)
 
 
 def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterable[Case]]]) -> dict[str, Any]:
@@ -153,13 +131,9 @@ def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterab
                 compile_seconds=settings.compile_seconds,
             )
         document = report.document(results, ceilings, quick=settings.quick)
-        if "align" in results:
-            document["overheads"] = overheads(results["align"]["cases"])
         if settings.json is not None:  # after each: what is measured is not lost where the next one fails
             atomic.write_text(Path(settings.json), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         report.show(name, document)
-        for title, overhead in document.get("overheads", {}).items():
-            Console(highlight=False).print(f"{title}: {overhead:+.1%} of the time of training alone")
     return document
 
 
@@ -266,15 +240,22 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
     }
 
 
-def main(name: str) -> None:
-    """One benchmark as a program. Plain argparse: on a bare GPU machine there is little more than torch."""
-    parser = argparse.ArgumentParser(description=f"Time {name} beside its peers.")
+def run_program(
+    benchmarks: Mapping[str, Callable[..., Iterable[Case]]], arguments: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Run benchmarks as a program of their own, with plain argparse: a bare GPU machine has little more than torch.
+
+    Args:
+        benchmarks: cases by name.
+        arguments: without the program's name; None = the process' own.
+
+    Returns:
+        The document of ``bench``.
+    """
+    parser = argparse.ArgumentParser(description=f"Time {', '.join(benchmarks)} beside their peers.")
     for f in fields(BenchSettings):
         flag = f.metadata["flag"] or {
             "type": {"seed": int, "seconds": float, "compile_seconds": float}.get(f.name, str)
         }
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **flag)
-    bench(
-        BenchSettings(**vars(parser.parse_args())),
-        {name: {**KERNELS, **STEP, **SEARCH, **TRAINING, **EVALUATIONS}[name]},
-    )
+    return bench(BenchSettings(**vars(parser.parse_args(arguments))), benchmarks)

@@ -18,21 +18,15 @@ from torch import Tensor, nn
 
 from fastprune import models
 from fastprune.bench.case import BenchmarkError
-from fastprune.bench.coverage import CoverageSettings, coverage
 from fastprune.bench.latency import LatencyBenchSettings, bench_latency
 from fastprune.bench.run import (
-    AlignBenchSettings,
     KernelBenchSettings,
     SearchBenchSettings,
     StepBenchSettings,
-    SubnetsBenchSettings,
-    bench_align,
     bench_kernels,
     bench_search,
     bench_step,
-    bench_subnets,
 )
-from fastprune.bench.trace import TraceBenchSettings, bench_trace
 from fastprune.cli.demo import DemoSettings, demo
 from fastprune.cli.doctor import doctor
 from fastprune.cli.recipes import read_recipe
@@ -402,34 +396,12 @@ def run_bench_search(values: dict[str, Any], given: set[str]) -> int:
     return timed(lambda: bench_search(pick(SearchBenchSettings, values)))
 
 
-def run_bench_align(values: dict[str, Any], given: set[str]) -> int:
-    """Time what SANP adds to a step of training."""
-    return timed(lambda: bench_align(pick(AlignBenchSettings, values)))
-
-
-def run_bench_subnets(values: dict[str, Any], given: set[str]) -> int:
-    """Time the evaluations of SP's search on slices of the weights, and behind masks."""
-    return timed(lambda: bench_subnets(pick(SubnetsBenchSettings, values)))
-
-
-def run_bench_coverage(values: dict[str, Any], given: set[str]) -> int:
-    """Prune a long list of networks by half, and say which cannot be."""
-    coverage(pick(CoverageSettings, values))
-    return 0
-
-
 def run_bench_latency(values: dict[str, Any], given: set[str]) -> int:
     """Compare modelled latencies of random plans with measured ones."""
     settings = pick(LatencyBenchSettings, values)
     model, shape = build_model(settings, None), input_shape(settings, None)
     check_fit(model, settings.model, shape)
     bench_latency(settings, model, shape)
-    return 0
-
-
-def run_bench_trace(values: dict[str, Any], given: set[str]) -> int:
-    """Time tracing, planning, cutting and verifying networks, beside a peer where it is installed."""
-    bench_trace(pick(TraceBenchSettings, values))
     return 0
 
 
@@ -584,7 +556,7 @@ class Command:
         return str(self.run.__doc__).strip()
 
 
-FAMILIES = {"bench": "Measure how fast things are, and how many networks can be pruned."}
+FAMILIES = {"bench": "Measure how fast kernels, search steps and networks are."}
 """First words of commands that have two."""
 
 COMMANDS: dict[str, Command] = {
@@ -598,10 +570,6 @@ COMMANDS: dict[str, Command] = {
     "bench kernels": Command(run_bench_kernels, (KernelBenchSettings,)),
     "bench step": Command(run_bench_step, (StepBenchSettings,)),
     "bench search": Command(run_bench_search, (SearchBenchSettings,)),
-    "bench align": Command(run_bench_align, (AlignBenchSettings,)),
-    "bench subnets": Command(run_bench_subnets, (SubnetsBenchSettings,)),
-    "bench coverage": Command(run_bench_coverage, (CoverageSettings,)),
-    "bench trace": Command(run_bench_trace, (TraceBenchSettings,)),
     "bench latency": Command(run_bench_latency, (LatencyBenchSettings,)),
     "doctor": Command(run_doctor),
     "demo": Command(run_demo, (DemoSettings,)),

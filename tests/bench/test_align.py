@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import align
 import pytest
 import torch
 
-from fastprune.bench import OURS, align
+from fastprune.bench import OURS
 from fastprune.bench.case import check_agreement
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import ranking
 import torch
 
 from fastprune.engine import Placement
@@ -24,34 +23,22 @@ from fastprune.testing import sample_data
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def ranking() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ranking", ROOT / "bench" / "ranking.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def drawn(ranking: ModuleType, seed: int) -> tuple[list[torch.Tensor], Any]:
+def drawn(seed: int) -> tuple[list[torch.Tensor], Any]:
     method, task = ranking.prepared(SP, small_network(), sample_data(), Placement(), "flops=0.5", 1, 32)
     return ranking.draw(method, task, 5, seed), task
 
 
-def test_networks_are_drawn_within_the_budget(ranking: ModuleType) -> None:
-    masks, task = drawn(ranking, seed=3)
+def test_networks_are_drawn_within_the_budget() -> None:
+    masks, task = drawn(seed=3)
     full = float(task.budget.cost(task.graph))
     assert all(0.48 * full <= float(task.budget.cost(task.graph, mask)) <= 0.5 * full for mask in masks)
-    again, other = drawn(ranking, seed=3)[0], drawn(ranking, seed=4)[0]
+    again, other = drawn(seed=3)[0], drawn(seed=4)[0]
     assert all(torch.equal(*pair) for pair in zip(masks, again, strict=True))
     assert not all(torch.equal(*pair) for pair in zip(masks, other, strict=True))
 
 
-def test_what_was_trained_is_not_trained_again(
-    ranking: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    masks, task = drawn(ranking, seed=3)
+def test_what_was_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks, task = drawn(seed=3)
     trained: list[int] = []
     monkeypatch.setattr(ranking, "create", lambda *_, **__: small_network())
     monkeypatch.setattr(ranking, "train", lambda *_, seed, **__: trained.append(seed))

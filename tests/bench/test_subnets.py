@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import subnets
 import torch
 
-from fastprune.bench import OURS, subnets
+from fastprune.bench import OURS
 from fastprune.bench.case import check_agreement
 
 

@@ -6,15 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-
-from fastprune.bench.trace import STEPS, TraceBenchSettings, bench_trace, geometric_means, line
-from fastprune.cli.main import main
+from trace_zoo import STEPS, Settings, geometric_means, line, main, time_networks
 
 
 @pytest.mark.slow
 def test_a_network_is_timed_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numbers = tmp_path / "numbers.json"
-    assert main(["bench", "trace", "--only", "timm:lcnet_050", "--rounds", "1", "--json", str(numbers)]) == 0
+    main(["--only", "timm:lcnet_050", "--rounds", "1", "--json", str(numbers)])
     row = json.loads(numbers.read_text(encoding="utf-8"))["networks"][0]
     seconds = row["seconds"]
     assert all(seconds[step] > 0 for step in STEPS)
@@ -32,6 +30,6 @@ def test_means_leave_out_where_the_peer_fails() -> None:
 
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        TraceBenchSettings(rounds=0)
+        Settings(rounds=0)
     with pytest.raises(ValueError, match="no network of the list has such a name"):
-        bench_trace(TraceBenchSettings(only=("timm:nothing*",)))
+        time_networks(Settings(only=("timm:nothing*",)))

@@ -7,19 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from fastprune.bench import zoo
-from fastprune.bench.coverage import (
-    CoverageSettings,
-    coverage,
-    in_process,
-    macs,
-    markdown,
-    outcome,
-    prune_by_half,
-    summary,
-)
-from fastprune.cli.main import main
+import zoo
+from prune_zoo import Settings, coverage, in_process, macs, main, markdown, outcome, prune_by_half, summary
 
 
 def test_the_list_has_all_convolutional_networks_of_torchvision_and_each_name_once() -> None:
@@ -33,7 +22,7 @@ def test_the_list_has_all_convolutional_networks_of_torchvision_and_each_name_on
 def test_a_network_is_pruned_by_half_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, numbers = tmp_path / "table.md", tmp_path / "numbers.json"
     arguments = ["--only", "timm:lcnet_050", "--markdown", str(table), "--json", str(numbers)]
-    assert main(["bench", "coverage", *arguments]) == 0
+    main(arguments)
     ours = json.loads(numbers.read_text(encoding="utf-8"))["networks"][0]["ours"]
     assert ours["difference"] < 1e-12
     assert ours["cost_is_counted"]
@@ -57,7 +46,7 @@ def test_channels_that_are_cut_and_shuffled_are_pruned(name: str) -> None:
 def test_channels_that_norms_mix_are_pruned_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, numbers = tmp_path / "table.md", tmp_path / "numbers.json"
     arguments = ["--only", "timm:convnextv2_atto", "--inexact", "--markdown", str(table), "--json", str(numbers)]
-    assert main(["bench", "coverage", *arguments]) == 0
+    main(arguments)
     ours = json.loads(numbers.read_text(encoding="utf-8"))["networks"][0]["ours"]
     assert 1e-3 < ours["difference"] < 1
     assert ours["cost_is_counted"]
@@ -65,7 +54,7 @@ def test_channels_that_norms_mix_are_pruned_and_measured(tmp_path: Path, capsys:
     assert ours["prunable"] > 0.97
     assert len(ours["inexact"]) == 29
     assert "timm: of 1 networks 1 pruned inexactly" in capsys.readouterr().out
-    assert "coverage --workers 1 --inexact --markdown docs/coverage-inexact.md" in table.read_text(encoding="utf-8")
+    assert "prune_zoo.py --workers 1 --inexact --markdown docs/coverage-inexact.md" in table.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -88,9 +77,9 @@ def test_failures_are_rows_of_the_table() -> None:
 
 def test_a_pattern_without_a_network_is_refused() -> None:
     with pytest.raises(ValueError, match="no network of the list has such a name"):
-        coverage(CoverageSettings(only=("timm:nothing*",)))
+        coverage(Settings(only=("timm:nothing*",)))
     with pytest.raises(ValueError, match="both must be above 0"):
-        CoverageSettings(workers=0)
+        Settings(workers=0)
 
 
 @pytest.mark.slow
@@ -121,16 +110,16 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         asked.append(name)
         return nothing if limit > 1 or name == "timm:lcnet_050" else {"error": "not done after 1 s"}
 
-    monkeypatch.setattr("fastprune.bench.coverage.in_process", stand_in)
+    monkeypatch.setattr("prune_zoo.in_process", stand_in)
     file = tmp_path / "numbers.json"
     settings = {"only": ("timm:lcnet_050", "timm:mixnet_s"), "json": str(file), "resume": True}
-    coverage(CoverageSettings(**settings, limit=1.0))
-    again = coverage(CoverageSettings(**settings, limit=100.0))
+    coverage(Settings(**settings, limit=1.0))
+    again = coverage(Settings(**settings, limit=100.0))
     assert asked[2:] == ["timm:mixnet_s"]
     assert [row["ours"] for row in again["networks"]] == [nothing, nothing]
     assert json.loads(file.read_text(encoding="utf-8")) == again
     file.write_text(json.dumps(again | {"torch": "1.0"}))
     with pytest.raises(ValueError, match=r"numbers.json' has torch '1.0', this run '2"):
-        coverage(CoverageSettings(**settings))
+        coverage(Settings(**settings))
     with pytest.raises(ValueError, match="--json names the file"):
-        CoverageSettings(resume=True)
+        Settings(resume=True)

@@ -1,5 +1,7 @@
 """What SANP adds to a step of training: the proximal step on channels that go, and a step of the generator in twenty.
 
+    python bench/align.py --json align.json         # --help lists the options
+
 ``training`` is a step of the network's weights alone. ``fastprune`` is the same with the proximal step of
 :class:`fastprune.methods.gates.sanp.SANP`, one call for all layers; ``eager`` with the loop over layers that one
 writes with torch. Both have to end at the same weights. ``generator`` is a step of the generator on the frozen,
@@ -23,6 +25,7 @@ from torch.autograd.graph import increment_version
 
 from fastprune.bench.case import OURS, Case
 from fastprune.bench.memory import memory_of
+from fastprune.bench.run import run_program
 from fastprune.bench.search import weights_of
 from fastprune.bench.step import TOLERANCE, Network, networks, prepared
 from fastprune.data import load_data
@@ -173,3 +176,14 @@ def overheads(cases: list[Mapping[str, Any]], every: int = SANPConfig.every) -> 
         median = {name: float(variant["median_seconds"]) for name, variant in measured["variants"].items()}
         found[measured["name"]] = (median[OURS] + median["generator"] / every) / median["training"] - 1
     return found
+
+
+def main() -> None:
+    """Time the cases and print the overheads."""
+    document = run_program({"align": cases})
+    for title, overhead in overheads(document["kernels"]["align"]["cases"]).items():
+        print(f"{title}: {overhead:+.1%} of the time of training alone")
+
+
+if __name__ == "__main__":
+    main()

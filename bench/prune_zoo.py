@@ -1,7 +1,11 @@
-"""Which networks can be pruned: every group of each of a long list by half, exactly or not, and by a peer beside it."""
+"""Which networks can be pruned: every group of each of a long list by half, exactly or not, and by a peer beside it.
+
+OMP_NUM_THREADS=1 python bench/prune_zoo.py --peer --json coverage.json --markdown docs/coverage.md
+"""
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import json
 import subprocess
@@ -16,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zoo
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastprune.bench import zoo
-from fastprune.cli.settings import setting
 from fastprune.graph import ChannelGraph, trace
 from fastprune.host import atomic
 from fastprune.host.machine import machine
@@ -30,23 +33,32 @@ from fastprune.surgery.rewritten import RewrittenNetwork
 from fastprune.surgery.slicing import copied
 
 PEER = "torch-pruning"
+ONE = "one"  # the first argument of a process that prunes one network
 
 
-@dataclass
-class CoverageSettings:
-    """Prune many networks by half."""
+@dataclass(frozen=True)
+class Settings:
+    """The options of the program.
 
-    only: tuple[str, ...] = setting((), "names or patterns ('timm:res*'); all without it", nargs="+")
-    workers: int = setting(1, "networks at a time, each in a process of its own")
-    limit: float = setting(300.0, "seconds that one network may take")
-    inexact: bool = setting(False, "let channels leave norms and statistics over channels, too", action="store_true")
-    peer: bool = setting(False, f"prune the same networks by {PEER}, too", action="store_true")
-    json: str | None = setting(None, "file to write the numbers to")
-    resume: bool = setting(
-        False, "keep what the file of --json holds of the same machine and versions, but for failures",
-        action="store_true",
-    )  # fmt: skip
-    markdown: str | None = setting(None, "file to write the table to")
+    Args:
+        only: names or patterns of networks; () = all.
+        workers: networks at a time, each in a process of its own.
+        limit: seconds that one network may take.
+        inexact: whether channels leave norms and statistics over channels too.
+        peer: whether the peer prunes the same networks.
+        json: file to write the numbers to.
+        resume: whether to keep what the file of ``json`` holds of the same machine and versions, except failures.
+        markdown: file to write the table to.
+    """
+
+    only: tuple[str, ...] = ()
+    workers: int = 1
+    limit: float = 300.0
+    inexact: bool = False
+    peer: bool = False
+    json: str | None = None
+    resume: bool = False
+    markdown: str | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1 or not self.limit > 0:
@@ -64,7 +76,7 @@ class CoverageSettings:
                 raise ValueError(f"peer: {PEER} is not installed") from None
 
 
-def coverage(settings: CoverageSettings) -> dict[str, Any]:
+def coverage(settings: Settings) -> dict[str, Any]:
     """Prune the networks, print a line for each, and write the files that are asked for."""
     listed = zoo.names()
     chosen = [n for n in listed if not settings.only or any(fnmatch.fnmatch(n, pattern) for pattern in settings.only)]
@@ -91,7 +103,7 @@ def coverage(settings: CoverageSettings) -> dict[str, Any]:
     return document
 
 
-def kept_rows(document: dict[str, Any], settings: CoverageSettings) -> dict[str, dict[str, Any]]:
+def kept_rows(document: dict[str, Any], settings: Settings) -> dict[str, dict[str, Any]]:
     """The rows of an earlier run that are taken over, by network: those without a failure of ours.
 
     Raises:
@@ -106,7 +118,7 @@ def kept_rows(document: dict[str, Any], settings: CoverageSettings) -> dict[str,
     return {row["name"]: row for row in earlier["networks"] if "error" not in row["ours"]}
 
 
-def rows(names: Sequence[str], settings: CoverageSettings, kept: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def rows(names: Sequence[str], settings: Settings, kept: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """What became of each network; a process of its own each, so that none can take the others with it."""
 
     def both(name: str) -> dict[str, Any]:
@@ -121,7 +133,7 @@ def rows(names: Sequence[str], settings: CoverageSettings, kept: dict[str, dict[
 
 def in_process(who: str, name: str, limit: float) -> dict[str, Any]:
     """One network in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "fastprune.bench.coverage", who, name]
+    command = [sys.executable, "-W", "ignore", __file__, ONE, who, name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -254,11 +266,16 @@ def summary(document: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-INEXACT = [
-    "Channels leave norms and statistics over channels, too (`exact=False`). Where they do, `difference` is what the",
-    "removal changed beyond closing channels: it is a measurement, in float32, and no error.",
-    "",
-]
+EXPLANATION = """\
+Every group of channels loses a random half of its units. The compact network is compared with the masked one on random
+inputs in float64 (`difference`, relative), and its MACs and parameters are compared with the predicted ones. `s` is the
+time to trace, plan, cut and verify. `runs` says whether the model's own code runs the compact network or its graph had
+to be rewritten. `layers kept` counts convolutions and linear layers whose output channels always stay, with the
+operators that are the most frequent reasons. `prunable` is the share of MACs that would go if every group kept one unit
+only."""
+INEXACT = """\
+With `exact=False` channels also leave norms and statistics over channels. For networks where they do, `difference` is
+what the removal changed beyond closing channels. It is a measurement, in float32, and not an error."""
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -267,26 +284,21 @@ def markdown(document: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {document[name]}" for name in ("torch", "torchvision", "timm", PEER) if name in document
     )
-    command = f"OMP_NUM_THREADS={document['threads']} fastprune bench coverage --workers {document['workers']}"
+    command = f"OMP_NUM_THREADS={document['threads']} python bench/prune_zoo.py --workers {document['workers']}"
     inexact = document["inexact"]
     command += f"{' --inexact' if inexact else ''}{' --peer' if peer else ''}"
     command += f" --markdown docs/coverage{'-inexact' if inexact else ''}.md"
     head = ["network", "groups", "units", "layers kept", "MACs left", "prunable", "s", "difference", "runs"]
     lines = [
-        f"# Which networks can be pruned{', where that need not be exact' if inexact else ''}",
+        f"# Which networks can be pruned{' inexactly' if inexact else ''}",
         "",
         f"    {command}",
         "",
         f"{versions}; {document['machine']}.",
         "",
-        "Every group of channels loses a random half of its units. The compact network is compared with the masked",
-        "one on random inputs in float64 (`difference`, relative), and its MACs and parameters with those predicted.",
-        "`s` is the time to trace, plan, cut and verify. `runs` says whether the model's own code runs the compact",
-        "network, or its graph had to be rewritten. `layers kept` counts convolutions and linear layers with output",
-        "channels that always stay, with the operators that are the most frequent reasons. `prunable` is the share of",
-        "MACs that goes if every group is left with one unit.",
+        *EXPLANATION.splitlines(),
         "",
-        *(INEXACT if inexact else []),
+        *([*INEXACT.splitlines(), ""] if inexact else []),
         *summary(document).replace("\n", "\n\n").splitlines(),
         "",
         "| " + " | ".join(head + ([f"{PEER}: MACs left", "s"] if peer else [])) + " |",
@@ -312,7 +324,7 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(who: str, name: str) -> None:
+def prune_one(who: str, name: str) -> None:
     """Write one network's result as a line of JSON."""
     try:
         result = prune_by_peer(name) if who == "peer" else prune_by_half(name, exact=who != "inexact")
@@ -321,5 +333,26 @@ def main(who: str, name: str) -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the options and prune the networks."""
+    parser = argparse.ArgumentParser(description="Prune many networks by half.")
+    parser.add_argument("--only", nargs="+", default=(), help="names or patterns ('timm:res*'); default: all networks")
+    parser.add_argument("--workers", type=int, default=1, help="networks at a time, each in a process of its own")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one network may take")
+    parser.add_argument("--inexact", action="store_true", help="let channels leave norms and statistics over channels")
+    parser.add_argument("--peer", action="store_true", help=f"prune the same networks with {PEER} too")
+    parser.add_argument("--json", help="file to write the numbers to")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the --json file, except failures")
+    parser.add_argument("--markdown", help="file to write the table to")
+    values = vars(parser.parse_args(arguments))
+    try:
+        coverage(Settings(**values | {"only": tuple(values["only"])}))
+    except ValueError as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:2] == [ONE]:
+        prune_one(*sys.argv[2:])
+    else:
+        main()

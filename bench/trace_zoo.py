@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import gc
 import json
@@ -15,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zoo
+from prune_zoo import PEER, half, prune_by_peer
 from rich.console import Console
 
-from fastprune.bench import zoo
-from fastprune.bench.coverage import PEER, half, prune_by_peer
-from fastprune.cli.settings import setting
 from fastprune.graph import trace
 from fastprune.host import atomic
 from fastprune.host.machine import machine
@@ -37,13 +37,19 @@ NETWORKS = tuple(
 STEPS = ("trace", "plan", "surgery", "verify")
 
 
-@dataclass
-class TraceBenchSettings:
-    """Time tracing and surgery."""
+@dataclass(frozen=True)
+class Settings:
+    """The options of the program.
 
-    only: tuple[str, ...] = setting((), "names or patterns ('timm:res*') of the list of coverage", nargs="+")
-    rounds: int = setting(3, "rounds, of which the median counts")
-    json: str | None = setting(None, "file to write the numbers to")
+    Args:
+        only: names or patterns of networks; () = ``NETWORKS``.
+        rounds: rounds, of which the median counts.
+        json: file to write the numbers to.
+    """
+
+    only: tuple[str, ...] = ()
+    rounds: int = 3
+    json: str | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -52,7 +58,7 @@ class TraceBenchSettings:
             raise ValueError(f"json {self.json!r}: there is no such folder")
 
 
-def bench_trace(settings: TraceBenchSettings) -> dict[str, Any]:
+def time_networks(settings: Settings) -> dict[str, Any]:
     """Time the networks, print a line for each, and write the file that is asked for."""
     chosen = NETWORKS if not settings.only else chosen_from(zoo.names(), settings.only)
     document: dict[str, Any] = {
@@ -162,3 +168,20 @@ def line(row: Mapping[str, Any]) -> str:
         text += f"; {PEER} {row['peer_seconds']:.2f} s, {ratios['in total']:.2f}x"
         text += f", {ratios['without verification']:.2f}x without verification"
     return f"{row['name']}: {text}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the options and time the networks."""
+    parser = argparse.ArgumentParser(description="Time tracing and surgery.")
+    parser.add_argument("--only", nargs="+", default=(), help="names or patterns ('timm:res*') of the list in zoo.py")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts")
+    parser.add_argument("--json", help="file to write the numbers to")
+    values = vars(parser.parse_args(arguments))
+    try:
+        time_networks(Settings(**values | {"only": tuple(values["only"])}))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

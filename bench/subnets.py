@@ -1,5 +1,7 @@
 """One evaluation of SP's search: a sub-network of every stage, on slices of the weights or behind masks.
 
+    python bench/subnets.py --json subnets.json     # --help lists the options
+
 ``eager`` is what one writes without slices: the stage at full width, with a mask on the channels of each layer, on the
 CPU also in channels_last. ``library`` is our slices with torch's own operators, as in training; ``fastprune`` those of
 the search, on our kernels on the CPU. All take batch statistics, and have to give the same features. Widths are random,
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.bench.case import OURS, Case
+from fastprune.bench.run import run_program
 from fastprune.bench.step import TOLERANCE, networks, prepared
 from fastprune.graph import ChannelGraph, find_stages, trace
 from fastprune.methods.sp.stage_losses import StageData
@@ -105,3 +108,7 @@ def case(name: str, model: nn.Module, graph: ChannelGraph, batch: int, side: int
         rounds=30,
         seconds=8.0 if device.type == "cuda" else 60.0,
     )
+
+
+if __name__ == "__main__":
+    run_program({"subnets": cases})
