@@ -129,7 +129,7 @@ BAD = [
     ("demo --out p", "'p' exists already: give another --out"),
     ("demo --out new --seed -3", "seed -3: give a whole number from 0"),
     # bench
-    ("bench", 'expected "bench.command" to be one of {kernels,step,search,align,subnets, '),
+    ("bench", 'expected "bench.command" to be one of {kernels,step,search,latency}'),
     ("bench nope", "invalid choice: 'nope'"),
     ("bench kernels --only nope", "only 'nope': there is no such benchmark; give some of gates, group_prox, "),
     ("bench kernels --onyl topk_mask", "there is no option --onyl: did you mean --only?"),
