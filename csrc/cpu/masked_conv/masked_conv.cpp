@@ -9,8 +9,8 @@
 #include <new>
 #include <vector>
 
-#include "instruction_set.h"
-#include "parallel.h"
+#include "../instruction_set.h"
+#include "../parallel.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTPRUNE_X86 1
@@ -148,7 +148,7 @@ FASTPRUNE_OPERATION Vector keep_between(Vector value, Vector r, Vector lowest, V
     return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, r, highest, _CMP_NGE_UQ), value);
 }
 #undef FASTPRUNE_OPERATION
-#include "masked_conv_body.h"
+#include "body.inc"
 #undef FASTPRUNE_TARGET
 }  // namespace avx512
 
@@ -183,7 +183,7 @@ FASTPRUNE_OPERATION Vector keep_between(Vector value, Vector r, Vector lowest, V
     return _mm256_and_ps(value, _mm256_and_ps(above, below));
 }
 #undef FASTPRUNE_OPERATION
-#include "masked_conv_body.h"
+#include "body.inc"
 #undef FASTPRUNE_TARGET
 }  // namespace avx2
 #endif

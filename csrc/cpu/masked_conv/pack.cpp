@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "fastprune/masked_conv.h"
-#include "instruction_set.h"
-#include "parallel.h"
+#include "../instruction_set.h"
+#include "../parallel.h"
 
 namespace fastprune::cpu {
 namespace {
