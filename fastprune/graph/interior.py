@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fastprune.graph.export.tracing import concrete
-from fastprune.graph.labels.rules import operator_name
+from fastprune.graph.export.nodes import concrete, operator_name
 from fastprune.graph.structure import GraphStructure, Group, Layer
 
 # Operators after which DMC and its successors put a gate ("always placed after ReLU activation functions").

@@ -10,8 +10,7 @@ from itertools import groupby, pairwise, takewhile
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastprune.graph.export.tracing import concrete
-from fastprune.graph.labels.rules import module_of
+from fastprune.graph.export.nodes import concrete, module_of
 from fastprune.graph.structure import GraphStructure, Group, Layer
 
 STEM = 1  # so many layers in front of the first change of resolution are no stage of their own

@@ -310,7 +310,7 @@ def test_a_graph_remembers_its_models(tiny: nn.Module, monkeypatch: pytest.Monke
         timed.append(args[1:])
         return object()
 
-    monkeypatch.setattr(latency_module, "measure", fake)
+    monkeypatch.setattr("fastprune.graph.channel_graph.measure", fake)
     assert graph.latency() is graph.latency(torch.device("cpu"), 1, torch.float32)
     assert graph.latency(batch=2) is not graph.latency()
     assert graph.latency(cache=False) is graph.latency()

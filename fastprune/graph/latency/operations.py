@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.export.regions import CALLS, MODES, Autocast, modes_kept, under
+from fastprune.graph.export.nodes import argument_of, module_of, operator_name
+from fastprune.graph.export.regions import CALLS, MODES, Autocast, enter_modes, restore_modes
 from fastprune.graph.labels.interpret import run_on_labels
-from fastprune.graph.labels.labels import KEPT, core, varying
+from fastprune.graph.labels.labels import KEPT, core, varying_dims
 from fastprune.graph.labels.propagate import Computed, Propagation, Weight
-from fastprune.graph.labels.rules import module_of, operator_name
 from fastprune.graph.latency.axes import Axis, block_of
 from fastprune.graph.model_state import attribute_of
-from fastprune.graph.rewrite import argument_of
 from fastprune.graph.structure import GraphStructure, Layer
 
 
@@ -126,7 +125,7 @@ def record(
     inputs = graph.traced.inputs
     recorder = _Recorder(graph, device, dtype, channels_last=channels_last)
     rows = torch.arange(batch) % inputs.batch
-    with torch.inference_mode(), modes_kept():
+    with torch.inference_mode(), restore_modes():
         try:
             recorder.run(*(recorder.placed(x[rows.to(x.device)]) for x in inputs.tensors))
         except torch.OutOfMemoryError:
@@ -201,7 +200,7 @@ class _Recorder(Interpreter):
         args, kwargs = pytree.tree_map(lambda x: self.dtype if x is self.traced_dtype else x, (args, kwargs))
         # In-place operators change the shape or the strides of what they read in rare cases: described before the call.
         described = self.described(n, args, kwargs)
-        with under(self.modes):
+        with enter_modes(self.modes):
             result = n.target(*args, **kwargs)  # type: ignore[operator]
         made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         if made and isinstance(n.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
@@ -350,7 +349,7 @@ class _Recorder(Interpreter):
             return [dim for name, dim in names if (name, dim) in self.slices]
         if not isinstance(labels, Tensor) or not (self.unit_of_label[core(labels).numpy()] >= 0).any():
             return []
-        ways = varying(labels)
+        ways = varying_dims(labels)
         return ways if len(ways) == 1 else []
 
 

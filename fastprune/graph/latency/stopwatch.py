@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.export.regions import under
+from fastprune.graph.export.regions import enter_modes
 from fastprune.graph.latency.operations import Groups, Operand, Operation
 
 LARGEST_POOL = 1 << 27  # bytes; beyond the caches of nearly every machine
@@ -68,7 +68,7 @@ class Call:
     def made(self, results: Sequence[Any], begin: Callable[[], Any], end: Callable[[], Any]) -> Any:
         """The result of the call in the mode of its region; what begins and ends its time is called in it, too."""
         args, kwargs = self.arguments(results)
-        with under(self.operation.modes):
+        with enter_modes(self.operation.modes):
             begin()
             result = self.operation.target(*args, **kwargs)
             end()

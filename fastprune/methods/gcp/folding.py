@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fastprune.graph import ChannelGraph, Layer
-from fastprune.graph.export.regions import modes_kept
+from fastprune.graph.export.regions import restore_modes
 from fastprune.networks.fusion import argument, is_stored
 
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ def fold_constants(graph: ChannelGraph, model: nn.Module, network: GraphModule, 
     layers = {layer.node: layer for layer in graph.layers if reads_any(layer, closing)}
     inputs = probes(graph, next(model.parameters()).device)
     readings = _Readings(network, layers, closing)
-    with modes_kept():
+    with restore_modes():
         readings.run(*inputs, torch.ones(graph.num_units, device=inputs[0].device))
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     found = placed = 0

@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph, trace
-from fastprune.graph.export.regions import modes_kept
-from fastprune.graph.export.tracing import concrete
+from fastprune.graph.export.nodes import concrete
+from fastprune.graph.export.regions import restore_modes
 from fastprune.graph.model_state import attribute_of, state_of
 from fastprune.graph.stages import Stage
 from fastprune.networks.masked import make_out_of_place, share_tensors
@@ -71,7 +71,7 @@ class SuperNet:
         Returns:
             Features, detached, one more than there are stages; and what the model returns.
         """
-        with modes_kept():
+        with restore_modes():
             results = self.training_graph(images)
         count = len(self.stages)
         for norm in self.norms:
@@ -83,7 +83,7 @@ class SuperNet:
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
         """What each stage of the full network reads and gives on, with the statistics of this batch, dropout off."""
-        with modes_kept():
+        with restore_modes():
             results = self.evaluation_graph(images)
         return [images, *results[: len(self.stages)]]
 
