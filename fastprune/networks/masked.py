@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph, Layer
 from fastprune.graph.export.regions import GRADIENTS, restore_modes
+from fastprune.graph.structure import belong_to
 from fastprune.networks.fusion import find_chains, fuse, version
 
 # In-place operators that exporters leave in the graph, and what computes the same without overwriting its input.
@@ -181,7 +182,7 @@ def gated(graph: ChannelGraph, units: Tensor, *, fused: bool) -> GraphModule:
     gates: dict[Node, Node] = {}
     inserted: dict[Any, Node] = {}
     for layer in graph.layers:
-        if not bool(units[layer.in_units[layer.in_units >= 0]].any()):
+        if not bool(belong_to(layer.in_units, units).any()):
             continue
         reader = nodes[layer.node]
         vector = vectors.of(layer)

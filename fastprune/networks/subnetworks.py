@@ -146,7 +146,7 @@ def unit_of_label(graph: ChannelGraph, state: Propagation) -> IntArray:
     components, _ = state.settle()
     unit_of_class = np.full(len(components), -1)
     for piece in graph.slices:
-        unit_of_class[components[state.dims[piece.tensor, piece.dim].labels.numpy()]] = piece.units.numpy()
+        unit_of_class[components[state.dims[piece.place].labels.numpy()]] = piece.units.numpy()
     found: IntArray = unit_of_class[components]
     return found
 

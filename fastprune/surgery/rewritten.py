@@ -207,7 +207,7 @@ def kept_labels(plan: PruningPlan, state: Propagation) -> npt.NDArray[np.bool_]:
         reasons = reasons | state.mixed_classes(components)
     kept, gone = (np.zeros(len(components), dtype=bool) for _ in range(2))
     for piece in plan.slices:
-        known = state.dims.get((piece.tensor, piece.dim))
+        known = state.dims.get(piece.place)
         if known is None:
             raise PlanError(f"the plan is for another model: {piece.tensor!r} has no channels along {piece.dim} here")
         classes = components[known.labels.numpy()]

@@ -13,7 +13,6 @@ import torchvision
 from torch import Tensor, nn
 
 import fastprune as fp
-from fastprune.graph.latency import model as latency_module
 from fastprune.graph.latency.axes import Axis
 from fastprune.graph.latency.measurements import Measurements
 from fastprune.graph.latency.model import LatencyModel, measure

@@ -19,7 +19,7 @@ from fastprune.graph.labels.labels import KEPT, core, varying_dims
 from fastprune.graph.labels.propagate import Computed, Propagation, Weight
 from fastprune.graph.latency.axes import Axis, block_of
 from fastprune.graph.model_state import attribute_of
-from fastprune.graph.structure import GraphStructure, Layer
+from fastprune.graph.structure import GraphStructure, Layer, index_slices
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class _Recorder(Interpreter):
         self.group_of_unit = graph.group_of_unit.numpy()
         self.sizes = graph.offsets.diff().tolist()
         self.layers = {layer.node: layer for layer in graph.layers}
-        self.slices = {(s.tensor, s.dim): s for s in graph.slices}
+        self.slices = index_slices(graph.slices)
         # Labels end at nothing that mixes channels: which of them are prunable is what the graph says.
         state = Propagation(exact=False, rewrites=graph.rewrites)
         self.labels = run_on_labels(graph.traced.evaluation, graph.traced.inputs, state, record=True)

@@ -25,6 +25,7 @@ from fastprune.graph.export.nodes import concrete
 from fastprune.graph.export.regions import restore_modes
 from fastprune.graph.model_state import attribute_of, state_of
 from fastprune.graph.stages import Stage
+from fastprune.graph.structure import index_slices
 from fastprune.networks.masked import make_out_of_place, share_tensors
 from fastprune.networks.subnetworks import SubNetworks, use_batch_statistics
 
@@ -143,7 +144,7 @@ def units_in(graph: ChannelGraph, own: ChannelGraph, stage: Stage) -> Tensor:
     Raises:
         ValueError: where a group that the stage decides on cannot lose channels in it; names the group.
     """
-    whole = {(piece.tensor, piece.dim): piece for piece in graph.slices}
+    whole = index_slices(graph.slices)
     decided = torch.zeros(graph.num_units + 1, dtype=torch.bool)
     for number in stage.groups:
         decided[graph.groups[number].units] = True
@@ -152,7 +153,7 @@ def units_in(graph: ChannelGraph, own: ChannelGraph, stage: Stage) -> Tensor:
         inside = piece.units >= 0
         if piece.tensor.startswith(f"{ADAPTOR}."):
             continue
-        known = whole.get((piece.tensor, piece.dim))
+        known = whole.get(piece.place)
         unit[piece.units[inside]] = known.units[inside] if known is not None else -1
     found = torch.where((unit < graph.num_units) & decided[unit], unit, -1)
     for number in stage.groups:
