@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastprune.graph.conventions import Flops, cost_model_in
 from fastprune.graph.cost import Cost, CostModel
-from fastprune.graph.latency.model import LatencyModel, measure
+from fastprune.graph.latency.model import LatencyModel
+from fastprune.graph.latency.timing import measure
 from fastprune.graph.plan import PruningPlan
 from fastprune.graph.structure import GraphStructure
 from fastprune.host.distributed import Distributed
