@@ -154,7 +154,7 @@ def prune(
         same_run(RunDirectory.open(str(out), peers), config)
     placement = Placement(where, precision, channels_last)
     source = data.to(where) if isinstance(data, Data) else None if data is None else UserData(data)
-    inputs = Inputs.of(example_inputs, model)
+    inputs = Inputs.from_example(example_inputs, model)
     if source is not None:
         _same_channels(source, inputs)
     seed_everything(seed)

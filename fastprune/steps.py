@@ -63,7 +63,7 @@ def prune_in_steps(
         raise ValueError("resume and after belong to single calls of prune")
     tracing = {name: arguments[name] for name in ("rewrite", "ignore", "exact") if name in arguments}
     home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    first = trace(model, Inputs.of(example_inputs, model).map(lambda x: x.to(home)), **tracing)
+    first = trace(model, Inputs.from_example(example_inputs, model).map(lambda x: x.to(home)), **tracing)
     last = Budget.parse(budget) if isinstance(budget, str) else budget
     under = arguments.pop("conditions", None) or last.conditions
     device = under.device or arguments.get("device") or str(home)

@@ -234,7 +234,7 @@ def describe_groups(
     return tuple(
         Group(
             name=next(iter(producers[g])), start=int(offsets[g]), size=int(sizes[g]),
-            kind="stream" if g in streams else "interior", producers=tuple(producers[g]),
+            kind="stream" if g in streams else "plain", producers=tuple(producers[g]),
             consumers=tuple(consumers[g]), layers=tuple(touched[g]), share=share[g],
             exact=not bool(inexact_units[int(offsets[g]) : int(offsets[g + 1])].any()),
         )

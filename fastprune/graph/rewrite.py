@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fastprune.graph.export.nodes import argument_of, operator_name, set_argument
 from fastprune.graph.labels.labels import core
 from fastprune.graph.labels.moves import PARTING
 from fastprune.graph.labels.propagate import Computed
-from fastprune.graph.labels.rules import described, operator_name
+from fastprune.graph.labels.rules import describe_node
 from fastprune.graph.labels.selection import Selection
 from fastprune.graph.model_state import attribute_of
 
@@ -152,7 +153,7 @@ class _Writer:
     def copy(self, node: Node) -> Node:
         for source in node.all_input_nodes:
             if self.written.get(source) is None:
-                raise RewriteError(f"{described(node)} reads channels that do not lie along one dimension")
+                raise RewriteError(f"{describe_node(node)} reads channels that do not lie along one dimension")
         return self.graph.node_copy(node, self.written.__getitem__)
 
     # --- what stays ---------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class _Writer:
         base_boxes, box = self.kept(choice.base), kept_box(labels, self.keep)
         source: Node | None = self.written[choice.base]
         if base_boxes is None or box is None or source is None:
-            raise RewriteError(f"{described(node)} takes channels of a value that does not exist on its own")
+            raise RewriteError(f"{describe_node(node)} takes channels of a value that does not exist on its own")
         kept, held = box[choice.dim], base_boxes[0][choice.dim]
         if kept is None:
             kept = np.arange(labels.size(choice.dim))
@@ -225,7 +226,7 @@ class _Writer:
         sizes = [part.size(dim) if k is None else len(k) for part, k in zip(self.parts(node), kept, strict=True)]
         source = self.written[first_of(node)]
         if source is None:
-            raise RewriteError(f"{described(node)} cuts a value that does not exist on its own")
+            raise RewriteError(f"{describe_node(node)} cuts a value that does not exist on its own")
         return self.graph.call_function(torch.ops.aten.split_with_sizes.default, (source, sizes, dim))
 
     # --- arguments ----------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ class _Writer:
             if kept is None or size == -1:
                 continue
             if not isinstance(size, int):
-                raise RewriteError(f"{described(node)} computes the number of channels from the size of the input")
+                raise RewriteError(f"{describe_node(node)} computes the number of channels from the size of the input")
             sizes[place] = len(kept)
         set_argument(copied, argument, sizes)
 
@@ -285,23 +286,3 @@ def both(a: Kept, b: Kept) -> Kept:
 def first_of(node: Node) -> Node:
     """What a node reads first."""
     return cast("Node", node.args[0])
-
-
-def argument_of(node: Node, name: str) -> Any:
-    """An argument of an operator by its name in the schema, its default where it was not given."""
-    for place, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == name:
-            if place < len(node.args):
-                return node.args[place]
-            return node.kwargs.get(name, argument.default_value if argument.has_default_value() else None)
-    return None
-
-
-def set_argument(node: Node, name: str, value: Any) -> None:
-    """Set an argument of an operator by its name in the schema."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    place = names.index(name)
-    if place < len(node.args):
-        node.update_arg(place, value)
-    else:
-        node.update_kwarg(name, value)

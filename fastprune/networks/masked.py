@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph, Layer
-from fastprune.graph.export.regions import GRADIENTS, modes_kept
+from fastprune.graph.export.regions import GRADIENTS, restore_modes
+from fastprune.graph.structure import belong_to
 from fastprune.networks.fusion import find_chains, fuse, version
 
 # In-place operators that exporters leave in the graph, and what computes the same without overwriting its input.
@@ -120,7 +121,7 @@ class MaskedNetwork(nn.Module):
         if self.runs_fused():
             network = self.fused
             self.count_statistics()
-        with modes_kept():
+        with restore_modes():
             return pytree.tree_unflatten(network(*images, gates), self.out_spec)
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class MaskedNetwork(nn.Module):
         """
         gates = torch.ones(self.num_units, device=images[0].device)
         energies = _Energies(self.network, gates)
-        with modes_kept():
+        with restore_modes():
             energies.run(*images, gates)
         return energies.sums / energies.counts.clamp(min=1)
 
@@ -181,7 +182,7 @@ def gated(graph: ChannelGraph, units: Tensor, *, fused: bool) -> GraphModule:
     gates: dict[Node, Node] = {}
     inserted: dict[Any, Node] = {}
     for layer in graph.layers:
-        if not bool(units[layer.in_units[layer.in_units >= 0]].any()):
+        if not bool(belong_to(layer.in_units, units).any()):
             continue
         reader = nodes[layer.node]
         vector = vectors.of(layer)

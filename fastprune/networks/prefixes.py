@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fastprune.graph.export.nodes import argument_of
 from fastprune.graph.model_state import attribute_of
-from fastprune.graph.rewrite import Rewritten, argument_of
+from fastprune.graph.rewrite import Rewritten
 from fastprune.networks.fusion import activation_of, same_kind, value_of, version
 from fastprune.ops.conv.library import IN_PLACE, Geometry
 from fastprune.ops.conv.packed import PackedWeight, algorithm_for, convolve_prefix, pack, takes

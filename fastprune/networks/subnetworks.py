@@ -18,14 +18,14 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph
-from fastprune.graph.export.regions import modes_kept
+from fastprune.graph.export.nodes import argument_of, operator_name
+from fastprune.graph.export.regions import restore_modes
 from fastprune.graph.interior import ACTIVATIONS
 from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.labels import IntArray, core
 from fastprune.graph.labels.propagate import Computed, Propagation
-from fastprune.graph.labels.rules import operator_name
 from fastprune.graph.model_state import attribute_of
-from fastprune.graph.rewrite import Rewritten, argument_of, rewrite
+from fastprune.graph.rewrite import Rewritten, rewrite
 from fastprune.networks.masked import make_out_of_place, share_tensors
 from fastprune.networks.prefixes import use_kernels
 
@@ -83,7 +83,7 @@ class SubNetworks:
         kept = self.kept(mask)
         tensors = [self.slice(name, kept) for name in written.tensors]
         indices = [index.to(tensors[0].device) for index in written.indices]
-        with modes_kept():
+        with restore_modes():
             return pytree.tree_unflatten(written.module(*inputs, *tensors, *indices), written.results)
 
     def frozen(self) -> SubNetworks:
@@ -146,7 +146,7 @@ def unit_of_label(graph: ChannelGraph, state: Propagation) -> IntArray:
     components, _ = state.settle()
     unit_of_class = np.full(len(components), -1)
     for piece in graph.slices:
-        unit_of_class[components[state.dims[piece.tensor, piece.dim].labels.numpy()]] = piece.units.numpy()
+        unit_of_class[components[state.dims[piece.place].labels.numpy()]] = piece.units.numpy()
     found: IntArray = unit_of_class[components]
     return found
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fastprune.graph.export.exporter import export
 from fastprune.graph.export.inputs import Inputs
+from fastprune.graph.export.open_sizes import Guards, export_for_sizes
 from fastprune.graph.export.refusals import TraceError
-from fastprune.graph.export.regions import modes_kept
-from fastprune.graph.export.tracing import Guards, Traced, export, export_for_sizes, trace_graphs
+from fastprune.graph.export.regions import restore_modes
+from fastprune.graph.export.tracing import Traced, trace_graphs
 from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.propagate import Propagation
 from fastprune.graph.model_state import attribute_of, state_of
@@ -92,7 +94,7 @@ class RewrittenNetwork(nn.Module):
         self.require_sizes(inputs)
         tensors = [attribute_of(self, name) for name in self._takes[mode]]
         graph: Any = self.training_graph if mode else self.evaluation_graph
-        with modes_kept():
+        with restore_modes():
             return pytree.tree_unflatten(graph(*inputs, *tensors), self._results[mode])
 
     def require_sizes(self, inputs: list[Tensor]) -> None:
@@ -205,7 +207,7 @@ def kept_labels(plan: PruningPlan, state: Propagation) -> npt.NDArray[np.bool_]:
         reasons = reasons | state.mixed_classes(components)
     kept, gone = (np.zeros(len(components), dtype=bool) for _ in range(2))
     for piece in plan.slices:
-        known = state.dims.get((piece.tensor, piece.dim))
+        known = state.dims.get(piece.place)
         if known is None:
             raise PlanError(f"the plan is for another model: {piece.tensor!r} has no channels along {piece.dim} here")
         classes = components[known.labels.numpy()]

@@ -121,11 +121,11 @@ def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: 
     precise: Any = InFloat64() if dtype == torch.float64 else nullcontext()  # type: ignore[no-untyped-call]
     with torch.no_grad(), in_dtype(reference, dtype) as full, in_dtype(compact, dtype) as small, precise:
         with name_the_failing_module(full, f"the model itself does not run in {dtype}", "exactness cannot be checked"):
-            expected = pytree.tree_leaves(inputs.given_to(full))
+            expected = pytree.tree_leaves(inputs.run(full))
         with name_the_failing_module(
             small, "the compact model does not run", "its code expects a fixed number of channels"
         ):
-            got = pytree.tree_leaves(inputs.given_to(small))
+            got = pytree.tree_leaves(inputs.run(small))
     if len(expected) != len(got):
         raise SurgeryError(f"the compact model returns {len(got)} values, the masked one {len(expected)}")
     worst = 0.0

@@ -331,7 +331,7 @@ def test_projection_of_saturated_gates_goes_by_filter_norm(fill):
     for group in graph.groups:
         stays = plan.mask[group.units]
         assert bool(stays.any())
-        if not stays.all() and group.kind == "interior" and len(group.producers) == 1:
+        if not stays.all() and group.kind == "plain" and len(group.producers) == 1:
             norms = task.model.get_parameter(f"{group.name}.weight").detach().flatten(1).norm(dim=1)
             assert norms[stays].min() >= norms[~stays].max()
             assert not bool((stays.int().diff() <= 0).all())  # not simply the first ones

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import fastprune as fp
 from fastprune.graph import Slice, TraceError
-from fastprune.graph.export.tracing import export_for_sizes
+from fastprune.graph.export.open_sizes import export_for_sizes
 from fastprune.surgery.verification import masked
 
 

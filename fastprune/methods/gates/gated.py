@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastprune.graph import ChannelGraph
 from fastprune.graph.interior import gated_units
 from fastprune.graph.plan import PruningPlan, unique_names
+from fastprune.graph.structure import belong_to
 from fastprune.methods.contract import Method, Task
 from fastprune.networks.masked import MaskedNetwork
 from fastprune.planning.budget import TOLERANCE, Budget
@@ -40,7 +41,7 @@ def prunable_cost(graph: ChannelGraph, budget: Budget, units: Tensor) -> float:
     if budget.resource == "latency":
         return float(budget.cost(graph))
     model = budget.cost_model(graph)
-    shrinking = {s.tensor for s in graph.slices if bool(units[s.units[s.units >= 0]].any())}
+    shrinking = {s.tensor for s in graph.slices if bool(belong_to(s.units, units).any())}
     elements = model.elements(graph.offsets.diff().double()).tolist()
     per_element = [term.params if budget.resource == "params" else term.macs for term in model.terms]
     parts = zip(model.terms, elements, per_element, strict=True)

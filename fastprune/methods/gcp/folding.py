@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fastprune.graph import ChannelGraph, Layer
-from fastprune.graph.export.regions import modes_kept
+from fastprune.graph.export.regions import restore_modes
+from fastprune.graph.structure import belong_to
 from fastprune.networks.fusion import argument, is_stored
 
 aten = torch.ops.aten
@@ -37,7 +38,7 @@ class _Readings(Interpreter):
             x = self.fetch_args_kwargs_from_env(n)[0][0].detach().movedim(layer.channel_dim, 0).flatten(1).double()
             low, high = x.amin(1).cpu(), x.amax(1).cpu()
             even = high - low <= EVEN * high.abs().maximum(low.abs())
-            closes = (layer.in_units >= 0) & self.closing[layer.in_units]
+            closes = belong_to(layer.in_units, self.closing)
             self.constants[n.name] = torch.where(closes & even, (low + high) / 2, 0.0)
         return super().run_node(n)
 
@@ -62,7 +63,7 @@ def fold_constants(graph: ChannelGraph, model: nn.Module, network: GraphModule, 
     layers = {layer.node: layer for layer in graph.layers if reads_any(layer, closing)}
     inputs = probes(graph, next(model.parameters()).device)
     readings = _Readings(network, layers, closing)
-    with modes_kept():
+    with restore_modes():
         readings.run(*inputs, torch.ones(graph.num_units, device=inputs[0].device))
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     found = placed = 0
@@ -84,7 +85,7 @@ def fold_constants(graph: ChannelGraph, model: nn.Module, network: GraphModule, 
 
 def reads_any(layer: Layer, units: Tensor) -> bool:
     """Whether a layer, other than a depthwise one, reads one of ``units``."""
-    return not layer.depthwise and bool(((layer.in_units >= 0) & units[layer.in_units]).any())
+    return not layer.depthwise and bool(belong_to(layer.in_units, units).any())
 
 
 def argument_or_none(node: Node) -> int:

@@ -399,7 +399,7 @@ def closed_by_scales(graph: ChannelGraph, model: nn.Module, masked: MaskedNetwor
             continue
         affected: list[tuple[Tensor, Tensor]] = []
         for norm in norms:
-            inside = ((norm.units >= group.start) & (norm.units < group.start + group.size)).nonzero().flatten()
+            inside = group.holds(norm.units).nonzero().flatten()
             for parameter in (norm.module.weight, norm.module.bias):
                 if len(inside) and parameter is not None:
                     affected.append((parameter, parameter.clone()))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastprune.graph import ChannelGraph, Group
-from fastprune.graph.structure import Role
+from fastprune.graph.structure import Role, belong_to
 from fastprune.ops import UnitTable
 
 
@@ -58,7 +58,7 @@ def unit_filters(graph: ChannelGraph, model: nn.Module, group: Group) -> list[Te
     parameters = dict(model.named_parameters(remove_duplicate=False))
     matrices = []
     for piece in graph.weights_of_group(group, ("out",)):
-        inside = ((piece.units >= group.start) & (piece.units < group.start + group.size)).nonzero().flatten()
+        inside = group.holds(piece.units).nonzero().flatten()
         order = inside[piece.units[inside].argsort(stable=True)]
         weight = parameters[piece.tensor].detach()
         matrices.append(
@@ -88,7 +88,7 @@ def unit_table(graph: ChannelGraph, model: nn.Module, roles: Sequence[Role], uni
     slices: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
     for piece in graph.slices:
         if piece.role in roles and piece.tensor in parameters and parameters[piece.tensor].requires_grad:
-            kept = (piece.units < 0) | ~units[piece.units]
+            kept = ~belong_to(piece.units, units)
             if not bool(kept.all()):
                 parameter = parameters[piece.tensor]
                 slices[id(parameter), piece.dim] = parameter.detach(), piece.dim, piece.units.masked_fill(kept, -1)

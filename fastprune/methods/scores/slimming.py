@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastprune.graph.structure import belong_to
 from fastprune.methods.contract import Task
 from fastprune.methods.scores.filters import unit_batch_norms
 from fastprune.methods.scores.trained import TrainedConfig, TrainedMethod
@@ -64,7 +65,7 @@ class Slimming(TrainedMethod):
 
     def among(self, units: Tensor) -> Tensor:
         """Which of ``units`` (-1 = none) may go, bool."""
-        return (units >= 0) & self.may_go[units]
+        return belong_to(units, self.may_go)
 
     def before_update(self, task: Task) -> None:
         """Add λ sign(γ) to the gradients of the scales."""

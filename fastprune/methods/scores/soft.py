@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastprune.graph.structure import belong_to
 from fastprune.methods.contract import Task
 from fastprune.methods.scores.filters import unit_norms
 from fastprune.methods.scores.trained import TrainedConfig, TrainedMethod
@@ -50,7 +51,7 @@ class Soft(TrainedMethod):
             for piece in task.graph.slices:
                 weight = parameters.get(piece.tensor)
                 if piece.role in ("out", "depthwise") and weight is not None and weight.requires_grad:
-                    places = ((piece.units >= 0) & closed[piece.units]).nonzero().flatten()
+                    places = belong_to(piece.units, closed).nonzero().flatten()
                     weight.index_fill_(piece.dim, places.to(weight.device), 0.0)
         return {"zero_channels": float(closed.float().mean())}
 

@@ -21,10 +21,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph, trace
-from fastprune.graph.export.regions import modes_kept
-from fastprune.graph.export.tracing import concrete
+from fastprune.graph.export.nodes import concrete
+from fastprune.graph.export.regions import restore_modes
 from fastprune.graph.model_state import attribute_of, state_of
 from fastprune.graph.stages import Stage
+from fastprune.graph.structure import index_slices
 from fastprune.networks.masked import make_out_of_place, share_tensors
 from fastprune.networks.subnetworks import SubNetworks, use_batch_statistics
 
@@ -71,7 +72,7 @@ class SuperNet:
         Returns:
             Features, detached, one more than there are stages; and what the model returns.
         """
-        with modes_kept():
+        with restore_modes():
             results = self.training_graph(images)
         count = len(self.stages)
         for norm in self.norms:
@@ -83,7 +84,7 @@ class SuperNet:
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
         """What each stage of the full network reads and gives on, with the statistics of this batch, dropout off."""
-        with modes_kept():
+        with restore_modes():
             results = self.evaluation_graph(images)
         return [images, *results[: len(self.stages)]]
 
@@ -143,7 +144,7 @@ def units_in(graph: ChannelGraph, own: ChannelGraph, stage: Stage) -> Tensor:
     Raises:
         ValueError: where a group that the stage decides on cannot lose channels in it; names the group.
     """
-    whole = {(piece.tensor, piece.dim): piece for piece in graph.slices}
+    whole = index_slices(graph.slices)
     decided = torch.zeros(graph.num_units + 1, dtype=torch.bool)
     for number in stage.groups:
         decided[graph.groups[number].units] = True
@@ -152,7 +153,7 @@ def units_in(graph: ChannelGraph, own: ChannelGraph, stage: Stage) -> Tensor:
         inside = piece.units >= 0
         if piece.tensor.startswith(f"{ADAPTOR}."):
             continue
-        known = whole.get((piece.tensor, piece.dim))
+        known = whole.get(piece.place)
         unit[piece.units[inside]] = known.units[inside] if known is not None else -1
     found = torch.where((unit < graph.num_units) & decided[unit], unit, -1)
     for number in stage.groups:
