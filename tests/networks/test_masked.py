@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastprune as fp
 from fastprune.graph.export.regions import autocast_depth
 from fastprune.networks.masked import MaskedNetwork
-from fastprune.surgery.rewritten import rewritten as as_graph
+from fastprune.surgery.rewritten import rewrite_network
 
 LARGE = [
     pytest.param(name, marks=pytest.mark.slow)
@@ -189,7 +189,7 @@ def test_a_failure_within_a_region_leaves_the_modes_as_they_were(rewritten: bool
     model, example = Regions().eval(), torch.zeros(2, 3, 4, 4)
     graph = fp.trace(model, example)
     plan = graph.plan(torch.ones(graph.num_units))
-    network = as_graph(plan, model, copy.deepcopy(model)) if rewritten else MaskedNetwork(graph, model)
+    network = rewrite_network(plan, model, copy.deepcopy(model)) if rewritten else MaskedNetwork(graph, model)
     gates = () if rewritten else (torch.ones(graph.num_units),)
     assert torch.isfinite(network(example, *gates)).all()
     (network.head if rewritten else network.network.head)._parameters["weight"] = torch.zeros(3, 5)
