@@ -30,7 +30,7 @@ from fastprune.host import atomic
 from fastprune.host.machine import machine
 from fastprune.surgery import cut, verify
 from fastprune.surgery.rewritten import RewrittenNetwork
-from fastprune.surgery.slicing import copied
+from fastprune.surgery.slicing import copy_model
 
 PEER = "torch-pruning"
 ONE = "one"  # the first argument of a process that prunes one network
@@ -197,7 +197,7 @@ def prunable(graph: ChannelGraph) -> float:
 
 def macs(model: nn.Module, size: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one image as torch counts them."""
-    model = copied(model).requires_grad_(False)  # torch's counter fails on modules that are given a parameter
+    model = copy_model(model).requires_grad_(False)  # torch's counter fails on modules that are given a parameter
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, *size))
     return int(counter.get_total_flops() // 4)

@@ -24,8 +24,9 @@ from fastprune.bench.step import TOLERANCE, networks, prepared
 from fastprune.graph import ChannelGraph, find_stages, trace
 from fastprune.methods.sp.stage_losses import StageData
 from fastprune.methods.sp.supernet import StageNetwork, SuperNet
-from fastprune.networks.masked import gated, share_tensors
-from fastprune.networks.subnetworks import SubNetworks, use_batch_statistics
+from fastprune.networks.masked import build_gated_graph
+from fastprune.networks.subnetworks import SubNetworks
+from fastprune.networks.traced_copy import share_tensors, use_batch_statistics
 
 LEAST = 0.1  # of the widths' ratios, which are between this and 0.9
 
@@ -40,7 +41,7 @@ class Masked:
     def __init__(self, part: StageNetwork) -> None:
         own, model = part.slices.graph, part.slices.model
         self.part = part
-        self.network = gated(own, torch.ones(own.num_units, dtype=torch.bool), fused=False)
+        self.network = build_gated_graph(own, torch.ones(own.num_units, dtype=torch.bool), fused=False)
         use_batch_statistics(self.network, update=False)
         share_tensors(model, self.network)
 

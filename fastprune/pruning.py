@@ -35,7 +35,7 @@ from fastprune.options import fields_of
 from fastprune.planning.budget import Budget, BudgetError, Conditions
 from fastprune.planning.limits import LimitError, Limits
 from fastprune.surgery import cut
-from fastprune.surgery.slicing import copied
+from fastprune.surgery.slicing import copy_model
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def measured(under: Conditions, graph: ChannelGraph, networks: Mapping[str, nn.M
         return {}
     layout = torch.channels_last if under.channels_last else torch.contiguous_format
     copies = {
-        name: copied(network).to(torch.device(str(under.device)), getattr(torch, under.dtype))
+        name: copy_model(network).to(torch.device(str(under.device)), getattr(torch, under.dtype))
         .to(memory_format=layout)
         for name, network in networks.items()
     }  # fmt: skip
@@ -251,7 +251,7 @@ def _own_copy(model: nn.Module, placement: Placement, *, trained: bool) -> nn.Mo
     """The model in eval mode on its device; a copy, unless it already is there and nothing will change it."""
     there = _device_of(model) == placement.device and not placement.channels_last
     if trained or not there or any(module.training for module in model.modules()):
-        model = placement.model(copied(model))
+        model = placement.model(copy_model(model))
     return model.eval()
 
 

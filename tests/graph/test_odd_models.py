@@ -706,5 +706,5 @@ def test_what_cannot_be_copied_is_said() -> None:
     model = Net()
     model.generator = (n for n in range(3))
     graph = fp.trace(model, IMAGES)
-    with pytest.raises(fp.SurgeryError, match=r"Net holds what cannot be copied: .*generator"):
+    with pytest.raises(fp.SurgeryError, match=r"Net cannot be copied: .*generator"):
         fp.apply(graph.plan(half(graph)), model)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from fastprune.graph import ChannelGraph, Layer
+from fastprune.graph.export.nodes import argument_of
 from fastprune.graph.export.regions import restore_modes
 from fastprune.graph.structure import belong_to
-from fastprune.networks.fusion import argument, is_stored
+from fastprune.networks.chains import is_stored
 
 aten = torch.ops.aten
 EVEN = 1e-5  # of the largest value: how far a constant channel may vary by rounding
@@ -91,7 +92,7 @@ def reads_any(layer: Layer, units: Tensor) -> bool:
 def argument_or_none(node: Node) -> int:
     """The number of groups of a convolution, 1 for other layers."""
     target = node.target
-    return int(argument(node, 6, "groups")) if target in (aten.conv1d.default, aten.conv2d.default) else 1
+    return int(argument_of(node, "groups")) if target in (aten.conv1d.default, aten.conv2d.default) else 1
 
 
 def contribution_of(weight: Tensor, constants: Tensor, layer: Layer, groups: int) -> Tensor | None:
@@ -107,10 +108,10 @@ def shift_behind(node: Node) -> tuple[str, float] | None:
     """The name of what shifts a layer's output, and the sign with which a constant goes into it."""
     users = list(node.users)
     if len(users) == 1 and users[0].target is aten.batch_norm.default:
-        mean = argument(users[0], 3, "running_mean")
+        mean = argument_of(users[0], "running_mean")
         if is_stored(mean):
             return str(mean.target), -1.0
-    bias = argument(node, 2, "bias")
+    bias = argument_of(node, "bias")
     return (str(bias.target), 1.0) if is_stored(bias) else None
 
 

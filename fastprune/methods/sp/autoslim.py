@@ -67,7 +67,7 @@ class AutoSlim(WeightSharing):
         self.accuracy = 0.0
         self.net = SuperNet(graph, task.model, ())
         self.slices = SubNetworks(graph, task.model)
-        self.frozen = self.slices.frozen()  # for comparing
+        self.frozen = self.slices.freeze()  # for comparing
         self.training = self.make_training(task, task.model)
         self.batch: tuple[Tensor, Tensor] | None = None
 

@@ -55,7 +55,7 @@ class StageData:
             x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" and x.dim() == 4 else x
             for x in features
         ]
-        return [StageData(n.frozen(), x, y) for n, (x, y) in zip(networks, pairwise(laid), strict=True)]
+        return [StageData(n.freeze(), x, y) for n, (x, y) in zip(networks, pairwise(laid), strict=True)]
 
     @torch.no_grad()
     def loss(self, mask: Tensor) -> float:

@@ -9,7 +9,6 @@ Source: Zhang and Ou, SP, §3.2 and eq. 7.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -26,8 +25,14 @@ from fastprune.graph.export.regions import restore_modes
 from fastprune.graph.model_state import attribute_of, state_of
 from fastprune.graph.stages import Stage
 from fastprune.graph.structure import index_slices
-from fastprune.networks.masked import make_out_of_place, share_tensors
-from fastprune.networks.subnetworks import SubNetworks, use_batch_statistics
+from fastprune.networks.subnetworks import SubNetworks
+from fastprune.networks.traced_copy import (
+    copy_traced,
+    make_out_of_place,
+    return_flat,
+    share_tensors,
+    use_batch_statistics,
+)
 
 ADAPTOR = "stage_adaptor"
 
@@ -174,12 +179,8 @@ def with_features(graph: ChannelGraph, model: nn.Module, stages: Sequence[Stage]
         stages: of the graph.
         training: whether running statistics are brought up to date, and dropout is on.
     """
-    traced = graph.traced.evaluation
-    module = GraphModule(traced, copy.deepcopy(traced.graph))
-    for node in list(module.graph.nodes):
-        if node.op == "call_module":  # the exporter's guard on input shapes
-            module.graph.erase_node(node)
-    module.graph.set_codegen(torch.fx.graph.CodeGen())
+    module = copy_traced(graph)
+    return_flat(module)
     overwrites = make_out_of_place(module)
     nodes = {node.name: node for node in module.graph.nodes}
     features = [nodes[stage.end] for stage in stages]
@@ -202,8 +203,7 @@ def cut_out(
     Raises:
         ValueError: where it reads something else of the network than its features, or overwrites what it reads.
     """
-    traced = graph.traced.evaluation
-    whole = GraphModule(traced, copy.deepcopy(traced.graph))
+    whole = copy_traced(graph)
     if make_out_of_place(whole):
         raise ValueError("super-net: this network writes to parts of tensors, so that its stages cannot run apart")
     nodes = {node.name: node for node in whole.graph.nodes}
@@ -225,7 +225,7 @@ def cut_out(
     inner.output(inner.call_function(torch.ops.aten.conv2d.default, (written[end], weight, bias)))
     own = state_of(model) | {f"{ADAPTOR}.{name}": tensor for name, tensor in fitted.named_parameters()}
     names = {str(node.target) for node in inner.find_nodes(op="get_attr")}
-    module = GraphModule({name: own[name] if name in own else attribute_of(traced, name) for name in names}, inner)
+    module = GraphModule({name: own[name] if name in own else attribute_of(whole, name) for name in names}, inner)
     return module.eval(), tuple(concrete(size) for size in start.meta["val"].shape)
 
 
