@@ -140,7 +140,7 @@ def test_one_step_is_a_gradient_step_and_a_soft_threshold() -> None:
     """For plain SGD on s·γ, γ' = soft(γ − η∂/s², ηλc/s), with s relative to its median and the network's gradients."""
     method, task = prepare(momentum=0.0, penalties=(0.05,))
     everything = torch.ones(task.graph.num_units, dtype=torch.bool)
-    weights, readers = costs(task, everything, method.may_go), unit_norms(task.graph, task.model, roles=("in",))
+    weights, readers = costs(task, everything, method.prunable_units), unit_norms(task.graph, task.model, roles=("in",))
     median = median_importance(method)
     model = copy.deepcopy(task.model).eval()
     images, labels = make_batches(1)[0]
@@ -245,7 +245,7 @@ def test_costs_are_differences_of_compact_networks(resource: str) -> None:
     kept = torch.rand(graph.num_units, generator=torch.Generator().manual_seed(3)) < 0.7
     for group in graph.groups:
         kept[group.start : group.start + 2] = True
-    may_go = torch.ones_like(kept)
+    prunable = torch.ones_like(kept)
 
     def measured(mask: Tensor) -> float:
         compact = fp.apply(graph.plan(mask), model)
@@ -263,7 +263,7 @@ def test_costs_are_differences_of_compact_networks(resource: str) -> None:
         less[group.start] = False
         expected[group.units] = (whole - measured(less)) * kept[group.units]
     expected /= expected.sum() / kept.sum()
-    assert torch.allclose(costs(task, kept, may_go), expected, rtol=1e-9)
+    assert torch.allclose(costs(task, kept, prunable), expected, rtol=1e-9)
 
 
 def test_folding_is_exact_under_one_by_one_kernels() -> None:

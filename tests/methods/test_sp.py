@@ -120,11 +120,11 @@ def test_options_restrict_the_prunable_channels() -> None:
     inside, task = prepare("flops=0.7", groups="interior")
     streams = [group.units for group in task.graph.groups if group.kind == "stream"]
     assert streams
-    assert not any(bool(inside.may_go[units].any()) for units in streams)
+    assert not any(bool(inside.prunable_units[units].any()) for units in streams)
     kept, task = prepare(last_features=False)
     last = next(group for group in task.graph.groups if "classifier" in group.consumers)
-    assert not bool(kept.may_go[last.units].any())
-    assert bool(prepare()[0].may_go[last.units].all())
+    assert not bool(kept.prunable_units[last.units].any())
+    assert bool(prepare()[0].prunable_units[last.units].all())
 
 
 def stage_data(*, channels_last: bool = False) -> tuple[list[StageData], list[Query]]:

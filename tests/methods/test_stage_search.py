@@ -134,11 +134,11 @@ def test_the_search_beats_equal_widths() -> None:
 
 def test_memoising_does_not_change_the_result() -> None:
     known, asked = make_search(memoise=True)
-    anew, asked_anew = make_search(memoise=False)
-    assert finish(known).best == finish(anew).best
-    assert known.passes == anew.passes
+    repeated, asked_repeatedly = make_search(memoise=False)
+    assert finish(known).best == finish(repeated).best
+    assert known.passes == repeated.passes
     assert len(asked.asked) == len(set(asked.asked)) == known.measured
-    assert len(asked_anew.asked) > len(asked.asked)
+    assert len(asked_repeatedly.asked) > len(asked.asked)
     assert known.metrics()["measured_literally"] > 10 * known.measured
 
 

@@ -79,8 +79,8 @@ class DP(GateSearch):
         Raises:
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
         """
-        may_go = self.place_gates(task)
-        sizes = [group.size for group in task.graph.groups if bool(may_go[group.start])]
+        units = self.place_gates(task)
+        sizes = [group.size for group in task.graph.groups if bool(units[group.start])]
         self.scores = self.make_generator(sizes, task.seed).to(task.device)
         self.optimizer = self.make_optimizer()
         self.step = 0

@@ -115,11 +115,11 @@ class GCP(Method):
             )
         self.masked = MaskedNetwork(task.graph, task.model)
         closable = find_closable_units(task.graph, task.model, self.masked)
-        self.may_go = gated_units(task.graph, config.groups) & closable
-        if not bool(self.may_go.any()):
+        self.prunable_units = gated_units(task.graph, config.groups) & closable
+        if not bool(self.prunable_units.any()):
             raise ValueError("gcp: no scale of a batch norm closes a prunable channel; choose another method")
-        task.require_feasible(self.may_go)
-        self.scales = Scales(task.graph, task.model, self.may_go)
+        task.require_feasible(self.prunable_units)
+        self.scales = Scales(task.graph, task.model, self.prunable_units)
         self.tensors = ModelTensors(task.model)
         self.steps_per_half = config.epochs * task.data.steps(config.batch_size, config.samples)
         self.round = self.candidate = 0
@@ -143,8 +143,8 @@ class GCP(Method):
             lr=chosen.lr,
             momentum=config.momentum,
         )
-        kept = self.scales.open.cpu() | ~self.may_go
-        weight = costs(task, kept, self.may_go).to(self.scales.gamma)
+        kept = self.scales.open.cpu() | ~self.prunable_units
+        weight = costs(task, kept, self.prunable_units).to(self.scales.gamma)
         importance = self.scales.importance()
         median = importance[self.scales.open & (importance > 0)].median().nan_to_num(1.0)
         self.unit = torch.where(importance > 0, importance / median, 1.0)
@@ -210,7 +210,7 @@ class GCP(Method):
         """Close the channels of lowest score until the round's cost is met."""
         scales, graph = self.scales, task.graph
         magnitudes = scales.magnitudes()
-        zero = float((magnitudes[scales.open & self.may_go.to(scales.open.device)] == 0).float().mean())
+        zero = float((magnitudes[scales.open & self.prunable_units.to(scales.open.device)] == 0).float().mean())
         before = scales.open.cpu()
         budget = task.budget
         if self.round + 1 < self.config.rounds:
@@ -218,7 +218,7 @@ class GCP(Method):
         scores = (magnitudes * scales.importance()).cpu().double().nan_to_num()  # NaN after divergence
         # Scores of exactly zero are ranked by the λ that brings them to zero.
         scores = torch.where(scores > 0, scores, -1 / (1 + self.reach.cpu().double()))
-        kept = fit(graph, budget, scores, prunable=self.may_go, gone=~before, limits=task.limits)
+        kept = fit(graph, budget, scores, prunable=self.prunable_units, gone=~before, limits=task.limits)
         closing = before & ~kept
         folded = {}
         if self.config.fold_bias:
@@ -228,7 +228,7 @@ class GCP(Method):
         scales.open &= kept.to(scales.open.device)
         scales.write()
         self.optimizer.state.clear()
-        cost = float(task.budget.cost(graph, kept | ~self.may_go)) / float(task.budget.cost(graph))
+        cost = float(task.budget.cost(graph, kept | ~self.prunable_units)) / float(task.budget.cost(graph))
         return {"zero_channels": zero, f"{task.budget.resource}_ratio": cost, "penalty": self.penalty, **folded}
 
     def silence(self, units: Tensor) -> None:
@@ -288,7 +288,7 @@ class GCP(Method):
         """Keep the channels that are open after the last round."""
         self.scales.write()
         task.model.eval()
-        return task.graph.plan(self.scales.open.cpu() | ~self.may_go)
+        return task.graph.plan(self.scales.open.cpu() | ~self.prunable_units)
 
     def state_dict(self) -> dict[str, Any]:
         """Return scales, optimiser, and the progress of the rounds."""
@@ -320,7 +320,7 @@ class GCP(Method):
         self.threshold, self.reach, self.unit = saved
 
 
-def costs(task: Task, kept: Tensor, may_go: Tensor) -> Tensor:
+def costs(task: Task, kept: Tensor, prunable: Tensor) -> Tensor:
     """Compute the cost of one more channel for each unit: the c of eqs. 5 and 6.
 
     It is the cost of the current network minus that with one channel less in the unit's group, so it counts the layers
@@ -329,7 +329,7 @@ def costs(task: Task, kept: Tensor, may_go: Tensor) -> Tensor:
     Args:
         task: the task with graph and budget, whose resource is counted.
         kept: the units of the current network, bool [U].
-        may_go: the prunable units, bool [U].
+        prunable: the prunable units, bool [U].
 
     Returns:
         float64 [U], at least 0, with mean 1 over the kept prunable units; 0 for the others.
@@ -340,7 +340,7 @@ def costs(task: Task, kept: Tensor, may_go: Tensor) -> Tensor:
     step = torch.full_like(widths, LATENCY_STEP if task.budget.resource == "latency" else 1).minimum(widths)
     less = meter.of_widths(widths - step.diag())
     each = ((meter.of_widths(widths) - less) / step.clamp(min=1)).clamp(min=0)
-    counted = kept & may_go
-    of_unit = torch.where(counted, each[groups], 0.0)
-    mean = of_unit.sum() / counted.sum().clamp(min=1)
-    return of_unit / mean if mean > 0 else of_unit
+    counted = kept & prunable
+    unit_costs = torch.where(counted, each[groups], 0.0)
+    mean = unit_costs.sum() / counted.sum().clamp(min=1)
+    return unit_costs / mean if mean > 0 else unit_costs

@@ -1,4 +1,4 @@
-"""The tensors of a model that GCP changes beside the scales and shifts of batch norms."""
+"""The tensors of a model that GCP changes besides the scales and shifts of batch norms."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class GroupLasso(TrainedMethod):
             BudgetError: if the budget is out of reach; says what is in reach.
         """
         super().setup(task)
-        self.table = unit_table(task.graph, task.model, PRODUCERS, self.may_go)
+        self.table = unit_table(task.graph, task.model, PRODUCERS, self.prunable_units)
         self.roots = self.table.sizes.double().sqrt()
         self.penalty = self.find_penalty(task) if self.config.penalty is None else self.config.penalty
         self.strength = (self.penalty * self.roots).to(self.table.device, self.table.dtype)
@@ -73,7 +73,9 @@ class GroupLasso(TrainedMethod):
     def find_penalty(self, task: Task) -> float:
         """Return the λ of ``penalty=none``."""
         scores = self.scores(task)
-        pruned = self.may_go & ~fit(task.graph, task.budget, scores, prunable=self.may_go, limits=task.limits)
+        pruned = self.prunable_units & ~fit(
+            task.graph, task.budget, scores, prunable=self.prunable_units, limits=task.limits
+        )
         return 2 * float(scores[pruned].max()) / max(self.training.remaining_rates, 1e-12)
 
     def after_update(self, task: Task, rate: float) -> None:
@@ -82,7 +84,7 @@ class GroupLasso(TrainedMethod):
 
     def after_epoch(self, task: Task) -> Metrics:
         """Report the fraction of the penalised channels that is zero."""
-        return {"zero_channels": float((self.table.norms().cpu()[self.may_go] == 0).float().mean())}
+        return {"zero_channels": float((self.table.norms().cpu()[self.prunable_units] == 0).float().mean())}
 
     def scores(self, task: Task) -> Tensor:
         """Return ‖W_u‖ / √|u|, the root mean square of each channel's weights."""

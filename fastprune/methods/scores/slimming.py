@@ -57,14 +57,14 @@ class Slimming(TrainedMethod):
         passes = torch.zeros(task.graph.num_units, dtype=torch.bool)
         for norm in unit_batch_norms(task.graph, task.model):
             passes[norm.units[norm.units >= 0]] = True
-        may_go = super().prunable(task) & passes
-        if not bool(may_go.any()):
+        prunable = super().prunable(task) & passes
+        if not bool(prunable.any()):
             raise ValueError("slimming: no prunable channel passes a batch norm with a scale; choose another method")
-        return may_go
+        return prunable
 
     def are_prunable(self, units: Tensor) -> Tensor:
         """Return which of ``units`` (-1 = none) may be pruned, bool."""
-        return (units >= 0) & self.may_go[units]
+        return (units >= 0) & self.prunable_units[units]
 
     def before_update(self, task: Task) -> None:
         """Add λ sign(γ) to the gradients of the scales."""

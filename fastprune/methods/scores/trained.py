@@ -46,8 +46,8 @@ class TrainedMethod(ScoreMethod):
             ValueError: if no parameter of the model requires a gradient.
         """
         assert task.data is not None
-        self.may_go = self.prunable(task)
-        task.require_feasible(self.may_go)
+        self.prunable_units = self.prunable(task)
+        task.require_feasible(self.prunable_units)
         self.training = WeightTraining(
             task.model,
             self.config,

@@ -44,7 +44,7 @@ PROGRESS = 1000  # steps of the progress bar from the full network's cost to the
 class AutoSlimConfig(WeightSharingConfig):
     """Options of AutoSlim; those of the training are SP's, as its paper compares the two."""
 
-    random: int = option(2, "random sub-networks per step, beside the full and the smallest one", minimum=0)
+    random: int = option(2, "random sub-networks per step, besides the full and the smallest one", minimum=0)
     stride: int = option(3, "how many of its 31 widths a group shrinks by at a time", minimum=1, maximum=30)
     groups: Literal["all", "interior"] = option("all", "prunable channels: all, or only those inside blocks")
 
@@ -67,7 +67,7 @@ class AutoSlim(WeightSharing):
         graph = task.graph
         gated = gated_units(graph, self.config.groups)
         self.groups = [g for g, group in enumerate(graph.groups) if bool(gated[group.units].all())]
-        self.may_go = group_units(graph, self.groups)
+        self.prunable_units = group_units(graph, self.groups)
         self.check_task(task)
         self.choices = width_choices(task, self.groups)
         self.places = [len(widths) - 1 for widths in self.choices]
@@ -146,7 +146,7 @@ class AutoSlim(WeightSharing):
 
     def plan(self, task: Task) -> PruningPlan:
         """Keep the remaining widths; if they miss the budget, add or remove some channels in their order."""
-        return task.graph.plan(fit_widths(task, self.mask(task, self.places), self.may_go))
+        return task.graph.plan(fit_widths(task, self.mask(task, self.places), self.prunable_units))
 
     def results(self) -> Metrics:
         """Report the accuracy of the last sub-network with the shared weights."""

@@ -66,7 +66,7 @@ class Evolution:
 
     @property
     def finished(self) -> bool:
-        """Whether all generations have been told."""
+        """Return whether all generations have been told."""
         return self.generation >= self.settings.iterations
 
     @property

@@ -93,7 +93,7 @@ class SP(WeightSharing):
             raise ValueError(f"sp: workers {config.workers}: under torchrun its own processes measure; give workers 0")
         self.stages = find_stages(graph, config.stages)
         self.groups = [self.select_groups(task, stage) for stage in self.stages]
-        self.may_go = group_units(graph, sum(self.groups, ()))
+        self.prunable_units = group_units(graph, sum(self.groups, ()))
         self.check_task(task)
         self.choices = [width_choices(task, groups) for groups in self.groups]
         self.smallest = [smallest_widths(choices) for choices in self.choices]
@@ -218,7 +218,7 @@ class SP(WeightSharing):
     def plan(self, task: Task) -> PruningPlan:
         """Keep the widths of the search; if they miss the budget, add or remove some channels in their order."""
         mask = self.mask(self.search.best, task)
-        kept = fit_widths(task, mask, self.may_go)
+        kept = fit_widths(task, mask, self.prunable_units)
         self._changed = int((kept != mask).sum())
         return task.graph.plan(kept)
 

@@ -100,7 +100,7 @@ class StageSearch:
 
     @property
     def finished(self) -> bool:
-        """Whether the last pass is over."""
+        """Return whether the last pass is over."""
         return len(self.passes) == len(self.limits)
 
     @property

@@ -34,14 +34,14 @@ class WeightSharingConfig(WeightOptions):
 class WeightSharing(Method):
     """A method that trains a network together with its sub-networks and compares these on held-out images.
 
-    Subclasses set ``may_go``, ``net`` and ``training`` in ``setup``, and implement ``learn``.
+    Subclasses set ``prunable_units``, ``net`` and ``training`` in ``setup``, and implement ``learn``.
     """
 
     needs_data = True
     trains_weights = True
     Config: ClassVar[type[Any]] = WeightSharingConfig
     config: Any
-    may_go: Tensor
+    prunable_units: Tensor
     net: SuperNet
     training: WeightTraining
 
@@ -62,7 +62,7 @@ class WeightSharing(Method):
         """Refuse a task that cannot succeed, before the training.
 
         Raises:
-            BudgetError: if the budget is out of reach with the units ``may_go``; says what is in reach.
+            BudgetError: if the budget is out of reach with the units ``prunable_units``; says what is in reach.
             ValueError: if nothing is held out.
         """
         assert task.data is not None
@@ -70,7 +70,7 @@ class WeightSharing(Method):
             raise ValueError(
                 f"{self.name}: sub-networks are compared on held-out images, but nothing is held out; hold some out"
             )
-        task.require_feasible(self.may_go)
+        task.require_feasible(self.prunable_units)
 
     def make_training(self, task: Task, trained: nn.Module) -> WeightTraining:
         """Create the training of the parameters of ``trained``."""

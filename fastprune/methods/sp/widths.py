@@ -50,7 +50,7 @@ def first_units(graph: ChannelGraph, groups: Sequence[int], widths: Sequence[int
     return mask
 
 
-def fit_widths(task: Task, mask: Tensor, may_go: Tensor) -> Tensor:
+def fit_widths(task: Task, mask: Tensor, prunable: Tensor) -> Tensor:
     """Change a mask of ``first_units`` to meet the budget: add or remove some units in their order.
 
     If the next unit of every group costs too much, and more than 1 % of the full cost is left, one group becomes wider
@@ -59,26 +59,26 @@ def fit_widths(task: Task, mask: Tensor, may_go: Tensor) -> Tensor:
     Args:
         task: the task with graph, budget and limits.
         mask: the chosen units, bool [U].
-        may_go: the prunable units, bool [U].
+        prunable: the prunable units, bool [U].
     """
     meter = task.budget.meter(task.graph)
     full, limit = float(meter(torch.ones(task.graph.num_units))), task.budget.limit(task.graph)
-    masks = [fit_in_order(task, mask, may_go)]
+    masks = [fit_in_order(task, mask, prunable)]
     if limit - float(meter(masks[0])) > TOLERANCE * full:
         for group, widths in zip(task.graph.groups, task.limits.widths(task.graph), strict=True):
             wider = masks[0].clone()
             width = int(wider[group.units].sum())
             wider[group.start : group.start + min(group.size, width + widths.step)] = True
-            masks.append(fit_in_order(task, wider, may_go))
+            masks.append(fit_in_order(task, wider, prunable))
     return max(masks, key=lambda kept: float(meter(kept)))
 
 
-def fit_in_order(task: Task, mask: Tensor, may_go: Tensor) -> Tensor:
+def fit_in_order(task: Task, mask: Tensor, prunable: Tensor) -> Tensor:
     """Keep the units of a mask [U], then the others, from the first of each group on, up to the budget."""
     scores = torch.where(mask, 2.0, 0.0).double()
     for group in task.graph.groups:
         scores[group.units] -= torch.arange(group.size).double() / group.size
-    return fit(task.graph, task.budget, scores, prunable=may_go, limits=task.limits)
+    return fit(task.graph, task.budget, scores, prunable=prunable, limits=task.limits)
 
 
 def group_units(graph: ChannelGraph, groups: Sequence[int]) -> Tensor:
