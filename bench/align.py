@@ -59,7 +59,7 @@ class Aligned:
         gates = len(self.method.placement.index)
         goes = torch.rand(gates, generator=torch.Generator().manual_seed(1)) < CLOSED
         self.method.gates = lambda: 1.0 - goes.float().to(placement.device)  # type: ignore[method-assign]
-        self.method.choose()
+        self.method.choose_channels()
 
     def training(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """A step of the weights alone; the weights after it."""

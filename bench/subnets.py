@@ -22,7 +22,7 @@ from fastprune.bench.case import OURS, Case
 from fastprune.bench.run import run_program
 from fastprune.bench.step import TOLERANCE, networks, prepared
 from fastprune.graph import ChannelGraph, find_stages, trace
-from fastprune.methods.sp.stage_losses import StageData
+from fastprune.methods.sp.stage_losses import make_stage_data
 from fastprune.methods.sp.supernet import StageNetwork, SuperNet
 from fastprune.networks.masked import build_gated_graph
 from fastprune.networks.subnetworks import SubNetworks
@@ -84,7 +84,7 @@ def case(name: str, model: nn.Module, graph: ChannelGraph, batch: int, side: int
         return evaluate
 
     masked = [Masked(part) for part in net.parts]
-    searched = StageData.of([part.slices for part in net.parts], features)
+    searched = make_stage_data([part.slices for part in net.parts], features)
     last = [stage.features for stage in searched]
     variants = {"eager": through(masked, features)}
     if device.type == "cpu":

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph, Layer
 from fastprune.graph.export.regions import GRADIENTS, restore_modes
+from fastprune.graph.structure import belong_to
 from fastprune.networks.chains import find_chains
 from fastprune.networks.fusion import fuse, is_fusable
 from fastprune.networks.traced_copy import (
@@ -171,7 +172,7 @@ def build_gated_graph(graph: ChannelGraph, units: Tensor, *, fused: bool) -> Gra
     vectors: dict[Node, Node | None] = {chain.first: None for chain in chains}
     for layer in graph.layers:
         reader = readers[layer.node]
-        if not bool(units[layer.in_units[layer.in_units >= 0]].any()):
+        if not bool(belong_to(layer.in_units, units).any()):
             continue
         if reader in vectors:
             vectors[reader] = gates.vector(layer)
