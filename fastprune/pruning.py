@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,24 +123,20 @@ def prune(
     chosen = Budget.parse(budget) if isinstance(budget, str) else budget
     limits = limits or Limits()
     where = _device_of(model) if device is None else choose_device(device)
-    if conditions is not None and conditions != Conditions() and chosen.resource != "latency":
-        raise ValueError(f"conditions: the budget '{chosen}' is none of latency")
-    under = conditions or chosen.conditions
-    chosen = replace(chosen, conditions=replace(under, device=under.device or str(where)))
+    chosen = chosen.under(conditions, where)
     method_class = load(method) if isinstance(method, str) else method
     worker = method_class(configure(method_class, options))
     if method_class.needs_data and data is None:
         raise ValueError(f"method {method_class.name!r} searches on training data: give data=")
     if resume and out is None:
         raise ValueError("resume: give out=, the directory of the run to continue")
-    of_latency = chosen.resource == "latency"
     config = {
         "command": "prune",
         **(run_config or {}),
         "method": method_class.name,
         "budget": budget if isinstance(budget, str) else budget.text,
         **limits.as_settings(),
-        **({f"latency_{name}": value for name, value in asdict(chosen.conditions).items()} if of_latency else {}),
+        **chosen.condition_settings,
         "keep_class": not rewrite,
         "inexact": not exact,
         "ignore": list(ignore),
@@ -193,7 +189,7 @@ def prune(
     if run is not None and peers.is_main:
         whole.save(run.plan_path)
         save_weights(done.model, run.model_path)
-    if of_latency:
+    if chosen.is_time:
         metrics["ms"] = {"full": float(chosen.cost(graph)), "planned": float(chosen.cost(graph, plan.mask))}
         if peers.is_main:  # one process at a time, and what took hours is saved by now
             metrics |= measured(chosen.conditions, graph, {"full": network, "planned": done.model})

@@ -65,9 +65,7 @@ def prune_in_steps(
     home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     first = trace(model, Inputs.of(example_inputs, model).map(lambda x: x.to(home)), **tracing)
     last = Budget.parse(budget) if isinstance(budget, str) else budget
-    under = arguments.pop("conditions", None) or last.conditions
-    device = under.device or arguments.get("device") or str(home)
-    last = replace(last, conditions=replace(under, device=str(choose_device(device))))
+    last = last.under(arguments.pop("conditions", None), choose_device(arguments.get("device") or str(home)))
     last.meter(first, Distributed.from_environment())
     full, limit = float(last.cost(first)), last.limit(first)
     limits, plan = limits or Limits(), None
