@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprune.data.data import Data, Split
+from fastprune.data.batches import Split
+from fastprune.data.data import Data
 from fastprune.engine.device import Placement
 from fastprune.host.distributed import Distributed
 
