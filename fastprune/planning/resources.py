@@ -40,7 +40,7 @@ class Conditions:
         if self.batch < 1:
             raise BudgetError(f"latency: a batch of at least 1 image is needed, got {self.batch}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise BudgetError(f"latency: dtype {self.dtype!r}: give float32, bfloat16 or float16")
+            raise BudgetError(f"latency: dtype {self.dtype!r} is none of float32, bfloat16, float16")
 
 
 class Meter(Protocol):
