@@ -127,3 +127,21 @@ def attribute_of(module: nn.Module, name: str) -> Any:
 def parameter_names(model: nn.Module) -> set[str]:
     """Return the names of the distinct parameters."""
     return {name for name, _ in model.named_parameters()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Set the flags of all modules to eval mode, without calls of ``train``, and put them back."""
+    flags = {module: module.training for model in models for module in model.modules()}
+    for module in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training

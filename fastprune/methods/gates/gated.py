@@ -38,14 +38,11 @@ def prunable_cost(graph: ChannelGraph, budget: Budget, units: Tensor) -> float:
         ``interior_units`` these are the layers next to a gate: 3609 of ResNet-50's 4089 million MACs. A latency is that
         of the whole network.
     """
-    if budget.resource == "latency":
+    costs = budget.tensor_costs(graph)
+    if costs is None:
         return float(budget.cost(graph))
-    model = budget.cost_model(graph)
     shrinking = {s.tensor for s in graph.slices if bool(belong_to(s.units, units).any())}
-    elements = model.elements(graph.offsets.diff().double()).tolist()
-    per_element = [term.params if budget.resource == "params" else term.macs for term in model.terms]
-    parts = zip(model.terms, elements, per_element, strict=True)
-    return float(sum(n * cost for term, n, cost in parts if term.tensor in shrinking))
+    return float(sum(cost for tensor, cost in costs if tensor in shrinking))
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,7 @@ def costs(task: Task, kept: Tensor, prunable: Tensor) -> Tensor:
     graph, meter = task.graph, task.budget.meter(task.graph)
     groups = graph.group_of_unit
     widths = torch.zeros(len(graph.groups), dtype=torch.float64).index_add(0, groups, kept.double())
-    step = torch.full_like(widths, LATENCY_STEP if task.budget.resource == "latency" else 1).minimum(widths)
+    step = torch.full_like(widths, 1 if task.budget.grows else LATENCY_STEP).minimum(widths)
     less = meter.of_widths(widths - step.diag())
     each = ((meter.of_widths(widths) - less) / step.clamp(min=1)).clamp(min=0)
     counted = kept & prunable

@@ -51,7 +51,8 @@ from fastprune.methods.sp.widths import (
     width_choices,
 )
 from fastprune.options import option
-from fastprune.planning.budget import TOLERANCE, Meter
+from fastprune.planning.budget import TOLERANCE
+from fastprune.planning.resources import Meter
 from fastprune.training.phases import Metrics, Phase, Rounds
 
 
