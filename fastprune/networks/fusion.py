@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fastprune.graph.export.regions import MODES
-from fastprune.ops.conv.arguments import FLOATS, vector_dtype
+from fastprune.ops.arguments import FLOATS, vector_dtype
 from fastprune.ops.conv.deferred import Deferred
 from fastprune.ops.conv.frozen import FrozenConv
 
