@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from fastprune.graph.export.nodes import argument_of
 from fastprune.networks.chains import Chain, is_stored
 from fastprune.networks.traced_copy import replace_by_module, version
-from fastprune.ops.conv.arguments import FLOATS, vector_dtype
+from fastprune.ops.arguments import FLOATS, vector_dtype
 from fastprune.ops.conv.deferred import Deferred
 from fastprune.ops.conv.frozen import FrozenConv
 
