@@ -1,22 +1,22 @@
-"""What SANP adds to a step of training: the proximal step on channels that go, and a step of the generator in twenty.
+"""The overhead of SANP in a training step: the proximal step on closed channels, and a generator step in twenty.
 
     python bench/align.py --json align.json         # --help lists the options
 
-``training`` is a step of the network's weights alone. ``fastprune`` is the same with the proximal step of
-:class:`fastprune.methods.gates.sanp.SANP`, one call for all layers; ``eager`` with the loop over layers that one
-writes with torch. Both have to end at the same weights. ``generator`` is a step of the generator on the frozen,
-masked network.
+``training`` is a step of the network's weights alone. ``fastprune`` adds the proximal step of
+:class:`fastprune.methods.gates.sanp.SANP`, one call for all layers; ``eager`` adds it as a loop over layers in torch.
+Both must end at the same weights. ``generator`` is a step of the generator on the frozen, masked network.
 
     overhead = (fastprune + generator / 20) / training − 1
 
-``all memory`` is the weights, what is kept from step to step, and the most that a step allocates on top, with SANP's
-proximal step over that without.
+``all memory`` is the weights, the memory kept from step to step, and the most that a step allocates on top: with
+SANP's proximal step over without it.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from fastprune.bench.case import OURS, Case
 from fastprune.bench.memory import memory_of
 from fastprune.bench.run import run_program
 from fastprune.bench.search import weights_of
-from fastprune.bench.step import TOLERANCE, Network, networks, prepared
+from fastprune.bench.step import TOLERANCE, Network, draw_batch, networks, prepare
 from fastprune.data import load_data
 from fastprune.engine import HeldOut, Placement
 from fastprune.graph import ChannelGraph, trace
@@ -36,17 +36,17 @@ from fastprune.methods.contract import Task
 from fastprune.methods.gates.sanp import SANP, SANPConfig
 from fastprune.planning.budget import Budget
 
-PENALTY = 1.0  # small enough that nothing becomes zero while the clock runs
-CLOSED = 0.5  # the part of the gates that go
+PENALTY = 1.0  # small enough to leave every channel above zero while the clock runs
+CLOSED = 0.5  # share of the gates
 
 
-class Aligned:
-    """SANP in the midst of a run: half of the gated channels, drawn at random, are to go.
+class AlignmentRun:
+    """SANP in the middle of a run: half of the gated channels, drawn at random, are closed.
 
     Args:
-        graph: of the network.
-        model: the network; this trains a copy.
-        placement: where and how it runs.
+        graph: channel graph of the network.
+        model: the network; the run trains a copy.
+        placement: device, precision and memory layout.
     """
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, placement: Placement) -> None:
@@ -57,54 +57,54 @@ class Aligned:
         self.method = SANP(SANPConfig(lr=1e-3, schedule="constant", penalty=PENALTY, batch_size=64))
         self.method.setup(self.task)
         gates = len(self.method.placement.index)
-        goes = torch.rand(gates, generator=torch.Generator().manual_seed(1)) < CLOSED
-        self.method.gates = lambda: 1.0 - goes.float().to(placement.device)  # type: ignore[method-assign]
+        closed = torch.rand(gates, generator=torch.Generator().manual_seed(1)) < CLOSED
+        self.method.gates = lambda: 1.0 - closed.float().to(placement.device)  # type: ignore[method-assign]
         self.method.choose_channels()
 
-    def training(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """A step of the weights alone; the weights after it."""
+    def train(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Do a step of the weights alone and return the weights."""
         with self.placement.autocast():
             self.method.weight_step(images, labels)
         return self.weights()
 
-    def aligned(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """The same with the proximal step."""
+    def align(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Do a step of the weights with the proximal step and return the weights."""
         with self.placement.autocast():
             self.method.align_step(images, labels)
         return self.weights()
 
-    def looped(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """The same with a proximal step that goes through the layers in torch."""
+    def align_by_loop(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Do the same step with a loop over the layers in torch."""
         rate = self.method.training.learning_rate
         with self.placement.autocast():
             self.method.weight_step(images, labels)
         shrink(self.layers(), rate * PENALTY)
         return self.weights()
 
-    def generator(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """A step of the generator, and the choice of channels after it."""
-        increment_version(list(self.model.parameters()))  # the steps before have changed what the network has folded
+    def train_generator(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Do a step of the generator, choose channels, and return the loss."""
+        increment_version(list(self.model.parameters()))  # makes the network fold the changed weights again
         with self.placement.autocast():
             metrics = self.method.generator_step(self.task, images, labels)
         return (torch.as_tensor(metrics["generator_loss"]),)
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, Tensor]]:
-        """The gated convolutions with their batch norms and what of the penalty falls on each channel."""
+        """Return the gated convolutions with their batch norms and the share of the penalty for each channel."""
         if not hasattr(self, "_layers"):
             names = {module: name for name, module in self.model.named_modules()}
-            of_group = {group.producers[0]: self.method.balance[group.units] for group in self.task.graph.groups}
+            shares = {group.producers[0]: self.method.balance[group.units] for group in self.task.graph.groups}
             pairs = [pair for block in Network(self.model).blocks for pair in block.layers[:-1]]
-            self._layers = [(conv, bn, of_group[names[conv]]) for conv, bn in pairs]
+            self._layers = [(conv, bn, shares[names[conv]]) for conv, bn in pairs]
         return self._layers
 
     def weights(self) -> tuple[Tensor, ...]:
-        """All convolutions' weights."""
+        """Return the weights of all convolutions."""
         return tuple(p.detach() for p in self.model.parameters() if p.dim() == 4)
 
 
 @torch.no_grad()
 def shrink(layers: list[tuple[nn.Conv2d, nn.BatchNorm2d, Tensor]], strength: float) -> None:
-    """The proximal step as one writes it: for each layer the norms of its channels, and what is left of them."""
+    """Do the proximal step as a loop: compute the norms of each layer's channels and shrink them."""
     for conv, bn, balance in layers:
         parts = [conv.weight.flatten(1), bn.weight[:, None], bn.bias[:, None]]
         norms = torch.cat(parts, 1).norm(dim=1)
@@ -115,36 +115,30 @@ def shrink(layers: list[tuple[nn.Conv2d, nn.BatchNorm2d, Tensor]], strength: flo
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    """A step of training on ResNet-56 and ResNet-50."""
+    """Yield a training step of ResNet-56 and of ResNet-50."""
     placement = Placement(device, "bf16" if device.type == "cuda" else "float32")
     for name, (make, batch, side) in networks(device, quick=quick).items():
-        model = prepared(make(), device, torch.float32)
+        model = prepare(make(), device, torch.float32)
         graph = trace(model, torch.zeros(1, 3, side, side, device=device))
         yield case(name, model, graph, batch, side, placement)
 
 
 def case(name: str, model: nn.Module, graph: ChannelGraph, batch: int, side: int, placement: Placement) -> Case:
-    """A step of one network."""
+    """Return the case of a step of one network."""
     device = placement.device
-    classes = int(model.fc.out_features)  # type: ignore[union-attr, arg-type]
-
-    def draw() -> tuple[Tensor, Tensor]:
-        images = torch.randn(batch, 3, side, side, device=device)
-        return images, torch.randint(classes, (batch,), device=device)
-
-    def made() -> Aligned:
-        return Aligned(graph, model, placement)
+    draw = partial(draw_batch, batch, side, int(model.fc.out_features), device)  # type: ignore[union-attr, arg-type]
+    start = partial(AlignmentRun, graph, model, placement)
 
     def more() -> dict[str, Any]:
-        with_it, without = (memory_of(step, draw(), device) for step in (made().aligned, made().training))
+        ours, plain = (memory_of(step, draw(), device) for step in (start().align, start().train))
         weights = weights_of(model)
-        return {"all memory": (weights + with_it.kept + with_it.peak) / (weights + without.kept + without.peak)}
+        return {"all memory": (weights + ours.kept + ours.peak) / (weights + plain.kept + plain.peak)}
 
     variants: dict[str, Callable[..., Any]] = {
-        "eager": made().looped,
-        "training": made().training,
-        "generator": made().generator,
-        OURS: made().aligned,
+        "eager": start().align_by_loop,
+        "training": start().train,
+        "generator": start().train_generator,
+        OURS: start().align,
     }
     macs = float(graph.cost().macs)
     return Case(
@@ -165,17 +159,17 @@ def case(name: str, model: nn.Module, graph: ChannelGraph, batch: int, side: int
 
 
 def overheads(cases: list[Mapping[str, Any]], every: int = SANPConfig.every) -> dict[str, float]:
-    """What SANP adds to training, as a part of it, by the names of the cases.
+    """Return the overhead of SANP relative to training, by case name.
 
     Args:
-        cases: of the benchmark's document.
-        every: steps of the weights for each of the generator.
+        cases: cases in the benchmark's document.
+        every: steps of the weights per step of the generator.
     """
-    found = {}
-    for measured in cases:
-        median = {name: float(variant["median_seconds"]) for name, variant in measured["variants"].items()}
-        found[measured["name"]] = (median[OURS] + median["generator"] / every) / median["training"] - 1
-    return found
+    result = {}
+    for row in cases:
+        median = {name: float(variant["median_seconds"]) for name, variant in row["variants"].items()}
+        result[row["name"]] = (median[OURS] + median["generator"] / every) / median["training"] - 1
+    return result
 
 
 def main() -> None:

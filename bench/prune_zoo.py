@@ -1,4 +1,4 @@
-"""Which networks can be pruned: every group of each of a long list by half, exactly or not, and by a peer beside it.
+"""Prune every group of many networks by half, exactly or inexactly, and beside it with a peer.
 
 OMP_NUM_THREADS=1 python bench/prune_zoo.py --peer --json coverage.json --markdown docs/coverage.md
 """
@@ -42,13 +42,13 @@ class Settings:
 
     Args:
         only: names or patterns of networks; () = all.
-        workers: networks at a time, each in a process of its own.
-        limit: seconds that one network may take.
-        inexact: whether channels leave norms and statistics over channels too.
+        workers: number of networks at a time, each in a process of its own.
+        limit: greatest time for one network, in seconds.
+        inexact: whether channels also leave norms and statistics over channels.
         peer: whether the peer prunes the same networks.
-        json: file to write the numbers to.
-        resume: whether to keep what the file of ``json`` holds of the same machine and versions, except failures.
-        markdown: file to write the table to.
+        json: file for the numbers.
+        resume: whether to keep the rows in ``json`` from the same machine and versions, except failures.
+        markdown: file for the table.
     """
 
     only: tuple[str, ...] = ()
@@ -68,20 +68,17 @@ class Settings:
             if value is not None and not Path(value).absolute().parent.is_dir():
                 raise ValueError(f"{name} {value!r}: there is no such folder")
         if self.resume and self.json is None:
-            raise ValueError("resume: --json names the file to go on with")
+            raise ValueError("resume: needs --json, the file to resume")
         if self.peer:
             try:
                 version(PEER)
             except PackageNotFoundError:
-                raise ValueError(f"peer: {PEER} is not installed") from None
+                raise ValueError(f"peer: {PEER} is not installed; install it or drop --peer") from None
 
 
 def coverage(settings: Settings) -> dict[str, Any]:
-    """Prune the networks, print a line for each, and write the files that are asked for."""
-    listed = zoo.names()
-    chosen = [n for n in listed if not settings.only or any(fnmatch.fnmatch(n, pattern) for pattern in settings.only)]
-    if not chosen:
-        raise ValueError(f"only {' '.join(settings.only)}: no network of the list has such a name")
+    """Prune the networks, print a line for each, and write the files of the settings."""
+    chosen = choose_names(settings.only) if settings.only else tuple(zoo.names())
     document: dict[str, Any] = {
         "machine": machine(torch.device("cpu")),
         "threads": torch.get_num_threads(),
@@ -95,7 +92,7 @@ def coverage(settings: Settings) -> dict[str, Any]:
     for row in rows(chosen, settings, kept_rows(document, settings)):
         document["networks"].append(row)
         console.print(line(row), markup=False)
-        if settings.json is not None:  # after each: what took minutes is not lost where something fails
+        if settings.json is not None:  # after each, so that a failure does not lose minutes of work
             atomic.write_text(Path(settings.json), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     console.print(summary(document), markup=False)
     if settings.markdown is not None:
@@ -103,11 +100,19 @@ def coverage(settings: Settings) -> dict[str, Any]:
     return document
 
 
+def choose_names(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the list that match a pattern."""
+    chosen = tuple(name for name in zoo.names() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+    if not chosen:
+        raise ValueError(f"only {' '.join(patterns)}: matches no network of the list in zoo.py")
+    return chosen
+
+
 def kept_rows(document: dict[str, Any], settings: Settings) -> dict[str, dict[str, Any]]:
-    """The rows of an earlier run that are taken over, by network: those without a failure of ours.
+    """Return the rows to keep of an earlier run, by network: those in which we did not fail.
 
     Raises:
-        ValueError: if the file is of another machine, other versions or other settings.
+        ValueError: if the file comes from another machine, other versions or other settings.
     """
     if not settings.resume or not Path(str(settings.json)).exists():
         return {}
@@ -119,30 +124,30 @@ def kept_rows(document: dict[str, Any], settings: Settings) -> dict[str, dict[st
 
 
 def rows(names: Sequence[str], settings: Settings, kept: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What became of each network; a process of its own each, so that none can take the others with it."""
+    """Yield the row of each network; each has a process of its own, so that a crash ends no other."""
 
     def both(name: str) -> dict[str, Any]:
         if name in kept:
             return kept[name]
-        row = {"name": name, "ours": in_process("inexact" if settings.inexact else "ours", name, settings.limit)}
-        return row | ({"peer": in_process("peer", name, settings.limit)} if settings.peer else {})
+        row = {"name": name, "ours": run_process("inexact" if settings.inexact else "ours", name, settings.limit)}
+        return row | ({"peer": run_process("peer", name, settings.limit)} if settings.peer else {})
 
     with ThreadPoolExecutor(settings.workers) as pool:
         yield from pool.map(both, names)
 
 
-def in_process(who: str, name: str, limit: float) -> dict[str, Any]:
-    """One network in a process of its own."""
+def run_process(who: str, name: str, limit: float) -> dict[str, Any]:
+    """Prune one network in a process of its own and return its result."""
     command = [sys.executable, "-W", "ignore", __file__, ONE, who, name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {limit:g} s"}
-    found = [text for text in done.stdout.splitlines() if text.startswith("{")]
-    if not found:
+    documents = [text for text in done.stdout.splitlines() if text.startswith("{")]
+    if not documents:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         return {"error": last[0]}
-    result: dict[str, Any] = json.loads(found[-1])
+    result: dict[str, Any] = json.loads(documents[-1])
     return result
 
 
@@ -151,14 +156,14 @@ def prune_by_half(name: str, *, exact: bool = True) -> dict[str, Any]:
     model, size = zoo.create(name)
     begin = time.perf_counter()
     graph = trace(model, torch.zeros(1, *size), exact=exact)
-    mask = half(graph)
+    mask = random_half(graph)
     full, left = graph.cost(), graph.cost(mask)
     result: dict[str, Any] = {
         "groups": len(graph.groups),
         "units": graph.num_units,
         "macs": int(full.macs),
         "macs_left": float(left.macs / full.macs),
-        "prunable": prunable(graph),
+        "prunable": prunable_share(graph),
         "inexact": list(graph.inexact),
         "layers": len({layer.name for layer in graph.layers} | {name for name, _ in graph.unprunable}),
         "kept": len(graph.unprunable),
@@ -172,15 +177,15 @@ def prune_by_half(name: str, *, exact: bool = True) -> dict[str, Any]:
         result["difference"] = verify(plan, model, done.model, dtype=torch.float64) if plan.exact else done.difference
         counted = macs(done.model.float(), size), sum(p.numel() for p in done.model.parameters())
         result["cost_is_counted"] = counted[1] == plan.params[1] and (
-            counted[0] == plan.macs[1] or macs(model, size) != plan.macs[0]  # torch counts attention, too
+            counted[0] == plan.macs[1] or macs(model, size) != plan.macs[0]  # torch also counts attention
         )
     else:
         result["seconds"] = time.perf_counter() - begin
     return result
 
 
-def half(graph: ChannelGraph) -> Tensor:
-    """A mask that keeps a random half of each group's units, at least one."""
+def random_half(graph: ChannelGraph) -> Tensor:
+    """Return a mask that keeps a random half of each group's units, at least one."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(graph.num_units)
     for group in graph.groups:
@@ -189,22 +194,22 @@ def half(graph: ChannelGraph) -> Tensor:
     return mask
 
 
-def prunable(graph: ChannelGraph) -> float:
-    """The share of MACs that goes if every group is left with one unit."""
+def prunable_share(graph: ChannelGraph) -> float:
+    """Return the share of MACs that goes if every group keeps one unit."""
     least = graph.cost_model.of_widths(torch.ones(len(graph.groups), dtype=torch.float64))
     return float(1 - least.macs / graph.cost().macs)
 
 
 def macs(model: nn.Module, size: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image as torch counts them."""
-    model = copy_model(model).requires_grad_(False)  # torch's counter fails on modules that are given a parameter
+    """Return the multiply-accumulates of one image by torch's count."""
+    model = copy_model(model).requires_grad_(False)  # torch's counter fails on modules that get a parameter as input
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, *size))
     return int(counter.get_total_flops() // 4)
 
 
 def prune_by_peer(name: str) -> dict[str, Any]:
-    """The same by the peer: every group by half, the last layers left out, as its documentation does it."""
+    """Prune every group but the last layers' by half with the peer, as in its documentation."""
     import torch_pruning
 
     model, size = zoo.create(name)
@@ -221,12 +226,12 @@ def prune_by_peer(name: str) -> dict[str, Any]:
         pruner.step()
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "macs_left": macs(model, size) / full}
-    except Exception as error:  # whatever it raises is the finding
+    except Exception as error:  # any error is a result
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
 
 
 def line(row: dict[str, Any]) -> str:
-    """One network for the terminal."""
+    """Return one network's line for the terminal."""
     ours = row["ours"]
     if "error" in ours:
         text = f"failed: {ours['error']}"
@@ -243,7 +248,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def outcome(ours: dict[str, Any]) -> str:
-    """What became of a network, in a few words."""
+    """Return the outcome for one network in a few words."""
     if "error" in ours:
         return "failed"
     if not ours["groups"]:
@@ -254,14 +259,14 @@ def outcome(ours: dict[str, Any]) -> str:
 
 
 def summary(document: dict[str, Any]) -> str:
-    """How many networks had which outcome, by where they come from."""
+    """Return the number of networks with each outcome, by source."""
     parts = []
     for kind in dict.fromkeys(row["name"].partition(":")[0] for row in document["networks"]):
-        found = [row for row in document["networks"] if row["name"].startswith(f"{kind}:")]
-        counted = Counter(outcome(row["ours"]) for row in found).most_common()
-        text = f"{kind}: of {len(found)} networks " + ", ".join(f"{number} {what}" for what, number in counted)
+        some = [row for row in document["networks"] if row["name"].startswith(f"{kind}:")]
+        counts = Counter(outcome(row["ours"]) for row in some).most_common()
+        text = f"{kind}: of {len(some)} networks " + ", ".join(f"{number} {what}" for what, number in counts)
         if PEER in document:
-            text += f"; {sum('error' not in row['peer'] for row in found)} by {PEER} without an error"
+            text += f"; {sum('error' not in row['peer'] for row in some)} by {PEER} without an error"
         parts.append(text)
     return "\n".join(parts)
 
@@ -279,7 +284,7 @@ what the removal changed beyond closing channels. It is a measurement, in float3
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The table as a page."""
+    """Return the table as a page."""
     peer = PEER in document
     versions = ", ".join(
         f"{name} {document[name]}" for name in ("torch", "torchvision", "timm", PEER) if name in document
@@ -305,30 +310,35 @@ def markdown(document: dict[str, Any]) -> str:
         "|" + "---|" * (len(head) + 2 * peer),
     ]
     for row in document["networks"]:
-        ours, cells = row["ours"], [row["name"]]
-        if "error" in ours:
-            cells += ["", "", "", "", "", "", "", f"failed: {ours['error']}"]
-        else:
-            reasons = ", ".join(ours["reasons"])
-            cells += [
-                f"{ours['groups']}", f"{ours['units']:,}", f"{ours['kept']} of {ours['layers']}: {reasons}",
-                f"{ours['macs_left']:.2f}", f"{100 * ours['prunable']:.1f} %", f"{ours['seconds']:.1f}",
-                f"{ours['difference']:.0e}" if "difference" in ours else "",
-                {True: "rewritten", False: "own code", None: ""}[ours.get("rewritten")],
-            ]  # fmt: skip
-        if peer:
-            theirs = row["peer"]
-            failed = theirs.get("error", "").partition(":")[0]
-            cells += [failed, ""] if failed else [f"{theirs['macs_left']:.2f}", f"{theirs['seconds']:.1f}"]
+        cells = [row["name"], *our_cells(row["ours"]), *(peer_cells(row["peer"]) if peer else [])]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def our_cells(ours: dict[str, Any]) -> list[str]:
+    """Return our cells of one network's row."""
+    if "error" in ours:
+        return ["", "", "", "", "", "", "", f"failed: {ours['error']}"]
+    reasons = ", ".join(ours["reasons"])
+    return [
+        f"{ours['groups']}", f"{ours['units']:,}", f"{ours['kept']} of {ours['layers']}: {reasons}",
+        f"{ours['macs_left']:.2f}", f"{100 * ours['prunable']:.1f} %", f"{ours['seconds']:.1f}",
+        f"{ours['difference']:.0e}" if "difference" in ours else "",
+        {True: "rewritten", False: "own code", None: ""}[ours.get("rewritten")],
+    ]  # fmt: skip
+
+
+def peer_cells(theirs: dict[str, Any]) -> list[str]:
+    """Return the peer's cells of one network's row."""
+    failed = theirs.get("error", "").partition(":")[0]
+    return [failed, ""] if failed else [f"{theirs['macs_left']:.2f}", f"{theirs['seconds']:.1f}"]
+
+
 def prune_one(who: str, name: str) -> None:
-    """Write one network's result as a line of JSON."""
+    """Print one network's result as a line of JSON."""
     try:
         result = prune_by_peer(name) if who == "peer" else prune_by_half(name, exact=who != "inexact")
-    except Exception as error:  # one network's failure is a row of the table
+    except Exception as error:  # a failure is a row of the table
         result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     sys.stdout.write(json.dumps(result) + "\n")
 
@@ -337,13 +347,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the options and prune the networks."""
     parser = argparse.ArgumentParser(description="Prune many networks by half.")
     parser.add_argument("--only", nargs="+", default=(), help="names or patterns ('timm:res*'); default: all networks")
-    parser.add_argument("--workers", type=int, default=1, help="networks at a time, each in a process of its own")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one network may take")
-    parser.add_argument("--inexact", action="store_true", help="let channels leave norms and statistics over channels")
-    parser.add_argument("--peer", action="store_true", help=f"prune the same networks with {PEER} too")
-    parser.add_argument("--json", help="file to write the numbers to")
+    parser.add_argument("--workers", type=int, default=1, help="number of networks at a time")
+    parser.add_argument("--limit", type=float, default=300.0, help="greatest time for one network, in seconds")
+    parser.add_argument("--inexact", action="store_true", help="also remove channels from norms and statistics")
+    parser.add_argument("--peer", action="store_true", help=f"also prune the networks with {PEER}")
+    parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the --json file, except failures")
-    parser.add_argument("--markdown", help="file to write the table to")
+    parser.add_argument("--markdown", help="file for the table")
     values = vars(parser.parse_args(arguments))
     try:
         coverage(Settings(**values | {"only": tuple(values["only"])}))

@@ -1,9 +1,8 @@
-"""How long it takes to trace, plan, cut and verify a network, beside a peer's graph and pruning of the same."""
+"""Times to trace, plan, cut and verify networks, beside a peer's tracing and pruning of the same networks."""
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import gc
 import json
 import math
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 import zoo
-from prune_zoo import PEER, half, prune_by_peer
+from prune_zoo import PEER, choose_names, prune_by_peer, random_half
 from rich.console import Console
 
 from fastprune.graph import trace
@@ -43,8 +42,8 @@ class Settings:
 
     Args:
         only: names or patterns of networks; () = ``NETWORKS``.
-        rounds: rounds, of which the median counts.
-        json: file to write the numbers to.
+        rounds: number of rounds; the median counts.
+        json: file for the numbers.
     """
 
     only: tuple[str, ...] = ()
@@ -53,14 +52,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
-            raise ValueError(f"rounds {self.rounds}: at least 1 is needed")
+            raise ValueError(f"rounds {self.rounds}: must be at least 1")
         if self.json is not None and not Path(self.json).absolute().parent.is_dir():
             raise ValueError(f"json {self.json!r}: there is no such folder")
 
 
 def time_networks(settings: Settings) -> dict[str, Any]:
-    """Time the networks, print a line for each, and write the file that is asked for."""
-    chosen = NETWORKS if not settings.only else chosen_from(zoo.names(), settings.only)
+    """Time the networks, print a line for each, and write the file of the settings."""
+    chosen = choose_names(settings.only) if settings.only else NETWORKS
     document: dict[str, Any] = {
         "machine": machine(torch.device("cpu")),
         "threads": torch.get_num_threads(),
@@ -71,41 +70,33 @@ def time_networks(settings: Settings) -> dict[str, Any]:
     }
     console = Console(highlight=False)
     with_peer = document[PEER] is not None
-    measured(chosen[0], 1, with_peer=with_peer)  # imports, and what torch does once
+    measure(chosen[0], 1, with_peer=with_peer)  # warm-up: imports, and torch's first-time work
     for name in chosen:
-        row = measured(name, settings.rounds, with_peer=with_peer)
+        row = measure(name, settings.rounds, with_peer=with_peer)
         document["networks"].append(row)
         document["geometric_means"] = geometric_means(document["networks"])
         console.print(line(row), markup=False, soft_wrap=True)
-        if settings.json is not None:  # after each: what took minutes is not lost where something fails
+        if settings.json is not None:  # after each, so that a failure does not lose minutes of work
             atomic.write_text(Path(settings.json), json.dumps(document, indent=1) + "\n")
     for what, mean in document["geometric_means"].items():
         console.print(f"geometric mean, {what}: {mean:.2f} times as fast as {PEER}", markup=False)
     return document
 
 
-def chosen_from(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
-    """The names that fit a pattern."""
-    found = tuple(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
-    if not found:
-        raise ValueError(f"only {' '.join(patterns)}: no network of the list has such a name")
-    return found
-
-
 def peer_version() -> str | None:
-    """The peer's, None where it is not installed."""
+    """Return the version of the peer, or None if it is not installed."""
     try:
         return version(PEER)
     except PackageNotFoundError:
         return None
 
 
-def measured(name: str, rounds: int, *, with_peer: bool) -> dict[str, Any]:
-    """Medians of one network, ours and the peer's in turns."""
+def measure(name: str, rounds: int, *, with_peer: bool) -> dict[str, Any]:
+    """Return the medians of one network; we and the peer take turns."""
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, Any]] = []
     for number in range(rounds):
-        turns: list[Callable[[], None]] = [lambda: ours.append(ours_once(name))]
+        turns: list[Callable[[], None]] = [lambda: ours.append(time_steps(name))]
         if with_peer:
             turns.append(lambda: theirs.append(prune_by_peer(name)))
         for turn in turns[:: 1 if number % 2 == 0 else -1]:
@@ -123,20 +114,20 @@ def measured(name: str, rounds: int, *, with_peer: bool) -> dict[str, Any]:
     return row
 
 
-def ours_once(name: str) -> dict[str, float]:
-    """Seconds of each step, every group pruned by half."""
+def time_steps(name: str) -> dict[str, float]:
+    """Prune every group of a network by half and return the seconds of each step."""
     model, size = zoo.create(name)
     example = torch.zeros(1, *size)
     marks = [time.perf_counter()]
     graph = trace(model, example)
     marks.append(time.perf_counter())
-    plan = graph.plan(half(graph))
+    plan = graph.plan(random_half(graph))
     marks.append(time.perf_counter())
     compact = slice_model(plan, model)
     marks.append(time.perf_counter())
     try:
         verify(plan, model, compact)
-    except SurgeryError:  # the model's own code cannot run it: what was tried counts as verification
+    except SurgeryError:  # the model's own code cannot run the compact network; this attempt counts as verification
         tried = time.perf_counter()
         compact = rewrite_network(plan, model, compact, graph.traced)
         assert isinstance(compact, RewrittenNetwork)
@@ -152,14 +143,14 @@ def ours_once(name: str) -> dict[str, float]:
 
 
 def geometric_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the ratios of peer to ours, where the peer did not fail."""
+    """Return the means of the ratios peer to ours over networks on which the peer did not fail."""
     ratios = [row["ratios"] for row in rows if "ratios" in row]
     kinds = ratios[0] if ratios else ()
-    return {kind: math.exp(math.fsum(math.log(found[kind]) for found in ratios) / len(ratios)) for kind in kinds}
+    return {kind: math.exp(math.fsum(math.log(ratio[kind]) for ratio in ratios) / len(ratios)) for kind in kinds}
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """One network for the terminal."""
+    """Return one network's line for the terminal."""
     text = ", ".join(f"{step} {seconds:.2f}" for step, seconds in row["seconds"].items()) + " s"
     if "peer_error" in row:
         return f"{row['name']}: {text}; {PEER} failed: {row['peer_error']}"
@@ -174,8 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the options and time the networks."""
     parser = argparse.ArgumentParser(description="Time tracing and surgery.")
     parser.add_argument("--only", nargs="+", default=(), help="names or patterns ('timm:res*') of the list in zoo.py")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts")
-    parser.add_argument("--json", help="file to write the numbers to")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds; the median counts")
+    parser.add_argument("--json", help="file for the numbers")
     values = vars(parser.parse_args(arguments))
     try:
         time_networks(Settings(**values | {"only": tuple(values["only"])}))

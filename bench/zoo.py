@@ -1,4 +1,4 @@
-"""The networks that coverage is measured on: torchvision's and one or two of each of timm's families."""
+"""The networks of the coverage tables: torchvision's, and one or two of each family in timm."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TIMM = """
     maxvit_pico_rw_256 focalnet_tiny_srf
 """
 
-# Networks of attention, and mixtures of it with convolutions: what is not understood stays, the rest is pruned.
+# Networks with attention, alone or mixed with convolutions: channels that cannot be traced stay, the rest are pruned.
 MIXED = """
     vit_b_16 swin_t swin_v2_t maxvit_t
     vit_tiny_patch16_224 deit_tiny_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 eva02_tiny_patch14_224
@@ -47,7 +47,7 @@ MIXED = """
     mixer_s32_224 gmixer_24_224 resmlp_12_224 sequencer2d_s
 """
 
-# Networks of torchvision that segment, and the part of its detectors that has no boxes to choose.
+# torchvision's segmentation networks, and the backbones of its detectors, which select no boxes.
 SEGMENTERS = ["fcn_resnet50", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
 BACKBONES = [
     *("ssdlite320_mobilenet_v3_large", "ssd300_vgg16", "retinanet_resnet50_fpn"),
@@ -57,7 +57,7 @@ SIDES = {"inception_v3": 299, "ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_larg
 
 
 def names() -> list[str]:
-    """All of them: ``torchvision:NAME``, ``timm:NAME``, ``mixed:NAME``, ``segmentation:NAME``, ``backbone:NAME``."""
+    """List all networks: ``KIND:NAME`` of the kinds torchvision, timm, mixed, segmentation and backbone."""
     import torchvision
 
     listed = torchvision.models.list_models(module=torchvision.models)
@@ -71,7 +71,7 @@ def names() -> list[str]:
 
 
 def create(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A network of the list with random weights, in eval mode, and the size (C, H, W) of its images."""
+    """Return a network of the list with random weights in eval mode, and the size (C, H, W) of its images."""
     import torchvision
 
     kind, _, short = name.partition(":")
@@ -86,13 +86,13 @@ def create(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
             kind = "torchvision" if short in torchvision.models.list_models(module=torchvision.models) else "timm"
         model = models.create(f"{kind}:{short}")
         size = tuple(getattr(model, "default_cfg", {}).get("input_size", size))
-    return randomised(model).eval(), size
+    return randomise(model).eval(), size
 
 
-def randomised(model: nn.Module) -> nn.Module:
-    """Give batch norms statistics, and parameters that are all equal values, of their own.
+def randomise(model: nn.Module) -> nn.Module:
+    """Randomise the statistics of batch norms, and parameters whose values are all equal.
 
-    A fresh network scales branches by 0 and channels by 1: taking a wrong one would go unnoticed.
+    A new network scales branches by 0 and channels by 1, which would hide a wrong index.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

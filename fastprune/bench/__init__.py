@@ -1,7 +1,7 @@
-"""How fast the kernels are, beside their peers and beside what the machine can do at most.
+"""Benchmarks of the kernels beside their peers and the limits of the machine.
 
 A kernel's benchmark is a module with a function ``cases(device, *, quick=False)`` that yields :class:`Case` objects,
-and a line in ``KERNELS``. Agreement, timing, ceilings, tables and JSON are the same for all.
+and a line in ``KERNELS``. All benchmarks share agreement checks, timing, ceilings, tables and JSON.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,10 +27,10 @@ KERNELS: dict[str, Callable[..., Iterable[Case]]] = {
 """Cases by kernel."""
 
 STEP: dict[str, Callable[..., Iterable[Case]]] = {"step": step.cases}
-"""What the kernels are for: a step of gate training as a whole."""
+"""Cases of a whole step of gate training, which the kernels are for."""
 
 SEARCH: dict[str, Callable[..., Iterable[Case]]] = {"search": search.cases}
-"""What the step is for: a method's search step as users run it."""
+"""Cases of a method's search step as users run it, which the training step is for."""
 
 __all__ = [
     "KERNELS",

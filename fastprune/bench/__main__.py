@@ -1,4 +1,4 @@
-"""``python -m fastprune.bench NAME``: one benchmark on a machine that has little more than torch.
+"""``python -m fastprune.bench NAME`` runs one benchmark on a machine that has little more than torch.
 
     python -m fastprune.bench topk_mask --device cuda --json numbers.json
 
@@ -19,7 +19,7 @@ def main() -> None:
     """Run the benchmark that the first argument names."""
     name, *arguments = sys.argv[1:] or [""]
     if name not in BENCHMARKS:
-        sys.exit(f"benchmark {name!r}: there is no such one; give one of {', '.join(BENCHMARKS)}")
+        sys.exit(f"benchmark {name!r}: there is no such benchmark; give one of {', '.join(BENCHMARKS)}")
     run_program({name: BENCHMARKS[name]}, arguments)
 
 

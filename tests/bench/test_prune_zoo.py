@@ -1,4 +1,4 @@
-"""The table of networks: what is pruned, what is not, and what a failure looks like."""
+"""The table of networks: networks that are pruned, networks that are not, and failures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import zoo
-from prune_zoo import Settings, coverage, in_process, macs, main, markdown, outcome, prune_by_half, summary
+from prune_zoo import Settings, coverage, macs, main, markdown, outcome, prune_by_half, run_process, summary
 
 
 def test_the_list_has_all_convolutional_networks_of_torchvision_and_each_name_once() -> None:
@@ -59,10 +59,10 @@ def test_channels_that_norms_mix_are_pruned_and_measured(tmp_path: Path, capsys:
 
 @pytest.mark.slow
 def test_failures_are_rows_of_the_table() -> None:
-    failed = in_process("ours", "timm:no_such_network", 100)
+    failed = run_process("ours", "timm:no_such_network", 100)
     assert failed == {"error": failed["error"]}
     assert "no_such_network" in failed["error"]
-    assert in_process("ours", "timm:lcnet_050", 0.01) == {"error": "not done after 0.01 s"}
+    assert run_process("ours", "timm:lcnet_050", 0.01) == {"error": "not done after 0.01 s"}
     nothing = {
         "groups": 0, "units": 0, "macs": 1, "macs_left": 1.0, "layers": 2, "kept": 2, "reasons": {"mul": 2},
         "seconds": 1.0, "prunable": 0.0, "inexact": [],
@@ -75,8 +75,8 @@ def test_failures_are_rows_of_the_table() -> None:
     assert "| timm:b | 0 | 0 | 2 of 2: mul | 1.00 | 0.0 % | 1.0 |  |  |" in markdown(document)
 
 
-def test_a_pattern_without_a_network_is_refused() -> None:
-    with pytest.raises(ValueError, match="no network of the list has such a name"):
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="matches no network of the list"):
         coverage(Settings(only=("timm:nothing*",)))
     with pytest.raises(ValueError, match="both must be above 0"):
         Settings(workers=0)
@@ -91,15 +91,15 @@ def test_networks_of_attention_are_pruned_exactly(name: str) -> None:
 
 
 def test_counting_leaves_the_model_alone() -> None:
-    """The peer prunes nothing of a frozen model, and does not say so."""
+    """The peer silently prunes nothing in a frozen model."""
     model, size = zoo.create("timm:lcnet_050")
     assert macs(model, size) > 0
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows without a failure are taken over, the others are made anew; another torch's are refused."""
+def test_a_run_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run keeps rows without a failure, makes the others again, and refuses a file of another torch."""
     nothing = {
         "groups": 0, "units": 0, "macs": 1, "macs_left": 1.0, "layers": 2, "kept": 2, "reasons": {"mul": 2},
         "seconds": 1.0, "prunable": 0.0, "inexact": [],
@@ -110,7 +110,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         asked.append(name)
         return nothing if limit > 1 or name == "timm:lcnet_050" else {"error": "not done after 1 s"}
 
-    monkeypatch.setattr("prune_zoo.in_process", stand_in)
+    monkeypatch.setattr("prune_zoo.run_process", stand_in)
     file = tmp_path / "numbers.json"
     settings = {"only": ("timm:lcnet_050", "timm:mixnet_s"), "json": str(file), "resume": True}
     coverage(Settings(**settings, limit=1.0))
@@ -121,5 +121,5 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_text(json.dumps(again | {"torch": "1.0"}))
     with pytest.raises(ValueError, match=r"numbers.json' has torch '1.0', this run '2"):
         coverage(Settings(**settings))
-    with pytest.raises(ValueError, match="--json names the file"):
+    with pytest.raises(ValueError, match="needs --json"):
         Settings(resume=True)

@@ -1,4 +1,4 @@
-"""Evaluations of SP's search: slices and masks compute the same."""
+"""Evaluations in SP's search: slices and masks compute the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of tracing and surgery, beside the peer where it is installed."""
+"""Times of tracing and surgery, and of the peer if it is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_network_is_timed_step_by_step(tmp_path: Path, capsys: pytest.CaptureF
     assert "timm:lcnet_050: trace" in capsys.readouterr().out
 
 
-def test_means_leave_out_where_the_peer_fails() -> None:
+def test_means_leave_out_networks_on_which_the_peer_fails() -> None:
     rows = [{"ratios": {"in total": 2.0}}, {"peer_error": "x"}, {"ratios": {"in total": 8.0}}]
     assert geometric_means(rows) == {"in total": pytest.approx(4.0)}
     assert geometric_means([{}]) == {}
@@ -28,8 +28,8 @@ def test_means_leave_out_where_the_peer_fails() -> None:
     assert line(failed) == "a: total 1.00 s; torch-pruning failed: ValueError"
 
 
-def test_nonsense_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="rounds 0: must be at least 1"):
         Settings(rounds=0)
-    with pytest.raises(ValueError, match="no network of the list has such a name"):
+    with pytest.raises(ValueError, match="matches no network of the list"):
         time_networks(Settings(only=("timm:nothing*",)))

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 import torchvision
+import zoo
 from torch import Tensor, nn
 
 import fastprune as fp
-from fastprune.bench import zoo
 from fastprune.graph import ChannelGraph
 from fastprune.graph.stages import find_stages
 
