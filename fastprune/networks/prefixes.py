@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from fastprune.graph.export.nodes import argument_of
 from fastprune.graph.model_state import attribute_of
-from fastprune.graph.rewrite import Rewritten
+from fastprune.graph.rewrite import RewrittenGraph
 from fastprune.networks.fusion import activation_of, same_kind, value_of, version
 from fastprune.ops.conv.library import IN_PLACE, Geometry
 from fastprune.ops.conv.packed import PackedWeight, algorithm_for, convolve_prefix, pack, takes
@@ -100,7 +100,7 @@ def is_prefix(part: Tensor, full: Tensor) -> bool:
     return part.data_ptr() == full.data_ptr() and part.stride() == full.stride() and part.dim() == 4
 
 
-def use_kernels(written: Rewritten, source: GraphModule, made: dict[Any, nn.Module]) -> None:
+def use_kernels(written: RewrittenGraph, source: GraphModule, made: dict[Any, nn.Module]) -> None:
     """Replace the convolutions and batch norms of a rewritten graph, which is changed.
 
     Args:

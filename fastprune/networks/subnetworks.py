@@ -25,7 +25,7 @@ from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.labels import IntArray, core
 from fastprune.graph.labels.propagate import Computed, Propagation
 from fastprune.graph.model_state import attribute_of
-from fastprune.graph.rewrite import Rewritten, rewrite
+from fastprune.graph.rewrite import RewrittenGraph, rewrite
 from fastprune.networks.masked import make_out_of_place, share_tensors
 from fastprune.networks.prefixes import use_kernels
 
@@ -74,7 +74,7 @@ class SubNetworks:
             self._pieces.setdefault(piece.tensor, []).append((piece.dim, units.tobytes()))
         sliced = [node for node in self.source.graph.nodes if node.op == "call_function" and self.reads_units(node)]
         self._one_for_all = not any(node in self._selections or not is_widthless(node) for node in sliced)
-        self._written: OrderedDict[bytes, Rewritten] = OrderedDict()
+        self._written: OrderedDict[bytes, RewrittenGraph] = OrderedDict()
         self._convs: dict[Any, nn.Module] | None = None
 
     def __call__(self, *inputs: Any, mask: Tensor) -> Any:
@@ -96,7 +96,7 @@ class SubNetworks:
             found._written, found._convs = OrderedDict(), {}
         return found
 
-    def written(self, mask: Tensor) -> Rewritten:
+    def written(self, mask: Tensor) -> RewrittenGraph:
         """The graph of a sub-network; one for all of them where nothing in it depends on the number of channels."""
         key = b"" if self._one_for_all else mask.numpy().tobytes()
         if key not in self._written:
