@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from fastprune.graph.export.nodes import argument_of
 from fastprune.graph.model_state import attribute_of
-from fastprune.graph.rewrite import Rewritten
+from fastprune.graph.rewrite import RewrittenGraph
 from fastprune.networks.chains import Chain, find_chains
 from fastprune.networks.traced_copy import let_views_copy, replace_by_module, version
 from fastprune.ops.conv.library import IN_PLACE, Geometry
@@ -101,7 +101,7 @@ def is_prefix(part: Tensor, full: Tensor) -> bool:
     return part.data_ptr() == full.data_ptr() and part.stride() == full.stride() and part.dim() == 4
 
 
-def use_kernels(rewritten: Rewritten, source: GraphModule, convs: dict[Any, nn.Module]) -> None:
+def use_kernels(rewritten: RewrittenGraph, source: GraphModule, convs: dict[Any, nn.Module]) -> None:
     """Replace the convolutions and batch norms of a rewritten graph, which is changed.
 
     Args:

@@ -25,7 +25,7 @@ from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.labels import IntArray, core
 from fastprune.graph.labels.propagate import Computed, Propagation
 from fastprune.graph.model_state import attribute_of
-from fastprune.graph.rewrite import Rewritten, rewrite
+from fastprune.graph.rewrite import RewrittenGraph, rewrite
 from fastprune.networks.prefixes import use_kernels
 from fastprune.networks.traced_copy import copy_traced, make_out_of_place, share_tensors, use_batch_statistics
 
@@ -70,7 +70,7 @@ class SubNetworks:
             self._pieces.setdefault(piece.tensor, []).append((piece.dim, units.tobytes()))
         sliced = [node for node in self.source.graph.nodes if node.op == "call_function" and self.reads_units(node)]
         self._one_for_all = not any(node in self._selections or not is_widthless(node) for node in sliced)
-        self._rewritten: OrderedDict[bytes, Rewritten] = OrderedDict()
+        self._rewritten: OrderedDict[bytes, RewrittenGraph] = OrderedDict()
         self._convs: dict[Any, nn.Module] | None = None  # for our own kernels
 
     def __call__(self, *inputs: Any, mask: Tensor) -> Any:
@@ -92,7 +92,7 @@ class SubNetworks:
             found._rewritten, found._convs = OrderedDict(), {}
         return found
 
-    def rewrite_for(self, mask: Tensor) -> Rewritten:
+    def rewrite_for(self, mask: Tensor) -> RewrittenGraph:
         """Return the graph of a sub-network; one for all where nothing in it depends on the number of channels."""
         key = b"" if self._one_for_all else mask.numpy().tobytes()
         if key not in self._rewritten:

@@ -22,7 +22,7 @@ from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.propagate import Propagation
 from fastprune.graph.model_state import attribute_of, state_of
 from fastprune.graph.plan import PlanError, PruningPlan
-from fastprune.graph.rewrite import RewriteError, Rewritten, rewrite
+from fastprune.graph.rewrite import RewriteError, RewrittenGraph, rewrite
 
 
 class RewrittenNetwork(nn.Module):
@@ -45,7 +45,7 @@ class RewrittenNetwork(nn.Module):
         self,
         compact: nn.Module,
         constants: dict[str, Tensor],
-        graphs: dict[bool, Rewritten | str],
+        graphs: dict[bool, RewrittenGraph | str],
         signature: inspect.Signature,
         inputs: Inputs,
         any_batch: bool,
@@ -177,7 +177,7 @@ def rewrite_graphs(plan: PruningPlan, model: nn.Module, compact: nn.Module, trac
             missing = f"this network cannot run in train mode: its model could not be traced there: {error}"
         except PlanError as error:
             missing = f"this network cannot run in train mode: {error}"
-    results: dict[bool, Rewritten | str] = {}
+    results: dict[bool, RewrittenGraph | str] = {}
     constants: dict[str, Tensor] = {}
     own = set(state_of(model))
     for mode, graph in ((False, traced.evaluation), (True, traced.training)):

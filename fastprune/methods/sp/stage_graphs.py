@@ -1,4 +1,4 @@
-"""Rewritten graphs of a network for SP: one that also returns the features of stages, and one for a single stage."""
+"""Rewritten graphs of a network for SP: one also returns the features of stages, one is a single stage."""
 
 from __future__ import annotations
 
