@@ -59,7 +59,7 @@ class AlignmentRun:
         gates = len(self.method.placement.index)
         closed = torch.rand(gates, generator=torch.Generator().manual_seed(1)) < CLOSED
         self.method.gates = lambda: 1.0 - closed.float().to(placement.device)  # type: ignore[method-assign]
-        self.method.choose()
+        self.method.choose_channels()
 
     def train(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Do a step of the weights alone and return the weights."""

@@ -53,7 +53,7 @@ def main() -> None:
     search.measure = losses
     begin = time.perf_counter()
     while not search.finished:
-        search.round()
+        search.run_round()
     found = search.metrics()
     print(f"{found['measured']:,.0f} measured, {found['measured_literally']:,.0f} by the literal algorithm")
     print(f"{found['measured_literally'] / found['measured']:.1f} times as many")

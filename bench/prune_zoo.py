@@ -30,7 +30,7 @@ from fastprune.host import atomic
 from fastprune.host.machine import machine
 from fastprune.surgery import cut, verify
 from fastprune.surgery.rewritten import RewrittenNetwork
-from fastprune.surgery.slicing import copied
+from fastprune.surgery.slicing import copy_model
 
 PEER = "torch-pruning"
 ONE = "one"  # the first argument of a process that prunes one network
@@ -202,7 +202,7 @@ def prunable_share(graph: ChannelGraph) -> float:
 
 def macs(model: nn.Module, size: tuple[int, int, int]) -> int:
     """Return the multiply-accumulates of one image by torch's count."""
-    model = copied(model).requires_grad_(False)  # torch's counter fails on modules that get a parameter as input
+    model = copy_model(model).requires_grad_(False)  # torch's counter fails on modules that get a parameter as input
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, *size))
     return int(counter.get_total_flops() // 4)

@@ -52,7 +52,7 @@ ATTEMPTS = 20_000  # greatest number of draws per sub-network in the band
 
 def random_gene(evolution: Evolution, rng: np.random.Generator) -> list[int]:
     """Draw a gene like those of the first generation."""
-    gene: list[int] = evolution.space.within(evolution.random(1, rng), rng)[0].tolist()
+    gene: list[int] = evolution.space.repair(evolution.random_genes(1, rng), rng)[0].tolist()
     return gene
 
 
@@ -126,7 +126,7 @@ def draw(method: SP, task: Task, count: int, seed: int) -> list[Tensor]:
     costs: list[float] = []
     while len(masks) < count:
         levels = random_gene(search.manager, rng)
-        genes = [random_gene(search.evolution(stage, level), rng) for stage, level in enumerate(levels)]
+        genes = [random_gene(search.make_evolution(stage, level), rng) for stage, level in enumerate(levels)]
         mask = method.mask([stage.widths(gene) for stage, gene in zip(search.stages, genes, strict=True)], task)
         costs.append(float(task.budget.cost(task.graph, mask)))
         if limit - BAND * full <= costs[-1] <= limit:

@@ -21,10 +21,11 @@ from fastprune.bench.case import OURS, Case
 from fastprune.bench.run import run_program
 from fastprune.bench.step import TOLERANCE, networks, prepare
 from fastprune.graph import ChannelGraph, Group, find_stages, trace
-from fastprune.methods.sp.stage_losses import StageData
+from fastprune.methods.sp.stage_losses import make_stage_data
 from fastprune.methods.sp.supernet import StageNetwork, SuperNet
-from fastprune.networks.masked import gated, share_tensors
-from fastprune.networks.subnetworks import SubNetworks, use_batch_statistics
+from fastprune.networks.masked import build_gated_graph
+from fastprune.networks.subnetworks import SubNetworks
+from fastprune.networks.traced_copy import share_tensors, use_batch_statistics
 
 LEAST = 0.1  # least keep ratio of a group; the greatest is 0.9
 
@@ -39,7 +40,7 @@ class MaskedStage:
     def __init__(self, part: StageNetwork) -> None:
         own, model = part.slices.graph, part.slices.model
         self.part = part
-        self.network = gated(own, torch.ones(own.num_units, dtype=torch.bool), fused=False)
+        self.network = build_gated_graph(own, torch.ones(own.num_units, dtype=torch.bool), fused=False)
         use_batch_statistics(self.network, update=False)
         share_tensors(model, self.network)
 
@@ -83,7 +84,7 @@ def make_variants(
         return evaluate
 
     masked = [MaskedStage(part) for part in net.parts]
-    stages = StageData.of([part.slices for part in net.parts], features)
+    stages = make_stage_data([part.slices for part in net.parts], features)
     last = [stage.features for stage in stages]
     variants = {"eager": evaluator(masked, features)}
     if device.type == "cpu":

@@ -23,8 +23,8 @@ from fastprune.graph import trace
 from fastprune.host import atomic
 from fastprune.host.machine import machine
 from fastprune.surgery import SurgeryError, verify
-from fastprune.surgery.rewritten import RewrittenNetwork, rewritten
-from fastprune.surgery.slicing import sliced
+from fastprune.surgery.rewritten import RewrittenNetwork, rewrite_network
+from fastprune.surgery.slicing import slice_model
 
 NETWORKS = tuple(
     f"torchvision:{name}"
@@ -123,13 +123,13 @@ def time_steps(name: str) -> dict[str, float]:
     marks.append(time.perf_counter())
     plan = graph.plan(random_half(graph))
     marks.append(time.perf_counter())
-    compact = sliced(plan, model)
+    compact = slice_model(plan, model)
     marks.append(time.perf_counter())
     try:
         verify(plan, model, compact)
     except SurgeryError:  # the model's own code cannot run the compact network; this attempt counts as verification
         tried = time.perf_counter()
-        compact = rewritten(plan, model, compact, graph.traced)
+        compact = rewrite_network(plan, model, compact, graph.traced)
         assert isinstance(compact, RewrittenNetwork)
         rewriting = time.perf_counter() - tried
         verify(plan, model, compact)

@@ -10,7 +10,7 @@ from fastprune.methods import RankingConfig, ScoreMethod, Task, option, unit_fil
 
 @dataclass(frozen=True)
 class FPGMConfig(RankingConfig):
-    """The options of every score-based method, and the norm of distances."""
+    """The options of every score-based method, and the norm of the distances."""
 
     p: float = option(2.0, "norm of the distances between filters; the paper's is 2", minimum=1.0)
 
@@ -18,7 +18,7 @@ class FPGMConfig(RankingConfig):
 class FPGM(ScoreMethod):
     """Remove the filters nearest to the geometric median of their layer: the others can stand in for them.
 
-    A channel that several layers make gets the sum of its scores in them.
+    A channel that several layers make has the sum of its scores there.
     """
 
     name = "fpgm"

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from fastprune.cli.settings import ModelSettings, check_seed, setting
 from fastprune.engine import Placement, choose_device, measure_latencies
 from fastprune.graph import ChannelGraph, trace
-from fastprune.graph.latency.model import LatencyModel, measure
-from fastprune.graph.latency.stopwatch import on_host
+from fastprune.graph.latency.calls import time_on_host
+from fastprune.graph.latency.model import LatencyModel
+from fastprune.graph.latency.timing import measure
 from fastprune.host import atomic
 from fastprune.host.machine import machine
 from fastprune.surgery import cut
@@ -136,7 +137,7 @@ def describe(settings: LatencyBenchSettings, shape: tuple[int, int, int], device
 def latency_model(settings: LatencyBenchSettings, graph: ChannelGraph, device: torch.device) -> LatencyModel:
     """Return the model for the settings' layout and clock."""
     if settings.processor_time:  # measure anew: the cache holds wall time
-        timer = partial(on_host, clock=time.thread_time)
+        timer = partial(time_on_host, clock=time.thread_time)
         layout = settings.channels_last
         return measure(graph, device, settings.batch, torch.float32, channels_last=layout, cache=False, timer=timer)
     return graph.latency(device, settings.batch, channels_last=settings.channels_last, cache=not settings.no_cache)

@@ -156,5 +156,5 @@ def test_an_operator_with_the_number_of_channels_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["relu", "aten::relu", "mine::"])
 def test_rules_are_for_operators_of_ones_own(name: str) -> None:
-    with pytest.raises(ValueError, match=r"the name of an operator of your own is needed"):
+    with pytest.raises(ValueError, match=r"give the name of an operator of your own"):
         rule(name)

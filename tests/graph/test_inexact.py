@@ -149,7 +149,7 @@ def closed(full: nn.Module) -> nn.Module:
 
 def outputs(model: nn.Module, plan: fp.PruningPlan) -> Tensor:
     with torch.no_grad():
-        return plan.example(model).given_to(model)
+        return plan.example(model).run(model)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -163,7 +163,7 @@ def test_the_compact_network_is_the_narrow_one(name: str) -> None:
     expected = outputs(smaller(name, model), plan)
     assert torch.allclose(outputs(done.model, plan), expected, rtol=1e-12, atol=1e-12)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plan.example(model).given_to(done.model)
+        plan.example(model).run(done.model)
     batch = plan.inputs[0].shape[0]
     assert counter.get_total_flops() // 2 == plan.macs[1] * batch
     assert sum(p.numel() for p in done.model.parameters()) == plan.params[1] < plan.params[0]

@@ -13,12 +13,14 @@ import torchvision
 from torch import Tensor, nn
 
 import fastprune as fp
-from fastprune.graph.latency import model as latency_module
 from fastprune.graph.latency.axes import Axis
+from fastprune.graph.latency.calls import Call, time_on_host
 from fastprune.graph.latency.measurements import Measurements
-from fastprune.graph.latency.model import LatencyModel, measure
-from fastprune.graph.latency.operations import record
-from fastprune.graph.latency.stopwatch import Call, Stopwatch, on_host, segments
+from fastprune.graph.latency.model import LatencyModel
+from fastprune.graph.latency.recording import record
+from fastprune.graph.latency.segments import split_segments
+from fastprune.graph.latency.stopwatch import Stopwatch
+from fastprune.graph.latency.timing import measure
 
 CPU = torch.device("cpu")
 
@@ -127,7 +129,7 @@ def in_blocks(calls: Sequence[Call]) -> list[float]:
 
 
 def test_whole_blocks_lie_on_a_line_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastprune.graph.latency.operations.block_of", lambda device: 16)
+    monkeypatch.setattr("fastprune.graph.latency.widths.block_of", lambda device: 16)
     network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 2, 1)).eval()
     graph = fp.trace(network, torch.zeros(2, 3, 8, 8))
     assert len(graph.groups) == 1
@@ -213,7 +215,7 @@ def test_every_point_of_the_grid_can_be_run_and_leaves_the_pool_as_it_was(wide: 
         return [0.0] * len(calls)
 
     stopwatch = Stopwatch(CPU, recording.footprint, spy)
-    for segment in segments(recording.operations):
+    for segment in split_segments(recording.operations):
         stopwatch.tables(segment)
     assert {width for module, width in seen if module == "depthwise"} >= {1, 63, 64}
     grouped = {width for module, width in seen if module == "grouped"}
@@ -226,7 +228,7 @@ def test_every_point_of_the_grid_can_be_run_and_leaves_the_pool_as_it_was(wide: 
 
 def test_operators_are_timed_on_the_results_of_those_before_them(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(2, 3, 16, 16))
-    parts = segments(record(graph, CPU, 2, torch.float32, channels_last=False).operations)
+    parts = split_segments(record(graph, CPU, 2, torch.float32, channels_last=False).operations)
     stem = parts[0]
     assert [operation.operator for operation in stem.operations] == ["conv2d", "batch_norm", "relu"]
     calls = Stopwatch(CPU, 1 << 20).calls(stem, stem.points()[-1])
@@ -310,7 +312,7 @@ def test_a_graph_remembers_its_models(tiny: nn.Module, monkeypatch: pytest.Monke
         timed.append(args[1:])
         return object()
 
-    monkeypatch.setattr(latency_module, "measure", fake)
+    monkeypatch.setattr("fastprune.graph.channel_graph.measure", fake)
     assert graph.latency() is graph.latency(torch.device("cpu"), 1, torch.float32)
     assert graph.latency(batch=2) is not graph.latency()
     assert graph.latency(cache=False) is graph.latency()
@@ -384,6 +386,6 @@ def test_a_real_clock_and_the_cache_on_disk(tiny: nn.Module, own_cache: Path) ->
     assert any(own_cache.iterdir())
     assert torch.equal(torch.random.get_rng_state(), state)
     ticks = iter(range(1000))
-    parts = segments(record(graph, CPU, 1, torch.float32, channels_last=False).operations)
+    parts = split_segments(record(graph, CPU, 1, torch.float32, channels_last=False).operations)
     calls = Stopwatch(CPU, 1 << 20).calls(parts[0], parts[0].points()[0])
-    assert on_host(calls, clock=lambda: float(next(ticks))) == [1.0, 1.0, 1.0]
+    assert time_on_host(calls, clock=lambda: float(next(ticks))) == [1.0, 1.0, 1.0]

@@ -65,7 +65,7 @@ def pruned(model: nn.Module, example: Any = IMAGES, sizes: list[int] | None = No
     inputs = plan.example(model)
     with torch.no_grad():
         reference = fp.masked(model, plan).eval()
-        expected, got = (pytree.tree_leaves(inputs.given_to(m)) for m in (reference, compact.eval()))
+        expected, got = (pytree.tree_leaves(inputs.run(m)) for m in (reference, compact.eval()))
     for a, b in zip(expected, got, strict=True):
         if isinstance(a, Tensor) and a.dtype == torch.float64:
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
@@ -75,7 +75,7 @@ def pruned(model: nn.Module, example: Any = IMAGES, sizes: list[int] | None = No
 
 def steps(model: nn.Module, inputs: Inputs) -> None:
     """A step of training, if anything can be trained."""
-    results = [x for x in pytree.tree_leaves(inputs.given_to(model.train())) if isinstance(x, Tensor)]
+    results = [x for x in pytree.tree_leaves(inputs.run(model.train())) if isinstance(x, Tensor)]
     trained = [x.square().mean() for x in results if x.requires_grad]
     if trained:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -706,5 +706,5 @@ def test_what_cannot_be_copied_is_said() -> None:
     model = Net()
     model.generator = (n for n in range(3))
     graph = fp.trace(model, IMAGES)
-    with pytest.raises(fp.SurgeryError, match=r"Net holds what cannot be copied: .*generator"):
+    with pytest.raises(fp.SurgeryError, match=r"Net cannot be copied: .*generator"):
         fp.apply(graph.plan(half(graph)), model)

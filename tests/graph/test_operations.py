@@ -14,9 +14,11 @@ import fastprune as fp
 from fastprune.graph import Operator, rule
 from fastprune.graph.export.regions import Autocast
 from fastprune.graph.labels.rules import RULES
-from fastprune.graph.latency.model import LatencyModel, measure
-from fastprune.graph.latency.operations import record
-from fastprune.graph.latency.stopwatch import Call, Segment, on_host, segments
+from fastprune.graph.latency.calls import Call, time_on_host
+from fastprune.graph.latency.model import LatencyModel
+from fastprune.graph.latency.recording import record
+from fastprune.graph.latency.segments import Segment, split_segments
+from fastprune.graph.latency.timing import measure
 
 CPU = torch.device("cpu")
 Timer = Callable[[Sequence[Call]], list[float]]
@@ -146,7 +148,7 @@ def test_layers_with_rules_of_their_own_shrink_as_these_say() -> None:
     seen = set()
 
     def times(calls: Sequence[Call]) -> list[float]:
-        on_host(calls)  # it runs
+        time_on_host(calls)  # it runs
         own = [call for call in calls if "product" in call.operation.operator]
         seen.update(tuple(call.shapes) for call in own)
         return [call.shapes[0][1] * call.shapes[2][1] / 1000 if call in own else 0.0 for call in calls]
@@ -185,7 +187,7 @@ def test_networks_that_convert_types_are_measured_in_others() -> None:
     graph = fp.trace(InFloat32(), torch.zeros(2, 3, 8, 8))
     recording = record(graph, CPU, 2, torch.bfloat16, channels_last=False)
     assert {x.dtype for o in recording.operations for x in o.operands} == {torch.bfloat16}
-    assert model_of(graph, on_host, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert model_of(graph, time_on_host, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 class Regions(nn.Module):
@@ -217,10 +219,10 @@ def test_operators_of_a_region_are_timed_in_its_mode(monkeypatch: pytest.MonkeyP
     def times(calls: Sequence[Call]) -> list[float]:
         made: list[Tensor] = []
         for call in calls:
-            made.append(call.made(made, int, int))
+            made.append(call.run(made, int, int))
             if call.operation.layer:
                 results.setdefault(call.operation.module, set()).add(made[-1].dtype)
-        return on_host(calls, clock)
+        return time_on_host(calls, clock)
 
     model_of(graph, times)
     expected = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
@@ -239,7 +241,7 @@ def test_operators_of_a_region_are_timed_in_its_mode(monkeypatch: pytest.MonkeyP
 
 def test_measurements_in_a_region_are_not_those_outside() -> None:
     graph = fp.trace(Regions(), torch.zeros(2, 3, 8, 8))
-    part = segments(record(graph, CPU, 2, torch.float32, channels_last=False).operations)[1]
+    part = split_segments(record(graph, CPU, 2, torch.float32, channels_last=False).operations)[1]
     outside = Segment(tuple(replace(operation, modes=()) for operation in part.operations))
     assert part.key != outside.key
 

@@ -502,7 +502,7 @@ def test_classes_are_compared_as_well() -> None:
     ("spoil", "message"),
     [
         (lambda model: model.to("meta"), "Between is on the meta device"),
-        (lambda model: setattr(model.up, "lines", (n for n in range(3))), "Between holds what cannot be copied"),
+        (lambda model: setattr(model.up, "lines", (n for n in range(3))), "Between cannot be copied"),
         (
             lambda model: model.last.register_forward_pre_hook(lambda _, x: 1 // 0),
             "does not run in torch.float32: 'Between' fails with integer",

@@ -76,7 +76,7 @@ def test_a_stream_that_passes_stages_is_no_stages() -> None:
     graph = traced("resnet20")
     decided = {g for stage in find_stages(graph) for g in stage.groups}
     assert {group.kind for g, group in enumerate(graph.groups) if g not in decided} == {"stream"}
-    assert {graph.groups[g].kind for g in decided} == {"interior"}
+    assert {graph.groups[g].kind for g in decided} == {"plain"}
 
 
 def test_stages_can_be_named() -> None:

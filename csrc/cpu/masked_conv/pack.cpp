@@ -6,16 +6,15 @@
 #include <cstdint>
 #include <vector>
 
+#include "../instruction_set.h"
+#include "../parallel.h"
+#include "algorithms.h"
 #include "fastprune/masked_conv.h"
-#include "instruction_set.h"
-#include "parallel.h"
 
 namespace fastprune::cpu {
 namespace {
 
 constexpr int winograd_products = 16;
-
-int64_t panel_width(Instructions instructions) { return instructions == Instructions::avx512 ? 32 : 16; }
 
 /// Where a weight lies, and what it is multiplied with.
 struct Source {
@@ -120,9 +119,9 @@ void pack_masked_conv(const ConvKernel& kernel, const ConvGeometry& geometry, in
     const Source source = source_of(geometry, rows, channels, weight, strides, scale);
     const int threads = threads_for(rows * channels, 1 << 14, num_threads);
     if (kernel.instructions == Instructions::avx512) {
-        pack<32>(kernel.algorithm, source, packed, threads);
+        pack<panel_width(Instructions::avx512)>(kernel.algorithm, source, packed, threads);
     } else {
-        pack<16>(kernel.algorithm, source, packed, threads);
+        pack<panel_width(Instructions::avx2)>(kernel.algorithm, source, packed, threads);
     }
 }
 

@@ -7,18 +7,9 @@
 #include <sstream>
 #include <string>
 
-#include "bindings/bernoulli_gate.h"
-#include "bindings/channel_moments.h"
-#include "bindings/fused_conv.h"
-#include "bindings/group_prox.h"
-#include "bindings/gumbel_gate.h"
-#include "bindings/instruction_set.h"
-#include "bindings/masked_act.h"
-#include "bindings/masked_conv.h"
-#include "bindings/random.h"
-#include "bindings/topk_mask.h"
-#include "build.h"
-#include "cuda/runtime.h"
+#include "../cuda/runtime.h"
+#include "bind.h"
+#include "fastprune/build.h"
 
 namespace py = pybind11;
 
