@@ -77,7 +77,7 @@ def last_gated_units(graph: GraphStructure, gated: Tensor) -> Tensor:
 
 
 class Flow:
-    """Questions about the order of layers, answered on the traced operators."""
+    """The order of a network's layers, read from the traced operators."""
 
     def __init__(self, graph: GraphStructure) -> None:
         self.graph = graph

@@ -1,4 +1,4 @@
-"""Stages: where the resolution changes, at points that all data passes."""
+"""Stages end where the resolution changes, at points that all data passes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_stage_decides_on_the_groups_that_it_alone_makes() -> None:
         assert [group.size for group in streams] == [stage.channels]
 
 
-def test_a_stream_that_passes_stages_is_no_stages() -> None:
+def test_a_stream_through_several_stages_belongs_to_none() -> None:
     """Shortcuts that pad with zeros: the first 16 channels are the same ones in all stages."""
     graph = traced("resnet20")
     decided = {g for stage in find_stages(graph) for g in stage.groups}

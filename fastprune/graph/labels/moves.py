@@ -95,9 +95,8 @@ def require_own_code(context: Context, source: Tensor, result: Any, args: Any) -
     The kept channels must form a box, and an operator that cuts along the channels must cut at the same channels.
     """
     if isinstance(result, Tensor):
-        require_box(
-            context, result, shrinkable_dims(context, source, result) if context.operator in SPLITTING else None
-        )
+        free = shrinkable_dims(context, source, result) if context.operator in SPLITTING else None
+        require_box(context, result, free)
         if context.operator == "channel_shuffle":
             require_equal(context, source, list(source.chunk(args[1], 1)))
         elif context.operator in SELECTING and varying_dims(source):

@@ -1,4 +1,4 @@
-"""The findings while labels flow: labelled weights, uses of layers, and what must hold in the end."""
+"""The findings while labels flow: labelled weights, uses of layers, and checks that must hold in the end."""
 
 from __future__ import annotations
 
