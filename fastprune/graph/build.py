@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -21,6 +20,7 @@ from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.labels import IntArray
 from fastprune.graph.labels.propagate import LabelledDim, Propagation
 from fastprune.graph.structure import Group, Layer, Slice
+from fastprune.host.spelling import did_you_mean
 
 REMOVED_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # hooks of torch.nn.utils
 
@@ -80,8 +80,8 @@ def keep_outputs(state: Propagation, pattern: str) -> None:
     chosen = {name for name in owners if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
     if not chosen:
         modules = {owner.rsplit(".", up)[0] for owner in owners for up in range(owner.count(".") + 1)}
-        near = [f"; did you mean {name!r}?" for name in get_close_matches(pattern, sorted(modules), n=1)]
-        raise ValueError(f"ignore {pattern!r}: no layer has such a name" + "".join(near))
+        hint = did_you_mean(pattern, sorted(modules), "; {}")
+        raise ValueError(f"ignore {pattern!r}: no layer has such a name{hint}")
     for labelled in state.dims.values():
         if labelled.tensor.rpartition(".")[0] in chosen and labelled.role != "in":
             state.space.pin(labelled.labels, f"ignored ({pattern})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import groupby, pairwise, takewhile
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.fx import GraphModule, Node
 from fastprune.graph.export.tracing import concrete
 from fastprune.graph.labels.rules import module_of
 from fastprune.graph.structure import GraphStructure, Group, Layer
+from fastprune.host.spelling import did_you_mean
 
 STEM = 1  # so many layers in front of the first change of resolution are no stage of their own
 HEAD = 1  # so many behind the last one are a part of the classifier
@@ -125,8 +125,8 @@ def named_points(points: list[Node], ends: Sequence[str]) -> list[Node]:
     chosen = []
     for name in ends:
         if name not in last:
-            near = [f"; did you mean {other!r}?" for other in get_close_matches(name, last, n=1)]
-            raise ValueError(f"stages {name!r}: no point that all data passes lies in such a module{''.join(near)}")
+            hint = did_you_mean(name, last, "; {}")
+            raise ValueError(f"stages {name!r}: no point that all data passes lies in such a module{hint}")
         chosen.append(last[name])
     if sorted(chosen) != chosen or len(set(chosen)) != len(chosen):
         raise ValueError(f"stages {list(ends)}: they must be in the order of the network, each with an end of its own")
