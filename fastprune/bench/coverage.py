@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastprune.bench import zoo
-from fastprune.cli.settings import setting
+from fastprune.bench.settings import check_folder
 from fastprune.graph import ChannelGraph, trace
 from fastprune.host import atomic
 from fastprune.host.machine import machine
+from fastprune.options import SEVERAL, SWITCH, check, option
 from fastprune.surgery import cut, verify
 from fastprune.surgery.rewritten import RewrittenNetwork
 from fastprune.surgery.slicing import copied
@@ -36,25 +37,23 @@ PEER = "torch-pruning"
 class CoverageSettings:
     """Prune many networks by half."""
 
-    only: tuple[str, ...] = setting((), "names or patterns ('timm:res*'); all without it", nargs="+")
-    workers: int = setting(1, "networks at a time, each in a process of its own")
-    limit: float = setting(300.0, "seconds that one network may take")
-    inexact: bool = setting(False, "let channels leave norms and statistics over channels, too", action="store_true")
-    peer: bool = setting(False, f"prune the same networks by {PEER}, too", action="store_true")
-    json: str | None = setting(None, "file to write the numbers to")
-    resume: bool = setting(
-        False, "keep what the file of --json holds of the same machine and versions, but for failures",
-        action="store_true",
-    )  # fmt: skip
-    markdown: str | None = setting(None, "file to write the table to")
+    only: tuple[str, ...] = option((), "names or patterns ('timm:res*') of networks; all without it", flag=SEVERAL)
+    workers: int = option(1, "networks at a time, each in a process of its own", minimum=1)
+    limit: float = option(300.0, "seconds that one network may take", above=0.0)
+    inexact: bool = option(False, "let channels leave norms and statistics over channels, too", flag=SWITCH)
+    peer: bool = option(False, f"prune the same networks by {PEER}, too", flag=SWITCH)
+    json: str | None = option(None, "file to write the numbers to")
+    resume: bool = option(
+        False,
+        "keep the results in the file of --json that the same machine and versions made; repeat failures",
+        flag=SWITCH,
+    )
+    markdown: str | None = option(None, "file to write the table to")
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or not self.limit > 0:
-            raise ValueError(f"workers {self.workers}, limit {self.limit}: both must be above 0")
-        for name in ("json", "markdown"):
-            value = getattr(self, name)
-            if value is not None and not Path(value).absolute().parent.is_dir():
-                raise ValueError(f"{name} {value!r}: there is no such folder")
+        check(self)
+        check_folder("json", self.json)
+        check_folder("markdown", self.markdown)
         if self.resume and self.json is None:
             raise ValueError("resume: --json names the file to go on with")
         if self.peer:

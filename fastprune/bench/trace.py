@@ -19,10 +19,11 @@ from rich.console import Console
 
 from fastprune.bench import zoo
 from fastprune.bench.coverage import PEER, half, prune_by_peer
-from fastprune.cli.settings import setting
+from fastprune.bench.settings import check_folder
 from fastprune.graph import trace
 from fastprune.host import atomic
 from fastprune.host.machine import machine
+from fastprune.options import SEVERAL, check, option
 from fastprune.surgery import SurgeryError, verify
 from fastprune.surgery.rewritten import RewrittenNetwork, rewritten
 from fastprune.surgery.slicing import sliced
@@ -41,15 +42,13 @@ STEPS = ("trace", "plan", "surgery", "verify")
 class TraceBenchSettings:
     """Time tracing and surgery."""
 
-    only: tuple[str, ...] = setting((), "names or patterns ('timm:res*') of the list of coverage", nargs="+")
-    rounds: int = setting(3, "rounds, of which the median counts")
-    json: str | None = setting(None, "file to write the numbers to")
+    only: tuple[str, ...] = option((), "names or patterns ('timm:res*') from the list of coverage", flag=SEVERAL)
+    rounds: int = option(3, "rounds, of which the median counts", minimum=1)
+    json: str | None = option(None, "file to write the numbers to")
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise ValueError(f"rounds {self.rounds}: at least 1 is needed")
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"json {self.json!r}: there is no such folder")
+        check(self)
+        check_folder("json", self.json)
 
 
 def bench_trace(settings: TraceBenchSettings) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def test_failures_are_rows_of_the_table() -> None:
 def test_a_pattern_without_a_network_is_refused() -> None:
     with pytest.raises(ValueError, match="no network of the list has such a name"):
         coverage(CoverageSettings(only=("timm:nothing*",)))
-    with pytest.raises(ValueError, match="both must be above 0"):
+    with pytest.raises(ValueError, match="workers 0: must be at least 1"):
         CoverageSettings(workers=0)
 
 

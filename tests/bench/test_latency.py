@@ -43,8 +43,8 @@ def test_modelled_and_measured_times_of_random_plans(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plans", "0"], "plans 0: at least 1 is needed"),
-        (["--batch", "0"], "batch 0: at least 1 is needed"),
+        (["--plans", "0"], "plans 0: must be at least 1"),
+        (["--batch", "0"], "batch 0: must be at least 1"),
         (["--json", "/no/such/folder/x.json"], "there is no such folder"),
         (["--processor_time", "--device", "auto"], "processor_time: "),
     ],

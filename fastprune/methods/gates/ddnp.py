@@ -49,10 +49,10 @@ class DDNPConfig:
     epochs: int = option(200, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on; the paper takes 25000 on ImageNet", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
-    learning_rate: float = option(1e-3, "of Adam, constant, for both generators", minimum=0.0)
+    learning_rate: float = option(1e-3, "Adam's learning rate, constant, for both generators", minimum=0.0)
     regularisation: float = option(2.0, "λ, the weight of the cost term; the paper takes 4 on ImageNet", minimum=0.0)
     coupling: float = option(2.0, "ρ, the weight of the term that lets widths follow scores", minimum=0.0)
-    temperature: float = option(0.4, "t of the scores in that term", minimum=1e-3)
+    temperature: float = option(0.4, "t of the scores in the coupling term", minimum=1e-3)
     window: float = option(0.1, "γ, the mask's soft edge, as a part of a group's channels; 0 = hard masks", minimum=0.0)
     closing: float = option(
         0.0,
@@ -61,9 +61,10 @@ class DDNPConfig:
         minimum=0.0,
         maximum=1.0,
     )
-    output: Literal["sigmoid", "abs", "square"] = option("sigmoid", "from raw scores to scores (§5.4)")
+    output: Literal["sigmoid", "abs", "square"] = option("sigmoid", "function that turns raw scores into scores (§5.4)")
     architecture: Literal["gru", "fc", "channel"] = option(
-        "gru", "of g_s: gru (GRU and linear layers, the paper's), fc (linear layers), channel (one parameter each)"
+        "gru",
+        "g_s: gru (GRU and linear layers, the paper's), fc (linear layers), channel (one parameter each)",
     )
     score_bias: float = option(
         0.0, "added to raw scores; the authors' release has 3, which variant=release adds by itself"
@@ -74,7 +75,7 @@ class DDNPConfig:
     groups: Literal["interior", "all"] = option(
         "interior", "gates inside blocks only, as in the paper, or on every channel that can go"
     )
-    augment: bool = option(False, "whether the search sees augmented images")
+    augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
 

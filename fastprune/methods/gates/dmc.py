@@ -41,16 +41,16 @@ class DMCConfig:
     epochs: int = option(300, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on; the paper takes 10000 on ImageNet", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
-    learning_rate: float = option(1e-3, "of Adam, constant", minimum=0.0)
+    learning_rate: float = option(1e-3, "Adam's learning rate, constant", minimum=0.0)
     regularisation: float = option(4.0, "λ, the weight of the cost term; the paper takes 8 on ImageNet", minimum=0.0)
     decay: float = option(1e-4, "β, the step towards ½ after each update", minimum=0.0, maximum=0.5)
     sampling: Literal["stochastic", "deterministic"] = option(
         "stochastic", "gates of the cross-entropy term: drawn with probability θ (eq. 4), or θ ≥ ½ (eq. 1)"
     )
     groups: Literal["interior", "one_gate", "all"] = option(
-        "interior", "gates inside blocks, as in the paper; only the last one of each block; or on all that can go"
+        "interior", "gates inside blocks, as in the paper; only the last one of each block; or on every channel"
     )
-    augment: bool = option(False, "whether the search sees augmented images")
+    augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
 

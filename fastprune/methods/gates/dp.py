@@ -39,7 +39,7 @@ class RelaxedGates:
         "gumbel", "one Gumbel sample, as the authors' releases draw it, or logistic, which makes P(open) = σ(z + b)"
     )
     architecture: Literal["gru", "fc", "channel"] = option(
-        "gru", "of what makes the scores: gru (GRU and linear layers), fc (linear layers), channel (one parameter each)"
+        "gru", "what makes the scores: gru (GRU and linear layers), fc (linear layers), channel (one parameter each)"
     )
 
 
@@ -50,13 +50,13 @@ class DPConfig(RelaxedGates):
     epochs: int = option(200, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
-    learning_rate: float = option(1e-3, "of Adam, constant", minimum=0.0)
+    learning_rate: float = option(1e-3, "Adam's learning rate, constant", minimum=0.0)
     regularisation: float = option(2.0, "λ, the weight of the cost term", minimum=0.0)
     resource: Literal["one_sided", "two_sided"] = option(
         "one_sided", "the cost term: log(max(T, pT)/pT), or |log(T/pT)|, which also pulls upwards"
     )
     groups: Literal["interior", "all"] = option("interior", "gates inside blocks only, or on every channel that can go")
-    augment: bool = option(False, "whether the search sees augmented images")
+    augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
 

@@ -33,8 +33,9 @@ from fastprune.methods.gates.regularisers import two_sided
 from fastprune.methods.scores.filters import unit_table
 from fastprune.ops import group_prox_
 from fastprune.options import option
+from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase, SideSteps
-from fastprune.training.weight_training import WeightOptions, WeightTraining
+from fastprune.training.weight_training import WeightTraining
 
 DEAD_ZONE = 0.005  # of |r − p|: no gradient for what is near enough
 
@@ -54,19 +55,22 @@ class SANPConfig(WeightOptions, RelaxedGates):
     epochs: int = option(200, "passes over the training set", minimum=1)
     penalty: float | None = option(
         None,
-        "λ of the group lasso; none = twice what carries nine in ten of the channels that go to zero by the end, if "
-        "cross-entropy did not hold them",
+        "λ of the group lasso; none = twice the λ that would, without cross-entropy, carry nine in ten of the channels "
+        "that are to go to zero by the end",
         minimum=0.0,
     )
     balance: Literal["proportional", "inverse", "uniform"] = option(
-        "proportional", "α of a layer: as the number of its channels that go, its inverse, or the same for all"
+        "proportional",
+        "α of a layer: proportional to the number of its channels that are to go, or to its inverse, or equal",
     )
     lasso: Literal["joint", "apart"] = option(
         "joint", "one norm for a channel's filter with its batch norm, or one for its filter and one for its readers"
     )
     warm_up: float = option(0.1, "part of the epochs before the generator starts", minimum=0.0, maximum=1.0)
     alignment: float = option(0.5, "part of the epochs before the lasso starts", minimum=0.0, maximum=1.0)
-    freeze: float = option(0.05, "part of the epochs, at the end, in which the gates stay", minimum=0.0, maximum=1.0)
+    freeze: float = option(
+        0.05, "part of the epochs, at the end, in which the gates no longer change", minimum=0.0, maximum=1.0
+    )
     every: int = option(20, "steps of the weights before each step of the generator", minimum=1)
     part: float = option(0.05, "part of the training samples that the generator sees", minimum=0.0, maximum=1.0)
     generator_lr: float = option(1e-3, "learning rate of the generator, constant", minimum=0.0)

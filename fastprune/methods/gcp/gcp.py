@@ -40,7 +40,7 @@ from fastprune.methods.gcp.folding import fold_constants, probes
 from fastprune.methods.gcp.scales import Scales
 from fastprune.methods.scores.filters import unit_batch_norms
 from fastprune.networks.masked import MaskedNetwork
-from fastprune.options import option
+from fastprune.options import check, option
 from fastprune.planning.fitting import fit
 from fastprune.training.phases import Metrics, Phase
 from fastprune.training.weight_training import classification_loss
@@ -54,18 +54,20 @@ LATENCY_STEP = 8  # channels: a latency is measured on multiples of 8
 class GCPConfig:
     """Options of GCP. The paper names neither rounds nor learning rates; the defaults are ours."""
 
-    rounds: int = option(5, "T, how often channels go", minimum=1)
+    rounds: int = option(5, "T, the number of rounds in which channels go", minimum=1)
     epochs: int = option(1, "passes over the samples in each half of a round", minimum=1)
-    samples: int | None = option(None, "random training samples that are seen; none = all", minimum=1)
+    samples: int | None = option(None, "random training samples to use; none = all", minimum=1)
     batch_size: int = option(128, "samples per step over all processes together", minimum=1)
     augment: bool = option(True, "apply the data set's training augmentation")
     penalties: tuple[float, ...] = option(
-        (0.03, 0.1, 0.3), "λ to try, as parts of what would carry the median channel to zero in one half of a round"
+        (0.03, 0.1, 0.3),
+        "values of λ to try, as parts of the λ that carries the median channel to zero in one half of a round",
+        minimum=0.0,
     )
-    learning_rates: tuple[float, ...] = option((0.01,), "of SGD, to try with each λ")
-    momentum: float = option(0.9, "of SGD", minimum=0.0, maximum=0.999)
+    learning_rates: tuple[float, ...] = option((0.01,), "learning rates of SGD to try with each λ", minimum=0.0)
+    momentum: float = option(0.9, "momentum of SGD", minimum=0.0, maximum=0.999)
     weight_decay: float = option(
-        1e-4, "of the linear layers; without any they would grow for what the penalty takes from γ", minimum=0.0
+        1e-4, "weight decay of the linear layers; without it they grow by what the penalty takes from γ", minimum=0.0
     )
     slices: Literal["equal", "geometric"] = option("equal", "how the cost falls over the rounds")
     fold_bias: bool = option(True, "fold the constants act(β) of closed channels into what follows")
@@ -74,10 +76,10 @@ class GCPConfig:
     )
 
     def __post_init__(self) -> None:
+        check(self)
         for name in ("penalties", "learning_rates"):
-            values = getattr(self, name)
-            if not values or min(values) < 0:
-                raise ValueError(f"{name} {list(values)}: one value of at least 0 is needed")
+            if not getattr(self, name):
+                raise ValueError(f"{name}: at least one value is needed")
 
 
 @dataclass(frozen=True)

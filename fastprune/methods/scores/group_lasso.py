@@ -34,8 +34,8 @@ class GroupLassoConfig(TrainedConfig):
 
     penalty: float | None = option(
         None,
-        "λ; none = twice what would carry the channels that the budget would take now to zero by the end, if "
-        "cross-entropy did not hold them",
+        "λ; none = twice the λ that would, without cross-entropy, carry the channels that the budget would take now to "
+        "zero by the end",
         minimum=0.0,
     )
 

@@ -12,8 +12,9 @@ from fastprune.methods.contract import Task
 from fastprune.methods.scores.ranking import ScoreMethod
 from fastprune.options import option
 from fastprune.planning.fitting import fit
+from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase
-from fastprune.training.weight_training import WeightOptions, WeightTraining
+from fastprune.training.weight_training import WeightTraining
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class AutoSlimConfig(WeightSharingConfig):
     """Options of AutoSlim; the training's are those of SP, as its paper compares the two."""
 
     random: int = option(2, "random sub-networks in each step, beside the full and the smallest one", minimum=0)
-    stride: int = option(3, "of the 31 widths of a group, how many it gives up at a time", minimum=1, maximum=30)
+    stride: int = option(3, "how many of the 31 widths of a group it gives up at a time", minimum=1, maximum=30)
     groups: Literal["all", "interior"] = option("all", "which channels may go: all, or only those inside blocks")
 
 

@@ -50,15 +50,15 @@ class SPConfig(WeightSharingConfig):
 
     stages: tuple[str, ...] = option((), "modules at the ends of stages; none = where the resolution changes")
     groups: Literal["all", "interior"] = option(
-        "all", "widths of all channels that one stage makes, its features among them, or of those inside blocks"
+        "all", "search the widths of all channels that a stage makes, with its features, or only of those inside blocks"
     )
-    last_features: bool = option(True, "whether the features of the last stage may lose channels")
+    last_features: bool = option(True, "let the features of the last stage lose channels")
     relative: bool = option(False, "compare losses as parts of the variance of the stage's features")
     population: int = option(128, "genes per generation, of every evolution", minimum=2)
     iterations: int = option(10, "generations", minimum=1)
-    mutation: float = option(0.1, "the chance of a position to move to another choice", minimum=0.0, maximum=1.0)
-    parents: int = option(10, "how many of the best genes have children", minimum=1)
-    levels: int = option(64, "quotas that a stage is searched for", minimum=2)
+    mutation: float = option(0.1, "probability that a position moves to another choice", minimum=0.0, maximum=1.0)
+    parents: int = option(10, "number of the best genes that have children", minimum=1)
+    levels: int = option(64, "number of quotas that each stage is searched for", minimum=2)
     workers: int = option(0, "processes that measure sub-networks; 0 = this one, or all of a torchrun job", minimum=0)
 
 
