@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from fastprune.data import load_data
 from fastprune.data.data import Data
-from fastprune.engine import HeldOut, Placement, evaluate, run_phases
-from fastprune.engine.training import TrainConfig, train
+from fastprune.engine import HeldOut, Placement, TrainConfig, evaluate, run_phases, train
 from fastprune.graph import trace
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed

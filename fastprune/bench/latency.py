@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastprune.cli.settings import ModelSettings, check_seed, setting
+from fastprune.bench.settings import PROCESSOR_TIME, check_folder, check_processor_time
 from fastprune.engine import Placement, choose_device, measure_latencies
 from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.latency.calls import time_on_host
@@ -27,35 +27,32 @@ from fastprune.graph.latency.model import LatencyModel
 from fastprune.graph.latency.timing import measure
 from fastprune.host import atomic
 from fastprune.host.machine import machine
+from fastprune.options import LARGEST_SEED, SWITCH, check, option
 from fastprune.surgery import cut
 
 
 @dataclass
-class LatencyBenchSettings(ModelSettings):
+class LatencyBenchSettings:
     """Compare modelled latencies with measured ones."""
 
-    model: str = setting("torchvision:resnet50", "resnet20, torchvision:NAME, timm:NAME or package.module:factory")
-    batch: int = setting(1, "images per pass")
-    plans: int = setting(5, "random plans")
-    repeats: int = setting(30, "passes of each network, in turns")
-    device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
-    channels_last: bool = setting(False, "store weights and images in channels_last", action="store_true")
-    processor_time: bool = setting(
-        False, "count processor time, not wall time: for one thread on a machine with other jobs", action="store_true"
-    )
-    no_cache: bool = setting(False, "measure every layer anew and store nothing", action="store_true")
-    seed: int = setting(0, "seed of the plans")
-    json: str | None = setting(None, "file for the numbers")
+    model: str = option("torchvision:resnet50", "resnet20, torchvision:NAME, timm:NAME or package.module:factory")
+    weights: str | None = option(None, "file of trained weights (.safetensors, .pt, .pth); random weights without it")
+    input: str | None = option(None, "size of one image, CxHxW; the model's usual size without it")
+    batch: int = option(1, "images in a forward pass", minimum=1)
+    plans: int = option(5, "number of random plans", minimum=1)
+    repeats: int = option(30, "passes of each network, in turn", minimum=1)
+    device: str = option("cpu", "device to measure on: auto, cpu, cuda or cuda:N")
+    channels_last: bool = option(False, "NHWC memory layout of weights and images", flag=SWITCH)
+    processor_time: bool = option(False, PROCESSOR_TIME, flag=SWITCH)
+    no_cache: bool = option(False, "measure every layer anew, and keep nothing", flag=SWITCH)
+    seed: int = option(0, "seed of the plans", minimum=0, maximum=LARGEST_SEED)
+    json: str | None = option(None, "file to write the numbers to as well")
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        for name in ("batch", "plans", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.processor_time and (self.device != "cpu" or torch.get_num_threads() > 1):
-            raise ValueError("processor_time: needs device cpu and one thread; set OMP_NUM_THREADS=1")
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"json {self.json!r}: there is no such folder")
+        check(self)
+        if self.processor_time:
+            check_processor_time(self.device)
+        check_folder("json", self.json)
 
 
 def bench_latency(settings: LatencyBenchSettings, model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -17,51 +17,40 @@ from fastprune.bench import KERNELS, SEARCH, STEP, report
 from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
 from fastprune.bench.search import METHODS
+from fastprune.bench.settings import PROCESSOR_TIME, check_folder, check_processor_time
 from fastprune.bench.timing import Clock, Timing, rotate_inputs, time_in_turns
-from fastprune.cli.settings import check_seed, setting
 from fastprune.engine import choose_device
 from fastprune.host import atomic
+from fastprune.options import LARGEST_SEED, SEVERAL, SWITCH, check, option
 
 QUICK_ROUNDS = 5
-ONLY = f"kernels to time: some of {', '.join(KERNELS)}; default: all"
 
 
 @dataclass
 class BenchSettings:
     """The options of all benchmarks."""
 
-    device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
-    quick: bool = setting(
-        False, "run a few rounds of a small case as a check; the numbers mean little", action="store_true"
+    device: str = option("cpu", "device to measure on: auto, cpu, cuda or cuda:N")
+    quick: bool = option(False, "time a few rounds of a small case, to see that it runs; not to compare", flag=SWITCH)
+    seconds: float | None = option(
+        None, "begin no case after a benchmark has taken this many seconds; name the cases left out", above=0.0
     )
-    seconds: float | None = setting(
-        None, "begin no further case of a benchmark after this time, and name the cases left out"
+    compile_seconds: float | None = option(
+        None, "once torch.compile has taken this many seconds, time the later cases without it", above=0.0
     )
-    compile_seconds: float | None = setting(None, "drop torch.compile from later cases after this time of compiling")
-    seed: int = setting(0, "seed of the inputs")
-    json: str | None = setting(None, "file for the numbers")
+    seed: int = option(0, "seed of the inputs", minimum=0, maximum=LARGEST_SEED)
+    json: str | None = option(None, "file to write the numbers to as well")
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        for name in ("seconds", "compile_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} {value}: it must be above 0")
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"json {self.json!r}: there is no such folder")
+        check(self)
+        check_folder("json", self.json)
 
 
 @dataclass
 class KernelBenchSettings(BenchSettings):
     """Time the kernels."""
 
-    only: tuple[str, ...] = setting((), ONLY, nargs="+")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unknown = sorted(set(self.only) - set(KERNELS))
-        if unknown:
-            raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(KERNELS)}")
+    only: tuple[str, ...] = option((), "kernels to time; all without it", choices=KERNELS, flag=SEVERAL)
 
 
 @dataclass
@@ -73,18 +62,13 @@ class StepBenchSettings(BenchSettings):
 class SearchBenchSettings(BenchSettings):
     """Time the search steps of DMC and DDNP."""
 
-    only: tuple[str, ...] = setting((), f"methods to time: some of {', '.join(METHODS)}; default: all", nargs="+")
-    processor_time: bool = setting(
-        False, "count processor time, not wall time: for one thread on a machine with other jobs", action="store_true"
-    )
+    only: tuple[str, ...] = option((), "methods to time; all without it", choices=METHODS, flag=SEVERAL)
+    processor_time: bool = option(False, PROCESSOR_TIME, flag=SWITCH)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.processor_time and (self.device != "cpu" or torch.get_num_threads() > 1):
-            raise ValueError("processor_time: needs device cpu and one thread; set OMP_NUM_THREADS=1")
-        unknown = sorted(set(self.only) - set(METHODS))
-        if unknown:
-            raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(METHODS)}")
+        if self.processor_time:
+            check_processor_time(self.device)
 
 
 def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,6 +16,7 @@ from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.propagate import Propagation
 from fastprune.graph.units import find_inexact, number_units, unmade_dims
 from fastprune.graph.unprunable import list_unprunable
+from fastprune.host.spelling import did_you_mean
 
 
 def trace(
@@ -74,8 +74,8 @@ def keep_outputs(state: Propagation, pattern: str) -> None:
     chosen = {name for name in owners if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
     if not chosen:
         modules = {owner.rsplit(".", up)[0] for owner in owners for up in range(owner.count(".") + 1)}
-        near = [f"; did you mean {name!r}?" for name in get_close_matches(pattern, sorted(modules), n=1)]
-        raise ValueError(f"ignore {pattern!r}: no layer has such a name" + "".join(near))
+        hint = did_you_mean(pattern, sorted(modules), "; {}")
+        raise ValueError(f"ignore {pattern!r}: no layer has such a name{hint}")
     for labelled in state.dims.values():
         if labelled.tensor.rpartition(".")[0] in chosen and labelled.role != "in":
             state.space.pin(labelled.labels, f"ignored ({pattern})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import groupby, pairwise, takewhile
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fastprune.graph.export.nodes import concrete, module_of
 from fastprune.graph.structure import GraphStructure, Layer
+from fastprune.host.spelling import did_you_mean
 
 STEM = 1  # layers at most in front of the first change of resolution that are no stage of their own
 HEAD = 1  # layers at most behind the last one that belong to the classifier
@@ -132,10 +132,8 @@ def named_points(points: list[Node], ends: Sequence[str]) -> list[Node]:
     chosen = []
     for name in ends:
         if name not in last:
-            near = [f"; did you mean {other!r}?" for other in get_close_matches(name, last, n=1)]
-            raise ValueError(
-                f"stages {name!r}: no point that all data passes lies in a module of this name{''.join(near)}"
-            )
+            hint = did_you_mean(name, last, "; {}")
+            raise ValueError(f"stages {name!r}: no point that all data passes lies in a module of this name{hint}")
         chosen.append(last[name])
     if sorted(chosen) != chosen or len(set(chosen)) != len(chosen):
         raise ValueError(f"stages {list(ends)}: give them in the order of the network, each with an end of its own")

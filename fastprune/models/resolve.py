@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fastprune.host.spelling import did_you_mean
 from fastprune.models.mobilenet import mobilenetv2
 from fastprune.models.resnet import resnet20, resnet32, resnet56, resnet110
 from fastprune.models.weights import load_weights
+
+_suggestion = partial(did_you_mean, form=" ({})", most=3, show=str)
 
 OWN: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
@@ -130,8 +133,3 @@ def _import_vision(package: str, spec: str) -> Any:
         raise ValueError(
             f"model {spec!r} needs {package.partition('.')[0]}: pip install 'fastprune[vision]' ({error})"
         ) from error
-
-
-def _suggestion(name: str, names: Iterable[str]) -> str:
-    close = get_close_matches(name, list(names), n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -40,7 +40,7 @@ from fastprune.methods.gcp.folding import fold_constants
 from fastprune.methods.gcp.scales import Scales
 from fastprune.methods.gcp.tensors import ModelTensors
 from fastprune.networks.masked import MaskedNetwork
-from fastprune.options import option
+from fastprune.options import check, option
 from fastprune.planning.fitting import fit
 from fastprune.training.phases import Metrics, Phase, Step
 from fastprune.training.weight_training import classification_loss
@@ -74,6 +74,7 @@ class GCPConfig:
     )
 
     def __post_init__(self) -> None:
+        check(self)
         for name in ("penalties", "learning_rates"):
             values = getattr(self, name)
             if not values or min(values) < 0:

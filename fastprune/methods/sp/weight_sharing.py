@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastprune.methods.contract import Method, Task, is_evaluation_due
 from fastprune.methods.sp.supernet import SuperNet
 from fastprune.options import option
+from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase
-from fastprune.training.weight_training import WeightOptions, WeightTraining, classification_loss
+from fastprune.training.weight_training import WeightTraining, classification_loss
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class WeightSharingConfig(WeightOptions):
     lr: float = option(0.025, "largest learning rate", minimum=0.0)
     weight_decay: float = option(3e-4, "L2 penalty of SGD", minimum=0.0)
     milestones: tuple[float, ...] = option(
-        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1"
+        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1", minimum=0.0
     )
     images: int = option(2048, "held-out images, in one batch, on which sub-networks are compared", minimum=2)
 
