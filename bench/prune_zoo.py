@@ -29,7 +29,6 @@ from fastprune.bench.settings import check_folder
 from fastprune.graph import ChannelGraph, trace
 from fastprune.host import atomic
 from fastprune.host.machine import machine
-from fastprune.options import check
 from fastprune.surgery import cut, verify
 from fastprune.surgery.rewritten import RewrittenNetwork
 from fastprune.surgery.slicing import copy_model
@@ -63,7 +62,8 @@ class Settings:
     markdown: str | None = None
 
     def __post_init__(self) -> None:
-        check(self)
+        if self.workers < 1 or not self.limit > 0:
+            raise ValueError(f"workers {self.workers}, limit {self.limit:g}: both must be above 0")
         check_folder("json", self.json)
         check_folder("markdown", self.markdown)
         if self.resume and self.json is None:
