@@ -3,7 +3,6 @@
 // What the bindings of per-channel kernels share: checks of all arguments of a call, then dispatch by dtype and device.
 #pragma once
 
-#include <omp.h>
 #include <pybind11/pybind11.h>
 
 #include <optional>
@@ -12,7 +11,6 @@
 
 #include "channel_views.h"
 #include "checks.h"
-#include "fastprune/build.h"
 #include "fastprune/half.h"
 
 namespace fastprune {
@@ -29,8 +27,9 @@ class ChannelArguments {
         return views_.size() - 1;
     }
     Place add(const char* name, const Optional& tensor) { return tensor ? add(name, *tensor) : std::nullopt; }
+    void add_vector(const char* name, const Tensor& vector) { vectors_.push_back({name, vector}); }
     void add_vector(const char* name, const Optional& vector) {
-        if (vector) vectors_.push_back({name, *vector});
+        if (vector) add_vector(name, *vector);
     }
     /// Everything but overlap. float64 vectors beside float64 tensors, else float32.
     void check() {
@@ -65,9 +64,7 @@ class ChannelArguments {
     /// Scratch memory on CUDA: `count` float64 elements that share memory with nothing else.
     void check_partials(const Optional& partials, int64_t count) const {
         if (count == 0) return;
-        if (!partials) {
-            throw pybind11::value_error("partials: got None, needs " + std::to_string(count) + " float64 elements");
-        }
+        if (!partials) check::refuse("partials", "None", std::to_string(count) + " float64 elements");
         const Argument scratch{"partials", *partials};
         check::vector(scratch, DType::float64, count, "as the function of the partials tells");
         check::writable(scratch);
@@ -106,38 +103,6 @@ void dispatch_storage(DType dtype, const Body& body) {
         case DType::float16: return body.template operator()<float16>();
         case DType::bfloat16: return body.template operator()<bfloat16>();
         case DType::int64: return;
-    }
-}
-
-inline int threads_of(int num_threads) { return num_threads > 0 ? num_threads : omp_get_max_threads(); }
-
-/// Runs on_cuda(stream) or on_cpu() without the GIL, and raises what they report.
-template <class OnCpu, class OnCuda>
-void run(const Argument& first, const OnCpu& on_cpu, [[maybe_unused]] const OnCuda& on_cuda) {
-    Status status;
-    if (first.tensor.on_cpu()) {
-        const pybind11::gil_scoped_release release;
-        status = on_cpu();
-    } else if constexpr (build::has_cuda) {
-        void* stream = first.tensor.current_stream();
-        const pybind11::gil_scoped_release release;
-        status = on_cuda(stream);
-    } else {
-        throw pybind11::value_error(
-            std::string(first.name) +
-            ": got a CUDA tensor, needs one on the CPU: this build of fastprune has no CUDA kernels");
-    }
-    check::status(status);
-}
-
-inline void check_block(const Argument& first, int num_threads, int warp_size) {
-    if (!first.tensor.on_cpu()) {
-        throw pybind11::value_error(std::string(first.name) +
-                                    ": got a CUDA tensor, needs one on the CPU: this is the emulation");
-    }
-    const auto power_of_two = [](int value) { return value > 0 && (value & (value - 1)) == 0; };
-    if (!power_of_two(warp_size) || num_threads <= 0 || num_threads > 1024 || num_threads % warp_size != 0) {
-        throw pybind11::value_error("warp_size: needs a power of two that divides num_threads, which is at most 1024");
     }
 }
 

@@ -18,12 +18,6 @@ std::string describe_strides(const Tensor& tensor) {
     return text + "]";
 }
 
-std::string describe_shape(const Tensor& tensor) {
-    std::string text = "shape [";
-    for (int d = 0; d < tensor.ndim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
-    return text + "]";
-}
-
 int64_t plane_size(const Tensor& tensor) {
     int64_t size = 1;
     for (int d = 2; d < tensor.ndim(); ++d) size *= tensor.size(d);

@@ -17,13 +17,9 @@ namespace py = pybind11;
 namespace fastprune {
 namespace {
 
-using Pair = std::array<int64_t, 2>;  // vertical, horizontal
+using check::refuse;
 
 constexpr int64_t largest_step = 1 << 15;  // of strides, paddings and dilations: products of two stay small
-
-[[noreturn]] void refuse(const char* name, const std::string& got, const std::string& needs) {
-    throw py::value_error(std::string(name) + ": got " + got + ", needs " + needs);
-}
 
 std::string text(const std::initializer_list<int64_t>& sizes) {
     std::string list;
@@ -104,13 +100,6 @@ Image check_image(const char* name, const Tensor& tensor) {
     return image;
 }
 
-void check_pair(const char* name, const Pair& pair, int64_t least) {
-    for (const int64_t value : pair) {
-        if (value < least || value > largest_step)
-            refuse(name, std::to_string(value), "integers in [" + text({least, largest_step}).substr(1));
-    }
-}
-
 void check_same_type(const char* name, const Tensor& tensor, ConvType type) {
     if (*type_of(tensor) != type) {
         throw py::type_error(std::string(name) + ": got dtype " + name_of(*type_of(tensor)) + ", needs " +
@@ -149,9 +138,9 @@ FusedConvArgs check_convolution(const Tensor& x_tensor, const Tensor& weight_ten
     if (x.c == 0 || x.h == 0 || x.w == 0) refuse("x", "no channel or no pixel", "at least one");
     if (weight.c != x.c)
         refuse("weight", std::to_string(weight.c) + " input channels", std::to_string(x.c) + ", as many as x has");
-    check_pair("stride", stride, 1);
-    check_pair("padding", padding, 0);
-    check_pair("dilation", dilation, 1);
+    check::pair("stride", stride, 1, largest_step);
+    check::pair("padding", padding, 0, largest_step);
+    check::pair("dilation", dilation, 1, largest_step);
     const Pair size = {conv_output_size(x.h, weight.h, stride[0], padding[0], dilation[0]),
                        conv_output_size(x.w, weight.w, stride[1], padding[1], dilation[1])};
     if (weight.h < 1 || weight.w < 1 || size[0] < 1 || size[1] < 1) {
@@ -182,18 +171,6 @@ FusedConvArgs check_convolution(const Tensor& x_tensor, const Tensor& weight_ten
     pair(padding, args.padding);
     pair(dilation, args.dilation);
     return args;
-}
-
-Activation check_activation(const std::string& name) {
-    const std::pair<const char*, Activation> known[] = {{"identity", Activation::identity},
-                                                        {"relu", Activation::relu},
-                                                        {"relu6", Activation::relu6},
-                                                        {"silu", Activation::silu},
-                                                        {"hardswish", Activation::hardswish}};
-    for (const auto& [text, activation] : known) {
-        if (name == text) return activation;
-    }
-    refuse("activation", "'" + name + "'", "identity, relu, relu6, silu or hardswish");
 }
 
 int num_candidates() {
@@ -283,7 +260,7 @@ void fused_conv(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     args.scale = check_channels("scale", scale, x, outputs, args.k);
     args.shift = check_channels("shift", shift, x, outputs, args.k);
     args.mask = check_channels("mask", mask, x, outputs, args.k);
-    args.activation = check_activation(activation);
+    args.activation = check::activation(activation);
     check_candidate(candidate);
     if constexpr (build::has_cuda) {
         const auto index = static_cast<int>(candidate);

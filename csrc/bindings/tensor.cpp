@@ -60,6 +60,7 @@ Tensor Tensor::borrow(py::handle object) {
     if (tensor.problem_.empty() && tensor.view_.data == nullptr && tensor.numel() > 0) {
         tensor.problem_ = "a " + type_name_of(object) + " without memory";
     }
+    if (!tensor.problem_.empty()) tensor.view_ = {};  // a producer that fails may have filled half of it
     return tensor;
 }
 

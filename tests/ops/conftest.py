@@ -1,9 +1,16 @@
-"""Cases for the operators on ragged channel groups and on tables of units."""
+"""Cases for the operators on ragged channel groups and on tables of units; the emulated device bodies."""
 
+import fcntl
+import importlib.util
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import pytest
@@ -11,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from fastprune import ops, reference
+from fastprune import _C, ops, reference
 
 
 @dataclass(frozen=True)
@@ -222,3 +229,59 @@ def make_prox_case() -> MakeProxCase:
         return ProxCase(slices, threshold)
 
     return make
+
+
+def build_emulated() -> Path:
+    """Build the target _emulated of CMakeLists.txt, unless it is up to date, and return the module's path.
+
+    One process at a time: the workers of pytest-xdist wait for the first, and find nothing left to do.
+
+    Raises:
+        RuntimeError: The build failed; with the whole output of the tools.
+    """
+    sources = Path(__file__).parents[2]
+    folder = sources / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    tools = f"a C++20 compiler, and cmake, ninja and pybind11 for {sys.executable} (pip install '.[test]')"
+
+    def run(*command: str | Path) -> None:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if result.returncode != 0:
+            text = " ".join(map(str, command))
+            raise RuntimeError(f"csrc/emulated: got a build that failed, needs {tools}\n{text}\n{result.stdout}")
+
+    try:
+        import cmake
+        import ninja
+        import pybind11
+    except ImportError as error:
+        raise RuntimeError(f"csrc/emulated: got no module {error.name}, needs {tools}") from error
+    program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
+    options = [
+        f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        "-DFASTPRUNE_CUDA=OFF",
+    ]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        configured = folder / "configured"  # with which options
+        if not configured.exists() or configured.read_text() != "\n".join(options):
+            run(program, "--fresh", "-S", sources, "-B", folder, "-G", "Ninja", *options)
+            configured.write_text("\n".join(options))
+        run(program, "--build", folder, "--target", "_emulated")
+    (module,) = folder.glob("_emulated*.so")
+    return module
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ModuleType:
+    """The device bodies on host threads, built now, or before by whoever names the module in FASTPRUNE_EMULATED."""
+    path = os.environ.get("FASTPRUNE_EMULATED") or build_emulated()
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.sanitizers.split() == _C.build_info()["sanitizers"]
+    return module

@@ -107,21 +107,22 @@ void pack(ConvAlgorithm algorithm, const Source& source, float* packed, int num_
 
 }  // namespace
 
-int64_t packed_conv_size(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels) {
+int64_t masked_conv_packed_size(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows,
+                                int64_t channels) {
     const int64_t width = panel_width(kernel.instructions);
     const bool winograd = kernel.algorithm == ConvAlgorithm::winograd;
     const int64_t products = winograd ? winograd_products : geometry.kernel[0] * geometry.kernel[1];
     return (rows + width - 1) / width * width * channels * products;
 }
 
-void pack_masked_conv(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels,
+void masked_conv_pack(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels,
                       const float* weight, const int64_t* strides, const float* scale, float* packed, int num_threads) {
     const Source source = source_of(geometry, rows, channels, weight, strides, scale);
     const int threads = threads_for(rows * channels, 1 << 14, num_threads);
-    if (kernel.instructions == Instructions::avx512) {
-        pack<panel_width(Instructions::avx512)>(kernel.algorithm, source, packed, threads);
+    if (kernel.instructions == InstructionSet::avx512) {
+        pack<panel_width(InstructionSet::avx512)>(kernel.algorithm, source, packed, threads);
     } else {
-        pack<panel_width(Instructions::avx2)>(kernel.algorithm, source, packed, threads);
+        pack<panel_width(InstructionSet::avx2)>(kernel.algorithm, source, packed, threads);
     }
 }
 

@@ -31,6 +31,8 @@
 
 #include <cstdint>
 
+#include "fastprune/instruction_set.h"
+
 namespace fastprune {
 
 struct ConvGeometry {
@@ -61,7 +63,7 @@ struct MaskedConvArgs {
     int64_t rows, packed_rows;          // how many outputs are computed, of how many …
     ConvGeometry geometry;
     Pixels x;
-    const float* packed;  // from pack_masked_conv, for the same algorithm
+    const float* packed;  // from masked_conv_pack, for the same algorithm
     const float* shift;   // [rows], or null: 0, as it is backward
     const float* mask;    // [rows], or null: 1
     Pixels residual;      // like y; or null: 0
@@ -73,25 +75,21 @@ struct MaskedConvArgs {
 };
 
 enum class ConvAlgorithm : int32_t { direct, winograd, depthwise };
-/// What the kernels are written for. The layout of packed weights depends on it.
-enum class Instructions : int32_t { avx2, avx512 };
 
 struct ConvKernel {
     ConvAlgorithm algorithm;
-    Instructions instructions;
+    InstructionSet instructions;  // avx2 or avx512; the layout of packed weights depends on it
 };
 
 namespace cpu {
 
-/// Whether this processor has the instructions: AVX2 with FMA, or AVX-512F.
-bool has_instructions(Instructions instructions);
 /// Whether `algorithm` computes convolutions of this geometry.
 bool masked_conv_supports(ConvAlgorithm algorithm, const ConvGeometry& geometry);
 
 /// How many floats the packed weight has.
-int64_t packed_conv_size(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels);
+int64_t masked_conv_packed_size(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels);
 /// Packs weight[k, c, r, s], at strides[4] (in elements, negative ones allowed), with row k times scale[k] (null: 1).
-void pack_masked_conv(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels,
+void masked_conv_pack(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels,
                       const float* weight, const int64_t* strides, const float* scale, float* packed, int num_threads);
 
 /// Deterministic: the same bits on every run and for every number of threads; but for dmask also for all instructions
