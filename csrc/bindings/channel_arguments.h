@@ -1,6 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What the bindings of per-channel kernels share: checks of all arguments of a call, then dispatch by dtype and device.
+// The tensor arguments of per-channel kernels: their checks, and the dispatch by dtype.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,7 +17,7 @@ namespace fastprune {
 
 using Optional = std::optional<Tensor>;
 
-/// The tensor arguments of one call: [N, C, *spatial] ones, which share a layout, and vectors over the channels.
+/// The tensor arguments of one call: images [N, C, *spatial], which share a layout, and vectors over the channels.
 class ChannelArguments {
    public:
     using Place = std::optional<size_t>;
@@ -31,7 +31,7 @@ class ChannelArguments {
     void add_vector(const char* name, const Optional& vector) {
         if (vector) add_vector(name, *vector);
     }
-    /// Everything but overlap. float64 vectors beside float64 tensors, else float32.
+    /// Checks everything but overlap. Vectors are float64 for float64 images, otherwise float32.
     void check() {
         dtype_ =
             check::strided_tensor(views_.front(), {DType::float32, DType::float64, DType::float16, DType::bfloat16});
@@ -46,14 +46,14 @@ class ChannelArguments {
             check::same_device(vector, views_.front());
         }
     }
-    /// `output` may be the very memory of one of the first `num_inputs` views, and overlaps nothing else before it.
+    /// Checks that `output` is the memory of one of the first `num_inputs` views, or overlaps no view before it.
     void check_output(Place output, size_t num_inputs) const {
         if (!output) return;
         check::writable(views_[*output]);
         for (size_t i = 0; i < *output; ++i) check::disjoint_views(views_, shared_, *output, i, i < num_inputs);
         for (const Argument& vector : vectors_) check::disjoint_vector(views_, shared_, *output, vector, false);
     }
-    /// The vectors from number `first` on are outputs.
+    /// Checks the vectors from number `first` on as outputs.
     void check_output_vectors(size_t first) const {
         for (size_t o = first; o < vectors_.size(); ++o) {
             check::writable(vectors_[o]);
@@ -61,12 +61,12 @@ class ChannelArguments {
             for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, vectors_[o], true);
         }
     }
-    /// Scratch memory on CUDA: `count` float64 elements that share memory with nothing else.
+    /// Checks scratch memory on CUDA: `count` float64 elements that overlap nothing else.
     void check_partials(const Optional& partials, int64_t count) const {
         if (count == 0) return;
         if (!partials) check::refuse("partials", "None", std::to_string(count) + " float64 elements");
         const Argument scratch{"partials", *partials};
-        check::vector(scratch, DType::float64, count, "as the function of the partials tells");
+        check::vector(scratch, DType::float64, count, "the number that the partials function returns");
         check::writable(scratch);
         check::same_device(scratch, views_.front());
         for (const Argument& vector : vectors_) check::disjoint(scratch, vector);

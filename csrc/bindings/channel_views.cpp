@@ -24,7 +24,7 @@ int64_t plane_size(const Tensor& tensor) {
     return size;
 }
 
-/// The outer stride as planes: everything behind the batch is contiguous.
+/// Returns the outer stride as planes, if everything from the channel on is contiguous.
 std::optional<int64_t> planes_stride(const Tensor& tensor) {
     int64_t expected = 1;
     for (int d = tensor.ndim() - 1; d >= 1; --d) {
@@ -46,7 +46,7 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 
 using StrideOf = std::optional<int64_t> (*)(const Tensor&);
 
-/// The index of the first tensor that does not fit; all of them if none.
+/// Returns the index of the first tensor without a stride, or the number of tensors.
 size_t collect(const std::vector<Argument>& arguments, StrideOf stride_of, std::vector<int64_t>& strides) {
     strides.clear();
     for (const Argument& argument : arguments) {
@@ -68,7 +68,7 @@ Extent extent_of(const Tensor& tensor, const ChannelLayout& layout, int64_t oute
     return {begin, begin + elements * (tensor.dtype().bits / 8)};
 }
 
-/// Rows of one stride that never meet, because they are different columns of one matrix.
+/// Whether two views are different columns of one matrix, whose rows never overlap.
 bool interleaved(const Extent& a, const Extent& b, int64_t row_bytes, int64_t stride_bytes) {
     const int64_t apart = ((b.begin - a.begin) % stride_bytes + stride_bytes) % stride_bytes;
     return apart >= row_bytes && apart + row_bytes <= stride_bytes;

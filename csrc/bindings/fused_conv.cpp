@@ -126,7 +126,7 @@ Image check_output(const char* name, const Tensor& tensor, const Image& x, const
     return output;
 }
 
-/// What is known from the tensors' shapes and memory: everything but scale, shift, mask and activation.
+/// Checks and returns what shapes and memory determine: everything but scale, shift, mask and activation.
 FusedConvArgs check_convolution(const Tensor& x_tensor, const Tensor& weight_tensor, const Tensor& y_tensor,
                                 const std::optional<Tensor>& saved_tensor, const Pair& stride, const Pair& padding,
                                 const Pair& dilation) {
@@ -188,7 +188,7 @@ void check_candidate(int64_t candidate) {
 
 bool supports(const FusedConvArgs& args, int candidate) {
     if constexpr (build::has_cuda) {
-        // Nothing to compute is not a question of alignment, and CUTLASS divides by sizes.
+        // An empty convolution needs no alignment, and CUTLASS would divide by its sizes.
         const bool empty = args.n == 0 || args.k == 0;
         return empty || cuda::fused_conv_candidate(candidate).supports(args);
     }
@@ -212,7 +212,7 @@ std::optional<size_t> fused_conv_workspace(const Tensor& x, const Tensor& weight
     return workspace_bytes(args, index);
 }
 
-/// y and saved, which nothing may overlap.
+/// The outputs, y and saved. No other argument may overlap them.
 struct Outputs {
     Image y;
     std::optional<Image> saved;

@@ -16,7 +16,7 @@ std::string type_name_of(py::handle object) { return Py_TYPE(object.ptr())->tp_n
     check::refuse(name, got, "a whole number from 0 to 2^63 - 1");
 }
 
-/// Seeds and steps. A bool is an int for Python, but hardly meant as one.
+/// Returns a seed or a step. Refuses bools, which are ints for Python, but hardly meant as such.
 int64_t count_of(const char* name, py::handle object, const char* needs = "an int") {
     if (!PyLong_Check(object.ptr()) || PyBool_Check(object.ptr())) {
         throw py::type_error(std::string(name) + ": got an object of type " + type_name_of(object) + ", needs " +
@@ -28,7 +28,7 @@ int64_t count_of(const char* name, py::handle object, const char* needs = "an in
     return value;
 }
 
-/// Python's own message would not name the argument.
+/// Returns a number. Python's own error would not name the argument.
 double real_number(const char* name, py::handle object) {
     const double value = PyFloat_AsDouble(object.ptr());
     if (value == -1 && PyErr_Occurred() != nullptr) {

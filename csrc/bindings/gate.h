@@ -1,6 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What the stochastic gates have in common before their kernels run: checks, then dispatch by dtype and device.
+// The arguments of stochastic gates: their checks, and the dispatch by dtype and device.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -61,7 +61,7 @@ class GateCall {
     Tensor step_tensor_;
 };
 
-/// Checked options of gumbel_gate.
+/// Checks and returns the options of gumbel_gate.
 GumbelOptions gumbel_options(pybind11::handle temperature, pybind11::handle base, bool hard, pybind11::handle noise);
 
 }  // namespace fastprune

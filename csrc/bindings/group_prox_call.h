@@ -15,7 +15,7 @@
 
 namespace fastprune {
 
-/// Everything that a call asks of its arguments.
+/// Checks all arguments of a call.
 inline void check_group_prox(const UnitTable& table, const std::optional<Tensor>& threshold, const Tensor& norms) {
     table.check_tensors();
     const Tensor first = table.first_tensor();

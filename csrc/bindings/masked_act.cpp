@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace fastprune {
 namespace {
 
-/// How many doubles a backward call on CUDA needs for its sums.
+/// Returns how many doubles a backward call on CUDA needs for its sums.
 int64_t num_partials(const MaskedActBackwardCall& call) {
     if constexpr (build::has_cuda) return call.num_sums() * cuda::masked_act_partials(call.arguments.layout());
     return 0;
@@ -50,7 +50,7 @@ void masked_act_backward(const Tensor& dy, const Tensor& saved, const Optional& 
     });
 }
 
-/// For one sum over tensors of this layout; `others` may decide whether the layout is that of one long plane.
+/// Returns how many doubles one sum over tensors of this layout needs. All tensors together determine the layout.
 int64_t masked_act_partials(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& dx) {
     ChannelArguments arguments;
     arguments.add("dy", dy);

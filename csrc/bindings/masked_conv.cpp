@@ -165,7 +165,7 @@ void masked_conv_pack(const std::string& algorithm, const std::string& instructi
                           packed.data_as<float>(), threads);
 }
 
-/// The pitch of [N, C, H, W] with neighbouring channels.
+/// Checks a tensor [N, C, H, W] with neighbouring channels, and returns its pitch.
 int64_t pitch_of(const Argument& argument) {
     check::strided_tensor(argument, {DType::float32});
     check::on_cpu(argument);
@@ -195,7 +195,7 @@ void check_size(const Argument& argument, const std::array<int64_t, 4>& size) {
     }
 }
 
-/// P or Q: how many outputs there are in direction d.
+/// Returns P or Q: the number of outputs in direction d.
 int64_t output_size(const Tensor& x, const ConvGeometry& geometry, int d) {
     const int64_t span = geometry.dilation[d] * (geometry.kernel[d] - 1) + 1;
     const int64_t padding = geometry.padding[d], padded = x.size(2 + d) + 2 * padding;
@@ -206,7 +206,7 @@ int64_t output_size(const Tensor& x, const ConvGeometry& geometry, int d) {
     return padded < span ? 0 : (padded - span) / geometry.stride[d] + 1;
 }
 
-/// How many channels a tensor has that pitch_of has checked: some of those that the weight has.
+/// Checks the number of channels, at most those of the weight, of a tensor that pitch_of has checked; returns it.
 int64_t channels_of(const Argument& argument, int64_t most) {
     const int64_t channels = argument.tensor.size(1);
     if (channels < 1 || channels > most) {
@@ -215,7 +215,7 @@ int64_t channels_of(const Argument& argument, int64_t most) {
     return channels;
 }
 
-/// shift or mask; null if there is none. `inputs` gets where it lies.
+/// Checks an optional shift or mask and adds its memory to `inputs`. Returns null for none.
 const float* vector_of(const char* name, const Optional& vector, int64_t length, std::vector<Region>& inputs) {
     if (!vector) return nullptr;
     check::vector({name, *vector}, DType::float32, length, "one for each channel of the result");
@@ -224,7 +224,7 @@ const float* vector_of(const char* name, const Optional& vector, int64_t length,
     return vector->data_as<const float>();
 }
 
-/// An optional operand like the result; `inputs` gets where it lies.
+/// Checks an optional operand of the size of the result and adds its memory to `inputs`.
 Pixels pixels_of(const char* name, const Optional& operand, const std::array<int64_t, 4>& size,
                  std::vector<Region>& inputs) {
     if (!operand) return {nullptr, 0};
@@ -234,7 +234,7 @@ Pixels pixels_of(const char* name, const Optional& operand, const std::array<int
     return {operand->data_as<const float>(), pitch};
 }
 
-/// An optional result; `regions` gets where it lies.
+/// Checks an optional result and adds its memory to `regions`.
 MutablePixels result_of(const char* name, const Optional& result, const std::array<int64_t, 4>& size,
                         std::vector<Region>& regions) {
     if (!result) return {nullptr, 0};

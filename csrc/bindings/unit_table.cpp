@@ -151,7 +151,7 @@ void UnitTable::check_overlaps() {
 bool UnitTable::Slice::unmoved() const {
     dlpack::Tensor now;
     Tensor borrowed;
-    if (api != nullptr) {  // 160 tensors at every step: no look-up of the type's attribute, no question for its bits
+    if (api != nullptr) {  // there may be 160 tensors at every step: skip the look-ups of Tensor::borrow
         if (api->borrow_from_object(object.ptr(), &now) != 0) {
             PyErr_Clear();
             return false;

@@ -1,7 +1,7 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
 // Weights in the order in which masked_conv reads them: direct [panel][tap][channel][row of the panel], winograd
-// [product][panel][channel][row of the panel]. Rows behind the last are zeros.
+// [product][panel][channel][row of the panel]. Rows after the last one are zeros.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int winograd_products = 16;
 
-/// Where a weight lies, and what it is multiplied with.
+/// A weight in memory, and the scale of its rows.
 struct Source {
     int64_t rows, channels;
     const float* weight;
@@ -81,7 +81,7 @@ void transform_kernels(const float (&g)[9][width], float (&products)[winograd_pr
 template <int width>
 void pack_winograd(const Source& source, int64_t p, int64_t panels, float* packed) {
     for (int64_t c = 0; c < source.channels; ++c) {
-        // Arrays of their own: that the places in `packed` do not overlap is more than the compiler can know.
+        // Local arrays: the compiler cannot know that the places in `packed` do not overlap.
         float g[9][width], products[winograd_products][width];
         gather<width>(source, p * width, c, g[0], width);
         transform_kernels(g, products);

@@ -19,7 +19,7 @@ namespace fastprune {
 
 enum class Activation : int32_t { identity, relu, relu6, silu, hardswish };
 
-/// What a backward pass needs of the forward pass: r = act(z) itself where r' is a function of r, else z.
+/// Whether a backward pass needs z rather than r = act(z): where r' is no function of r.
 FASTPRUNE_HD constexpr bool saves_input(Activation activation) {
     return activation == Activation::silu || activation == Activation::hardswish;
 }
@@ -45,7 +45,7 @@ FASTPRUNE_HD Real activate(Activation activation, Real z) {
     return z >= 3 ? z : part;  // not z * 6 / 6, which may overflow
 }
 
-/// What a backward pass makes of the saved value (see saves_input).
+/// What a backward pass computes from the saved value (see saves_input).
 template <class Real>
 struct Activated {
     Real value;       // r
