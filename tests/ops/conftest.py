@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -241,35 +242,37 @@ def build_emulated() -> Path:
     """
     sources = Path(__file__).parents[2]
     folder = sources / "build" / "emulated"
-    folder.mkdir(parents=True, exist_ok=True)
-    tools = f"a C++20 compiler, and cmake, ninja and pybind11 for {sys.executable} (pip install '.[test]')"
+    needs = f"a C++20 compiler, and cmake, ninja and pybind11 for {sys.executable} (pip install '.[test]')"
+    programs = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
     def run(*command: str | Path) -> None:
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if result.returncode != 0:
+        try:
+            subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=os.environ | {"PATH": programs},
+            )  # fmt: skip
+        except subprocess.CalledProcessError as error:
             text = " ".join(map(str, command))
-            raise RuntimeError(f"csrc/emulated: got a build that failed, needs {tools}\n{text}\n{result.stdout}")
+            raise RuntimeError(f"csrc/emulated: got a failing build, needs {needs}\n{text}\n{error.stdout}") from None
+        except FileNotFoundError as error:
+            raise RuntimeError(f"csrc/emulated: got no {error.filename}, needs {needs}") from error
 
     try:
-        import cmake
-        import ninja
         import pybind11
     except ImportError as error:
-        raise RuntimeError(f"csrc/emulated: got no module {error.name}, needs {tools}") from error
-    program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
-    options = [
-        f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        "-DFASTPRUNE_CUDA=OFF",
+        raise RuntimeError(f"csrc/emulated: got no pybind11, needs {needs}") from error
+    configure = [
+        *("cmake", "--fresh", "-S", sources, "-B", folder, "-G", "Ninja", "-DFASTPRUNE_CUDA=OFF"),
+        *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
     ]
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        configured = folder / "configured"  # with which options
-        if not configured.exists() or configured.read_text() != "\n".join(options):
-            run(program, "--fresh", "-S", sources, "-B", folder, "-G", "Ninja", *options)
-            configured.write_text("\n".join(options))
-        run(program, "--build", folder, "--target", "_emulated")
+        configured = folder / "configured"  # by which command
+        if not configured.exists() or configured.read_text() != str(configure):
+            run(*configure)
+            configured.write_text(str(configure))
+        run("cmake", "--build", folder, "--target", "_emulated")
     (module,) = folder.glob("_emulated*.so")
     return module
 
