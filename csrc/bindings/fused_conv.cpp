@@ -180,8 +180,8 @@ int num_candidates() {
 
 void check_candidate(int64_t candidate) {
     if (num_candidates() == 0)
-        throw py::value_error("candidate: got " + std::to_string(candidate) +
-                              ", needs a build of fastprune with CUTLASS; this one has no CUTLASS kernels");
+        refuse("candidate", std::to_string(candidate),
+               "a build of fastprune with CUTLASS; this one has no CUTLASS kernels");
     if (candidate < 0 || candidate >= num_candidates())
         refuse("candidate", std::to_string(candidate), "an index below " + std::to_string(num_candidates()));
 }
@@ -238,8 +238,7 @@ const float* check_channels(const char* name, const std::optional<Tensor>& vecto
 
 void* check_workspace(const std::optional<Tensor>& workspace, const Tensor& x, size_t bytes) {
     if (bytes == 0) return nullptr;
-    if (!workspace || !workspace->problem().empty())
-        throw py::value_error("workspace: got none, needs " + std::to_string(bytes) + " bytes");
+    if (!workspace || !workspace->problem().empty()) refuse("workspace", "none", std::to_string(bytes) + " bytes");
     check::same_device({"workspace", *workspace}, {"x", x});
     check::writable({"workspace", *workspace});
     const bool fits = workspace->contiguous() && workspace->num_bytes() >= static_cast<int64_t>(bytes) &&
