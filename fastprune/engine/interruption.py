@@ -14,10 +14,6 @@ from fastprune.host.distributed import Distributed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(RuntimeError):  # noqa: N818 - not an error of anybody's
-    """The run was asked to stop, and stopped where it can be resumed."""
-
-
 class Interruption:
     """While open, the first SIGINT or SIGTERM is remembered instead of obeyed; the second stops the process at once.
 
