@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,35 @@ from fastprune.engine import (
     run_phases,
     seed_everything,
 )
+from fastprune.engine.loop import floats
 from fastprune.engine.run import plain, run_directory
 from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.export.inputs import Example, Inputs
+from fastprune.graph.model_state import device_of
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.registry import configure, load
 from fastprune.models import save_weights
 from fastprune.options import fields_of
-from fastprune.planning.budget import Budget, BudgetError, Conditions
-from fastprune.planning.limits import LimitError, Limits
+from fastprune.planning.budget import Budget, Conditions
+from fastprune.planning.goal import Goal
+from fastprune.planning.limits import Limits
 from fastprune.surgery import cut
-from fastprune.surgery.slicing import copied
+from fastprune.surgery.slicing import copy_model
+from fastprune.surgery.surgery import Cut
 
 
 @dataclass(frozen=True)
 class PruningResult:
-    """What ``prune`` gives back.
+    """The result of ``prune``.
 
     Args:
         model: the compact model, in eval mode, on the device that was used.
         plan: the channels that stay.
-        metrics: ``macs`` and ``params`` (each ``{"full": …, "planned": …}``), ``difference`` (of compact and masked
-            output, relative), ``seconds``, and ``search`` (the method's results and the last value of every metric that
-            it logged); under a budget of latency ``ms``, with which the plan was made, and ``measured_ms``, of the
+        metrics: ``macs`` and ``params`` (each ``{"full": …, "planned": …}``), ``difference`` (relative, of compact and
+            masked outputs), ``seconds``, and ``search`` (the method's results and the last value of every metric that
+            it logged); under a budget of latency also ``ms``, with which the plan was made, and ``measured_ms``, of the
             networks themselves.
         graph: the channel graph of the full model.
     """
@@ -81,32 +85,33 @@ def prune(
     run_config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PruningResult:
-    """Choose channels by a method under a budget, and give back the network without the others.
+    """Choose channels by a method under a budget, and remove the others.
 
     Args:
         model: the trained network; it is not changed.
         example_inputs: a batch of inputs, [N, C, H, W] for images; several as a tuple, or as a dict by argument name.
-        method: a registered method's name, or a ``Method`` class.
+        method: the name of a registered method, or a ``Method`` class.
         budget: ``flops=0.5``, ``params=0.3``, ``latency=0.6``, ``flops=2G``, ``latency=12ms``, …, see
             ``Budget.parse``; met from below.
-        data: training data for methods that search on them: a ``Data`` (see ``engine.load_data``), or a loader of
-            (images [N, C, H, W], labels [N]) of one's own.
+        data: training data for methods that search on them: a ``Data`` (see ``fastprune.data.load_data``), or your own
+            loader of (images [N, C, H, W], labels [N]).
         out: directory for the run's files (config, plan, weights, log, checkpoints); None = nothing is written.
-        resume: continue the search in ``out`` from its last checkpoint.
-        seed: of everything random.
+        resume: whether to continue the search in ``out`` from its last checkpoint.
+        seed: seed of everything random.
         device: "cpu", "cuda", "cuda:N" or "auto"; None = where the model is.
-        precision: of the search, "float32" or "bf16" (autocast).
-        channels_last: NHWC memory layout in the search.
+        precision: precision of the search, "float32" or "bf16" (autocast).
+        channels_last: whether the search's memory layout is NHWC.
         rewrite: whether the compact network may be the rewritten graph of the model; see ``trace``.
         ignore: names or patterns of layers whose output channels stay; see ``trace``.
-        limits: least and largest widths and their rounding, whatever the method; None = none.
-        conditions: under which a latency counts (device, batch, dtype, layout); None = one image on ``device``.
-        after: the plan that made ``model`` out of a larger network; the result's plan is then for that one.
+        limits: smallest and largest widths and their rounding, for any method; None = none.
+        conditions: conditions under which a latency counts (device, batch, dtype, layout); None = one image on
+            ``device``.
+        after: the plan that made ``model`` out of a larger network; the result's plan is then for that network.
         exact: whether only channels go whose removal equals zeroing what reads them; see ``trace``. False = the compact
             network may differ from the masked one: ``metrics["difference"]`` says by how much on a random input, and
             ``graph.inexact`` because of which operators.
         loop: how often log and checkpoints are written.
-        run_config: what ``config.yaml`` says; None = the arguments.
+        run_config: settings for ``config.yaml`` beside the arguments.
         **options: fields of the method's ``Config``.
 
     Returns:
@@ -120,143 +125,238 @@ def prune(
         TraceError, SurgeryError, RunError, Interrupted: see those.
     """
     begun = time.monotonic()
-    chosen = Budget.parse(budget) if isinstance(budget, str) else budget
-    limits = limits or Limits()
-    where = _device_of(model) if device is None else choose_device(device)
-    if conditions is not None and conditions != Conditions() and chosen.resource != "latency":
-        raise ValueError(f"conditions: the budget '{chosen}' is none of latency")
-    under = conditions or chosen.conditions
-    chosen = replace(chosen, conditions=replace(under, device=under.device or str(where)))
+    where = device_of(model) if device is None else choose_device(device)
+    goal = Goal.make(budget, conditions, limits, where)
+    tracing = Tracing(rewrite, ignore, exact)
+    running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
+    worker = make_worker(method, options, data)
+    job = Job(worker, goal, tracing, running, Distributed.from_environment())
+    network, inputs, source = job.prepare(model, example_inputs, data)
+    task = job.trace(network, inputs, source)
+    with run_directory(out, job.settings(), job.peers, resume=resume) as run:
+        found = job.search(task, source, run)
+        compact = job.cut(task)
+        plan = compact.plan if after is None else after.then(compact.plan)
+    metrics: dict[str, Any] = {
+        "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
+        "params": {"full": plan.params[0], "planned": plan.params[1]},
+        "difference": compact.difference,
+        "seconds": time.monotonic() - begun,
+        "search": {**found, **floats(worker.results())},
+    }
+    job.save(run, compact.model, plan)
+    metrics |= job.time(task, compact)  # what took hours is saved by now
+    job.log(run, metrics)
+    return PruningResult(compact.model.eval(), plan, metrics, task.graph)
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How the channel graph is found; the fields are arguments of ``fastprune.trace``."""
+
+    rewrite: bool = True
+    ignore: Sequence[str] = ()
+    exact: bool = True
+
+    def trace(self, model: nn.Module, inputs: Inputs, device: torch.device) -> ChannelGraph:
+        """Return the channel graph of a model on ``device``."""
+        there = inputs.map(lambda x: x.to(device))
+        return trace(model, there, rewrite=self.rewrite, ignore=self.ignore, exact=self.exact)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields as options of the command line."""
+        return {"keep_class": not self.rewrite, "inexact": not self.exact, "ignore": list(self.ignore)}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a search runs, and where its files go.
+
+    Args:
+        placement: device, precision and memory layout.
+        seed: seed of everything random.
+        loop: how often log and checkpoints are written.
+        out: directory of the run; None = nothing is written.
+        resume: whether to continue the search in ``out``.
+        config: settings that ``config.yaml`` has beside those of ``prune``.
+
+    Raises:
+        ValueError: to resume without a directory.
+    """
+
+    placement: Placement
+    seed: int
+    loop: LoopOptions | None
+    out: str | Path | None
+    resume: bool
+    config: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.resume and self.out is None:
+            raise ValueError("resume: give out=, the directory of the run to continue")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that the result depends on, as options of the command line."""
+        place = self.placement
+        return {"precision": place.precision, "channels_last": place.channels_last, "seed": self.seed}
+
+
+def make_worker(method: str | type[Method], options: Mapping[str, Any], data: object) -> Method:
+    """Return a method, ready for ``setup``.
+
+    Raises:
+        ValueError: for an unknown method or option, or a method that lacks its data.
+        TypeError: for an option of another type.
+    """
     method_class = load(method) if isinstance(method, str) else method
     worker = method_class(configure(method_class, options))
     if method_class.needs_data and data is None:
         raise ValueError(f"method {method_class.name!r} searches on training data: give data=")
-    if resume and out is None:
-        raise ValueError("resume: give out=, the directory of the run to continue")
-    of_latency = chosen.resource == "latency"
-    config = {
-        "command": "prune",
-        **(run_config or {}),
-        "method": method_class.name,
-        "budget": budget if isinstance(budget, str) else budget.text,
-        **limits.as_settings(),
-        **({f"latency_{name}": value for name, value in asdict(chosen.conditions).items()} if of_latency else {}),
-        "keep_class": not rewrite,
-        "inexact": not exact,
-        "ignore": list(ignore),
-        "precision": precision,
-        "channels_last": channels_last,
-        "seed": seed,
-        method_class.name: plain({f.name: getattr(worker.config, f.name) for f in fields_of(type(worker.config))}),
-    }
-    peers = Distributed.from_environment()
-    if resume:
-        same_run(RunDirectory.open(str(out), peers), config)
-    placement = Placement(where, precision, channels_last)
-    source = data.to(where) if isinstance(data, Data) else None if data is None else UserData(data)
-    inputs = Inputs.of(example_inputs, model)
-    if source is not None:
-        _same_channels(source, inputs)
-    seed_everything(seed)
-    network = _own_copy(model, placement, trained=method_class.trains_weights)
-    graph = trace(network, inputs.map(lambda x: x.to(where)), rewrite=rewrite, ignore=ignore, exact=exact)
-    chosen.meter(graph, peers)
-    chosen.limit(graph)
-    limits.widths(graph)
-    task = Task(
-        model=network,
-        graph=graph,
-        budget=chosen,
-        limits=limits,
-        device=where,
-        seed=seed,
-        distributed=peers,
-        data=HeldOut(source, placement, peers) if source is not None else None,
-        rng=torch.Generator().manual_seed(seed),
-    )
-    worker.setup(task)
-    with run_directory(out, config, peers, resume=resume) as run:
-        search = run_phases(
-            worker, task, source, run=run, stage="search", resume=resume, placement=placement, options=loop
+    return worker
+
+
+@dataclass(frozen=True)
+class Job:
+    """The steps of ``prune``.
+
+    Args:
+        worker: the method.
+        goal: the goal of the search.
+        tracing: how the channel graph is found.
+        running: how the search runs.
+        peers: this process among its peers.
+    """
+
+    worker: Method
+    goal: Goal
+    tracing: Tracing
+    running: RunOptions
+    peers: Distributed
+
+    def settings(self) -> dict[str, Any]:
+        """Return the content of ``config.yaml``."""
+        config = self.worker.config
+        return {
+            "command": "prune",
+            **self.running.config,
+            "method": self.worker.name,
+            **self.goal.settings(),
+            **self.tracing.settings(),
+            **self.running.settings(),
+            self.worker.name: plain({f.name: getattr(config, f.name) for f in fields_of(type(config))}),
+        }
+
+    def prepare(
+        self, model: nn.Module, example: Example, data: Data | Loader | None
+    ) -> tuple[nn.Module, Inputs, Data | None]:
+        """Check the user's arguments, seed everything, and return the network to prune, its inputs and the data."""
+        if self.running.resume:
+            require_same_run(RunDirectory.open(str(self.running.out), self.peers), self.settings())
+        place = self.running.placement
+        source = data.to(place.device) if isinstance(data, Data) else None if data is None else UserData(data)
+        inputs = Inputs.from_example(example, model)
+        if source is not None:
+            require_same_channels(source, inputs)
+        seed_everything(self.running.seed)
+        return own_copy(model, place, trained=self.worker.trains_weights), inputs, source
+
+    def trace(self, network: nn.Module, inputs: Inputs, source: Data | None) -> Task:
+        """Trace the network and set the method up for it."""
+        place, seed = self.running.placement, self.running.seed
+        graph = self.tracing.trace(network, inputs, place.device)
+        self.goal.require_reachable(graph, self.peers)
+        task = Task(
+            model=network,
+            graph=graph,
+            budget=self.goal.budget,
+            limits=self.goal.limits,
+            device=place.device,
+            seed=seed,
+            distributed=self.peers,
+            data=HeldOut(source, place, self.peers) if source is not None else None,
+            rng=torch.Generator().manual_seed(seed),
         )
-        plan = worker.plan(task)
-        check(plan, chosen, limits, graph)
-        done = cut(plan, network, graph.traced)
-        whole = done.plan if after is None else after.then(done.plan)
-    metrics: dict[str, Any] = {
-        "macs": {"full": whole.macs[0], "planned": whole.macs[1]},
-        "params": {"full": whole.params[0], "planned": whole.params[1]},
-        "difference": done.difference,
-        "seconds": time.monotonic() - begun,
-        "search": {**search, **{name: float(value) for name, value in worker.results().items()}},
-    }
-    if run is not None and peers.is_main:
-        whole.save(run.plan_path)
-        save_weights(done.model, run.model_path)
-    if of_latency:
-        metrics["ms"] = {"full": float(chosen.cost(graph)), "planned": float(chosen.cost(graph, plan.mask))}
-        if peers.is_main:  # one process at a time, and what took hours is saved by now
-            metrics |= measured(chosen.conditions, graph, {"full": network, "planned": done.model})
-    if run is not None and peers.is_main:
-        run.log({"stage": "plan", **metrics})
-    peers.barrier()
-    return PruningResult(done.model.eval(), whole, metrics, graph)
+        self.worker.setup(task)
+        return task
+
+    def search(self, task: Task, source: Data | None, run: RunDirectory | None) -> dict[str, float]:
+        """Run the method's phases; return the last value of every metric."""
+        return run_phases(
+            self.worker,
+            task,
+            source,
+            run=run,
+            stage="search",
+            resume=self.running.resume,
+            placement=self.running.placement,
+            options=self.running.loop,
+        )
+
+    def cut(self, task: Task) -> Cut:
+        """Remove the channels that the method's plan gives up."""
+        plan = self.worker.plan(task)
+        self.goal.check(plan, task.graph)
+        return cut(plan, task.model, task.graph.traced)
+
+    def save(self, run: RunDirectory | None, model: nn.Module, plan: PruningPlan) -> None:
+        """Write plan and weights."""
+        if run is not None and self.peers.is_main:
+            plan.save(run.plan_path)
+            save_weights(model, run.model_path)
+
+    def time(self, task: Task, compact: Cut) -> dict[str, Any]:
+        """Return the times of both networks under a budget of latency, modelled and measured; nothing under others."""
+        budget, graph = self.goal.budget, task.graph
+        if not budget.is_time:
+            return {}
+        times: dict[str, Any] = {
+            "ms": {"full": float(budget.cost(graph)), "planned": float(budget.cost(graph, compact.plan.mask))}
+        }
+        if self.peers.is_main:  # one process at a time
+            times |= measure(budget.conditions, graph, {"full": task.model, "planned": compact.model})
+        return times
+
+    def log(self, run: RunDirectory | None, metrics: Mapping[str, Any]) -> None:
+        """Write the last line of the log and wait for all ranks."""
+        if run is not None and self.peers.is_main:
+            run.log({"stage": "plan", **metrics})
+        self.peers.barrier()
 
 
-def measured(under: Conditions, graph: ChannelGraph, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
-    """``measured_ms``, of the networks themselves; nothing where they take something else than one batch of images."""
+def measure(
+    conditions: Conditions, graph: ChannelGraph, networks: Mapping[str, nn.Module]
+) -> dict[str, dict[str, float]]:
+    """Time the networks themselves: ``measured_ms``; nothing if they take something else than one batch of images."""
     images = graph.traced.inputs.tensors
     if len(images) > 1 or images[0].dim() != 4:
         return {}
-    layout = torch.channels_last if under.channels_last else torch.contiguous_format
+    layout = torch.channels_last if conditions.channels_last else torch.contiguous_format
     copies = {
-        name: copied(network).to(torch.device(str(under.device)), getattr(torch, under.dtype))
+        name: copy_model(network).to(torch.device(str(conditions.device)), getattr(torch, conditions.dtype))
         .to(memory_format=layout)
         for name, network in networks.items()
     }  # fmt: skip
     channels, height, width = images[0].shape[1:]
-    return {"measured_ms": measure_latencies(copies, (channels, height, width), batch=under.batch, repeats=10)}
+    return {"measured_ms": measure_latencies(copies, (channels, height, width), batch=conditions.batch, repeats=10)}
 
 
-def check(plan: PruningPlan, budget: Budget, limits: Limits, graph: ChannelGraph) -> None:
-    """Refuse a method's plan that breaks its promise."""
-    if plan.removes_nothing:
-        raise ValueError(
-            f"the plan removes nothing, although the budget '{budget}' asks for less than the full network"
-        )
-    planned, limit = float(budget.cost(graph, plan.mask)), budget.limit(graph)
-    if planned > limit:
-        raise BudgetError(f"the method's plan costs {planned:.10g}, above the budget '{budget}' ({limit:.10g})")
-    broken = limits.broken_by(graph, plan.mask)
-    if broken is not None:
-        raise LimitError(f"the method's plan: {broken}")
-
-
-def same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
-    """Refuse to go on with a search that was begun with other arguments."""
-    written = run.config
+def require_same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
+    """Refuse to continue a search that was begun with other arguments."""
+    begun_with = run.config
     result_depends_on = {name for name in config if name.startswith("latency_")} | {
         *("method", "budget", "seed", config["method"], "min_keep", "round_to", "keep_ratio"),
         *("keep_class", "inexact", "ignore", "precision", "channels_last"),
     }
     for name in sorted(result_depends_on):
-        if name in written and written[name] != config[name]:
+        if name in begun_with and begun_with[name] != config[name]:
             raise ValueError(
-                f"resume: {str(run.path)!r} was begun with {name} {written[name]!r}, not {config[name]!r}; "
+                f"resume: {str(run.path)!r} was begun with {name} {begun_with[name]!r}, not {config[name]!r}; "
                 "give the same, or another directory"
             )
 
 
-def _own_copy(model: nn.Module, placement: Placement, *, trained: bool) -> nn.Module:
-    """The model in eval mode on its device; a copy, unless it already is there and nothing will change it."""
-    there = _device_of(model) == placement.device and not placement.channels_last
-    if trained or not there or any(module.training for module in model.modules()):
-        model = placement.model(copied(model))
-    return model.eval()
-
-
-def _same_channels(data: Data, inputs: Inputs) -> None:
-    """Refuse data whose images the traced network cannot take; a convolution would say so only in the first step."""
+def require_same_channels(data: Data, inputs: Inputs) -> None:
+    """Refuse data whose images the network cannot take; a convolution would say so only in the first step."""
     first = inputs.tensors[0]
     if first.dim() == 4 and first.shape[1] != data.shape[0]:
         raise ValueError(
@@ -265,5 +365,9 @@ def _same_channels(data: Data, inputs: Inputs) -> None:
         )
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+def own_copy(model: nn.Module, placement: Placement, *, trained: bool) -> nn.Module:
+    """Return the model in eval mode on its device: a copy, unless it is there already and nothing will change it."""
+    there = device_of(model) == placement.device and not placement.channels_last
+    if trained or not there or any(module.training for module in model.modules()):
+        model = placement.model(copy_model(model))
+    return model.eval()

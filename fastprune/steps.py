@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastprune.engine import choose_device
-from fastprune.graph import trace
 from fastprune.graph.export.inputs import Example, Inputs
+from fastprune.graph.model_state import device_of
 from fastprune.host.distributed import Distributed
 from fastprune.planning.budget import Budget
+from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
 from fastprune.planning.lineage import Lineage
-from fastprune.pruning import PruningResult, prune
+from fastprune.pruning import PruningResult, Tracing, prune
 
 
 def prune_in_steps(
@@ -61,26 +61,24 @@ def prune_in_steps(
         raise ValueError(f"steps {steps}: at least 1 is needed")
     if arguments.get("resume") or arguments.get("after") is not None:
         raise ValueError("resume and after belong to single calls of prune")
-    tracing = {name: arguments[name] for name in ("rewrite", "ignore", "exact") if name in arguments}
-    home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    first = trace(model, Inputs.of(example_inputs, model).map(lambda x: x.to(home)), **tracing)
-    last = Budget.parse(budget) if isinstance(budget, str) else budget
-    under = arguments.pop("conditions", None) or last.conditions
-    device = under.device or arguments.get("device") or str(home)
-    last = replace(last, conditions=replace(under, device=str(choose_device(device))))
-    last.meter(first, Distributed.from_environment())
-    full, limit = float(last.cost(first)), last.limit(first)
-    limits, plan = limits or Limits(), None
+    home = device_of(model)
+    device = choose_device(arguments.get("device") or str(home))
+    goal = Goal.make(budget, arguments.pop("conditions", None), limits, device)
+    tracing = Tracing(**{f.name: arguments[f.name] for f in fields(Tracing) if f.name in arguments})
+    first = tracing.trace(model, Inputs.from_example(example_inputs, model), home)
+    goal.budget.meter(first, Distributed.from_environment())
+    full, limit = float(goal.budget.cost(first)), goal.budget.limit(first)
+    plan = None
     for step in range(1, steps + 1):
         target = full - (full - limit) * step / steps
-        if plan is not None and float(last.cost(first, plan.mask)) <= target:
+        if plan is not None and float(goal.budget.cost(first, plan.mask)) <= target:
             continue
         lineage = Lineage(first, plan) if plan is not None else None
         result = prune(
             model,
             example_inputs,
-            budget=replace(last, value=target, absolute=True, lineage=lineage),
-            limits=replace(limits, lineage=lineage),
+            budget=replace(goal.budget, value=target, absolute=True, lineage=lineage),
+            limits=replace(goal.limits, lineage=lineage),
             out=None if out is None else Path(out) / f"step-{step}",
             after=plan,
             **arguments,

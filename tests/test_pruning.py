@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastprune as fp
 from fastprune.engine import LoopOptions, RunDirectory, RunError
-from fastprune.graph.export.tracing import TraceError
+from fastprune.graph.export.refusals import TraceError
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Method, Task
 from fastprune.options import option

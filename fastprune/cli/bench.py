@@ -7,21 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from fastprune.bench.case import BenchmarkError
-from fastprune.bench.coverage import CoverageSettings, coverage
 from fastprune.bench.latency import LatencyBenchSettings, bench_latency
 from fastprune.bench.run import (
-    AlignBenchSettings,
     KernelBenchSettings,
     SearchBenchSettings,
     StepBenchSettings,
-    SubnetsBenchSettings,
-    bench_align,
     bench_kernels,
     bench_search,
     bench_step,
-    bench_subnets,
 )
-from fastprune.bench.trace import TraceBenchSettings, bench_trace
 from fastprune.cli.networks import build_model, check_fit, input_shape
 from fastprune.cli.settings import ModelSettings, pick
 
@@ -39,28 +33,6 @@ def run_step(values: dict[str, Any], given: set[str]) -> int:
 def run_search(values: dict[str, Any], given: set[str]) -> int:
     """Time the search steps of DMC and DDNP beside the same in plain PyTorch."""
     return time_cases(lambda: bench_search(pick(SearchBenchSettings, values)))
-
-
-def run_align(values: dict[str, Any], given: set[str]) -> int:
-    """Time what SANP adds to a step of training."""
-    return time_cases(lambda: bench_align(pick(AlignBenchSettings, values)))
-
-
-def run_subnets(values: dict[str, Any], given: set[str]) -> int:
-    """Time the evaluations of SP's search on slices of the weights, and behind masks."""
-    return time_cases(lambda: bench_subnets(pick(SubnetsBenchSettings, values)))
-
-
-def run_coverage(values: dict[str, Any], given: set[str]) -> int:
-    """Prune a long list of networks by half, and say which cannot be pruned."""
-    coverage(pick(CoverageSettings, values))
-    return 0
-
-
-def run_trace(values: dict[str, Any], given: set[str]) -> int:
-    """Time tracing, planning, cutting and verifying networks, beside a peer if it is installed."""
-    bench_trace(pick(TraceBenchSettings, values))
-    return 0
 
 
 def run_latency(values: dict[str, Any], given: set[str]) -> int:

@@ -41,7 +41,7 @@ class Command:
         return [resolve_name(name) for name in self.settings]
 
 
-FAMILIES = {"bench": "Measure how fast kernels, searches and whole networks are, and how many networks can be pruned."}
+FAMILIES = {"bench": "Measure how fast kernels, search steps and networks are."}
 """First words of commands that have two, and their help."""
 
 COMMANDS: dict[str, Command] = {
@@ -98,26 +98,6 @@ COMMANDS: dict[str, Command] = {
         "Time the search steps of DMC and DDNP beside the same in plain PyTorch.",
         "fastprune.cli.bench:run_search",
         ("fastprune.bench.run:SearchBenchSettings",),
-    ),
-    "bench align": Command(
-        "Time what SANP adds to a step of training.",
-        "fastprune.cli.bench:run_align",
-        ("fastprune.bench.run:AlignBenchSettings",),
-    ),
-    "bench subnets": Command(
-        "Time the evaluations of SP's search on slices of the weights, and behind masks.",
-        "fastprune.cli.bench:run_subnets",
-        ("fastprune.bench.run:SubnetsBenchSettings",),
-    ),
-    "bench coverage": Command(
-        "Prune a long list of networks by half, and say which cannot be pruned.",
-        "fastprune.cli.bench:run_coverage",
-        ("fastprune.bench.coverage:CoverageSettings",),
-    ),
-    "bench trace": Command(
-        "Time tracing, planning, cutting and verifying networks, beside a peer if it is installed.",
-        "fastprune.cli.bench:run_trace",
-        ("fastprune.bench.trace:TraceBenchSettings",),
     ),
     "bench latency": Command(
         "Compare modelled latencies of random plans with measured ones.",

@@ -1,7 +1,8 @@
 """Labelled images: data sets, how they are split, and their batches."""
 
-from fastprune.data.data import Data, SourceData, Split
+from fastprune.data.batches import BatchRequest, Split
+from fastprune.data.data import Data, SourceData
 from fastprune.data.load import load_data
 from fastprune.data.user_data import UserData
 
-__all__ = ["Data", "SourceData", "Split", "UserData", "load_data"]
+__all__ = ["BatchRequest", "Data", "SourceData", "Split", "UserData", "load_data"]

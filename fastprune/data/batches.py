@@ -6,7 +6,8 @@ the same samples with the same augmentation, and starting in the middle of an ep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,34 @@ from fastprune.host.distributed import Distributed
 
 Indices = NDArray[np.int64]
 Noise = NDArray[np.uint64]
+Split = Literal["train", "held_out", "test"]
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """Which batches of a data set to read: those of one epoch, or the rest of them.
+
+    Args:
+        split: "train" comes shuffled, "held_out" and "test" in their own order.
+        batch_size: samples per batch over all ranks together.
+        seed: seed of the run.
+        epoch: number of the pass; each has another order and augmentation.
+        start: batches to leave out at the beginning, for a resumed run.
+        samples: number of random samples to read, the same in every epoch; None, or more than there are = all.
+        augment: whether the training augmentation is applied.
+        complete: False for training, True for evaluation; see ``BatchPlan``.
+        distributed: this process among its peers; it gets its share of every batch.
+    """
+
+    split: Split
+    batch_size: int
+    seed: int = 0
+    epoch: int = 0
+    start: int = 0
+    samples: int | None = None
+    augment: bool = False
+    complete: bool = False
+    distributed: Distributed = field(default_factory=Distributed)
 
 
 def hashed(seed: int, *keys: int | Indices | Noise) -> Noise:
@@ -84,5 +113,10 @@ class BatchPlan:
     def __getitem__(self, index: int) -> Indices:
         """This rank's samples of batch ``index``."""
         batch = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        rank, ranks = self.distributed.rank, self.distributed.world_size
-        return batch[rank * len(batch) // ranks : (rank + 1) * len(batch) // ranks]
+        return batch[share_of(len(batch), self.distributed)]
+
+
+def share_of(size: int, peers: Distributed) -> slice:
+    """The samples of this rank in a batch of ``size``; shares differ by at most one."""
+    rank, ranks = peers.rank, peers.world_size
+    return slice(rank * size // ranks, (rank + 1) * size // ranks)

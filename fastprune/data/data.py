@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
 
-from fastprune.data.batches import BatchPlan, Indices, hashed, permutation
+from fastprune.data.batches import BatchPlan, BatchRequest, Indices, Split, hashed, permutation
 from fastprune.data.sources import Batch, Source
 from fastprune.host.distributed import Distributed
-
-Split = Literal["train", "held_out", "test"]
 
 HELD_OUT_SHARE = 0.1
 HELD_OUT_MOST = 5000
@@ -54,7 +51,6 @@ class Data(ABC):
     ) -> int:
         """How many batches ``batches`` gives in one epoch of training."""
 
-    @abstractmethod
     def batches(
         self,
         split: Split,
@@ -68,22 +64,21 @@ class Data(ABC):
         complete: bool = False,
         distributed: Distributed | None = None,
     ) -> Iterator[Batch]:
-        """The batches of one epoch, from batch ``start`` on.
-
-        Args:
-            split: "train" comes shuffled; "held_out" and "test" in their own order.
-            batch_size: samples per batch over all ranks together.
-            seed: of the run.
-            epoch: which pass; another order and augmentation each.
-            start: batches to leave out at the beginning, for a resumed run.
-            samples: see only this many random samples, the same in every epoch; None, or more than there are = all.
-            augment: whether the training augmentation is applied.
-            complete: see ``BatchPlan``: False for training, True for evaluation.
-            distributed: this process among its peers; it gets its share of every batch.
+        """Read the batches of one epoch, from batch ``start`` on; the arguments are those of ``BatchRequest``.
 
         Yields:
             Images [n, C, H, W], float32, normalised, and labels [n], int64.
         """
+        peers = distributed or Distributed()
+        return self.read(BatchRequest(split, batch_size, seed, epoch, start, samples, augment, complete, peers))
+
+    def read(self, request: BatchRequest) -> Iterator[Batch]:
+        """Read the batches that ``batches`` is asked for.
+
+        Raises:
+            NotImplementedError: in a subclass that overrides neither this nor ``batches``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no way to read batches: implement read(request)")
 
     def to(self, device: torch.device) -> Data:
         """The same data, kept on ``device`` where it is small enough to be kept in memory at all."""
@@ -137,32 +132,21 @@ class SourceData(Data):
         total = self.size(split) if samples is None else min(samples, self.size(split))
         return len(BatchPlan(np.arange(total), batch_size, distributed or Distributed()))
 
-    def batches(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-        samples: int | None = None,
-        augment: bool = False,
-        complete: bool = False,
-        distributed: Distributed | None = None,
-    ) -> Iterator[Batch]:
-        """As ``Data.batches``."""
-        order = self._parts[split]
+    def read(self, request: BatchRequest) -> Iterator[Batch]:
+        """Read the batches of ``request``."""
+        order = self._parts[request.split]
+        seed, samples = request.seed, request.samples
         if samples is not None and samples < len(order):
             order = np.sort(order[permutation(len(order), seed, _SUBSET)[:samples]])
-        if split == "train":
-            order = order[permutation(len(order), seed, _ORDER, epoch)]
-        plan = BatchPlan(order, batch_size, distributed or Distributed(), complete)
+        if request.split == "train":
+            order = order[permutation(len(order), seed, _ORDER, request.epoch)]
+        plan = BatchPlan(order, request.batch_size, request.distributed, request.complete)
         draws = []
-        for index in range(start, len(plan)):
+        for index in range(request.start, len(plan)):
             chosen = plan[index]
             if len(chosen):
-                draws.append((chosen, hashed(seed, _AUGMENT, epoch, chosen) if augment else None))
-        return (self._test if split == "test" else self._train).read(draws)
+                draws.append((chosen, hashed(seed, _AUGMENT, request.epoch, chosen) if request.augment else None))
+        return (self._test if request.split == "test" else self._train).read(draws)
 
     def to(self, device: torch.device) -> SourceData:
         """The same data with its tensors on ``device``."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from fastprune.data.batches import hashed
-from fastprune.data.data import Data, Split
+from fastprune.data.batches import BatchRequest, Split, hashed, share_of
+from fastprune.data.data import Data
 from fastprune.data.sources import Batch
 from fastprune.host.distributed import Distributed
 
@@ -93,56 +93,34 @@ class UserData(Data):
         loader = self._loader(split)
         if samples is None and isinstance(loader, Sized):
             return len(loader)
-        return sum(1 for _ in self.batches(split, batch_size, samples=samples))
+        return sum(1 for _ in self.read(BatchRequest(split, batch_size, samples=samples)))
 
-    def batches(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-        samples: int | None = None,
-        augment: bool = False,
-        complete: bool = False,
-        distributed: Distributed | None = None,
-    ) -> Iterator[Batch]:
-        """As ``Data.batches``; the loader decides batch size, order and augmentation.
+    def read(self, request: BatchRequest) -> Iterator[Batch]:
+        """Read the batches of ``request``.
 
-        Args:
-            split: which loader.
-            batch_size: not used.
-            seed: of the run.
-            epoch: which pass.
-            start: batches to read and drop at the beginning.
-            samples: stop after this many samples of each pass, which then is the same pass in every epoch.
-            augment: not used.
-            complete: whether a batch with fewer samples than ranks is kept.
-            distributed: this process among its peers.
+        The loader decides batch size, order and augmentation. Some ``samples`` are the first ones of a pass, the same
+        pass in every epoch.
         """
-        peers = distributed or Distributed()
-        loader = self._loader(split)
-        epoch = epoch if samples is None else 0  # some samples are the same ones in every epoch
-        divided = isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler)
-        if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
-            loader.sampler.set_epoch(epoch)
-        remaining = samples
+        peers = request.distributed
+        loader = self._loader(request.split)
+        epoch = request.epoch if request.samples is None else 0
+        sampler = loader.sampler if isinstance(loader, DataLoader) else None
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(epoch)
+        remaining = request.samples
         given = 0
-        for images, labels in _seeded(loader, int(hashed(seed, epoch) >> np.uint64(1))):
+        for images, labels in _seeded(loader, int(hashed(request.seed, epoch) >> np.uint64(1))):
             if remaining is not None:
                 if remaining <= 0:
                     return
                 images, labels = images[:remaining], labels[:remaining]
                 remaining -= len(labels)
-            if not divided:
-                if len(labels) < peers.world_size and not complete:
+            if not isinstance(sampler, DistributedSampler):
+                if len(labels) < peers.world_size and not request.complete:
                     continue
-                share = slice(
-                    peers.rank * len(labels) // peers.world_size, (peers.rank + 1) * len(labels) // peers.world_size
-                )
+                share = share_of(len(labels), peers)
                 images, labels = images[share], labels[share]
-            if given >= start and len(labels):
+            if given >= request.start and len(labels):
                 yield images, labels
             given += 1
 

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprune.data.data import Data, Split
+from fastprune.data.batches import Split
+from fastprune.data.data import Data
 from fastprune.engine.device import Placement
+from fastprune.graph.model_state import in_eval_mode
 from fastprune.host.distributed import Distributed
 
 
@@ -54,20 +56,14 @@ def evaluate(
     """
     peers, place = distributed or Distributed(), placement or Placement()
     totals = torch.zeros(3, dtype=torch.float64, device=place.device)  # correct, summed loss, samples
-    modes = {module: module.training for module in network.modules()} if isinstance(network, nn.Module) else {}
-    for module in modes:
-        module.training = False
     batches = data.batches(split, max(batch_size, peers.world_size), complete=True, distributed=peers)
-    try:
-        with torch.no_grad(), place.autocast():
-            for images, labels in batches:
-                scores, targets = network(place.images(images)).float(), place.labels(labels)
-                totals[0] += (scores.argmax(1) == targets).sum()
-                totals[1] += F.cross_entropy(scores, targets, reduction="sum")
-                totals[2] += len(targets)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    modules = [network] if isinstance(network, nn.Module) else []
+    with in_eval_mode(*modules), torch.no_grad(), place.autocast():
+        for images, labels in batches:
+            scores, targets = network(place.images(images)).float(), place.labels(labels)
+            totals[0] += (scores.argmax(1) == targets).sum()
+            totals[1] += F.cross_entropy(scores, targets, reduction="sum")
+            totals[2] += len(targets)
     correct, loss, samples = peers.sum_(totals).tolist()
     if not samples:
         raise ValueError(f"data {data.name!r} has no {split} samples to evaluate on")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from fastprune.graph.model_state import in_eval_mode
+
 
 def measure_latencies(
     models: Mapping[str, nn.Module],
@@ -44,22 +46,15 @@ def measure_latencies(
     for name, model in models.items():
         tensor = next(iter(model.parameters()), torch.empty(0))
         inputs[name] = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(tensor)
-    modes = {module: module.training for model in models.values() for module in model.modules()}
-    for module in modes:
-        module.training = False
     times: dict[str, list[float]] = {name: [] for name in models}
-    try:
-        with torch.inference_mode():
-            for _ in range(warmup + repeats):
-                for name, model in models.items():
-                    _wait(inputs[name].device)
-                    begin = clock()
-                    model(inputs[name])
-                    _wait(inputs[name].device)
-                    times[name].append(clock() - begin)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_eval_mode(*models.values()), torch.inference_mode():
+        for _ in range(warmup + repeats):
+            for name, model in models.items():
+                _wait(inputs[name].device)
+                begin = clock()
+                model(inputs[name])
+                _wait(inputs[name].device)
+                times[name].append(clock() - begin)
     return {name: 1000 * statistics.median(values[warmup:]) for name, values in times.items()}
 
 

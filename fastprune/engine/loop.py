@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,16 +18,17 @@ from fastprune.engine.checkpoint import Checkpoints
 from fastprune.engine.device import Placement
 from fastprune.engine.interruption import Interruption
 from fastprune.engine.meter import Meter, NonFiniteError
+from fastprune.engine.phase_batches import PhaseBatches
 from fastprune.engine.progress import ProgressBar
 from fastprune.engine.run import RunDirectory
 from fastprune.host.distributed import Distributed
 from fastprune.host.errors import Interrupted
 from fastprune.options import check, option
-from fastprune.training.phases import Phase, Rounds
+from fastprune.training.phases import Metrics, Phase, Rounds, Step
 
 
 class LoopTask(Protocol):
-    """What the loop needs of a task; ``fastprune.methods.contract.Task`` has it."""
+    """The part of a task that the loop needs; ``fastprune.methods.contract.Task`` has it."""
 
     model: nn.Module
     device: torch.device
@@ -41,13 +42,13 @@ T_contra = TypeVar("T_contra", bound=LoopTask, contravariant=True)
 
 
 class Worker(Protocol[T_contra]):
-    """What the loop drives: a ``Method``, or the ``Trainer``. ``trains_weights`` may be absent, which means False."""
+    """The owner of the phases: a ``Method``, or the ``Trainer``. Without ``trains_weights``, False is meant."""
 
     def phases(self, task: T_contra) -> Iterator[Phase | Rounds]:
         """The phases, in order; the same on every call."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All state beside the model's."""
+        """All state except the model's."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
@@ -69,13 +70,9 @@ class LoopOptions:
         check(self)
 
 
-_PHASE = 1_000_000  # added to the epoch per phase, so that no two phases see the samples in the same order
-_BESIDE = _PHASE // 2  # added to the epoch of a phase's side steps
-
-
 @dataclass
 class Position:
-    """How far a run has come: ``step`` counts within the epoch, ``total`` from the start."""
+    """The progress of a run: ``step`` counts within the epoch, ``total`` from the start."""
 
     phase: int = 0
     epoch: int = 0
@@ -102,221 +99,233 @@ def run_phases(
     Args:
         worker: gives the phases; all its state is in ``state_dict`` (and in the model's, with ``trains_weights``).
         task: handed to ``worker.phases``; its ``rng`` is saved and restored.
-        data: where batches come from; may be None for a worker without phases.
-        run: where the log and the checkpoints go; nothing is written where None.
-        stage: names the checkpoints and the lines of the log.
-        resume: continue from the newest checkpoint of ``stage`` in ``run``, if there is one.
-        placement: device, precision and layout; the task's device in float32 where None.
+        data: source of the batches; may be None for a worker without phases.
+        run: directory for the log and the checkpoints; None = nothing is written.
+        stage: name of the checkpoints' folder, and of the stage in the log.
+        resume: whether to continue from the newest checkpoint of ``stage`` in ``run``, if there is one.
+        placement: device, precision and layout; None = the task's device in float32.
         options: how often to write.
 
     Returns:
         The last value of every metric, without families (names with a slash, see ``Phase``).
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
-        NonFiniteError: where a loss is infinite or not a number; no checkpoint has it.
-        ValueError: where the worker has phases but ``data`` is None.
+        Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
+        NonFiniteError: if a loss is infinite or not a number; no checkpoint has it.
+        ValueError: if the worker has phases but ``data`` is None.
     """
-    options = options or LoopOptions()
-    placement = placement or Placement(task.device)
-    peers = task.distributed
-    position, meter = Position(), Meter(placement.device)
-    latest: dict[str, float] = {}
-    saver = _Saver(worker, task, position, meter, latest, run, stage)
-    if not (resume and saver.restore()):
-        saver.begin()
-
-    def record(phase: Phase | Rounds, metrics: Mapping[str, float]) -> None:
-        latest.update({name: value for name, value in metrics.items() if "/" not in name})
-        if run is not None and metrics:
-            run.log({"stage": stage, "phase": phase.name, "epoch": position.epoch, "step": position.total, **metrics})
-
-    def means(phase: Phase) -> dict[str, float]:
-        try:
-            return meter.reduce(peers)
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{stage} stopped in phase {phase.name!r}, epoch {position.epoch}, at step {position.total}: {error}; "
-                "lower the learning rate, or look for wrong values in the data"
-            ) from error
-
-    def stop_if_asked() -> None:
-        if interruption.agreed(peers):
-            saver.save()
-            where = f"; resume it from {run.path}" if run else ""
-            raise Interrupted(f"{stage} was interrupted at step {position.total}{where}")
-
-    def run_rounds(phase: Rounds) -> None:
-        done, total = phase.progress()
-        bar.start(phase.name, 1, total, 0, done)
-        while done < total:
-            torch.manual_seed(int(hashed(task.seed, position.total) >> np.uint64(1)))
-            with placement.autocast():
-                metrics = {name: float(value) for name, value in phase.round().items()}
-            position.total += 1
-            record(phase, metrics)
-            done, total = phase.progress()
-            bar.update(done, total, latest)
-            if saver.seconds > options.checkpoint_seconds or (
-                options.checkpoint_steps and position.total % options.checkpoint_steps == 0
-            ):
-                saver.save()
-            stop_if_asked()
-
-    with Interruption() as interruption, ProgressBar(options.progress and peers.is_main) as bar:
-        for number, phase in enumerate(worker.phases(task)):
-            if number < position.phase or position.finished:
-                continue
-            if isinstance(phase, Rounds):
-                run_rounds(phase)
-                position.phase = number + 1
-                saver.save()
-                continue
-            if data is None:
-                raise ValueError(f"phase {phase.name!r} reads training data, but no data were given")
-            steps = data.steps("train", phase.batch_size, samples=phase.samples, distributed=peers)
-            beside = side_batches(phase, data, task, number, position.epoch * steps + position.step)
-            bar.start(phase.name, phase.epochs, steps, position.epoch, position.step)
-            while position.epoch < phase.epochs:
-                batches = data.batches(
-                    "train",
-                    phase.batch_size,
-                    seed=task.seed,
-                    epoch=number * _PHASE + position.epoch,
-                    start=position.step,
-                    samples=phase.samples,
-                    augment=phase.augment,
-                    distributed=peers,
-                )
-                for images, labels in batches:
-                    torch.manual_seed(int(hashed(task.seed, position.total) >> np.uint64(1)))
-                    with placement.autocast():
-                        meter.add(phase.step(placement.images(images), placement.labels(labels)))
-                    position.step += 1
-                    position.total += 1
-                    if phase.beside and (position.epoch * steps + position.step) % phase.beside.every == 0:
-                        images, labels = next(beside)
-                        with placement.autocast():
-                            meter.add(phase.beside.step(placement.images(images), placement.labels(labels)))
-                    bar.advance(latest)
-
-                    log_now = position.total % options.log_every == 0
-                    save_now = options.checkpoint_steps > 0 and position.total % options.checkpoint_steps == 0
-                    # Many ranks stop only where all of them look, at the lines of the log; one alone stops at once.
-                    stop_now = log_now or (peers.world_size == 1 and interruption.requested)
-                    if log_now or save_now or stop_now:
-                        values = means(phase)
-                        if log_now:
-                            record(phase, values)
-                            meter.reset()
-                        if save_now or saver.seconds > options.checkpoint_seconds:
-                            saver.save()
-                        if stop_now:
-                            stop_if_asked()
-
-                values = means(phase)
-                if phase.end_epoch is not None:
-                    values |= {name: float(value) for name, value in phase.end_epoch(position.epoch).items()}
-                record(phase, values)
-                meter.reset()
-                position.epoch += 1
-                position.step = 0
-                if (
-                    options.checkpoint_epochs and position.epoch % options.checkpoint_epochs == 0
-                ) or saver.seconds > options.checkpoint_seconds:
-                    saver.save()
-                stop_if_asked()
-            position.phase, position.epoch = number + 1, 0
-        if not position.finished:
-            position.finished = True
-            saver.save()
-    return latest
+    loop = Loop(worker, task, data, run, stage, placement or Placement(task.device), options or LoopOptions())
+    if not (resume and loop.resume()):
+        loop.start()
+    loop.run()
+    return loop.latest
 
 
-def side_batches(phase: Phase, data: Data, task: LoopTask, number: int, done: int) -> Iterator[Batch]:
-    """The batches of a phase's side steps, without end; the first is the one after ``done`` steps of the phase."""
-    side = phase.beside
-    if side is None:
-        return
-    steps = data.steps("train", side.batch_size, samples=side.samples, distributed=task.distributed)
-    epoch, start = divmod(done // side.every, steps)
-    while True:
-        yield from data.batches(
-            "train",
-            side.batch_size,
-            seed=task.seed,
-            epoch=number * _PHASE + _BESIDE + epoch,
-            start=start,
-            samples=side.samples,
-            augment=side.augment,
-            distributed=task.distributed,
-        )
-        epoch, start = epoch + 1, 0
+class Loop(Generic[T]):
+    """One run of a worker's phases: its position, its metrics, its log and its checkpoints.
 
-
-class _Saver:
-    """Gathers and restores everything that a resumed run needs."""
+    The arguments are those of ``run_phases``.
+    """
 
     def __init__(
         self,
         worker: Worker[T],
         task: T,
-        position: Position,
-        meter: Meter,
-        latest: dict[str, float],
-        run: RunDirectory | None,
+        data: Data | None,
+        directory: RunDirectory | None,
         stage: str,
+        placement: Placement,
+        options: LoopOptions,
     ) -> None:
-        self.worker = worker
-        self.task = task
-        self.position = position
-        self.meter = meter
-        self.latest = latest
-        self.run = run
-        self.checkpoints = Checkpoints(run.checkpoints_path(stage), task.distributed) if run else None
+        self.worker, self.task, self.data = worker, task, data
+        self.directory, self.stage = directory, stage
+        self.placement, self.options = placement, options
+        self.peers = task.distributed
+        self.position, self.meter = Position(), Meter(placement.device)
+        self.latest: dict[str, float] = {}
         self.trains_weights = bool(getattr(worker, "trains_weights", False))
+        self.checkpoints = Checkpoints(directory.checkpoints_path(stage), self.peers) if directory else None
         self.saved_at = time.monotonic()
+        self.interruption = Interruption()
+        self.bar = ProgressBar(options.progress and self.peers.is_main)
 
-    @property
-    def seconds(self) -> float:
-        """Time since the last checkpoint."""
-        return time.monotonic() - self.saved_at
-
-    def begin(self) -> None:
-        """Start anew. The checkpoint of step 0 says which lines of the log came before this stage."""
+    def start(self) -> None:
+        """Start anew. The checkpoint of step 0 records which lines of the log came before this stage."""
         if self.checkpoints is not None:
             self.checkpoints.clear()
         self.save()
 
+    def resume(self) -> bool:
+        """Load the newest checkpoint; return False if there is none."""
+        state = self.checkpoints.load_latest() if self.checkpoints else None
+        if state is None or self.directory is None:
+            return False
+        self.load_state_dict(state)
+        if not self.position.finished:  # lines after a finished stage belong to the next one
+            self.directory.truncate_metrics(state["metrics_size"])
+        return True
+
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         self.saved_at = time.monotonic()
-        if self.checkpoints is None or self.run is None or not self.task.distributed.is_main:
-            return
-        state = {
+        if self.checkpoints is not None and self.directory is not None and self.peers.is_main:
+            state = {**self.state_dict(), "metrics_size": self.directory.metrics_size()}
+            self.checkpoints.save(self.position.total, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {
             "worker": self.worker.state_dict(),
             "model": self.task.model.state_dict() if self.trains_weights else None,
             "position": asdict(self.position),
             "meter": self.meter.state_dict(),
             "latest": self.latest,
             "rng": self.task.rng.get_state(),
-            "metrics_size": self.run.metrics_size(),
         }
-        self.checkpoints.save(self.position.total, state)
 
-    def restore(self) -> bool:
-        """Load the newest checkpoint; False where there is none."""
-        state = self.checkpoints.load_latest() if self.checkpoints else None
-        if state is None or self.run is None:
-            return False
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
         self.worker.load_state_dict(state["worker"])
         if self.trains_weights:
             self.task.model.load_state_dict(state["model"])
-        for name, value in state["position"].items():
-            setattr(self.position, name, value)
+        self.position = Position(**state["position"])
         self.meter.load_state_dict(state["meter"])
         self.latest.update(state["latest"])
         self.task.rng.set_state(state["rng"])
-        if not self.position.finished:  # lines after a finished stage belong to the next one
-            self.run.truncate_metrics(state["metrics_size"])
-        return True
+
+    def run(self) -> None:
+        """Run the phases that are left."""
+        with self.interruption, self.bar:
+            for number, phase in enumerate(self.worker.phases(self.task)):
+                if number >= self.position.phase and not self.position.finished:
+                    phase.run(self)
+            if not self.position.finished:
+                self.position.finished = True
+                self.save()
+
+    def run_epochs(self, phase: Phase) -> None:
+        """Take one step per batch, over the epochs that are left of a phase."""
+        if self.data is None:
+            raise ValueError(f"phase {phase.name!r} reads training data, but no data were given")
+        batches = PhaseBatches(self.data, self.position.phase, self.task.seed, self.peers)
+        steps = batches.steps(phase)
+        side = phase.beside and batches.side(phase.beside, self.position.epoch * steps + self.position.step)
+        self.bar.start(phase.name, phase.epochs, steps, self.position.epoch, self.position.step)
+        while self.position.epoch < phase.epochs:
+            for batch in batches.read(phase, self.position.epoch, self.position.step):
+                self.advance(phase, batch)
+                done = self.position.epoch * steps + self.position.step
+                if phase.beside and side and done % phase.beside.every == 0:
+                    self.compute(phase.beside.step, next(side))
+                self.bar.advance(self.latest)
+                self.write_after_step(phase)
+            self.end_epoch(phase)
+        self.end_phase()
+
+    def run_rounds(self, phase: Rounds) -> None:
+        """Call ``round`` until all is done."""
+        done, total = phase.progress()
+        self.bar.start(phase.name, 1, total, 0, done)
+        while done < total:
+            self.seed_step()
+            with self.placement.autocast():
+                metrics = floats(phase.round())
+            self.position.total += 1
+            self.record(phase, metrics)
+            done, total = phase.progress()
+            self.bar.update(done, total, self.latest)
+            self.save_if_due(is_multiple(self.position.total, self.options.checkpoint_steps))
+            self.stop_if_asked()
+        self.end_phase()
+        self.save()
+
+    def advance(self, phase: Phase, batch: Batch) -> None:
+        """Take one step of a phase."""
+        self.seed_step()
+        self.compute(phase.step, batch)
+        self.position.step += 1
+        self.position.total += 1
+
+    def compute(self, step: Step, batch: Batch) -> None:
+        """Call ``step`` on one batch and add its metrics to the meter."""
+        images, labels = batch
+        with self.placement.autocast():
+            self.meter.add(step(self.placement.images(images), self.placement.labels(labels)))
+
+    def seed_step(self) -> None:
+        """Seed torch's default generators for the next step."""
+        torch.manual_seed(int(hashed(self.task.seed, self.position.total) >> np.uint64(1)))
+
+    def write_after_step(self, phase: Phase) -> None:
+        """Write a line of the log or a checkpoint, or stop, where the step is due for it."""
+        total, options = self.position.total, self.options
+        log_now = is_multiple(total, options.log_every)
+        save_now = is_multiple(total, options.checkpoint_steps)
+        # Several ranks stop only where all of them look, at the lines of the log; a single one stops at once.
+        stop_now = log_now or (self.peers.world_size == 1 and self.interruption.requested)
+        if not (log_now or save_now or stop_now):
+            return
+        means = self.reduce(phase)
+        if log_now:
+            self.record(phase, means)
+            self.meter.reset()
+        self.save_if_due(save_now)
+        if stop_now:
+            self.stop_if_asked()
+
+    def end_epoch(self, phase: Phase) -> None:
+        """Log an epoch and move to the next one."""
+        metrics = self.reduce(phase)
+        if phase.end_epoch is not None:
+            metrics |= floats(phase.end_epoch(self.position.epoch))
+        self.record(phase, metrics)
+        self.meter.reset()
+        self.position.epoch += 1
+        self.position.step = 0
+        self.save_if_due(is_multiple(self.position.epoch, self.options.checkpoint_epochs))
+        self.stop_if_asked()
+
+    def end_phase(self) -> None:
+        """Move to the next phase."""
+        self.position.phase += 1
+        self.position.epoch = 0
+
+    def reduce(self, phase: Phase) -> dict[str, float]:
+        """Return the metrics since the last line of the log, as means over steps and ranks."""
+        try:
+            return self.meter.reduce(self.peers)
+        except NonFiniteError as error:
+            position = self.position
+            raise NonFiniteError(
+                f"{self.stage} stopped in phase {phase.name!r}, epoch {position.epoch}, at step {position.total}: "
+                f"{error}; lower the learning rate, or look for wrong values in the data"
+            ) from error
+
+    def record(self, phase: Phase | Rounds, metrics: Mapping[str, float]) -> None:
+        """Write a line of the log."""
+        self.latest.update({name: value for name, value in metrics.items() if "/" not in name})
+        if self.directory is not None and metrics:
+            place = {"stage": self.stage, "phase": phase.name, "epoch": self.position.epoch}
+            self.directory.log({**place, "step": self.position.total, **metrics})
+
+    def save_if_due(self, due: bool) -> None:
+        """Write a checkpoint if it is ``due`` or the last one is too old."""
+        if due or time.monotonic() - self.saved_at > self.options.checkpoint_seconds:
+            self.save()
+
+    def stop_if_asked(self) -> None:
+        """Save and stop if any rank received a signal."""
+        if self.interruption.agreed(self.peers):
+            self.save()
+            hint = f"; resume it from {self.directory.path}" if self.directory else ""
+            raise Interrupted(f"{self.stage} was interrupted at step {self.position.total}{hint}")
+
+
+def is_multiple(count: int, interval: int) -> bool:
+    """Return whether ``count`` is a multiple of ``interval``; never for the interval 0."""
+    return interval > 0 and count % interval == 0
+
+
+def floats(metrics: Metrics) -> dict[str, float]:
+    """Return metrics as Python numbers."""
+    return {name: float(value) for name, value in metrics.items()}

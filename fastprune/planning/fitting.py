@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastprune.graph import ChannelGraph, Group
-from fastprune.planning.budget import Budget, BudgetError, Meter
+from fastprune.planning.budget import Budget, BudgetError
 from fastprune.planning.limits import LimitError, Limits, Widths
+from fastprune.planning.resources import Meter
 
 PREFIXES = 512  # of a ranking whose costs are found at a time
 SLACK = 0.005  # part of the full cost below the limit that is not worth filling; the promise is 0.01
@@ -75,7 +76,7 @@ def fit(
     ranking = rank(graph, limits.widths(graph), scores, may_go, gone)
     meter = budget.meter(graph)
     limit, total = budget.limit(graph), float(meter(torch.ones(graph.num_units)))
-    low = longest_prefix(graph, meter, ranking, limit, grows=budget.resource != "latency")
+    low = longest_prefix(graph, meter, ranking, limit, grows=budget.grows)
     if low is None:
         least = float(meter(ranking.of_unit < 0))
         raise BudgetError(

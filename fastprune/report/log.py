@@ -92,8 +92,8 @@ class PruningRun:
         if not self.budget.absolute:
             return self.budget.value
         plan = self.last("plan")
-        what = {"flops": "macs", "params": "params", "latency": "ms"}.get(self.budget.resource, "")
-        cost, part = number(plan, what, "planned"), number(plan, "search", f"{self.budget.resource}_of_plan")
+        cost = number(plan, self.budget.metric, "planned")
+        part = number(plan, "search", f"{self.budget.resource}_of_plan")
         return self.budget.value / cost * part if cost and part else None
 
     @cached_property

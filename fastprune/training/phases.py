@@ -1,9 +1,10 @@
-"""Phases: the stretches of a method's work, which the engine's loop runs step by step."""
+"""Phases: the parts of a method's work, which the engine's loop runs step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -11,17 +12,27 @@ Metrics = Mapping[str, float | Tensor]
 
 
 Step = Callable[[Tensor, Tensor], Metrics]
-"""What happens to one batch: images [N, C, H, W], labels [N] on the task's device; returns the metrics to log."""
+"""The work on one batch: images [N, C, H, W], labels [N] on the task's device; returns the metrics to log."""
+
+
+class PhaseRunner(Protocol):
+    """The caller of phases: the engine's loop, which runs each kind in its own way."""
+
+    def run_epochs(self, phase: Phase) -> None:
+        """Call ``step`` for every batch of every epoch."""
+
+    def run_rounds(self, phase: Rounds) -> None:
+        """Call ``round`` until ``progress`` says that all is done."""
 
 
 @dataclass(frozen=True)
 class SideSteps:
-    """Steps in the midst of a phase, on samples of their own.
+    """Steps between those of a phase, on samples of their own.
 
     Args:
-        every: how many steps of the phase come before each of these.
-        step: called as a phase's.
-        samples: as a phase's. Drawn by the run's seed alone: as many samples are the same samples everywhere.
+        every: number of steps of the phase before each side step.
+        step: as a phase's.
+        samples: as a phase's; drawn by the run's seed alone, so an equal number means the same samples everywhere.
         batch_size: as a phase's.
         augment: as a phase's.
     """
@@ -39,20 +50,20 @@ class SideSteps:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of a method's work: batches of training data, one ``step`` per batch.
+    """A part of a method's work that reads training data: one ``step`` per batch.
 
     Args:
-        name: shown in the progress bar and in ``metrics.jsonl``.
+        name: name in the progress bar and in ``metrics.jsonl``.
         epochs: passes over the samples.
         step: called with ``(images [N, C, H, W], labels [N])`` on the task's device; returns the metrics to log.
-        samples: how many random training samples the phase sees, drawn once by the run's seed; None = all of them.
+        samples: number of random training samples, drawn once by the run's seed; None = all of them.
         batch_size: samples per step over all ranks together.
         augment: whether the training augmentation is applied.
         end_epoch: called after each epoch with its number, from 0; returns the metrics to log.
-        beside: other steps in the midst of these.
+        beside: side steps; None = none.
 
     A metric named ``family/member`` (``keep/layer1.0.conv1``) is one of many of its kind: it is written to
-    ``metrics.jsonl`` and nowhere else, neither to the progress bar nor to the results.
+    ``metrics.jsonl`` only, not to the progress bar or the results.
     """
 
     name: str
@@ -64,18 +75,26 @@ class Phase:
     end_epoch: Callable[[int], Metrics] | None = None
     beside: SideSteps | None = None
 
+    def run(self, runner: PhaseRunner) -> None:
+        """Have ``runner`` go through the epochs."""
+        runner.run_epochs(self)
+
 
 @dataclass(frozen=True)
 class Rounds:
-    """One stretch of a method's work that reads no batches: rounds, until ``progress`` says that all is done.
+    """A part of a method's work that reads no batches: rounds, until ``progress`` says that all is done.
 
     Args:
         name: as a phase's.
-        round: called again and again, with no arguments; returns the metrics to log. The run can be stopped, and is
-            saved, between two rounds.
-        progress: how much is done, and how much there is; the same on every rank. The latter may grow.
+        round: called again and again, without arguments; returns the metrics to log. The run is saved, and can be
+            stopped, between two rounds.
+        progress: returns the amount done and the whole amount, the same on every rank. The latter may grow.
     """
 
     name: str
     round: Callable[[], Metrics]
     progress: Callable[[], tuple[int, int]]
+
+    def run(self, runner: PhaseRunner) -> None:
+        """Have ``runner`` go through the rounds."""
+        runner.run_rounds(self)

@@ -1,4 +1,4 @@
-"""The errors of modelled latencies: which networks are compared, and what is written."""
+"""The errors of modelled latencies: the networks that are compared, and the document."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def test_modelled_and_measured_times_of_random_plans(
         (["--processor_time", "--device", "auto"], "processor_time: "),
     ],
 )
-def test_bad_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_settings_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_p_of_the_papers(model: str) -> None:
         settings = read_recipe(path_of(name)).settings
         if settings["model"] == model:
             gates = gated_units(graph, settings[settings["method"]]["groups"])
-            place = GatePlacement.of(graph, Budget.parse(settings["budget"]), gates, torch.device("cpu"))
+            place = GatePlacement.build(graph, Budget.parse(settings["budget"]), gates, torch.device("cpu"))
             assert place.target == pytest.approx(P[name], abs=6e-4), name
 
 

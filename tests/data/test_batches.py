@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastprune.data import UserData, load_data
+from fastprune.data import BatchRequest, Data, Split, UserData, load_data
 from fastprune.data.augment import ShiftAndFlip
 from fastprune.data.batches import BatchPlan, hashed, permutation
+from fastprune.engine import evaluate
 from fastprune.host.distributed import Distributed
 
 DATA = load_data("synthetic:1x4x4:3:103", held_out=0)
@@ -188,3 +192,41 @@ def test_user_data_errors() -> None:
         _ = data.num_classes
     with pytest.raises(ValueError, match="no held_out data"):
         next(data.batches("held_out", 1))
+
+
+class OwnData(Data):
+    """A user's subclass, with all that is abstract."""
+
+    name = "own"
+    shape = (1, 2, 2)
+    num_classes = 3
+
+    def size(self, split: Split) -> int:
+        return 5
+
+    def steps(self, split: Split, batch_size: int, **options: Any) -> int:
+        return 1
+
+
+BATCH = (torch.zeros(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64))
+
+
+def test_a_subclass_reads_requests() -> None:
+    class Reads(OwnData):
+        def read(self, request: BatchRequest) -> Iterator[tuple[Tensor, Tensor]]:
+            requests.append(request)
+            yield BATCH
+
+    requests: list[BatchRequest] = []
+    assert list(Reads().batches("held_out", 4, seed=1, epoch=2, start=3, samples=6, augment=True)) == [BATCH]
+    assert requests == [BatchRequest("held_out", 4, 1, 2, 3, 6, augment=True)]
+    with pytest.raises(NotImplementedError, match="OwnData has no way to read batches"):
+        OwnData().batches("train", 4)
+
+
+def test_a_subclass_may_override_batches() -> None:
+    class Overrides(OwnData):
+        def batches(self, split: Split, batch_size: int, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
+            yield BATCH
+
+    assert evaluate(lambda images: torch.eye(3)[:1].expand(5, 3), Overrides())["accuracy"] == 1

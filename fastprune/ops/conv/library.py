@@ -42,6 +42,11 @@ class Geometry:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    @property
+    def numbers(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """Stride, padding, dilation and groups, in the order of torch's arguments."""
+        return self.stride, self.padding, self.dilation, self.groups
+
     def output_size(self, x_size: Sequence[int], weight_size: Sequence[int]) -> list[int]:
         """``[N, K, P, Q]`` for x ``[N, C, H, W]`` and weight ``[K, C / groups, R, S]``."""
         spans = [self.dilation[d] * (weight_size[2 + d] - 1) + 1 for d in (0, 1)]
@@ -118,15 +123,15 @@ def convolve(
             x.permute(0, 2, 3, 1).reshape(rows, x.shape[1]), weight.reshape(weight.shape[:2]), shift, name, scalars, ""
         )
         return matrix.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
-    moves: tuple[Any, ...] = (list(geometry.padding), list(geometry.stride), list(geometry.dilation), geometry.groups)
+    window: tuple[Any, ...] = (list(geometry.padding), list(geometry.stride), list(geometry.dilation), geometry.groups)
     if residual is None:
-        result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *moves, name, scalars, "")
+        result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *window, name, scalars, "")
     elif x.dtype == torch.float32 and activation in ("identity", "relu"):  # what torch offers of oneDNN's sums
         post: tuple[Any, ...] = ("relu", [], "") if activation == "relu" else (None, [], None)
         residual = residual.contiguous(memory_format=layout)
-        result = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, shift, *moves, "add", 1.0, *post)
+        result = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, shift, *window, "add", 1.0, *post)
     else:
-        result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *moves, "none", [], "").add_(residual)
+        result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *window, "none", [], "").add_(residual)
         result = IN_PLACE[activation](result)
     return result.contiguous(memory_format=layout)
 
@@ -163,6 +168,8 @@ def library_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The library's gradients of x, the weight and a bias."""
-    moves = (geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups)
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(dz, x, weight, None, *moves, wanted)
+    stride, padding, dilation, groups = geometry.numbers
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        dz, x, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted
+    )
     return gradients
