@@ -33,8 +33,8 @@ from fastprune.methods.gates.regularisers import two_sided
 from fastprune.methods.scores.filters import unit_table
 from fastprune.ops import group_prox_
 from fastprune.options import option
-from fastprune.training.phases import Metrics, Phase, SideSteps
 from fastprune.training.options import WeightOptions
+from fastprune.training.phases import Metrics, Phase, SideSteps
 from fastprune.training.weight_training import WeightTraining
 
 DEAD_ZONE = 0.005  # |r − p| up to which the cost term has no gradient

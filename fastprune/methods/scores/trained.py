@@ -11,8 +11,8 @@ from torch import Tensor
 from fastprune.methods.contract import Task, is_evaluation_due
 from fastprune.methods.scores.ranking import ScoreMethod
 from fastprune.options import option
-from fastprune.training.phases import Metrics, Phase
 from fastprune.training.options import WeightOptions
+from fastprune.training.phases import Metrics, Phase
 from fastprune.training.weight_training import WeightTraining
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fastprune.methods.contract import Method, Task, is_evaluation_due
 from fastprune.methods.sp.supernet import SuperNet
 from fastprune.options import option
-from fastprune.training.phases import Metrics, Phase
 from fastprune.training.options import WeightOptions
+from fastprune.training.phases import Metrics, Phase
 from fastprune.training.weight_training import WeightTraining, classification_loss
 
 
