@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastprune.bench.settings import check_folder
 from fastprune.graph import ChannelGraph, trace
 from fastprune.host import atomic
 from fastprune.host.machine import machine
@@ -62,11 +63,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.workers < 1 or not self.limit > 0:
-            raise ValueError(f"workers {self.workers}, limit {self.limit}: both must be above 0")
-        for name in ("json", "markdown"):
-            value = getattr(self, name)
-            if value is not None and not Path(value).absolute().parent.is_dir():
-                raise ValueError(f"{name} {value!r}: there is no such folder")
+            raise ValueError(f"workers {self.workers}, limit {self.limit:g}: both must be above 0")
+        check_folder("json", self.json)
+        check_folder("markdown", self.markdown)
         if self.resume and self.json is None:
             raise ValueError("resume: needs --json, the file to resume")
         if self.peer:

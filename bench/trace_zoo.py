@@ -19,6 +19,7 @@ import zoo
 from prune_zoo import PEER, choose_names, prune_by_peer, random_half
 from rich.console import Console
 
+from fastprune.bench.settings import check_folder
 from fastprune.graph import trace
 from fastprune.host import atomic
 from fastprune.host.machine import machine
@@ -53,8 +54,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds {self.rounds}: must be at least 1")
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"json {self.json!r}: there is no such folder")
+        check_folder("json", self.json)
 
 
 def time_networks(settings: Settings) -> dict[str, Any]:

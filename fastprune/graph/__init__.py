@@ -2,7 +2,7 @@
 
 Each line imports only from lines above it:
 
-1. ``export``: the model becomes an operator graph. ``model_state``, beside it, reads and restores the model.
+1. ``model_state``: parameters and buffers by name. ``export``: the model becomes an operator graph.
 2. ``cost``: MACs and parameters under a mask.
 3. ``structure``: slices, layers and groups as plain data.
 4. ``labels``: channel labels flow through the graph.

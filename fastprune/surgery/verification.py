@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprune.graph.model_state import mode_of, state_of
+from fastprune.graph.export.modes import mode_of
+from fastprune.graph.model_state import state_of
 from fastprune.graph.plan import PruningPlan
 from fastprune.surgery.closed_inputs import ClosedInputs
 from fastprune.surgery.slicing import SurgeryError, copy_model, require_fit

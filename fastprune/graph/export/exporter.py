@@ -19,9 +19,9 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.inputs import Inputs
+from fastprune.graph.export.modes import mode_of
 from fastprune.graph.export.refusals import TraceError, explain
 from fastprune.graph.export.regions import inline_regions
-from fastprune.graph.model_state import mode_of
 
 STACK_TRACES = "do_not_emit_stack_traces"  # a setting of torch.fx since 2.15; without it they only take time
 

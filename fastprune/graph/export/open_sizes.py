@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.exporter import silence_exporter
 from fastprune.graph.export.inputs import Inputs
+from fastprune.graph.export.modes import mode_of
 from fastprune.graph.export.refusals import TraceError, explain
 from fastprune.graph.export.regions import inline_regions
-from fastprune.graph.model_state import mode_of
 
 
 class Guards:

@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.exporter import export, silence_exporter
 from fastprune.graph.export.inputs import Example, Inputs
+from fastprune.graph.export.modes import mode_of
 from fastprune.graph.export.nodes import concrete
 from fastprune.graph.export.open_sizes import Guards
 from fastprune.graph.export.refusals import TraceError, refuse
-from fastprune.graph.model_state import has_no_values, mode_of, parameter_names, state_of
+from fastprune.graph.model_state import has_no_values, parameter_names, state_of
 
 Results = tuple[pytree.TreeSpec, list[tuple[int, ...] | None]]  # how results are nested, and the shapes of tensors
 

@@ -17,7 +17,7 @@ from fastprune.ops.conv.fused import Channels, FusedGeometry, fused_conv
 from fastprune.ops.conv.library import Geometry, weight_outweighs
 from fastprune.ops.conv.open_channels import ConvLayer, convolve_open, input_gradient_of_open
 from fastprune.ops.conv.packed import PackedWeight
-from fastprune.ops.masked_act import masked_act
+from fastprune.ops.masked_act import masked_act, masked_act_saving_in_place
 
 
 def convolve_for_inference(
@@ -92,10 +92,11 @@ def _by_library(
     x: Tensor, layer: ConvLayer, mask: Tensor | None, residual: Tensor | None, open_in: int, rows: int, *, saves: bool
 ) -> tuple[Tensor, Tensor | None]:
     if saves:
-        by_value = layer.activation in DIFFERENTIABLE_BY_VALUE
-        before, after = (layer.activation, "identity") if by_value else ("identity", layer.activation)
-        saved = convolve_open(x, replace(layer, activation=before), residual, open_in, rows)
-        return masked_act(saved, mask=mask, activation=after)[0], saved
+        # The pass that applies the mask applies the activation, too. (Again for relu6 behind a sum, which the library
+        # rounds otherwise without an activation.)
+        before = "relu6" if layer.activation == "relu6" and residual is not None else "identity"
+        z = convolve_open(x, replace(layer, activation=before), residual, open_in, rows)
+        return masked_act_saving_in_place(z, mask, activation=layer.activation)
     if mask is not None and residual is None and mask_folds(mask, layer.activation):
         padded = F.pad(mask, (0, layer.weight.shape[0] - rows))
         scale = padded if layer.scale is None else layer.scale * padded
