@@ -120,11 +120,11 @@ def call_group_prox(module: Any, rows: Tensor, threshold: Tensor) -> Tensor:
 
 def try_kernels(device: torch.device) -> str:
     """Compare every operator, and its gradients, with the reference in float64; return "ok" or what is wrong."""
-    faults = [fault for case in cases() if (fault := fault_of(case, device))]
+    faults = [fault for case in cases() if (fault := find_fault(case, device))]
     return "; ".join(faults) or "ok"
 
 
-def fault_of(case: Case, device: torch.device) -> str | None:
+def find_fault(case: Case, device: torch.device) -> str | None:
     """Return what is wrong with an operator on a device, or None."""
     try:
         got = results(case, ops, [tensor.to(device) for tensor in case.inputs])
