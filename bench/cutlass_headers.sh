@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Puts the headers of CUTLASS, which the nvidia-cutlass wheel carries, into a folder and prints where a build finds them:
+# Put CUTLASS's headers from the nvidia-cutlass wheel into a folder and print the path that a build needs:
 #
 #     FASTPRUNE_CUTLASS_DIR=$(bench/cutlass_headers.sh FOLDER) pip install .
 #
-# needs python3 with pip, and a network unless the headers are there already.
+# Needs python3 with pip, and a network connection unless the folder has the headers.
 set -euo pipefail
 
 folder=$(mkdir -p "${1:?usage: bench/cutlass_headers.sh FOLDER}" && cd "$1" && pwd)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds fastprune on a CUDA machine, without network, and shows that it is right and how fast it is:
+# Build fastprune on a CUDA machine without a network connection, test it and time it:
 #
 #     bench/gpu_check.sh OUTDIR
 #
-# needs nvcc, a CUDA build of torch, pybind11, scikit-build-core, cmake, ninja, pytest and hypothesis. Leaves gpu_check.log
-# and <device>.json (a document per kernel) in OUTDIR; exits with the number of failed steps. Under 9 minutes: a step
-# gets what is left of them.
+# Needs nvcc, a CUDA build of torch, pybind11, scikit-build-core, cmake, ninja, pytest and hypothesis. Leaves gpu_check.log
+# and <device>.json (a document per kernel) in OUTDIR; exits with the number of failed steps. Takes under 9 minutes: no
+# step gets more than the rest of this time.
 set -uo pipefail
 
 out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUTDIR}" && cd "$1" && pwd)
@@ -14,13 +14,13 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 exec > >(tee "$out/gpu_check.log") 2>&1
 
-# PYTHONSAFEPATH: or else `python -m pytest` would find ./fastprune, which has no _C, before the installed package.
+# PYTHONSAFEPATH: otherwise `python -m pytest` finds ./fastprune, which has no _C, before the installed package.
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 deadline=$((SECONDS + 520))
 failed=0
 
-step() { # step NAME SECONDS COMMAND...: runs the command for at most SECONDS and counts it if it fails
+step() { # step NAME SECONDS COMMAND...: run the command for at most SECONDS, and count a failure
     local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS code
     shift 2
     echo "=== $name: $*"
@@ -45,7 +45,7 @@ step build 180 env FASTPRUNE_CUDA=ON "$python" -m pip install -v --no-index --no
 step doctor 60 "$python" -c "from fastprune import _C; print(_C.build_info()); assert _C.cuda_available()"
 step tests 200 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops
 
-# Sizes on both sides of shared memory. Without torch's caching allocator every tensor has bounds of its own.
+# Sizes that fit in shared memory and sizes that do not. Without torch's caching allocator every tensor has its own bounds.
 selection="test_values_of_every_size and (normal or ties) and (33 or 2049 or 16385)"
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 for tool in memcheck racecheck; do
@@ -53,7 +53,7 @@ for tool in memcheck racecheck; do
         "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/test_topk_mask.py -k "$selection"
 done
 
-# Of the other kernels a dtype each, and of group_prox units of one element, of runs, of columns and for many blocks.
+# One dtype of each other kernel; for group_prox units of one element, of runs, of columns and for many blocks.
 others="test_values_of_every_layout and (shape1- or shape3- or shape8- or shape9- or shape10-)"
 others+=" or test_masked_act and test_values and dtype0 or test_values_are_rounded_once and dtype0"
 others+=" or test_same_bits_everywhere and (5-dtype0 or 40001-dtype0)"
@@ -63,19 +63,23 @@ for tool in memcheck racecheck; do
         tests/ops/test_channel_moments.py tests/ops/test_bernoulli_gate.py tests/ops/test_gumbel_gate.py -k "$others"
 done
 
-# Of every fused convolution, where the build has them, the cases of one seed.
+# Every fused convolution, if the build has them, on the cases of one seed.
 step fused_conv_memcheck 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
     "$python" -m pytest -m gpu -q -p no:cacheprovider tests/ops/conv/test_fused_cuda.py -k "test_values and seed0"
 
-# Benchmarks share what is left. Each stops before its next case when its time is up, and names what it leaves out; the
-# rest of its share is for the case that runs then (torch.compile with max-autotune takes its time). bench_search also
-# refuses to time a search step under autocast that does not agree with plain PyTorch's, and measures memory.
-benches=(bench/bench_*.py)
+# Benchmarks share the remaining time. Each begins no case after half of its share and names the cases left out; the
+# other half is for the case that runs then (torch.compile with max-autotune is slow). search also measures memory, and
+# fails if a search step under autocast disagrees with plain PyTorch's.
+benches=(align gates group_prox masked_bn_act masked_conv_bn_act search step subnets topk_mask)
 for index in "${!benches[@]}"; do
-    name=$(basename "${benches[index]}" .py)
+    name=${benches[index]}
+    case $name in
+        align | subnets) program=("bench/$name.py") ;;
+        *) program=(-m fastprune.bench "$name") ;;
+    esac
     share=$(((deadline - 15 - SECONDS) / (${#benches[@]} - index)))
-    step "$name" "$share" "$python" "${benches[index]}" --device cuda --seconds "$((share > 2 ? share / 2 : 1))" \
-        --compile_seconds "$((share > 4 ? share / 4 : 1))" --json "$work/$name.json"
+    step "$name" "$share" "$python" "${program[@]}" --device cuda --seconds "$((share > 2 ? share / 2 : 1))" \
+        --compile_seconds "$((share > 4 ? share / 4 : 1))" --json "$work/bench_$name.json"
 done
 
 step report 60 "$python" - "$work" "$out" <<'PYTHON'

@@ -1,6 +1,6 @@
-"""How many sub-networks SP's search measures, and how many the algorithm to the letter would.
+"""The number of sub-networks that SP's search measures, and the number that the literal algorithm would measure.
 
-The losses are made up (they fall with the widths, each group at a rate of its own), so that nothing has to be trained.
+The losses are invented (they fall as widths grow, at a rate of its own for each group), so nothing is trained.
 
     python bench/memoising.py [--model resnet56] [--input 3x32x32] [--budget flops=0.5]
 """
@@ -28,7 +28,7 @@ from fastprune.planning.limits import Limits
 
 
 def main() -> None:
-    """Run the search."""
+    """Run the search and print both numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--input", default="3x32x32")
@@ -51,13 +51,13 @@ def main() -> None:
 
     search = method.search
     search.measure = losses
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     while not search.finished:
-        search.round()
+        search.run_round()
     found = search.metrics()
-    print(f"{found['measured']:,.0f} measured, {found['measured_literally']:,.0f} to the letter")
+    print(f"{found['measured']:,.0f} measured, {found['measured_literally']:,.0f} by the literal algorithm")
     print(f"{found['measured_literally'] / found['measured']:.1f} times as many")
-    print(f"{time.perf_counter() - begun:.0f} s for all but the measuring")
+    print(f"{time.perf_counter() - begin:.0f} s for everything but the measuring")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""How well the proxies of SP and AutoSlim order sub-networks, after Fig. 4 of SP's paper.
+"""Ranking of sub-networks by the proxies of SP and AutoSlim, after Fig. 4 of SP's paper.
 
-Random sub-networks of one cost, drawn as SP's search draws its first ones, are trained from scratch, and measured with
-the weights that all share, by each method's own proxy after its own training. Printed: both proxies and the test
-accuracy of each, and Spearman's rank correlations; with several seeds also that of the first two with each other, which
-says how much there is to predict. The paper's third method, MetaPruning, is not here.
+Random sub-networks of one cost, drawn like the first ones of SP's search, are trained from scratch. They are also
+measured with shared weights, by each method's own proxy after its own training. The program prints both proxies and the
+test accuracy of each network, and Spearman's rank correlations. With several seeds it also prints the correlation of
+the first two, which bounds what a proxy can predict. The paper's third method, MetaPruning, is not included.
 
     python bench/ranking.py --data fashion-mnist:FOLDER --weights runs/base/model.safetensors --json ranking.json
 
-Training from scratch takes the longest. ``--scratch FILE`` keeps each accuracy as soon as it is known, and takes from
-there those that are known already.
+Training from scratch takes the longest. ``--scratch FILE`` stores each accuracy at once, for later runs.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from torch import Tensor, nn
 
 from fastprune.data import load_data
 from fastprune.data.data import Data
-from fastprune.engine import HeldOut, Placement, evaluate, run_phases
-from fastprune.engine.training import TrainConfig, train
+from fastprune.engine import HeldOut, Placement, TrainConfig, evaluate, run_phases, train
 from fastprune.graph import trace
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
@@ -47,40 +45,40 @@ from fastprune.planning.limits import Limits
 from fastprune.surgery import apply
 from fastprune.training.phases import Phase
 
-WIDTH = 0.02  # of the band of costs below the budget's
-ATTEMPTS = 20_000  # at drawing a sub-network within it
+BAND = 0.02  # width of the band of costs below the budget, relative to the full network
+ATTEMPTS = 20_000  # greatest number of draws per sub-network in the band
 
 
 def random_gene(evolution: Evolution, rng: np.random.Generator) -> list[int]:
-    """A gene as those of the first generation."""
-    gene: list[int] = evolution.space.within(evolution.random(1, rng), rng)[0].tolist()
+    """Draw a gene like those of the first generation."""
+    gene: list[int] = evolution.space.repair(evolution.random_genes(1, rng), rng)[0].tolist()
     return gene
 
 
-class Trained:
-    """The training of a method, without its search, for the loop.
+class TrainingOnly:
+    """A method without its search, for the loop.
 
     Args:
-        method: after ``setup``.
+        method: the method after ``setup``.
     """
 
     def __init__(self, method: WeightSharing) -> None:
         self.method, self.trains_weights = method, True
 
     def phases(self, task: Task) -> Iterator[Phase]:
-        """The training alone."""
+        """Return the phases of training."""
         return self.method.train(task, "training")
 
     def state_dict(self) -> dict[str, Any]:
-        """The method's."""
+        """Return the method's state."""
         return dict(self.method.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The method's."""
+        """Load the method's state."""
         self.method.load_state_dict(state)
 
 
-def prepared(
+def prepare(
     kind: type[WeightSharing],
     model: nn.Module,
     data: Data,
@@ -89,7 +87,7 @@ def prepared(
     epochs: int,
     batch_size: int,
 ) -> tuple[Any, Task]:
-    """A method on a copy of the model."""
+    """Set up a method on a copy of the model."""
     network = copy.deepcopy(model)
     graph = trace(network, torch.zeros(2, *data.shape))
     task = Task(
@@ -108,17 +106,17 @@ def prepared(
 
 def run_training(method: WeightSharing, task: Task, data: Data, placement: Placement) -> None:
     """Train the network together with its sub-networks."""
-    metrics = run_phases(Trained(method), task, data, placement=placement)
+    metrics = run_phases(TrainingOnly(method), task, data, placement=placement)
     print(method.name, {name: round(value, 4) for name, value in metrics.items()}, flush=True)
 
 
 def draw(method: SP, task: Task, count: int, seed: int) -> list[Tensor]:
-    """Masks [U] of random sub-networks whose cost is within the budget, and at most ``WIDTH`` of all below it.
+    """Draw masks [U] of random sub-networks within the budget, and at most ``BAND`` below it.
 
-    As in the first generations of SP's search, the stages' quotas are drawn first, and then widths that keep to them.
+    As in the first generations of SP's search, the stages' quotas are drawn first, and then widths within them.
 
     Raises:
-        ValueError: where these networks hardly ever cost so much; says what they cost.
+        ValueError: if these networks hardly ever have such a cost; the message gives their costs.
     """
     rng = np.random.default_rng(seed)
     search = method.search
@@ -127,23 +125,24 @@ def draw(method: SP, task: Task, count: int, seed: int) -> list[Tensor]:
     costs: list[float] = []
     while len(masks) < count:
         levels = random_gene(search.manager, rng)
-        genes = [random_gene(search.evolution(stage, level), rng) for stage, level in enumerate(levels)]
+        genes = [random_gene(search.make_evolution(stage, level), rng) for stage, level in enumerate(levels)]
         mask = method.mask([stage.widths(gene) for stage, gene in zip(search.stages, genes, strict=True)], task)
         costs.append(float(task.budget.cost(task.graph, mask)))
-        if limit - WIDTH * full <= costs[-1] <= limit:
+        if limit - BAND * full <= costs[-1] <= limit:
             masks.append(mask)
         if len(costs) > ATTEMPTS * (len(masks) + 1):
             ratios = torch.tensor(costs) / full
-            found = f"{float(ratios.min()):.2f} to {float(ratios.max()):.2f}, mostly about {float(ratios.median()):.2f}"
+            low, median, high = (float(ratio) for ratio in (ratios.min(), ratios.median(), ratios.max()))
             raise ValueError(
-                f"budget '{task.budget}': networks of random widths cost {found} of all; give one of these"
+                f"budget '{task.budget}': networks of random widths cost {low:.2f} to {high:.2f} of the full network, "
+                f"mostly about {median:.2f}; give a budget in this range"
             )
     return masks
 
 
 @torch.no_grad()
 def distances(method: SP, masks: list[Tensor], images: Tensor) -> tuple[list[list[float]], list[float]]:
-    """The distillation losses of stages (eq. 7), whose sum is SP's proxy, and the variances of stages' features."""
+    """Return the stages' distillation losses (eq. 7), whose sum is SP's proxy, and the variances of their features."""
     features = method.net.features(images)
     pairs = range(len(method.stages))
     losses = [[float(method.net.distance(n, features[n], features[n + 1], mask)) for n in pairs] for mask in masks]
@@ -152,50 +151,50 @@ def distances(method: SP, masks: list[Tensor], images: Tensor) -> tuple[list[lis
 
 @torch.no_grad()
 def shared_scores(method: AutoSlim, masks: list[Tensor], images: Tensor, labels: Tensor) -> list[tuple[float, float]]:
-    """AutoSlim's proxy, the accuracy with shared weights, and the cross-entropy beside it."""
-    found = []
+    """Return AutoSlim's proxy, the accuracy with shared weights, and the cross-entropy."""
+    results = []
     for mask in masks:
         scores = method.frozen(images, mask=mask)
         accuracy = (scores.argmax(1) == labels).double().mean()
-        found.append((float(accuracy), float(F.cross_entropy(scores, labels))))
-    return found
+        results.append((float(accuracy), float(F.cross_entropy(scores, labels))))
+    return results
 
 
 def widths_of(task: Task, mask: Tensor) -> list[int]:
-    """How many channels of each group stay."""
+    """Return the width of each group."""
     return [kept for kept, _ in task.graph.plan(mask).widths.values()]
 
 
-def description_of(data: Data, spec: str) -> dict[str, Any]:
-    """What tells data from others, without a folder's name."""
+def describe(data: Data, spec: str) -> dict[str, Any]:
+    """Return the facts that identify data, without a folder's name."""
     sizes = {"train": data.size("train"), "test": data.size("test")}
     return {"kind": spec.partition(":")[0], "shape": list(data.shape), "classes": data.num_classes, **sizes}
 
 
 class FromScratch:
-    """Test accuracies of compact networks that were trained from random weights.
+    """The test accuracies of compact networks trained from random weights.
 
     Args:
-        file: where they are kept, or None; of one process.
-        settings: of the training; those in the file have to be the same.
+        file: file that stores them, or None; only one process may use it.
+        settings: settings of the training; those in the file must be the same.
 
     Raises:
-        ValueError: if the file is about other trainings; if there is no folder for it.
+        ValueError: if the file holds accuracies of other trainings, or its folder is missing.
     """
 
     def __init__(self, file: Path | None, settings: Mapping[str, Any]) -> None:
         self.file, self.settings = file, dict(settings)
         self.known: dict[str, float] = {}
         if file and not file.parent.is_dir():
-            raise ValueError(f"{file}: there is no folder {str(file.parent)!r}")
+            raise ValueError(f"scratch {file}: there is no folder {str(file.parent)!r}")
         if file and file.exists():
             saved = json.loads(file.read_text(encoding="utf-8"))
             if saved["settings"] != json.loads(json.dumps(self.settings)):
-                raise ValueError(f"{file}: accuracies of other trainings ({saved['settings']}, not {self.settings})")
+                raise ValueError(f"scratch {file}: has settings {saved['settings']}; this run has {self.settings}")
             self.known = saved["accuracies"]
 
     def accuracy(self, task: Task, mask: Tensor, data: Data, seed: int) -> float:
-        """That of the network of a mask, of one seed."""
+        """Return the accuracy of a mask's network for one seed."""
         name = f"{'-'.join(map(str, widths_of(task, mask)))} seed {seed}"
         if name not in self.known:
             torch.manual_seed(seed)
@@ -211,8 +210,8 @@ class FromScratch:
         return self.known[name]
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--data", required=True)
@@ -225,24 +224,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="float32", help="of every training: float32 or bf16")
-    parser.add_argument("--channels_last", action="store_true", help="in every training")
-    parser.add_argument("--scratch", type=Path, help="file of the accuracies from scratch")
+    parser.add_argument("--precision", default="float32", help="precision of all trainings: float32 or bf16")
+    parser.add_argument("--channels_last", action="store_true", help="memory layout of all trainings")
+    parser.add_argument("--scratch", type=Path, help="file for the accuracies from scratch")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-def main() -> None:
-    """Run the experiment."""
-    arguments = parsed()
-    data = load_data(arguments.data)
-    model = create(arguments.model, num_classes=data.num_classes, in_channels=data.shape[0])
-    load_weights(model, arguments.weights)
-    placement = Placement(torch.device("cpu"), arguments.precision, arguments.channels_last)
-    options = (model.eval(), data, placement, arguments.budget, arguments.supernet_epochs, arguments.batch_size)
-    sp, task = prepared(SP, *options)
-    masks = draw(sp, task, arguments.networks, arguments.seed)
-    config = TrainConfig(
+def training_config(arguments: argparse.Namespace) -> TrainConfig:
+    """Return the settings of training from scratch."""
+    return TrainConfig(
         epochs=arguments.scratch_epochs,
         batch_size=arguments.batch_size,
         lr=0.1,
@@ -250,32 +241,50 @@ def main() -> None:
         precision=arguments.precision,
         channels_last=arguments.channels_last,
     )
-    training = dataclasses.asdict(config)
-    described = description_of(data, arguments.data)
-    known = FromScratch(arguments.scratch, {"model": arguments.model, "data": described, "training": training})
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Draw networks, train them and both methods, and return a row for each network."""
+    data = load_data(arguments.data)
+    model = create(arguments.model, num_classes=data.num_classes, in_channels=data.shape[0])
+    load_weights(model, arguments.weights)
+    placement = Placement(torch.device("cpu"), arguments.precision, arguments.channels_last)
+    options = (model.eval(), data, placement, arguments.budget, arguments.supernet_epochs, arguments.batch_size)
+    sp, task = prepare(SP, *options)
+    masks = draw(sp, task, arguments.networks, arguments.seed)
+    settings = {
+        "model": arguments.model,
+        "data": describe(data, arguments.data),
+        "training": dataclasses.asdict(training_config(arguments)),
+    }
+    known = FromScratch(arguments.scratch, settings)
     seeds = [[known.accuracy(task, mask, data, seed) for mask in masks] for seed in range(arguments.scratch_seeds)]
     run_training(sp, task, data, placement)
     assert task.data is not None
     images, labels = task.data.held_out_batch(arguments.images)
-    before, scales = distances(sp, masks, images)
-    slim, slim_task = prepared(AutoSlim, *options)
+    losses, scales = distances(sp, masks, images)
+    slim, slim_task = prepare(AutoSlim, *options)
     run_training(slim, slim_task, data, placement)
     shared = shared_scores(slim, masks, images, labels)
     rows: list[dict[str, Any]] = []
-    for mask, stages, (accuracy, entropy), scratch in zip(masks, before, shared, zip(*seeds, strict=True), strict=True):
-        rows.append(
-            {
-                "widths": widths_of(task, mask),
-                "flops_ratio": float(task.budget.cost(task.graph, mask) / task.budget.cost(task.graph)),
-                "sp_loss": sum(stages),
-                "sp_losses": stages,
-                "sp_relative": sum(loss / scale for loss, scale in zip(stages, scales, strict=True)),
-                "autoslim_accuracy": accuracy,
-                "autoslim_loss": entropy,
-                "from_scratch": scratch,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
+    for mask, stages, (accuracy, entropy), scratch in zip(masks, losses, shared, zip(*seeds, strict=True), strict=True):
+        row = {
+            "widths": widths_of(task, mask),
+            "flops_ratio": float(task.budget.cost(task.graph, mask) / task.budget.cost(task.graph)),
+            "sp_loss": sum(stages),
+            "sp_losses": stages,
+            "sp_relative": sum(loss / scale for loss, scale in zip(stages, scales, strict=True)),
+            "autoslim_accuracy": accuracy,
+            "autoslim_loss": entropy,
+            "from_scratch": scratch,
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def correlate(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the rank correlations of the proxies with accuracies from scratch, and of the first two seeds."""
     truth = [sum(row["from_scratch"]) / len(row["from_scratch"]) for row in rows]
     correlations = {
         "sp": spearmanr([-row["sp_loss"] for row in rows], truth),
@@ -283,21 +292,28 @@ def main() -> None:
         "autoslim": spearmanr([row["autoslim_accuracy"] for row in rows], truth),
         "autoslim_loss": spearmanr([-row["autoslim_loss"] for row in rows], truth),
     }
-    if arguments.scratch_seeds > 1:  # how well one training of these networks tells what another one will
+    if len(rows[0]["from_scratch"]) > 1:  # how well one training of these networks predicts another one
         correlations["seeds"] = spearmanr(*([row["from_scratch"][seed] for row in rows] for seed in (0, 1)))
-    found = {name: {"rho": float(c.statistic), "p": float(c.pvalue)} for name, c in correlations.items()}
-    print(json.dumps(found, indent=2))
+    return {name: {"rho": float(c.statistic), "p": float(c.pvalue)} for name, c in correlations.items()}
+
+
+def main() -> None:
+    """Run the experiment."""
+    arguments = parse_arguments()
+    rows = measure(arguments)
+    correlations = correlate(rows)
+    print(json.dumps(correlations, indent=2))
     if arguments.json:
-        places = ("data", "weights", "scratch", "json")
+        paths = ("data", "weights", "scratch", "json")
         document = {
             "machine": machine(torch.device("cpu")),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "data": arguments.data.partition(":")[0],
-            "settings": {name: value for name, value in vars(arguments).items() if name not in places},
-            "training": training,
+            "settings": {name: value for name, value in vars(arguments).items() if name not in paths},
+            "training": dataclasses.asdict(training_config(arguments)),
             "networks": rows,
-            "spearman": found,
+            "spearman": correlations,
         }
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 

@@ -1,27 +1,58 @@
-"""Options of a method: fields of its ``Config`` dataclass, declared once and checked wherever they come from."""
+"""Options: fields of a dataclass that users can set, declared once and checked wherever the values come from.
+
+They become flags of the command line, keys of YAML files and keyword arguments.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fastprune.host.spelling import did_you_mean
 
 T = TypeVar("T")
 
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
+SWITCH: Mapping[str, Any] = types.MappingProxyType({"action": "store_true"})
+"""The flag of a bool that is written without a value: ``--json``."""
 
-def option(default: T, help: str, *, minimum: float | None = None, maximum: float | None = None) -> T:  # noqa: A002
-    """A field of a ``Config``, with what it means and the closed range of a number.
+SEVERAL: Mapping[str, Any] = types.MappingProxyType({"nargs": "+"})
+"""The flag of a tuple whose values follow one another: ``--ignore stem head``."""
+
+POSITIONAL: Mapping[str, Any] = types.MappingProxyType({"nargs": "?"})
+"""The flag of a value that is written without a name: ``fastprune methods dmc``."""
+
+LARGEST_SEED = 2**63 - 1  # what torch's generators take
+
+
+def option(
+    default: T,
+    help: str,  # noqa: A002
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Iterable[str] | None = None,
+    flag: Mapping[str, Any] | None = None,
+) -> T:
+    """Declare a field of a dataclass as an option, with its meaning and its allowed values.
+
+    Limits and choices hold for each element of a tuple, and not for None.
 
     Args:
-        default: the value where the user gives none.
+        default: the value that holds if the user gives none.
         help: one line for ``--help`` and the documentation.
-        minimum: the smallest number allowed; None = no limit.
-        maximum: the largest number allowed.
+        minimum: the smallest allowed number; None = no limit.
+        maximum: the largest allowed number.
+        above: a number that the value must exceed.
+        below: a number that the value must stay below.
+        choices: the allowed texts; None = any. (A ``Literal`` type names its choices itself.)
+        flag: the arguments of ``ArgumentParser.add_argument``, for a flag that is not ``--name VALUE``.
 
     Returns:
         A dataclass field. (Typed as the default, as ``dataclasses.field`` is.)
@@ -33,7 +64,15 @@ def option(default: T, help: str, *, minimum: float | None = None, maximum: floa
         >>> Config().epochs
         10
     """
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum}
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
+        "choices": None if choices is None else tuple(choices),
+        "flag": flag or {},
+    }
     field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 
@@ -44,8 +83,8 @@ class OptionInfo:
 
     Args:
         name: the field's name.
-        type: the field's type as text; the choices where it is a ``Literal``.
-        default: the value where the user gives none.
+        type: the field's type as text; the choices if it has some.
+        default: the value that holds if the user gives none.
         help: what it means.
     """
 
@@ -56,17 +95,34 @@ class OptionInfo:
 
 
 def describe(config_class: type[Any]) -> tuple[OptionInfo, ...]:
-    """The options of a ``Config`` dataclass, in the order of its fields."""
-    hints = get_type_hints(config_class)
+    """Return the options of a dataclass, in the order of its fields."""
+    types_of_fields = types_of(config_class)
     defaults = config_class()
     return tuple(
-        OptionInfo(f.name, type_name(hints[f.name]), getattr(defaults, f.name), str(f.metadata.get("help", "")))
+        OptionInfo(f.name, type_name(types_of_fields[f.name]), getattr(defaults, f.name), help_of(f))
         for f in fields_of(config_class)
     )
 
 
-def build(config_class: type[Any], options: Mapping[str, Any], *, owner: str) -> Any:
-    """A ``Config`` with ``options`` in place of the defaults.
+def fields_of(config_class: type[Any]) -> list[dataclasses.Field[Any]]:
+    """Return the fields that a user can set."""
+    return [f for f in dataclasses.fields(config_class) if f.init]
+
+
+def types_of(config_class: type[Any]) -> dict[str, Any]:
+    """Return the type of each option by name; a text with choices is a ``Literal``."""
+    hints = get_type_hints(config_class)
+    choices = {f.name: f.metadata.get("choices") for f in fields_of(config_class) if hints[f.name] is str}
+    return {**hints, **{name: Literal[names] for name, names in choices.items() if names}}
+
+
+def help_of(field: dataclasses.Field[Any]) -> str:
+    """Return what an option means."""
+    return str(field.metadata.get("help", ""))
+
+
+def build(config_class: type[T], options: Mapping[str, Any], *, owner: str = "") -> T:
+    """Make an instance of a dataclass from options; the others keep their defaults.
 
     Text is read as the field's type (command lines, and YAML's ``1e-4``, give text where a number is meant).
 
@@ -76,44 +132,79 @@ def build(config_class: type[Any], options: Mapping[str, Any], *, owner: str) ->
         owner: whose options they are, for messages.
 
     Raises:
-        ValueError: for an unknown option, or a value out of range.
+        ValueError: for an unknown option, or a value that is out of range or not finite.
         TypeError: for a value of another type.
     """
     known = {f.name: f for f in fields_of(config_class)}
-    hints = get_type_hints(config_class)
+    kinds = types_of(config_class)
+    prefix = f"{owner}: " if owner else ""
     values: dict[str, Any] = {}
     for name, value in options.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(name, known, " ({})")
             raise ValueError(f"{owner} has no option {name!r}{hint}; its options: {', '.join(known) or 'none'}")
-        values[name] = checked(value, hints[name], known[name].metadata, f"{owner}: option {name}={value!r}")
+        values[name] = convert(value, kinds[name], f"{prefix}{name} {value!r}")
+        if isinstance(values[name], float) and not math.isfinite(values[name]):
+            raise ValueError(f"{prefix}{name} {value!r}: must be finite")
+        check_value(f"{prefix}{name}", values[name], known[name].metadata)
     try:
         return config_class(**values)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{owner}: {error}") from error
+        raise type(error)(f"{prefix}{error}") from error
 
 
-def fields_of(config_class: type[Any]) -> list[dataclasses.Field[Any]]:
-    """The fields that a user can set."""
-    return [f for f in dataclasses.fields(config_class) if f.init]
+def check(config: Any) -> None:
+    """Check the values of a dataclass against the limits and choices of its options; call it in ``__post_init__``.
+
+    Raises:
+        ValueError: for the first value that is not allowed.
+    """
+    for f in fields_of(type(config)):
+        check_value(f.name, getattr(config, f.name), f.metadata)
 
 
-def checked(value: Any, kind: Any, metadata: Mapping[str, Any], where: str) -> Any:
-    """``value`` as a ``kind`` within the range that the field's metadata gives."""
-    result = convert(value, kind, where)
-    low, high = metadata.get("minimum"), metadata.get("maximum")
-    if isinstance(result, (int, float)) and not isinstance(result, bool):
-        limits = [f"at least {low:g}"] if low is not None else []
-        limits += [f"at most {high:g}"] if high is not None else []
-        outside = (low is not None and result < low) or (high is not None and result > high)
-        if outside or not math.isfinite(result):
-            raise ValueError(f"{where}: must be {' and '.join(limits) or 'finite'}")
-    return result
+def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Check one value against the limits and choices in its field's metadata."""
+    choices = metadata.get("choices")
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(item, str) and choices is not None and item not in choices:
+            raise ValueError(f"{name} {item!r}: must be one of {', '.join(map(repr, choices))}")
+        if isinstance(item, (int, float)) and not isinstance(item, bool) and not is_within(item, metadata):
+            raise ValueError(f"{name} {item!r}: must be {range_text(metadata)}")
+
+
+def is_within(number: float, metadata: Mapping[str, Any]) -> bool:
+    """Return whether a number keeps to the limits in a field's metadata; nan keeps to none."""
+    minimum, maximum, above, below = (metadata.get(name) for name in ("minimum", "maximum", "above", "below"))
+    return (
+        (minimum is None or number >= minimum)
+        and (maximum is None or number <= maximum)
+        and (above is None or number > above)
+        and (below is None or number < below)
+    )
+
+
+def range_text(metadata: Mapping[str, Any]) -> str:
+    """Return the limits of a number in words."""
+    words = {"minimum": "at least", "maximum": "at most", "above": "above", "below": "below"}
+    limits = {text: metadata[name] for name, text in words.items() if metadata.get(name) is not None}
+    # A seed's limit has more digits than the format g shows.
+    shown = [f"{text} {limit:g}" if isinstance(limit, float) else f"{text} {limit}" for text, limit in limits.items()]
+    return " and ".join(shown)
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """``value`` as a ``kind``: bool, int, float, str, a ``Literal``, a union of those, or a tuple or list of one."""
+    """Return ``value`` as a ``kind``: bool, int, float, str, a ``Literal``, a union, or a tuple or list of one kind.
+
+    Args:
+        value: the value, or its text.
+        kind: the type.
+        where: the option and its value, for messages.
+
+    Raises:
+        ValueError: for a value that is not among the choices of a ``Literal``.
+        TypeError: for a value of another type.
+    """
     origin = get_origin(kind)
     if origin is Literal:
         for choice in get_args(kind):
@@ -134,7 +225,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def convert_union(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
-    """``value`` as the first of ``kinds`` that takes it."""
+    """Return ``value`` as the first of ``kinds`` that takes it."""
     if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
     for kind in kinds:
@@ -147,7 +238,7 @@ def convert_union(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
 
 
 def convert_plain(value: Any, kind: Any, where: str) -> Any:
-    """``value`` as a bool, an int, a float or a str; any other type must match already."""
+    """Return ``value`` as a bool, an int, a float or a str; a value of any other type must have that type already."""
     if kind is Any:
         return value
     if isinstance(value, str) and kind in (bool, int, float):
@@ -169,7 +260,7 @@ def convert_plain(value: Any, kind: Any, where: str) -> Any:
 
 
 def type_name(kind: Any) -> str:
-    """A type as users read it: ``int``, ``'local' | 'global'``, ``float | None``."""
+    """Return a type as users read it: ``int``, ``'local' | 'global'``, ``float | None``."""
     if get_origin(kind) is Literal:
         return " | ".join(map(repr, get_args(kind)))
     if get_origin(kind) in (Union, types.UnionType):

@@ -38,7 +38,7 @@ from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
 from fastprune.surgery import cut
-from fastprune.surgery.slicing import copied
+from fastprune.surgery.slicing import copy_model
 from fastprune.surgery.surgery import Cut
 
 
@@ -254,7 +254,7 @@ class Job:
             require_same_run(RunDirectory.open(str(self.running.out), self.peers), self.settings())
         place = self.running.placement
         source = data.to(place.device) if isinstance(data, Data) else None if data is None else UserData(data)
-        inputs = Inputs.of(example, model)
+        inputs = Inputs.from_example(example, model)
         if source is not None:
             require_same_channels(source, inputs)
         seed_everything(self.running.seed)
@@ -332,7 +332,7 @@ def measure(
         return {}
     layout = torch.channels_last if conditions.channels_last else torch.contiguous_format
     copies = {
-        name: copied(network).to(torch.device(str(conditions.device)), getattr(torch, conditions.dtype))
+        name: copy_model(network).to(torch.device(str(conditions.device)), getattr(torch, conditions.dtype))
         .to(memory_format=layout)
         for name, network in networks.items()
     }  # fmt: skip
@@ -369,5 +369,5 @@ def own_copy(model: nn.Module, placement: Placement, *, trained: bool) -> nn.Mod
     """Return the model in eval mode on its device: a copy, unless it is there already and nothing will change it."""
     there = device_of(model) == placement.device and not placement.channels_last
     if trained or not there or any(module.training for module in model.modules()):
-        model = placement.model(copied(model))
+        model = placement.model(copy_model(model))
     return model.eval()

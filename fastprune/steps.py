@@ -65,7 +65,7 @@ def prune_in_steps(
     device = choose_device(arguments.get("device") or str(home))
     goal = Goal.make(budget, arguments.pop("conditions", None), limits, device)
     tracing = Tracing(**{f.name: arguments[f.name] for f in fields(Tracing) if f.name in arguments})
-    first = tracing.trace(model, Inputs.of(example_inputs, model), home)
+    first = tracing.trace(model, Inputs.from_example(example_inputs, model), home)
     goal.budget.meter(first, Distributed.from_environment())
     full, limit = float(goal.budget.cost(first)), goal.budget.limit(first)
     plan = None

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-# One thread: on networks this small a second one costs more than it gives, and much more on a busy machine.
+# On networks this small a second thread costs more than it gains, and much more on a busy machine.
 torch.set_num_threads(1)
 
 
 def randomise_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give batch norms statistics and affine parameters of their own, so that a wrong index cannot go unnoticed."""
+    """Give each channel of a batch norm its own statistics and affine parameters, so that a wrong index shows."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -58,14 +58,14 @@ class TinyNet(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def away_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child process would find ./fastprune there, which has no _C, before the installed package."""
+def leave_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the checkout: there a child process finds ./fastprune, which has no _C, before the installed package."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """What a test draws does not depend on which tests ran before it."""
+def seed_torch() -> None:
+    """Seed torch, so that the random numbers of a test do not depend on earlier tests."""
     torch.manual_seed(0)
 
 

@@ -1,4 +1,4 @@
-"""The extension module: what is in it, what it needs, and how it shares the process with torch."""
+"""The extension module: its contents, its dependencies, and torch in the same process."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def run(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
-# Loads the module by its path: `import fastprune` itself needs torch.
+# Load the module by its path, since `import fastprune` needs torch.
 LOAD = f"""
 import importlib.util, sys
 def load():
@@ -70,7 +70,7 @@ def test_links_neither_torch_nor_python_nor_the_cuda_runtime():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("order", ["import torch; _C = load()", "_C = load(); import torch"])
-def test_one_openmp_runtime_whoever_is_imported_first(order):
+def test_one_openmp_runtime_in_either_import_order(order):
     code = (
         LOAD
         + order
@@ -90,7 +90,7 @@ print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in 
     assert run(code) == "1"
 
 
-def test_direct_callers_get_the_threads_of_openmp():
+def test_default_thread_count_is_that_of_openmp():
     code = LOAD + "print(load().build_info()['openmp_max_threads'])"
     assert run(code, OMP_NUM_THREADS="3") == "3"
 
@@ -103,7 +103,7 @@ import os, torch
 from fastprune import ops
 def mask(): return ops.topk_mask(torch.arange(100_000.0), torch.tensor([0.5]), torch.tensor([0, 100_000])).sum()
 torch.set_num_threads(2)
-mask()  # the parent's thread pool exists, and does not reach the child
+mask()  # starts the parent's thread pool, which the child does not have
 if (child := os.fork()) == 0:
     torch.set_num_threads(1)
     os._exit(0 if mask() == 50_000 else 1)
@@ -131,7 +131,7 @@ def configure(build: Path, choice: str, **environment: str) -> subprocess.Comple
         ("maybe", False, "FASTPRUNE_CUDA='maybe': needs ON, OFF or AUTO"),
     ],
 )
-def test_a_broken_nvcc(tmp_path, choice, succeeds, message):
+def test_a_build_with_a_broken_nvcc(tmp_path, choice, succeeds, message):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     nvcc.chmod(0o755)
@@ -146,7 +146,7 @@ def test_a_broken_nvcc(tmp_path, choice, succeeds, message):
     ("version", "message"),
     [(None, "needs a folder with include/cutlass/version.h"), ("4 1 9", "got CUTLASS 4.1.9, needs 4.2 or newer")],
 )
-def test_a_wrong_folder_for_cutlass(tmp_path, version, message):
+def test_a_wrong_folder_for_cutlass_is_refused(tmp_path, version, message):
     headers = tmp_path / "cutlass"
     if version is not None:
         names = ("MAJOR", "MINOR", "PATCH")

@@ -1,4 +1,4 @@
-"""The third-party package in examples/ is built, installed beside ours and used, as its author would."""
+"""The package in examples/ is built, installed beside ours and used, as by its author."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ print("kept the contract")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed the example."""
+    """A folder in which pip has installed the example."""
     pytest.importorskip("setuptools", reason="the example's build backend")
     folder = tmp_path_factory.mktemp("example")
     shutil.copytree(EXAMPLE, folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
@@ -59,7 +59,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(code: str, site: Path) -> str:
-    """The output of ``code`` in a fresh Python that sees the example beside fastprune."""
+    """Run ``code`` in a fresh Python that sees the example beside fastprune; return its output."""
     path = [str(site), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

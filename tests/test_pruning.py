@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastprune as fp
 from fastprune.engine import LoopOptions, RunDirectory, RunError
-from fastprune.graph.export.tracing import TraceError
+from fastprune.graph.export.refusals import TraceError
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Method, Task
 from fastprune.options import option
@@ -154,7 +154,7 @@ def test_a_method_class_and_a_budget_object(tiny: nn.Module) -> None:
     [
         ({"method": "dmcc"}, ValueError, "did you mean 'dmc'"),
         ({"method": "l1", "nope": 3}, ValueError, "method 'l1' has no option 'nope'"),
-        ({"method": "dmc", "data": 1, "epochs": "x"}, TypeError, "option epochs='x': type int is needed"),
+        ({"method": "dmc", "data": 1, "epochs": "x"}, TypeError, "epochs 'x': type int is needed"),
         ({"method": "dmc"}, ValueError, "method 'dmc' searches on training data: give data="),
         ({"method": "l1", "budget": "flops=2"}, BudgetError, r"must be in \(0, 1\]"),
         ({"method": "l1", "budget": "flops=1"}, BudgetError, "nothing to prune"),

@@ -324,13 +324,13 @@ def test_single_channels_are_cheaper_than_the_tolerance():
     """Otherwise a correct method could fail the budget clause."""
     graph = traced()
     full = graph.cost()
-    inner = [group for group in graph.groups if group.kind == "interior"]
+    inner = [group for group in graph.groups if group.kind == "plain"]
     for group in inner:
         mask = torch.ones(graph.num_units)
         mask[group.start] = 0
         without = graph.cost(mask)
         assert float(1 - without.macs / full.macs) < 0.01
         assert float(1 - without.params / full.params) < 0.01
-    assert {group.kind for group in graph.groups} == {"interior", "stream"}
+    assert {group.kind for group in graph.groups} == {"plain", "stream"}
     assert any(layer.depthwise for layer in graph.layers)
     assert not network().training

@@ -1,7 +1,7 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
 // bernoulli_gate for Python.
-#include "bernoulli_gate.h"
+#include "bind.h"
 
 #include "fastprune/bernoulli_gate.h"
 #include "gate.h"

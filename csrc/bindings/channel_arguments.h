@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "../build.h"
-#include "../checks.h"
 #include "channel_views.h"
+#include "checks.h"
+#include "fastprune/build.h"
 #include "fastprune/half.h"
 
 namespace fastprune {

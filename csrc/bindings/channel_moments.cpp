@@ -5,8 +5,8 @@
 
 #include <pybind11/stl.h>
 
+#include "bind.h"
 #include "channel_arguments.h"
-#include "channel_moments.h"
 
 namespace py = pybind11;
 

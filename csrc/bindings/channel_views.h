@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "../checks.h"
+#include "checks.h"
 #include "fastprune/channel_layout.h"
 
 namespace fastprune {

@@ -8,9 +8,9 @@
 #include <array>
 #include <optional>
 
-#include "../build.h"
-#include "../checks.h"
-#include "fused_conv.h"
+#include "bind.h"
+#include "checks.h"
+#include "fastprune/build.h"
 
 namespace py = pybind11;
 

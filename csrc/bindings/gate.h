@@ -6,8 +6,8 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
-#include "../build.h"
-#include "../checks.h"
+#include "checks.h"
+#include "fastprune/build.h"
 #include "fastprune/gate.h"
 
 namespace fastprune {

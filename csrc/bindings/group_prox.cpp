@@ -10,10 +10,10 @@
 #include <memory>
 #include <optional>
 
-#include "../build.h"
-#include "../checks.h"
-#include "../unit_table.h"
-#include "group_prox.h"
+#include "bind.h"
+#include "checks.h"
+#include "fastprune/build.h"
+#include "unit_table.h"
 
 namespace py = pybind11;
 

@@ -1,7 +1,7 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
 // gumbel_gate for Python.
-#include "gumbel_gate.h"
+#include "bind.h"
 
 #include <cmath>
 #include <sstream>

@@ -1,7 +1,7 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
 // Which instruction set the CPU kernels use, for tests that compare them.
-#include "instruction_set.h"
+#include "bind.h"
 
 #include <string>
 

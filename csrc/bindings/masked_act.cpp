@@ -9,9 +9,9 @@
 #include <string>
 #include <utility>
 
-#include "../build.h"
+#include "bind.h"
 #include "channel_arguments.h"
-#include "masked_act.h"
+#include "fastprune/build.h"
 
 namespace py = pybind11;
 

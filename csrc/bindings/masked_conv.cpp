@@ -11,10 +11,10 @@
 #include <string>
 #include <vector>
 
-#include "../checks.h"
 #include "../cpu/instruction_set.h"
+#include "bind.h"
 #include "channel_views.h"
-#include "masked_conv.h"
+#include "checks.h"
 
 namespace py = pybind11;
 

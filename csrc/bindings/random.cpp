@@ -2,7 +2,7 @@
 //
 // What the noise of the gates is made of, one value at a time: for tests against published and correctly rounded
 // values.
-#include "random.h"
+#include "bind.h"
 
 #include <pybind11/stl.h>
 

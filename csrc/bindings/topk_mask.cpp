@@ -8,9 +8,9 @@
 
 #include <optional>
 
-#include "../build.h"
-#include "../checks.h"
-#include "topk_mask.h"
+#include "bind.h"
+#include "checks.h"
+#include "fastprune/build.h"
 
 namespace py = pybind11;
 

@@ -15,8 +15,8 @@
 #include <cstdint>
 
 #include "fastprune/channel_layout.h"
+#include "instruction_set.h"
 #include "parallel.h"
-#include "vectors.h"
 
 namespace fastprune::cpu {
 
@@ -48,19 +48,20 @@ struct LineTile {
 };
 
 /// Calls action(row, at, width) for each stretch of the lines from `begin` up to `end`: the first of its rows, counted
-/// from the tile's first, its place in the line, and its width. Always inline, as the action has to be.
+/// from the tile's first, its place in the line, and its width. The action is compiled into both places that call it:
+/// a single one, whose `at` varies, was a tenth slower for lines of one stretch.
 template <class Action>
 FASTPRUNE_INLINE void for_each_stretch(const LineTile& tile, int64_t begin, int64_t end, const Action& action) {
-    const int64_t rows = tile.rows, lines = tile.lines, rest = tile.rest;
+    const int64_t rows = tile.rows, channels = tile.channels, rest = tile.rest, full = std::min(end, tile.lines);
     if (tile.joined) {
-        const int64_t whole = tile.width();
-        for (int64_t line = begin; line < std::min(end, lines); ++line) action(line * rows, 0, whole);
-        if (end > lines) action(lines * rows, 0, rest);
+        int64_t line = begin, last = full, width = tile.width();
+        for (int part = 0; part < 2; ++part, last = end, width = rest) {  // the full lines, then the rest
+            for (; line < last; ++line) action(line * rows, 0, width);
+        }
         return;
     }
-    const int64_t channels = tile.channels, last = rest / channels;
     for (int64_t line = begin; line < end; ++line) {
-        const int64_t count = line < lines ? rows : last;
+        const int64_t count = line < full ? rows : rest / channels;
         for (int64_t row = 0; row < count; ++row) action(line * rows + row, row * channels, channels);
     }
 }

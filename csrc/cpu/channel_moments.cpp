@@ -38,7 +38,7 @@ Status channel_moments(const ChannelMomentsArgs<Storage>& args, int num_threads)
         std::fill_n(square_sums, tile.width(), 0.0);
         const Storage* x = first_of(args.x, tile, layout);
         const int64_t pitch = tile.pitch(args.x.outer_stride);
-        with_widest_vectors([&]() __attribute__((always_inline)) {
+        run_vectorised([&]() __attribute__((always_inline)) {
             for_each_stretch(tile, 0, tile.all_lines(),
                              [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
                                  add_line(x + row * pitch, firsts + at, sums + at, square_sums + at, width);

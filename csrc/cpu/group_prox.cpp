@@ -1,15 +1,13 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// group_prox on the CPU. Memory traffic is the cost, so that a unit which fits a core's cache is read and scaled by one
-// thread: two passes over the memory in place of three. Only larger units, and those whose short runs lie in many rows,
-// are shared: squares of all tiles of a wave, then the norms, then the scaling of its tiles, which the last cache
+// group_prox on the CPU. Memory traffic is the cost: one thread reads and scales a unit that fits a core's cache, which
+// is two passes over the memory instead of three. Threads share only larger units, and units whose short runs lie in
+// many rows: they sum the squares of all tiles of a wave, find its norms, and scale its tiles, which the last cache
 // holds.
 #include "fastprune/group_prox.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <type_traits>
 
 #include "fastprune/shrinkage.h"
 #include "instruction_set.h"
@@ -19,8 +17,8 @@ namespace fastprune::cpu {
 namespace {
 
 constexpr int64_t thread_grain = 16384;  // elements, a few microseconds
-constexpr int64_t combined_units = 512;  // shared units whose partial sums one thread adds up in one go
 constexpr int64_t block = 1024;          // squares in one plain sum
+constexpr int64_t units_at_once = 64;    // units whose norms one loop finds
 
 /// A sum that remembers what its additions rounded away (Knuth's TwoSum). In float64 a plain sum over the many short
 /// runs of a unit was off by 60 units in the last place, where torch's cascade is off by one.
@@ -41,7 +39,7 @@ double square(T value) {
     return static_cast<double>(value) * static_cast<double>(value);
 }
 
-/// Of up to `block` elements. The sum across the lanes is written out: as a loop that halves them it went through
+/// The sum of up to `block` squares. The sum over the lanes is written out: as a loop that halves them it went through
 /// memory and cost a unit of nine elements seven times as much.
 template <class T>
 double sum_of_squares(const T* x, int64_t size) {
@@ -51,17 +49,10 @@ double sum_of_squares(const T* x, int64_t size) {
     for (; i + lanes <= size; i += lanes) {
         for (int64_t lane = 0; lane < lanes; ++lane) s[lane] += square(x[i + lane]);
     }
-    double rest[4] = {};
-    for (; i + 4 <= size; i += 4) {
-        rest[0] += square(x[i]);
-        rest[1] += square(x[i + 1]);
-        rest[2] += square(x[i + 2]);
-        rest[3] += square(x[i + 3]);
-    }
-    for (; i < size; ++i) rest[0] += square(x[i]);
     for (int64_t lane = 0; lane < 8; ++lane) s[lane] += s[lane + 8];
-    const double sum = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-    return sum + ((rest[0] + rest[1]) + (rest[2] + rest[3]));
+    double sum = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+    for (; i < size; ++i) sum += square(x[i]);
+    return sum;
 }
 
 template <class T>
@@ -79,11 +70,11 @@ void scale(T* x, int64_t size, T factor) {
     }
 }
 
-/// Norms and factors of up to `size` units whose squares are summed.
-template <class T, int64_t size>
+/// Finds the norms and factors of up to `units_at_once` units whose squares are summed.
+template <class T>
 void shrink(const GroupProxArgs<T>& args, const int32_t* units, int64_t count, const double* sums,
             T* __restrict factors) {
-    T thresholds[size], norms[size];
+    T thresholds[units_at_once], norms[units_at_once];
     for (int64_t k = 0; k < count; ++k) thresholds[k] = args.threshold != nullptr ? args.threshold[units[k]] : T{0};
     for (int64_t k = 0; k < count; ++k) {  // a loop of its own: square roots and quotients of several units at once
         const auto shrinkage = Shrinkage<T>::of(sums[k], thresholds[k]);
@@ -177,14 +168,13 @@ void process_whole_units(const GroupProxArgs<T>& args, const WorkItem& item) {
     int64_t size = 0;
     for_each_run<T>(args.plan, bundle, 0, [&](const T*, int64_t run) { size += run; });
     // Many small units at once: one after the other each would wait for its own square root and quotient.
-    constexpr int64_t most = 64;
-    const int64_t at_once = std::clamp<int64_t>(8192 / size, 1, most);
+    const int64_t at_once = std::clamp<int64_t>(8192 / size, 1, units_at_once);
     for (int64_t first = item.first; first < item.first + item.count; first += at_once) {
         const int64_t count = std::min(at_once, item.first + item.count - first);
-        double sums[most];
-        T factors[most];
+        double sums[units_at_once];
+        T factors[units_at_once];
         sum_units<T>(args.plan, bundle, first, count, sums);
-        shrink<T, most>(args, units + first, count, sums, factors);
+        shrink(args, units + first, count, sums, factors);
         scale_units<T>(args.plan, bundle, first, count, factors);
     }
 }
@@ -228,68 +218,35 @@ void sum_tile(const GroupProxArgs<T>& args, const Tile& tile) {
         if (part.rows <= 64) break;
         for (int64_t k = 0; k < tile.count; ++k) totals[k].add(sums[k]);
     }
-    for (int64_t k = 0; k < tile.count; ++k) {
+    for (int64_t k = 0; k < tile.count; ++k)
         args.partial_sums[slots[k]] = part.rows <= 64 ? sums[k] : totals[k].result();
-    }
 }
 
+/// Adds up the partial sums of the shared units [first, last), up to `units_at_once`, and finds their factors.
 template <class T>
 void combine(const GroupProxArgs<T>& args, int64_t first, int64_t last) {
     const int64_t* slots = args.plan.first_slots;
-    constexpr int64_t most = 8;  // chains of additions side by side, of units with as many partial sums each
-    for (int64_t count = 0; first < last; first += count) {
-        const int64_t length = slots[first + 1] - slots[first];
-        for (count = 1; count < std::min(most, last - first); ++count) {
-            if (slots[first + count + 1] - slots[first + count] != length) break;
-        }
-        LongSum sums[most];
-        const double* parts = args.partial_sums + slots[first];
-        for (int64_t s = 0; s < length; ++s) {
-            for (int64_t k = 0; k < count; ++k) sums[k].add(parts[k * length + s]);
-        }
-        double results[most];
-        for (int64_t k = 0; k < count; ++k) results[k] = sums[k].result();
-        const int32_t* units = args.plan.unit_of + args.plan.first_shared + first;
-        shrink<T, most>(args, units, count, results, args.factors + first);
+    double sums[units_at_once];
+    for (int64_t shared = first; shared < last; ++shared) {
+        LongSum sum;
+        for (int64_t slot = slots[shared]; slot < slots[shared + 1]; ++slot) sum.add(args.partial_sums[slot]);
+        sums[shared - first] = sum.result();
     }
+    const int32_t* units = args.plan.unit_of + args.plan.first_shared + first;
+    shrink(args, units, last - first, sums, args.factors + first);
 }
 
-/// What scaled() does to a line of a tile with several units, without a branch for each element.
-template <class T>
-struct LineFactors {
-    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    T factors[max_tile_width];
-    Bits alive[max_tile_width];
-
-    LineFactors(const Tile& tile, const T* by_unit) {
-        const int64_t run = tile.part.run;
-        for (int64_t k = 0; k < tile.count; ++k) {
-            for (int64_t i = k * run; i < (k + 1) * run; ++i) factors[i] = by_unit[k];
-        }
-        for (int64_t i = 0; i < tile.count * run; ++i) alive[i] = factors[i] == 0 ? 0 : ~Bits{0};
-    }
-
-    T operator()(T value, int64_t i) const {
-        return std::bit_cast<T>(std::bit_cast<Bits>(value * factors[i]) & alive[i]);
-    }
-};
-
-/// No factor is 1.
+/// Scales the lines of a tile with several units. No factor is 1.
 template <class T>
 void scale_lines(const Tile& tile, const T* by_unit) {
-    const LineFactors<T> scaled_at(tile, by_unit);
-    const int64_t width = tile.count * tile.part.run, stride = tile.part.row_stride;
+    const int64_t run = tile.part.run, width = tile.count * run;
+    T factors[max_tile_width];
+    for (int64_t k = 0; k < tile.count; ++k) std::fill_n(factors + k * run, run, by_unit[k]);
     T* lines = tile.part.data<T>();
-    int64_t row = 0;
-    for (; row + 2 <= tile.part.rows; row += 2, lines += 2 * stride) {  // factors are loaded once for two
-        T* __restrict x0 = lines, * __restrict x1 = lines + stride;
-        for (int64_t i = 0; i < width; ++i) {
-            x0[i] = scaled_at(x0[i], i);
-            x1[i] = scaled_at(x1[i], i);
-        }
+    for (int64_t row = 0; row < tile.part.rows; ++row) {
+        T* __restrict x = lines + row * tile.part.row_stride;
+        for (int64_t i = 0; i < width; ++i) x[i] = factors[i] == 0 ? T{0} : x[i] * factors[i];
     }
-    if (row == tile.part.rows) return;
-    for (int64_t i = 0; i < width; ++i) lines[i] = scaled_at(lines[i], i);
 }
 
 template <class T>
@@ -324,14 +281,12 @@ void process_wave(const GroupProxArgs<T>& args, const Wave& wave, int threads) {
     const Tile* tiles = args.plan.tiles + wave.first_tile;
     parallel_for(wave.num_tiles, threads, [&](int64_t i, int) { run_vectorised([&] { sum_tile(args, tiles[i]); }); });
     const int64_t last = wave.first_shared + wave.num_shared;
-    parallel_for((wave.num_shared + combined_units - 1) / combined_units, threads, [&](int64_t i, int) {
-        const int64_t first = wave.first_shared + i * combined_units;
-        run_vectorised([&] { combine(args, first, std::min(first + combined_units, last)); });
+    parallel_for((wave.num_shared + units_at_once - 1) / units_at_once, threads, [&](int64_t i, int) {
+        const int64_t first = wave.first_shared + i * units_at_once;
+        run_vectorised([&] { combine(args, first, std::min(first + units_at_once, last)); });
     });
     if (args.threshold == nullptr) return;
-    parallel_for(wave.num_tiles, threads, [&](int64_t i, int) {  // the last ones first: a cache forgets the oldest
-        run_vectorised([&] { scale_tile(args, tiles[wave.num_tiles - 1 - i]); });
-    });
+    parallel_for(wave.num_tiles, threads, [&](int64_t i, int) { run_vectorised([&] { scale_tile(args, tiles[i]); }); });
 }
 
 template <class T>

@@ -4,6 +4,8 @@
 // machine. Contraction is off in all of them, so that the instruction set changes the speed and not one bit.
 #pragma once
 
+#define FASTPRUNE_INLINE inline __attribute__((always_inline))
+
 namespace fastprune::cpu {
 
 /// avx2 comes with FMA, avx512 is F, DQ, BW and VL.

@@ -5,7 +5,7 @@
 #include "fastprune/masked_act.h"
 
 #include "channel_lines.h"
-#include "dispatch_activation.h"
+#include "with_activation.h"
 
 namespace fastprune::cpu {
 namespace {
@@ -15,14 +15,16 @@ struct ForwardTile {
     const Storage* x;
     Storage* y;
     Storage* saved;
+    int64_t x_pitch, y_pitch, saved_pitch;
     alignas(64) Real<Storage> scale[tile_width];
     alignas(64) Real<Storage> shift[tile_width];
     alignas(64) Real<Storage> mask[tile_width];
 };
 
 template <class Storage, Activation activation, bool wants_y, bool wants_saved>
-FASTPRUNE_INLINE void forward_line(const ForwardTile<Storage>& tile, int64_t at, const Storage* x, Storage* y,
-                                   Storage* saved, int64_t width) {
+FASTPRUNE_INLINE void forward_line(const ForwardTile<Storage>& tile, int64_t row, int64_t at, int64_t width) {
+    const Storage* const x = tile.x + row * tile.x_pitch;
+    Storage *const y = tile.y + row * tile.y_pitch, *const saved = tile.saved + row * tile.saved_pitch;
     const Real<Storage>*scale = tile.scale + at, *shift = tile.shift + at, *mask = tile.mask + at;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
@@ -33,43 +35,48 @@ FASTPRUNE_INLINE void forward_line(const ForwardTile<Storage>& tile, int64_t at,
     }
 }
 
+/// All lines of a tile: the part that is compiled for every activation and instruction set.
+template <class Storage>
+using ForwardLines = void (*)(const LineTile& lines, const ForwardTile<Storage>& tile);
+
 template <class Storage, Activation activation, bool wants_y, bool wants_saved>
-void forward(const MaskedActArgs<Storage>& args, int num_threads) {
-    const bool gapless = are_gapless(args.layout, args.x, args.y, args.saved);
-    for_each_tile(
-        args.layout, gapless ? rows_of_line(args.layout) : 1, gapless, num_threads, [&](const LineTile& lines) {
-            ForwardTile<Storage> tile;
-            tile.x = first_of(args.x, lines, args.layout);
-            tile.y = first_of(args.y, lines, args.layout);
-            tile.saved = first_of(args.saved, lines, args.layout);
-            fill_line(tile.scale, args.scale, Real<Storage>{1}, lines);
-            fill_line(tile.shift, args.shift, -Real<Storage>{0}, lines);  // x + -0 is x, signed zeros included
-            fill_line(tile.mask, args.mask, Real<Storage>{1}, lines);
-            const int64_t x_pitch = lines.pitch(args.x.outer_stride), y_pitch = lines.pitch(args.y.outer_stride),
-                          saved_pitch = lines.pitch(args.saved.outer_stride);
-            with_widest_vectors([&]() __attribute__((always_inline)) {
-                for_each_stretch(lines, 0, lines.all_lines(),
-                                 [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
-                                     forward_line<Storage, activation, wants_y, wants_saved>(
-                                         tile, at, tile.x + row * x_pitch, tile.y + row * y_pitch,
-                                         tile.saved + row * saved_pitch, width);
-                                 });
-            });
-        });
+void forward_lines(const LineTile& lines, const ForwardTile<Storage>& tile) {
+    run_vectorised([&]() __attribute__((always_inline)) {
+        for_each_stretch(lines, 0, lines.all_lines(),
+                         [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
+                             forward_line<Storage, activation, wants_y, wants_saved>(tile, row, at, width);
+                         });
+    });
+}
+
+template <class Storage>
+ForwardLines<Storage> forward_lines_for(const MaskedActArgs<Storage>& args) {
+    return with_activation(args.activation, [&]<Activation activation>() -> ForwardLines<Storage> {
+        if (args.saved.data == nullptr) return &forward_lines<Storage, activation, true, false>;
+        if (args.y.data == nullptr) return &forward_lines<Storage, activation, false, true>;
+        return &forward_lines<Storage, activation, true, true>;
+    });
 }
 
 }  // namespace
 
 template <class Storage>
 Status masked_act(const MaskedActArgs<Storage>& args, int num_threads) {
-    dispatch_activation(args.activation, [&]<Activation activation>() {
-        if (args.saved.data == nullptr) {
-            forward<Storage, activation, true, false>(args, num_threads);
-        } else if (args.y.data == nullptr) {
-            forward<Storage, activation, false, true>(args, num_threads);
-        } else {
-            forward<Storage, activation, true, true>(args, num_threads);
-        }
+    const ChannelLayout& layout = args.layout;
+    const ForwardLines<Storage> process = forward_lines_for(args);
+    const bool gapless = are_gapless(layout, args.x, args.y, args.saved);
+    for_each_tile(layout, gapless ? rows_of_line(layout) : 1, gapless, num_threads, [&](const LineTile& lines) {
+        ForwardTile<Storage> tile;
+        tile.x = first_of(args.x, lines, layout);
+        tile.y = first_of(args.y, lines, layout);
+        tile.saved = first_of(args.saved, lines, layout);
+        tile.x_pitch = lines.pitch(args.x.outer_stride);
+        tile.y_pitch = lines.pitch(args.y.outer_stride);
+        tile.saved_pitch = lines.pitch(args.saved.outer_stride);
+        fill_line(tile.scale, args.scale, Real<Storage>{1}, lines);
+        fill_line(tile.shift, args.shift, -Real<Storage>{0}, lines);  // x + -0 is x, signed zeros included
+        fill_line(tile.mask, args.mask, Real<Storage>{1}, lines);
+        process(lines, tile);
     });
     return {};
 }

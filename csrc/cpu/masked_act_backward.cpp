@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "channel_lines.h"
-#include "dispatch_activation.h"
 #include "fastprune/masked_act.h"
+#include "with_activation.h"
 
 namespace fastprune::cpu {
 namespace {
@@ -18,13 +18,13 @@ constexpr int64_t lines_per_stretch = 32;
 /// Which sums a loop makes: the variants that the compiler sees. Those with `all` also read x.
 enum class Sums { none, mask, all };
 
-template <class Storage>
+template <class Real>
 struct Coefficients {
-    alignas(64) Real<Storage> mask[tile_width];
-    alignas(64) Real<Storage> scale[tile_width];
-    alignas(64) Real<Storage> centre[tile_width];
-    alignas(64) Real<Storage> slope[tile_width];
-    alignas(64) Real<Storage> offset[tile_width];
+    alignas(64) Real mask[tile_width];
+    alignas(64) Real scale[tile_width];
+    alignas(64) Real centre[tile_width];
+    alignas(64) Real slope[tile_width];
+    alignas(64) Real offset[tile_width];
 };
 
 template <class Real>
@@ -43,7 +43,8 @@ struct Lines {
 
 template <class Storage, Activation activation, bool wants_dx, Sums wanted>
 FASTPRUNE_INLINE void backward_line(const Lines<Storage>& lines, int64_t row, int64_t at, int64_t width,
-                                    const Coefficients<Storage>& coefficients, LineSums<Real<Storage>>& line_sums) {
+                                    const Coefficients<Real<Storage>>& coefficients,
+                                    LineSums<Real<Storage>>& line_sums) {
     using Value = Real<Storage>;
     const Storage* const dy_line = lines.dy + row * lines.dy_pitch;
     const Storage* const saved_line = lines.saved + row * lines.saved_pitch;
@@ -69,28 +70,78 @@ FASTPRUNE_INLINE void backward_line(const Lines<Storage>& lines, int64_t row, in
     }
 }
 
-/// Partial sums [chunks, channels] of those that are wanted.
+/// Some lines of a tile: the part that is compiled for every activation and instruction set.
+template <class Storage>
+using BackwardLines = void (*)(const LineTile& tile, int64_t begin, int64_t end, const Lines<Storage>& lines,
+                               const Coefficients<Real<Storage>>& coefficients, LineSums<Real<Storage>>& sums);
+
+template <class Storage, Activation activation, bool wants_dx, Sums wanted>
+void backward_lines(const LineTile& tile, int64_t begin, int64_t end, const Lines<Storage>& lines,
+                    const Coefficients<Real<Storage>>& coefficients, LineSums<Real<Storage>>& sums) {
+    run_vectorised([&]() __attribute__((always_inline)) {
+        for_each_stretch(tile, begin, end, [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
+            backward_line<Storage, activation, wants_dx, wanted>(lines, row, at, width, coefficients, sums);
+        });
+    });
+}
+
+template <class Storage>
+BackwardLines<Storage> backward_lines_for(const MaskedActBackwardArgs<Storage>& args, Sums wanted) {
+    const bool wants_dx = args.dx.data != nullptr;
+    return with_activation(args.activation, [&]<Activation activation>() -> BackwardLines<Storage> {
+        switch (wanted) {
+            case Sums::none: break;
+            case Sums::mask:
+                return wants_dx ? &backward_lines<Storage, activation, true, Sums::mask>
+                                : &backward_lines<Storage, activation, false, Sums::mask>;
+            case Sums::all:
+                return wants_dx ? &backward_lines<Storage, activation, true, Sums::all>
+                                : &backward_lines<Storage, activation, false, Sums::all>;
+        }
+        return &backward_lines<Storage, activation, true, Sums::none>;
+    });
+}
+
+template <class Storage>
+Sums wanted_sums(const MaskedActBackwardArgs<Storage>& args) {
+    if (args.dshift != nullptr || args.dscale != nullptr || args.slope != nullptr) return Sums::all;
+    return args.dmask != nullptr ? Sums::mask : Sums::none;
+}
+
+/// Partial sums [chunks, channels] of those that the caller wants, else null.
 struct Partials {
     double *mask, *shift, *scale;
 };
 
-template <class Storage, Activation activation, bool wants_dx, Sums wanted>
-void backward(const MaskedActBackwardArgs<Storage>& args, const Partials& partials, int num_threads) {
-    const auto& x = args.x.data != nullptr ? args.x : args.saved;  // where dshift alone is wanted: read for nothing
+template <class Real>
+void flush_sums(LineSums<Real>& sums, const LineTile& tile, const ChannelLayout& layout, const Partials& partials) {
+    run_vectorised([&]() __attribute__((always_inline)) {
+        flush_line(sums.mask, tile, layout, partials.mask);
+        flush_line(sums.shift, tile, layout, partials.shift);
+        flush_line(sums.scale, tile, layout, partials.scale);
+    });
+}
+
+template <class Storage>
+void run_backward(const MaskedActBackwardArgs<Storage>& args, const Partials& partials, int num_threads) {
+    using Value = Real<Storage>;
+    const Sums wanted = wanted_sums(args);
+    const BackwardLines<Storage> process = backward_lines_for(args, wanted);
+    const auto& x = args.x.data != nullptr ? args.x : args.saved;  // where only dshift is wanted: read for nothing
     const bool gapless = are_gapless(args.layout, args.dy, args.saved, x, args.dx);
     for_each_tile(args.layout, rows_of_line(args.layout), gapless, num_threads, [&](const LineTile& tile) {
-        Coefficients<Storage> coefficients;
-        fill_line(coefficients.mask, args.mask, Real<Storage>{1}, tile);
-        fill_line(coefficients.scale, args.scale, Real<Storage>{1}, tile);
-        if constexpr (wanted == Sums::all) {
-            fill_line(coefficients.centre, args.centre, Real<Storage>{0}, tile);
-            fill_line(coefficients.slope, args.slope, Real<Storage>{0}, tile);
-            fill_line(coefficients.offset, args.offset, -Real<Storage>{0}, tile);
+        Coefficients<Value> coefficients;
+        fill_line(coefficients.mask, args.mask, Value{1}, tile);
+        fill_line(coefficients.scale, args.scale, Value{1}, tile);
+        LineSums<Value> sums;
+        if (wanted != Sums::none) std::fill_n(sums.mask, tile.width(), Value{0});
+        if (wanted == Sums::all) {
+            fill_line(coefficients.centre, args.centre, Value{0}, tile);
+            fill_line(coefficients.slope, args.slope, Value{0}, tile);
+            fill_line(coefficients.offset, args.offset, -Value{0}, tile);
+            std::fill_n(sums.shift, tile.width(), Value{0});
+            std::fill_n(sums.scale, tile.width(), Value{0});
         }
-        LineSums<Real<Storage>> sums;
-        if constexpr (wanted >= Sums::mask) std::fill_n(sums.mask, tile.width(), Real<Storage>{0});
-        if constexpr (wanted >= Sums::all) std::fill_n(sums.shift, tile.width(), Real<Storage>{0});
-        if constexpr (wanted >= Sums::all) std::fill_n(sums.scale, tile.width(), Real<Storage>{0});
         const Lines<Storage> lines{first_of(args.dy, tile, args.layout), first_of(args.saved, tile, args.layout),
                                    first_of(x, tile, args.layout),       first_of(args.dx, tile, args.layout),
                                    tile.pitch(args.dy.outer_stride),     tile.pitch(args.saved.outer_stride),
@@ -98,31 +149,10 @@ void backward(const MaskedActBackwardArgs<Storage>& args, const Partials& partia
         const int64_t count = tile.all_lines();
         const int64_t stretch = tile.rows > 1 ? lines_per_stretch / 2 : lines_per_stretch;
         for (int64_t begin = 0; begin < count; begin += stretch) {
-            with_widest_vectors([&]() __attribute__((always_inline)) {
-                for_each_stretch(tile, begin, std::min(begin + stretch, count),
-                                 [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
-                                     backward_line<Storage, activation, wants_dx, wanted>(lines, row, at, width,
-                                                                                          coefficients, sums);
-                                 });
-                flush_line(sums.mask, tile, args.layout, partials.mask);
-                flush_line(sums.shift, tile, args.layout, partials.shift);
-                flush_line(sums.scale, tile, args.layout, partials.scale);
-            });
+            process(tile, begin, std::min(begin + stretch, count), lines, coefficients, sums);
+            if (wanted != Sums::none) flush_sums(sums, tile, args.layout, partials);
         }
     });
-}
-
-template <class Storage, Activation activation>
-void backward(const MaskedActBackwardArgs<Storage>& args, const Partials& partials, int num_threads) {
-    const auto run = [&]<Sums wanted>() {
-        if (args.dx.data != nullptr) return backward<Storage, activation, true, wanted>(args, partials, num_threads);
-        if constexpr (wanted != Sums::none) backward<Storage, activation, false, wanted>(args, partials, num_threads);
-    };
-    if (args.dshift != nullptr || args.dscale != nullptr || args.slope != nullptr) {
-        return run.template operator()<Sums::all>();
-    }
-    if (args.dmask != nullptr) return run.template operator()<Sums::mask>();
-    run.template operator()<Sums::none>();
 }
 
 }  // namespace
@@ -136,9 +166,7 @@ Status masked_act_backward(const MaskedActBackwardArgs<Storage>& args, int num_t
         if (totals[i] != nullptr) memory[i].resize(count * args.layout.channels);
     }
     const auto partials_of = [&](int i) { return totals[i] != nullptr ? memory[i].data() : nullptr; };
-    const Partials partials{partials_of(0), partials_of(1), partials_of(2)};
-    dispatch_activation(args.activation,
-                        [&]<Activation activation>() { backward<Storage, activation>(args, partials, num_threads); });
+    run_backward(args, {partials_of(0), partials_of(1), partials_of(2)}, num_threads);
     for (int i = 0; i < 3; ++i) {
         if (totals[i] != nullptr) combine_chunks(memory[i].data(), args.layout, count, totals[i]);
     }

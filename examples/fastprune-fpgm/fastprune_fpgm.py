@@ -1,4 +1,4 @@
-"""Filter Pruning via Geometric Median (He et al., CVPR 2019): what the other filters can replace goes first."""
+"""Filter Pruning via Geometric Median (He et al., CVPR 2019): filters that others can replace go first."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from fastprune.methods import RankingConfig, ScoreMethod, Task, option, unit_fil
 
 @dataclass(frozen=True)
 class FPGMConfig(RankingConfig):
-    """The options of every score-based method, and the norm that distances are measured in."""
+    """The options of every score-based method, and the norm of the distances."""
 
-    p: float = option(2.0, "distances between filters are measured in this norm; the paper's is 2", minimum=1.0)
+    p: float = option(2.0, "norm of the distances between filters; the paper's is 2", minimum=1.0)
 
 
 class FPGM(ScoreMethod):
     """Remove the filters nearest to the geometric median of their layer: the others can stand in for them.
 
-    A channel that several layers make has the sum of its scores in them.
+    A channel that several layers make has the sum of its scores there.
     """
 
     name = "fpgm"
@@ -26,7 +26,7 @@ class FPGM(ScoreMethod):
     Config = FPGMConfig
 
     def scores(self, task: Task) -> Tensor:
-        """For each unit i: Σ_j ‖w_i − w_j‖ over the filters of its layer (eq. 6 of the paper)."""
+        """Return for each unit i: Σ_j ‖w_i − w_j‖ over the filters of its layer (eq. 6 of the paper)."""
         scores = torch.zeros(task.graph.num_units, dtype=torch.float64)
         for group in task.graph.groups:
             for filters in unit_filters(task.graph, task.model, group):

@@ -1,4 +1,4 @@
-"""One workload of a benchmark and the ways to compute it, which have to agree before anything is timed."""
+"""A workload of a benchmark and its variants, which must agree before any is timed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ OURS = "fastprune"
 
 
 class BenchmarkError(RuntimeError):
-    """A benchmark that would show nothing: variants that compute different things, or one that fails."""
+    """A benchmark that would show nothing: its variants disagree, or one fails."""
 
 
 class Attempted:
-    """A peer that may fail: a benchmark then says so and goes on."""
+    """A peer that may fail; the benchmark then reports the failure and goes on."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -30,18 +30,18 @@ class Attempted:
 
 
 class Compiled(Attempted):
-    """A function under ``torch.compile``.
+    """A function under ``torch.compile``: in the default mode on the CPU, with max-autotune on CUDA.
 
-    On the CPU in the default mode, on CUDA with max-autotune. Sizes are constants (``dynamic=False``), as for our
-    kernels' peers they always are.
+    Sizes are constants (``dynamic=False``), as they always are for the peers of our kernels.
 
     Args:
-        function: what to compile.
-        device: where it runs.
-        around: makes of the compiled function what is timed, where that is more than can be compiled (gradients, say).
+        function: the function to compile.
+        device: the device that it runs on.
+        around: turns the compiled function into the one that is timed, where not all of that can be compiled
+            (gradients, say).
 
     Attributes:
-        seconds: of the first call, which compiles.
+        seconds: time of the first call, which compiles.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Compiled(Attempted):
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the compiled function."""
-        if self.on_cuda:  # or else CUDA graphs would wait for the backward pass of a call that wants none
+        if self.on_cuda:  # otherwise CUDA graphs wait for the backward pass of a call that has none
             torch.compiler.cudagraph_mark_step_begin()
         if self.seconds is not None:
             return super().__call__(*arguments)
@@ -70,34 +70,34 @@ class Compiled(Attempted):
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a benchmark.
+    """A row of a benchmark.
 
     Args:
-        name: what the row is called.
-        draw: makes the inputs of one call, as a tuple. Whatever it makes is not charged to anybody.
-        variants: functions of these inputs, by name; one is "fastprune". The first is what the others have to agree
-            with. Each returns a tensor or a tuple of tensors: everything that the operator is for (gradients, say).
-        bytes: the least that has to be read and written for the result.
-        flops: the least floating-point operations, two for each multiply-accumulate.
-        precision: of the arithmetic: float32, tf32, bfloat16, float16 or float64.
-        shape: the workload, for programs.
-        units: channels in all; a table then says nanoseconds for each.
-        samples: images in the batch of a step; samples per second are then told.
-        groups: what this case counts for: each gets geometric means of its own.
-        rtol: how far variants may differ, relative to the first one's result.
-        atol: how far they may differ on top of that.
-        norm: instead of both, how far each tensor may differ in norm, relative to the first one's: for gradients
-            through kinks, where a rounding makes a few elements others.
-        unchecked: variants that are timed along and compute something else: a part of the work, other random numbers.
-        fresh: draw anew for each call. Needed where a variant changes its inputs, or its speed depends on their
-            values (branches that a CPU learns). Otherwise calls take turns through inputs that together are larger
-            than the cache.
-        cold: write over the cache before each call.
-        clock: "wall", from the call until the result is there; "events", on CUDA the device's own time;
-            "processor", the processor's time, for one thread of the CPU where other jobs run.
-        rounds: how many at most.
-        seconds: after these no further round begins, once there are five.
-        more: measures what is no time, once the times are there: numbers for a column each, and dicts for programs.
+        name: title of the row.
+        draw: makes the inputs of one call, as a tuple. No variant is charged for its time.
+        variants: functions of these inputs, by name; one is "fastprune". The others must agree with the first. Each
+            returns a tensor or a tuple of tensors: everything that the operator is for (gradients, say).
+        bytes: least number of bytes that must be read and written for the result.
+        flops: least number of floating-point operations, two for each multiply-accumulate.
+        precision: arithmetic of the variants: float32, tf32, bfloat16, float16 or float64.
+        shape: numbers that describe the workload, for programs.
+        units: number of channels in all; a table then shows nanoseconds per channel.
+        samples: images in the batch of a step; a table then shows samples per second.
+        groups: groups of cases that this one belongs to; each group gets geometric means of its own.
+        rtol: greatest difference from the first variant's result, relative to it.
+        atol: greatest difference on top of that.
+        norm: greatest norm of each tensor's difference, relative to the norm of the first variant's; replaces both
+            tolerances. For gradients through kinks, where rounding changes a few elements altogether.
+        unchecked: variants that are timed but not compared: they do a part of the work or draw other random numbers.
+        fresh: whether to draw anew for each call. Needed where a variant changes its inputs, or where its speed depends
+            on their values (a CPU learns branches). Otherwise calls rotate through inputs that together exceed the
+            cache.
+        cold: whether to overwrite the cache before each call.
+        clock: "wall" runs from the call until the result is there; "events" is the device's own time on CUDA;
+            "processor" is the processor's time, for one CPU thread on a machine with other jobs.
+        rounds: greatest number of rounds.
+        seconds: time after which no further round begins, once there are five.
+        more: measures other things than time after the timing: numbers get a column each, dicts are for programs.
     """
 
     name: str
@@ -123,41 +123,41 @@ class Case:
 
     def __post_init__(self) -> None:
         if OURS not in self.variants or len(self.variants) < 2:
-            raise ValueError(f"{self.name}: got variants {list(self.variants)}, needs {OURS!r} and one to compare with")
+            raise ValueError(f"{self.name}: got variants {list(self.variants)}; needs {OURS!r} and a peer")
         if {OURS, next(iter(self.variants))} & set(self.unchecked):
-            raise ValueError(f"{self.name}: got {self.unchecked} unchecked, needs the first and {OURS!r} checked")
+            raise ValueError(f"{self.name}: got {self.unchecked} unchecked; the first and {OURS!r} must be checked")
         if not (self.bytes > 0 or self.flops > 0):
-            raise ValueError(f"{self.name}: got no bytes and no flops, needs the least work of the result")
+            raise ValueError(f"{self.name}: got no bytes and no flops; needs the least work of the result")
 
     @property
     def compiled(self) -> list[Compiled]:
         """The compiled variants."""
         return [variant for variant in self.variants.values() if isinstance(variant, Compiled)]
 
-    def without_compiled(self) -> Case:
-        """The same without them; where only they are there to compare with, the same."""
+    def drop_compiled(self) -> Case:
+        """Return the case without compiled variants, or the case itself if it has no other peer."""
         rest = {name: variant for name, variant in self.variants.items() if not isinstance(variant, Compiled)}
         return replace(self, variants=rest) if len(rest) > 1 else self
 
 
 def check_agreement(case: Case) -> dict[str, str]:
-    """Call every variant once on the same inputs and compare what they return.
+    """Call every variant once on the same inputs and compare the results.
 
-    This also compiles what is to be compiled, so that no compilation is timed.
+    These calls also compile, so that no compilation is timed.
 
     Returns:
-        Why a variant that may fail cannot be timed, by name; mostly empty.
+        Reasons why an ``Attempted`` variant cannot be timed, by name; mostly empty.
 
     Raises:
-        BenchmarkError: where another variant fails, or one computes something else than the first.
+        BenchmarkError: if another variant fails, or one disagrees with the first.
     """
     failures: dict[str, str] = {}
     inputs = case.draw()
     expected = None
     for name, variant in case.variants.items():
         try:
-            result = variant(*(copied(value) for value in inputs))
-        except Exception as error:  # of every kind: torch.compile has its own, and its compilers' have theirs
+            result = variant(*(clone(value) for value in inputs))
+        except Exception as error:  # torch.compile and its compilers raise errors of their own kinds
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if not isinstance(variant, Attempted):
                 raise BenchmarkError(f"{case.name}: {name} fails: {reason}") from error
@@ -166,18 +166,18 @@ def check_agreement(case: Case) -> dict[str, str]:
         if name in case.unchecked:
             continue
         if expected is None:
-            expected = copied(result)  # a CUDA graph's result is overwritten by its next run
+            expected = clone(result)  # a CUDA graph's next run overwrites its result
         try:
             compare(result, expected, case)
         except AssertionError as error:
             first = next(iter(case.variants))
             difference = " ".join(str(error).split())[:300]
-            raise BenchmarkError(f"{case.name}: {name} computes something else than {first}: {difference}") from error
+            raise BenchmarkError(f"{case.name}: {name} disagrees with {first}: {difference}") from error
     return failures
 
 
 def compare(result: Any, expected: Any, case: Case) -> None:
-    """Raise an AssertionError where a result is not what the case's tolerances allow."""
+    """Raise an AssertionError if a result exceeds the case's tolerances."""
     if case.norm is None:
         torch.testing.assert_close(result, expected, rtol=case.rtol, atol=case.atol)
         return
@@ -192,10 +192,10 @@ def compare(result: Any, expected: Any, case: Case) -> None:
             raise AssertionError(f"tensor {place} is {difference:.3g} away from one of norm {norm:.3g}")
 
 
-def copied(value: Any) -> Any:
-    """A tensor's copy, with its strides and whether it takes a gradient; of a tuple or list, its elements' copies."""
+def clone(value: Any) -> Any:
+    """Copy tensors, alone or in a tuple or list; copies keep their strides and ``requires_grad``."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, (tuple, list)):
-        return type(value)(copied(element) for element in value)
+        return type(value)(clone(element) for element in value)
     return value

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured beside what is compared with it."""
+"""The limits of this machine, measured in the same run as the variants."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from fastprune.bench.timing import Clock
 
 REPEATS = 7
-LARGEST_COPY = 1 << 30  # bytes; some servers' caches are a gigabyte together
+LARGEST_COPY = 1 << 30  # bytes; all caches of some servers together have a gigabyte
 PRECISIONS = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -26,15 +26,15 @@ PRECISIONS = {
 
 @dataclass
 class Ceilings:
-    """The best rates of one device, with as many threads as torch uses now.
+    """The best rates of one device, with torch's current number of threads.
 
     Args:
-        device: which.
+        device: the device.
         cache_bytes: size of its last cache (one of them, where several cores share each).
         bandwidth: bytes read and written per second by a copy that no cache holds.
-        overhead: seconds of a call that does nothing to speak of, from call to result.
-        quick: measure on small sizes, for tests: the numbers mean nothing.
-        rates: floating-point operations per second by precision; measured when first asked for.
+        overhead: seconds of a nearly empty call, from call to result.
+        quick: whether to measure on small sizes, for tests: the numbers mean nothing.
+        rates: floating-point operations per second by precision, each measured at its first use.
     """
 
     device: torch.device
@@ -45,23 +45,23 @@ class Ceilings:
     rates: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def measured(cls, device: torch.device, *, quick: bool = False) -> Ceilings:
+    def measure(cls, device: torch.device, *, quick: bool = False) -> Ceilings:
         """Measure bandwidth and overhead."""
         cache = 1 << 20 if quick else last_cache(device)
         return cls(device, cache, copy_bandwidth(device, cache), call_overhead(device), quick)
 
     def rate(self, precision: str) -> float:
-        """Floating-point operations per second of a large matrix product."""
+        """Return the floating-point operations per second of a large matrix product."""
         if precision not in self.rates:
             self.rates[precision] = matmul_rate(self.device, precision, quick=self.quick)
         return self.rates[precision]
 
     def least_seconds(self, nbytes: float, flops: float, precision: str) -> float:
-        """The roofline: what the work takes where either memory or arithmetic is the limit."""
+        """Return the roofline: the time of the work if only memory or arithmetic limits it."""
         return max(nbytes / self.bandwidth, flops / self.rate(precision))
 
     def describe(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the rates for programs."""
         return {
             "copy_bytes_per_second": self.bandwidth,
             "matmul_flops_per_second": dict(self.rates),
@@ -71,7 +71,7 @@ class Ceilings:
 
 
 def last_cache(device: torch.device) -> int:
-    """Bytes of the largest cache that the system tells of; 32 MiB where it tells of none."""
+    """Return the bytes of the largest cache that the system reports; 32 MiB if it reports none."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = []
@@ -83,19 +83,19 @@ def last_cache(device: torch.device) -> int:
 
 
 def copy_bandwidth(device: torch.device, cache_bytes: int) -> float:
-    """The best of three sizes beyond the cache, each copied several times."""
+    """Return the best rate of three sizes beyond the cache, each copied several times."""
     sizes = {min(factor * cache_bytes, LARGEST_COPY) for factor in (4, 8, 16)}
-    return max(2 * size / best_seconds(device, *copying(device, size)) for size in sizes)
+    return max(2 * size / best_seconds(device, *copy_call(device, size)) for size in sizes)
 
 
-def copying(device: torch.device, size: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A copy of ``size`` bytes."""
+def copy_call(device: torch.device, size: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the function and arguments of a copy of ``size`` bytes."""
     source = torch.ones(size // 4, device=device)
     return torch.Tensor.copy_, (torch.zeros_like(source), source)
 
 
 def matmul_rate(device: torch.device, precision: str, *, quick: bool) -> float:
-    """The best of two sizes. Random values: a GPU that multiplies zeros uses less power and clocks higher."""
+    """Return the best rate of two sizes, on random values: a GPU that multiplies zeros clocks higher."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: needs one of {', '.join(PRECISIONS)}")
     sizes = (128,) if quick else (4096, 8192) if device.type == "cuda" else (1024, 2048)
@@ -112,13 +112,13 @@ def matmul_rate(device: torch.device, precision: str, *, quick: bool) -> float:
 
 
 def call_overhead(device: torch.device) -> float:
-    """The median of an operator on one number."""
+    """Return the median time of an operator on one number."""
     clock, arguments = Clock(device), (torch.ones(1, device=device),)
     return statistics.median(clock(torch.neg, arguments) for _ in range(100))
 
 
 def best_seconds(device: torch.device, function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-    """The fastest of several calls: a ceiling is what the machine can do when nothing disturbs it."""
+    """Return the fastest of several calls, which shows what the machine can do undisturbed."""
     clock = Clock(device, events=True)
     clock(function, arguments)
     return min(clock(function, arguments) for _ in range(REPEATS))

@@ -1,8 +1,8 @@
-"""DMC and DDNP as one writes them with torch alone: the peers of ``bench search``.
+"""DMC and DDNP in torch alone: the peers of ``bench search``.
 
-The network's own modules in eval mode, gates multiplied in after each gated relu, masks and FLOPs layer by layer in
-Python, ``backward``, Adam. Nothing of fastprune's operators, masked network, graph or cost is used: a mistake there is
-a disagreement here. The constants are the papers' for CIFAR-10.
+They use the network's own modules in eval mode, multiply gates in after each gated relu, compute masks and FLOPs layer
+by layer in Python, and train with ``backward`` and Adam. They use none of fastprune's operators, masked networks,
+graphs or costs, so that a mistake there is a disagreement here. The constants are the papers' for CIFAR-10.
 
 Sources: Gao et al., CVPR 2020 (DMC); Gao et al., ECCV 2022 (DDNP).
 """
@@ -27,22 +27,22 @@ INPUT, HIDDEN = 64, 128  # of the GRU
 
 
 class Flops:
-    """Multiply-accumulates of the layers next to gates.
+    """The multiply-accumulates of the layers next to gates.
 
     Args:
-        network: with gates behind every convolution inside a block.
-        images: of the size that counts; one is enough.
-        part: of the whole network's multiply-accumulates that may stay.
+        network: network with gates after every convolution inside a block.
+        images: images of the size that counts; one is enough.
+        keep: keep ratio of the whole network's multiply-accumulates.
 
     Attributes:
-        total: T, of the layers next to gates, all open.
-        target: p: how much of T may stay, so that ``part`` of the whole network does.
+        total: T, the multiply-accumulates of the layers next to gates when all gates are open.
+        target: p, the share of T that may stay to keep ``keep`` of the whole network.
     """
 
-    def __init__(self, network: Network, images: Tensor, part: float) -> None:
+    def __init__(self, network: Network, images: Tensor, keep: float) -> None:
         sizes = sizes_of(network.model, images)
         macs = {conv: y[1:].numel() * conv.weight[0].numel() for conv, (_, y) in sizes.items()}  # type: ignore[index]
-        self.layers: list[tuple[float, int | None, int | None]] = []  # MACs a pair of channels, gates in and out
+        self.layers: list[tuple[float, int | None, int | None]] = []  # MACs per pair of channels, gates in and out
         self.total = 0.0
         number = 0
         for block in network.blocks:
@@ -57,10 +57,10 @@ class Flops:
                 gates_in = gates_out
         classifier: Any = network.fc
         whole = sum(macs.values()) + classifier.weight.numel()
-        self.target = 1 - (1 - part) * whole / self.total
+        self.target = 1 - (1 - keep) * whole / self.total
 
     def ratio(self, widths: Sequence[Tensor]) -> Tensor:
-        """The r = T(widths)/T of the open channels of each gated convolution."""
+        """Return r = T(widths)/T for the number of open channels of each gated convolution."""
         left = widths[0].new_zeros(())
         for macs, gates_in, gates_out in self.layers:
             layer: Tensor | float = macs
@@ -75,11 +75,11 @@ class EagerDMC:
 
     Args:
         network: the frozen network.
-        flops: of its layers next to gates.
-        theta: parameters to begin with, of all gates [n].
-        noise: what the gates of the first step, which is compared with another implementation's, are drawn with:
-            uniform numbers [n]. Later steps draw their own.
-        autocast: makes the context in which the network runs; generators, masks and losses do not.
+        flops: costs of its layers next to gates.
+        theta: first parameters of all gates [n].
+        noise: uniform numbers [n] for the gates of the first step, which is compared with another implementation's.
+            Later steps draw their own.
+        autocast: makes the context of the network's pass; generators, masks and losses run outside it.
     """
 
     names = ("loss", "cross_entropy", "regulariser")
@@ -99,15 +99,15 @@ class EagerDMC:
         self.optimizer = torch.optim.Adam([self.theta], lr=LEARNING_RATE)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Do a step; returns the losses by ``names`` and the gradient that it followed."""
+        """Do a step and return the losses in ``names`` and the gradient that it followed."""
         sizes = self.network.network.gates
         uniform = torch.rand_like(self.theta) if self.noise is None else self.noise
         self.noise = None
-        gates = passed_through((uniform < self.theta).float(), self.theta)
+        gates = pass_gradient((uniform < self.theta).float(), self.theta)
         with self.autocast():
             scores = self.network.scores(images, iter(gates.split(sizes)))
         cross_entropy = F.cross_entropy(scores, labels)
-        certain = passed_through((self.theta >= 0.5).float(), self.theta)
+        certain = pass_gradient((self.theta >= 0.5).float(), self.theta)
         ratio = self.flops.ratio([layer.sum() for layer in certain.split(sizes)])
         regulariser = torch.log((ratio - self.flops.target).abs() + 1)
         loss = cross_entropy + DMC_REGULARISATION * regulariser
@@ -126,10 +126,10 @@ class EagerDDNP:
 
     Args:
         network: the frozen network.
-        flops: of its layers next to gates.
-        scores: parameters and input of the importance generator to begin with, by name.
-        widths: those of the width generator.
-        autocast: makes the context in which the network runs; generators, masks and losses do not.
+        flops: costs of its layers next to gates.
+        scores: first parameters and input of the importance generator, by name.
+        widths: first parameters and input of the width generator, by name.
+        autocast: makes the context of the network's pass; generators, masks and losses run outside it.
     """
 
     names = ("loss", "cross_entropy", "regulariser", "coupling")
@@ -159,7 +159,7 @@ class EagerDDNP:
         self.optimizer = torch.optim.Adam([*self.importance.parameters(), *self.width.parameters()], lr=LEARNING_RATE)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Do a step; returns the losses by ``names`` and the gradients of both generators' parameters."""
+        """Do a step and return the losses in ``names`` and the gradients of both generators' parameters."""
         loss, *parts = self.losses(images, labels)
         self.optimizer.zero_grad()
         loss.backward()
@@ -172,7 +172,7 @@ class EagerDDNP:
         )
 
     def losses(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """The losses by ``names``."""
+        """Return the losses in ``names``."""
         sizes = self.network.network.gates
         features, _ = self.gru(self.scores_input)
         features = F.relu(self.norm(features))[:, 0]
@@ -191,7 +191,7 @@ class EagerDDNP:
 
 
 def soft_top_k(scores: Tensor, keep: Tensor) -> Tensor:
-    """One layer's mask (eq. 7), straight through to its scores; [C] for scores [C] and the part that stays."""
+    """Return one layer's mask [C] (eq. 7) for scores [C] and a keep ratio; the gradient goes straight to the scores."""
     size = len(scores)
     centre = size * keep
     window = torch.minimum(2 * (size - centre), 2 * centre).clamp(1e-6, max(1e-6, float(round(WINDOW * size))))
@@ -199,14 +199,14 @@ def soft_top_k(scores: Tensor, keep: Tensor) -> Tensor:
     t = ((centre - places) / window).clamp(-0.5, 0.5)
     values = (-2 * t**3 + 1.5 * t + 0.5).to(scores.dtype)
     order = torch.argsort(scores.detach(), descending=True, stable=True)
-    return passed_through(torch.empty_like(values).scatter(0, order, values), scores)
+    return pass_gradient(torch.empty_like(values).scatter(0, order, values), scores)
 
 
-def passed_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The values of ``hard`` with the gradient of ``soft``."""
+def pass_gradient(hard: Tensor, soft: Tensor) -> Tensor:
+    """Return the values of ``hard`` with the gradient of ``soft``."""
     return soft + (hard - soft).detach()
 
 
 def gradients_of(module: nn.Module) -> list[Tensor]:
-    """Those of a module's parameters."""
+    """Return the gradients of a module's parameters."""
     return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

@@ -1,8 +1,8 @@
-"""The stochastic gates, forward and backward, beside what torch offers.
+"""The stochastic gates, forward and backward, beside torch's operators.
 
-``reference`` is fastprune.reference, which draws the same numbers as the kernels. ``eager`` draws with torch.bernoulli
-or torch.rand and passes the gradient straight through with as few operators as torch allows; its numbers are others, so
-it is not compared.
+``reference`` is fastprune.reference, which draws the same numbers as the kernels. ``eager`` draws other numbers with
+torch.bernoulli or torch.rand, so it is not compared; it passes the gradient straight through with as few operators as
+torch allows.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SWEEP = [1_000, 100_000, 1_000_000]
 
 
 def eager_bernoulli(theta: Tensor, _: int) -> Tensor:
-    """torch.bernoulli; its gradient is that of the clamp."""
+    """Draw with torch.bernoulli; the gradient is that of the clamp."""
     inside = theta.clamp(0, 1)
     return torch.bernoulli(inside).sub_(inside.detach()).detach() + inside
 
 
 def eager_gumbel(logits: Tensor, _: int) -> Tensor:
-    """The hard Gumbel sigmoid as the releases write it."""
+    """Compute the hard Gumbel sigmoid as the papers' released code does."""
     noise = -torch.log(-torch.log(torch.rand_like(logits).clamp_(1e-10, 1 - 2**-24)))
     soft = torch.sigmoid((logits + 3 + noise) / 0.4)
     return (soft >= 0.5).to(soft.dtype).sub_(soft.detach()) + soft
@@ -50,7 +50,7 @@ GATES: dict[str, dict[str, Gate]] = {
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    """Both gates on ResNet-50's units and on vectors of many sizes."""
+    """Yield both gates on ResNet-50's units and on vectors of many sizes."""
     vectors = {"ResNet-50": sum(RESNET50_GROUPS), **{f"{units:,} units": units for units in SWEEP}}
     for gate in GATES:
         for name, units in {"100 units": 100}.items() if quick else vectors.items():
@@ -58,7 +58,7 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
 
 
 def case(gate: str, name: str, units: int, device: torch.device) -> Case:
-    """One gate on one vector, which is drawn anew in every step, as is the noise."""
+    """Return the case of one gate on one vector; every step draws the vector and the noise anew."""
     steps = itertools.count()
 
     def draw() -> tuple[Tensor, Tensor, int]:
@@ -69,21 +69,21 @@ def case(gate: str, name: str, units: int, device: torch.device) -> Case:
     return Case(
         f"{gate}, {name}",
         draw,
-        {variant: with_gradient(function) for variant, function in GATES[gate].items()},
+        {variant: gate_and_gradient(function) for variant, function in GATES[gate].items()},
         bytes=20 * units,  # forward reads values and writes gates; backward reads values and dy and writes a gradient
         shape={"units": units},
         units=units,
         groups=(gate,),
-        norm=2e-3,  # of a million gates one may lie within a rounding of its threshold
+        norm=2e-3,  # rounding may flip one gate of a million
         unchecked=("eager",),
     )
 
 
-def with_gradient(gate: Gate) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """The gates and the gradient of what they came from."""
+def gate_and_gradient(gate: Gate) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """Return a function that computes the gates and the gradient of their input."""
 
-    def both(values: Tensor, dy: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def compute(values: Tensor, dy: Tensor, step: int) -> tuple[Tensor, Tensor]:
         result = gate(values, step)
         return result.detach(), torch.autograd.grad(result, values, dy)[0]
 
-    return both
+    return compute

@@ -1,4 +1,4 @@
-"""How far modelled latencies are from measured ones: random plans of a network, cut and timed as a whole."""
+"""Errors of modelled latencies: random plans of a network are cut, and the compact networks timed."""
 
 from __future__ import annotations
 
@@ -19,49 +19,47 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastprune.cli.settings import ModelSettings, check_seed, setting
+from fastprune.bench.settings import PROCESSOR_TIME, check_folder, check_processor_time
 from fastprune.engine import Placement, choose_device, measure_latencies
 from fastprune.graph import ChannelGraph, trace
-from fastprune.graph.latency.model import LatencyModel, measure
-from fastprune.graph.latency.stopwatch import on_host
+from fastprune.graph.latency.calls import time_on_host
+from fastprune.graph.latency.model import LatencyModel
+from fastprune.graph.latency.timing import measure
 from fastprune.host import atomic
 from fastprune.host.machine import machine
+from fastprune.options import LARGEST_SEED, SWITCH, check, option
 from fastprune.surgery import cut
 
 
 @dataclass
-class LatencyBenchSettings(ModelSettings):
+class LatencyBenchSettings:
     """Compare modelled latencies with measured ones."""
 
-    model: str = setting("torchvision:resnet50", "resnet20, torchvision:NAME, timm:NAME or package.module:factory")
-    batch: int = setting(1, "images in a pass")
-    plans: int = setting(5, "random plans")
-    repeats: int = setting(30, "passes of each network, in turn")
-    device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
-    channels_last: bool = setting(False, "memory layout of weights and images", action="store_true")
-    processor_time: bool = setting(
-        False, "count the processor's time, not the wall's: for one thread where other jobs run", action="store_true"
-    )
-    no_cache: bool = setting(False, "measure every layer anew, and keep nothing", action="store_true")
-    seed: int = setting(0, "of the plans")
-    json: str | None = setting(None, "file to write the numbers to, too")
+    model: str = option("torchvision:resnet50", "resnet20, torchvision:NAME, timm:NAME or package.module:factory")
+    weights: str | None = option(None, "file of trained weights (.safetensors, .pt, .pth); random weights without it")
+    input: str | None = option(None, "size of one image, CxHxW; the model's usual size without it")
+    batch: int = option(1, "images in a forward pass", minimum=1)
+    plans: int = option(5, "number of random plans", minimum=1)
+    repeats: int = option(30, "passes of each network, in turn", minimum=1)
+    device: str = option("cpu", "device to measure on: auto, cpu, cuda or cuda:N")
+    channels_last: bool = option(False, "NHWC memory layout of weights and images", flag=SWITCH)
+    processor_time: bool = option(False, PROCESSOR_TIME, flag=SWITCH)
+    no_cache: bool = option(False, "measure every layer anew, and keep nothing", flag=SWITCH)
+    seed: int = option(0, "seed of the plans", minimum=0, maximum=LARGEST_SEED)
+    json: str | None = option(None, "file to write the numbers to as well")
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        for name in ("batch", "plans", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
-        if self.processor_time and (self.device != "cpu" or torch.get_num_threads() > 1):
-            raise ValueError("processor_time: it can be told for one thread of the CPU only; set OMP_NUM_THREADS=1")
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"json {self.json!r}: there is no such folder")
+        check(self)
+        if self.processor_time:
+            check_processor_time(self.device)
+        check_folder("json", self.json)
 
 
 def bench_latency(settings: LatencyBenchSettings, model: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Measure the layers and the whole networks, print the errors, and write the document where one is asked for.
+    """Measure the layers and the whole networks, print the errors, and write the document to ``settings.json``.
 
     Args:
-        settings: what users may say.
+        settings: the options.
         model: the network.
         shape: (C, H, W) of one image.
 
@@ -69,40 +67,23 @@ def bench_latency(settings: LatencyBenchSettings, model: nn.Module, shape: tuple
         The document: facts, a row for each network, the median error of the plans.
 
     Raises:
-        ValueError: for a network without a channel that can go, or a device that is not there.
+        ValueError: if no channel of the network can go, or the device is missing.
     """
     device = choose_device(settings.device)
     model = model.eval()
     graph = trace(model, torch.zeros(1, *shape))
     if not graph.groups:
-        raise ValueError(f"model {settings.model!r}: no channel can go, so that there is nothing to model")
+        raise ValueError(f"model {settings.model!r}: no channel can go, so there is nothing to model")
     begin = time.perf_counter()
     modelled = latency_model(settings, graph, device)
     seconds = time.perf_counter() - begin
     masks = {"full network": torch.ones(graph.num_units)}
     generator = torch.Generator().manual_seed(settings.seed)
     masks |= {f"plan {number + 1}": random_mask(graph, generator) for number in range(settings.plans)}
-    networks = {
-        name: cut(graph.plan(mask), model, graph.traced).model if name.startswith("plan") else model
-        for name, mask in masks.items()
-    }
-    placement = Placement(device, channels_last=settings.channels_last)
-    networks = {name: placement.model(network) for name, network in networks.items()}
-    clock = time.thread_time if settings.processor_time else time.perf_counter
-    measured = measure_latencies(networks, shape, batch=settings.batch, repeats=settings.repeats, clock=clock)
-    rows = [row(name, graph, mask, float(modelled(mask)), measured[name]) for name, mask in masks.items()]
+    milliseconds = time_networks(settings, model, graph, masks, shape, device)
+    rows = [row(name, graph, mask, float(modelled(mask)), milliseconds[name]) for name, mask in masks.items()]
     document = {
-        "model": settings.model,
-        "input": list(shape),
-        "batch": settings.batch,
-        "device": device.type,
-        "machine": machine(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "channels_last": settings.channels_last,
-        "clock": "processor time" if settings.processor_time else "wall time",
-        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        "load_average": os.getloadavg()[0],
+        **describe(settings, shape, device),
         "seconds": seconds,
         "overhead_ms": modelled.overhead,
         "rows": rows,
@@ -114,17 +95,53 @@ def bench_latency(settings: LatencyBenchSettings, model: nn.Module, shape: tuple
     return document
 
 
+def time_networks(
+    settings: LatencyBenchSettings,
+    model: nn.Module,
+    graph: ChannelGraph,
+    masks: Mapping[str, Tensor],
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> dict[str, float]:
+    """Cut the plans and return the milliseconds of all networks."""
+    networks = {
+        name: cut(graph.plan(mask), model, graph.traced).model if name.startswith("plan") else model
+        for name, mask in masks.items()
+    }
+    placement = Placement(device, channels_last=settings.channels_last)
+    networks = {name: placement.model(network) for name, network in networks.items()}
+    clock = time.thread_time if settings.processor_time else time.perf_counter
+    return measure_latencies(networks, shape, batch=settings.batch, repeats=settings.repeats, clock=clock)
+
+
+def describe(settings: LatencyBenchSettings, shape: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
+    """Return the facts about a run that a reader of its numbers needs."""
+    return {
+        "model": settings.model,
+        "input": list(shape),
+        "batch": settings.batch,
+        "device": device.type,
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "channels_last": settings.channels_last,
+        "clock": "processor time" if settings.processor_time else "wall time",
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg()[0],
+    }
+
+
 def latency_model(settings: LatencyBenchSettings, graph: ChannelGraph, device: torch.device) -> LatencyModel:
-    """The model of the settings' layout and clock."""
-    if settings.processor_time:  # is measured anew: the cache holds wall time
-        timer = partial(on_host, clock=time.thread_time)
+    """Return the model for the settings' layout and clock."""
+    if settings.processor_time:  # measure anew: the cache holds wall time
+        timer = partial(time_on_host, clock=time.thread_time)
         layout = settings.channels_last
         return measure(graph, device, settings.batch, torch.float32, channels_last=layout, cache=False, timer=timer)
     return graph.latency(device, settings.batch, channels_last=settings.channels_last, cache=not settings.no_cache)
 
 
 def random_mask(graph: ChannelGraph, generator: torch.Generator) -> Tensor:
-    """A flat mask that keeps a random number of random units in each group, at least one."""
+    """Return a mask [U] that keeps a random number of random units in each group, at least one."""
     mask = torch.zeros(graph.num_units)
     for group in graph.groups:
         width = int(torch.randint(1, group.size + 1, (1,), generator=generator))
@@ -133,7 +150,7 @@ def random_mask(graph: ChannelGraph, generator: torch.Generator) -> Tensor:
 
 
 def row(name: str, graph: ChannelGraph, mask: Tensor, modelled: float, measured: float) -> dict[str, Any]:
-    """One network for programs."""
+    """Return the row of one network for programs."""
     return {
         "name": name,
         "macs": float(graph.cost(mask).macs / graph.cost().macs),
@@ -144,7 +161,7 @@ def row(name: str, graph: ChannelGraph, mask: Tensor, modelled: float, measured:
 
 
 def show(document: Mapping[str, Any]) -> None:
-    """Print the table, and what it was made on."""
+    """Print the table, with the machine and the settings above it."""
     console = Console(markup=False, highlight=False)
     threads = f", {document['threads']} thread(s)" if document["device"] == "cpu" else ""
     console.print(

@@ -1,12 +1,12 @@
-"""The passes between convolutions, on the activations of ResNet-50 whose shapes come before its batch norms.
+"""The passes between convolutions, on the inputs of ResNet-50's batch norms.
 
-Batch 8 in float32 on the CPU, 256 in bfloat16 on CUDA. ``backward`` is the kernel alone, into memory that is there: it
-reads dy and the saved activation and writes dx, with the gradient of the mask on the way. ``forward`` is
-:func:`fastprune.ops.masked_bn_act` with frozen statistics and a gradient to come: it reads x and writes y and what it
-saves. ``step`` is forward, and backward to x and mask. The ``network`` has every activation as often as ResNet-50.
-Behind these are activations of few channels.
+Batch 8 in float32 on the CPU, 256 in bfloat16 on CUDA. ``backward`` is the kernel alone, into allocated memory: it
+reads dy and the saved activation and writes dx and the gradient of the mask. ``forward`` is
+:func:`fastprune.ops.masked_bn_act` with frozen statistics before a backward pass: it reads x and writes y and the saved
+tensors. ``step`` is forward, and backward to x and mask. The ``network`` has every activation as often as ResNet-50.
+Last come activations of few channels.
 
-``eager`` is fastprune.reference, and for the backward pass its gradient with as few operators as torch allows.
+``eager`` is fastprune.reference; its backward pass is the gradient with as few operators as torch allows.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ RESNET50 = [
     (512, 7, 5),
     (2048, 7, 4),
 ]
-"""Channels, height and width, and how often ResNet-50 normalises such an activation."""
+"""Channels, side, and number of such activations that ResNet-50 normalises."""
 PRUNED = [(3, 32), (8, 32), (13, 32), (16, 32)]
-"""Channels, height and width: what may be left of the first stage of a ResNet for CIFAR."""
+"""Channels and side of activations in the first stage of a pruned ResNet for CIFAR."""
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -53,11 +53,11 @@ class Activation:
     bn: tuple[Tensor, Tensor, Tensor, Tensor]
     mask: Tensor
     partials: Tensor | None
-    """Scratch of the backward pass on CUDA."""
+    """Scratch memory of the backward pass on CUDA."""
 
     @classmethod
-    def of(cls, channels: int, size: int, count: int, layout: str, device: torch.device, batch: int) -> Activation:
-        """Shift and mean are 0: else some z of a million would be 0 for one variant and not for another."""
+    def create(cls, channels: int, size: int, count: int, layout: str, device: torch.device, batch: int) -> Activation:
+        """Make an activation with shift and mean 0: rounding them could change a few of a million relus."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         zeros = torch.zeros(channels, device=device)
         bn = torch.rand(channels, device=device) + 0.5, zeros, zeros, torch.rand(channels, device=device) + 0.5
@@ -71,78 +71,80 @@ class Activation:
 
     @property
     def bytes(self) -> int:
-        """Of one stream, as often as the network has it."""
+        """The bytes of one stream, times the number of such activations in the network."""
         return self.count * self.shape[0] * self.shape[1] * self.shape[2] * self.shape[3] * self.dtype.itemsize
 
     def x(self) -> Tensor:
-        """Of either sign."""
-        return self._filled(torch.randn)
+        """Draw values of both signs."""
+        return self._fill(torch.randn)
 
     def dy(self) -> Tensor:
-        """Positive, so that the gradient of the mask is a sum without cancellation, equal up to rounding for all."""
-        return self._filled(torch.rand)
+        """Draw positive values, so that the gradient of the mask is a sum without cancellation."""
+        return self._fill(torch.rand)
 
-    def _filled(self, make: Callable[..., Tensor]) -> Tensor:
+    def _fill(self, make: Callable[..., Tensor]) -> Tensor:
         values = make(self.shape, device=self.mask.device, dtype=torch.float32)
         return values.to(self.dtype).contiguous(memory_format=self.memory_format)
 
     def fastprune_backward(self, dy: Tensor, saved: Tensor, dx: Tensor, dmask: Tensor) -> None:
-        """The kernel."""
+        """Call the kernel."""
         inputs = dy, saved, None, self.mask, self.bn[0], None, None, None, "relu"
         _C.masked_act_backward(*inputs, dx, dmask, None, None, self.partials, num_threads=torch.get_num_threads())
 
     def eager_backward(self, dy: Tensor, saved: Tensor, dx: Tensor, dmask: Tensor) -> None:
-        """What it fuses."""
+        """Call the operators that the kernel fuses."""
         factor = (self.mask * self.bn[0]).to(dy.dtype).view(1, -1, 1, 1)
         torch.mul(dy, saved > 0, out=dx).mul_(factor)
         torch.sum(dy * saved, (0, 2, 3), dtype=dmask.dtype, out=dmask)
 
     def step(self, function: Callable[..., Tensor], x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of x and mask."""
+        """Return the gradients of x and mask."""
         x, mask = x.detach().requires_grad_(), self.mask.detach().requires_grad_()
         return torch.autograd.grad(function(x, self.bn, mask), (x, mask), dy)
 
     def forward(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """With a gradient to come: what that needs is saved."""
+        """Return y of a forward pass that saves tensors for the backward pass."""
         return function(x.detach().requires_grad_(), self.bn, self.mask.detach().requires_grad_()).detach()
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    """The network's passes in both memory formats, then its activations one by one."""
+    """Yield the network's passes in both memory formats, then its activations one by one."""
     if quick:
         small = [
-            Activation.of(10, 6, 2, "channels_last", device, 2),
-            Activation.of(6, 5, 1, "channels_last", device, 2),
+            Activation.create(10, 6, 2, "channels_last", device, 2),
+            Activation.create(6, 5, 1, "channels_last", device, 2),
         ]
         yield from (make("two activations", small) for make in (backward, forward, step))
         return
     batch = 256 if device.type == "cuda" else 8
     for layout in FORMATS:
-        network = [Activation.of(*shape, layout, device, batch) for shape in RESNET50]
+        network = [Activation.create(*shape, layout, device, batch) for shape in RESNET50]
         for make in (backward, forward, step):
             yield make(f"network, {layout}", network)
     for channels, size, _ in RESNET50:
-        yield backward(f"{channels}×{size}×{size}", [Activation.of(channels, size, 1, "channels_last", device, batch)])
+        yield backward(
+            f"{channels}×{size}×{size}", [Activation.create(channels, size, 1, "channels_last", device, batch)]
+        )
     for channels, size in PRUNED:
-        small = [Activation.of(channels, size, 1, "channels_last", device, 8 * batch)]
+        small = [Activation.create(channels, size, 1, "channels_last", device, 8 * batch)]
         yield backward(f"{channels}×{size}×{size}, batch {8 * batch}", small)
 
 
-def described(activations: list[Activation]) -> dict[str, int]:
-    """For programs."""
+def describe(activations: list[Activation]) -> dict[str, int]:
+    """Return the shape for programs."""
     batch, channels, height, _ = activations[0].shape
     one = {"channels": channels, "size": height} if len(activations) == 1 else {}
     return {"batch": batch, "activations": sum(activation.count for activation in activations), **one}
 
 
-def turns(activations: list[Activation]) -> list[int]:
-    """Each as often as the network has it, in turns as far as that goes: a cache would hold it."""
+def call_order(activations: list[Activation]) -> list[int]:
+    """List each index as often as the network has the activation, in turns, so that no cache holds the next one."""
     most = max(activation.count for activation in activations)
     return [i for turn in range(most) for i, activation in enumerate(activations) if turn < activation.count]
 
 
 def backward(name: str, activations: list[Activation]) -> Case:
-    """Three streams."""
+    """Return the case of backward passes: three streams."""
 
     def draw() -> tuple[list[Tensor], ...]:
         dy = [activation.dy() for activation in activations]
@@ -152,7 +154,7 @@ def backward(name: str, activations: list[Activation]) -> Case:
 
     def variant(function: Callable[..., None]) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
         def run(*tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            for index in turns(activations):
+            for index in call_order(activations):
                 function(activations[index], *(each[index] for each in tensors))
             return tensors[2], tensors[3]
 
@@ -163,11 +165,11 @@ def backward(name: str, activations: list[Activation]) -> Case:
 
 
 def forward(name: str, activations: list[Activation]) -> Case:
-    """Three streams: x in, y and what is saved out."""
+    """Return the case of forward passes, three streams: x in, y and the saved tensor out."""
 
     def variant(function: Callable[..., Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
         def run(xs: list[Tensor]) -> list[Tensor]:
-            results = {i: activations[i].forward(function, xs[i]) for i in turns(activations)}
+            results = {i: activations[i].forward(function, xs[i]) for i in call_order(activations)}
             return list(results.values())
 
         return run
@@ -177,11 +179,11 @@ def forward(name: str, activations: list[Activation]) -> Case:
 
 
 def step(name: str, activations: list[Activation]) -> Case:
-    """Six streams."""
+    """Return the case of forward and backward passes: six streams."""
 
     def variant(function: Callable[..., Tensor]) -> Callable[..., list[tuple[Tensor, ...]]]:
         def run(xs: list[Tensor], dys: list[Tensor]) -> list[tuple[Tensor, ...]]:
-            results = {i: activations[i].step(function, xs[i], dys[i]) for i in turns(activations)}
+            results = {i: activations[i].step(function, xs[i], dys[i]) for i in call_order(activations)}
             return list(results.values())
 
         return run
@@ -201,7 +203,7 @@ def case(
     *,
     streams: int,
 ) -> Case:
-    """What all passes have in common."""
+    """Return a case with the properties that all passes share."""
     nbytes = streams * sum(activation.bytes for activation in activations)
     # Eager torch rounds to bfloat16 after each of three products.
     tolerance = 2e-2 if activations[0].dtype == torch.bfloat16 else 1e-4
@@ -210,7 +212,7 @@ def case(
         draw,
         variants,
         bytes=nbytes,
-        shape=described(activations),
+        shape=describe(activations),
         rtol=tolerance,
         atol=tolerance / 10,
         fresh=False,

@@ -1,4 +1,4 @@
-"""How much memory a step takes at its peak, and how much it keeps."""
+"""The memory that a step takes at its peak, and the memory that it keeps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MARK = "the third step"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a step that is done again and again.
+    """Bytes of a step that is repeated.
 
     Args:
-        kept: what the first two steps have left allocated: folded weights, gradients, an optimiser's moments.
-        peak: the most that another step has allocated at once on top of what there was before it: activations, what
-            autograd keeps of them, gradients, and scratch memory of kernels, as far as torch allocates it.
+        kept: memory that the first two steps leave allocated: folded weights, gradients, an optimiser's moments.
+        peak: greatest memory that a later step allocates at once on top of that: activations, tensors that autograd
+            saves, gradients, and scratch memory of kernels, as far as torch allocates it.
     """
 
     kept: int
@@ -29,21 +29,21 @@ class Memory:
 
 
 def memory_of(step: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> Memory:
-    """Call a step that has not been called before three times, and watch torch's allocator.
+    """Call a new step three times and watch torch's allocator.
 
-    On CUDA its own statistics. On the CPU every event of the allocator that the profiler records; memory that a
-    library (oneDNN, say) takes from the system behind torch's back is seen by neither.
+    CUDA's allocator keeps statistics; on the CPU the profiler records every event of the allocator. Neither sees memory
+    that a library (oneDNN, say) takes from the system directly.
     """
 
-    def once() -> None:  # its result is not kept
+    def call() -> None:  # drops the result
         step(*arguments)
 
-    return on_cuda(once) if device.type == "cuda" else on_host(once)
+    return measure_on_cuda(call) if device.type == "cuda" else measure_on_host(call)
 
 
-def on_host(step: Callable[[], None]) -> Memory:
-    """The profiler does not tell when memory from before its time is freed, so it watches from the first step on."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or else it tells of each beginning and end
+def measure_on_host(step: Callable[[], None]) -> Memory:
+    """Measure with the profiler, from the first step on: it misses when memory from before its start is freed."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler logs every start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
         step()
@@ -58,8 +58,8 @@ def on_host(step: Callable[[], None]) -> Memory:
     return Memory(kept, max(later))
 
 
-def on_cuda(step: Callable[[], None]) -> Memory:
-    """The allocator keeps account."""
+def measure_on_cuda(step: Callable[[], None]) -> Memory:
+    """Measure with the allocator's statistics."""
     before = torch.cuda.memory_allocated()
     step()
     step()

@@ -1,4 +1,4 @@
-"""What a benchmark found: tables for people, one JSON document for programs."""
+"""Results of benchmarks: tables for people, one JSON document for programs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastprune.bench.case import OURS
 from fastprune.bench.ceilings import Ceilings
 from fastprune.host.machine import machine
 
-WIDEST = 1000  # characters: a narrow terminal breaks lines, which is better than digits that are not shown
+WIDEST = 1000  # characters: in a narrow terminal broken lines are better than hidden digits
 
 
 def document(results: Mapping[str, Mapping[str, Any]], ceilings: Ceilings, *, quick: bool) -> dict[str, Any]:
-    """Everything that is needed to read the numbers later, and the numbers by kernel."""
+    """Return the numbers by kernel, with all facts that a later reader needs."""
     return {
         "device": ceilings.device.type,
         "machine": machine(ceilings.device),
@@ -42,7 +42,7 @@ def document(results: Mapping[str, Mapping[str, Any]], ceilings: Ceilings, *, qu
 
 
 def geometric_means(cases: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By peer: the geometric mean of its ratios, and over how many cases."""
+    """Return the geometric mean of each peer's ratios, and the number of its cases."""
     ratios: dict[str, list[float]] = {}
     for case in cases:
         for name, found in case["ratios"].items():
@@ -54,13 +54,13 @@ def geometric_means(cases: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, f
 
 
 def grouped_means(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """The geometric means of each group of cases; "a, b" behind "a", of which it is a part."""
+    """Return the geometric means of each group of cases; "a, b", a part of "a", follows it."""
     groups = sorted({group for case in cases for group in case["groups"]}, key=lambda group: group.split(", "))
     return {group: geometric_means(case for case in cases if group in case["groups"]) for group in groups}
 
 
 def show(name: str, document: Mapping[str, Any]) -> None:
-    """Print one kernel's table, what it was made on, and what is missing from it."""
+    """Print one kernel's table, the machine and the ceilings above it, and below it all failures and omissions."""
     console = Console(markup=False, highlight=False, width=WIDEST)
     kernel = document["kernels"][name]
     console.print(heading(name, document), soft_wrap=True)
@@ -74,7 +74,7 @@ def show(name: str, document: Mapping[str, Any]) -> None:
 
 
 def heading(name: str, document: Mapping[str, Any]) -> str:
-    """What the numbers were made on, and the ceilings that they are compared with."""
+    """Describe the machine of the numbers, and its ceilings."""
     ceilings = document["ceilings"]
     threads = f", {document['threads']} thread(s)" if document["device"] == "cpu" else ""
     rates = [f"{rate / 1e9:,.0f} GFLOP/s {kind}" for kind, rate in ceilings["matmul_flops_per_second"].items()]
@@ -90,10 +90,10 @@ def heading(name: str, document: Mapping[str, Any]) -> str:
 
 
 def table(kernel: Mapping[str, Any]) -> Table:
-    """Medians, below them how many times ours each peer takes (with quartiles), and our share of the roofline."""
+    """Tabulate medians, each peer's ratio to ours with quartiles, and our share of the roofline."""
     cases = kernel["cases"]
     names = list(dict.fromkeys(name for case in cases for name in (*case["variants"], *case["failures"])))
-    names.sort(key=lambda name: name == OURS)  # ours last, the peers as they come
+    names.sort(key=lambda name: name == OURS)  # ours last, the peers in their order
     with_units = any(case["units"] for case in cases)
     result = Table(box=box.SIMPLE_HEAD)
     result.add_column("case", no_wrap=True)
@@ -105,42 +105,47 @@ def table(kernel: Mapping[str, Any]) -> Table:
         ours = case["variants"][OURS]
         units = f"{ours['median_seconds'] / case['units'] * 1e9:.1f}" if case["units"] else ""
         samples = f"{ours['samples_per_second']:,.1f}" if case["samples"] else ""
-        told = [times(case["more"][name]) if name in case["more"] else "" for name in more]
+        others = [format_ratio(case["more"][name]) if name in case["more"] else "" for name in more]
         share = f"{100 * ours['share_of_roofline']:.1f} %"
-        rest = (*[units] * with_units, *[samples] * with_samples, *told, share)
+        rest = (*[units] * with_units, *[samples] * with_samples, *others, share)
         result.add_row(Text(case["name"]), *(cell(case, name) for name in names), *rest)
     result.add_section()
     groups = {f", {group}": means for group, means in kernel["groups"].items()} or {"": kernel["geometric_means"]}
     for group, means in groups.items():
-        texts = [f"{times(means[name]['ratio'])}x of {means[name]['cases']}" if name in means else "" for name in names]
+        texts = [mean_cell(means.get(name)) for name in names]
         result.add_row(Text(f"geometric mean{group}"), *texts, *[""] * (with_units + with_samples + len(more) + 1))
     return result
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value has a column of its own; everything else is for programs."""
+    """Return whether a value gets a column; all others are for programs."""
     return isinstance(value, (int, float))
 
 
 def cell(case: Mapping[str, Any], name: str) -> str:
-    """One variant's time in one case."""
+    """Return one variant's time in one case."""
     if name in case["failures"]:
         return "fails"
     if name not in case["variants"]:
         return ""
-    median = microseconds(case["variants"][name]["median_seconds"])
+    median = format_seconds(case["variants"][name]["median_seconds"])
     if name not in case["ratios"]:
         return median
     found = case["ratios"][name]
-    return f"{median}\n{times(found['ratio'])}x ({'–'.join(map(times, found['quartiles']))})"
+    return f"{median}\n{format_ratio(found['ratio'])}x ({'–'.join(map(format_ratio, found['quartiles']))})"
 
 
-def times(ratio: float) -> str:
-    """A ratio with three digits."""
+def mean_cell(mean: Mapping[str, float] | None) -> str:
+    """Return one peer's geometric mean and the number of its cases."""
+    return "" if mean is None else f"{format_ratio(mean['ratio'])}x of {mean['cases']}"
+
+
+def format_ratio(ratio: float) -> str:
+    """Format a ratio with three digits."""
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
-def microseconds(seconds: float) -> str:
-    """A time with three digits or more."""
+def format_seconds(seconds: float) -> str:
+    """Format a time in microseconds with three digits or more."""
     value = seconds * 1e6
     return f"{value:,.0f} µs" if value >= 100 else f"{value:.1f} µs"

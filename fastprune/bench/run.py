@@ -1,69 +1,56 @@
-"""Benchmarks from their cases to tables and a JSON document."""
+"""Runs of benchmarks: from cases to tables and a JSON document."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from fastprune.bench import EVALUATIONS, KERNELS, SEARCH, STEP, TRAINING, report
-from fastprune.bench.align import overheads
+from fastprune.bench import KERNELS, SEARCH, STEP, report
 from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
 from fastprune.bench.search import METHODS
-from fastprune.bench.timing import Clock, Timing, interleaved, rotating
-from fastprune.cli.settings import check_seed, setting
+from fastprune.bench.settings import PROCESSOR_TIME, check_folder, check_processor_time
+from fastprune.bench.timing import Clock, Timing, rotate_inputs, time_in_turns
 from fastprune.engine import choose_device
 from fastprune.host import atomic
+from fastprune.options import LARGEST_SEED, SEVERAL, SWITCH, check, option
 
 QUICK_ROUNDS = 5
-ONLY = f"kernels to time, of {', '.join(KERNELS)}; all without it"
 
 
 @dataclass
 class BenchSettings:
-    """What all benchmarks may be told."""
+    """The options of all benchmarks."""
 
-    device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
-    quick: bool = setting(
-        False, "a few rounds of a small case, to see that it runs; the numbers mean little", action="store_true"
+    device: str = option("cpu", "device to measure on: auto, cpu, cuda or cuda:N")
+    quick: bool = option(False, "time a few rounds of a small case, to see that it runs; not to compare", flag=SWITCH)
+    seconds: float | None = option(
+        None, "begin no case after a benchmark has taken this many seconds; name the cases left out", above=0.0
     )
-    seconds: float | None = setting(
-        None, "a case does not begin when its benchmark has taken so many; they are then named"
+    compile_seconds: float | None = option(
+        None, "once torch.compile has taken this many seconds, time the later cases without it", above=0.0
     )
-    compile_seconds: float | None = setting(None, "when compiling has taken so many, later cases go without it")
-    seed: int = setting(0, "of the inputs")
-    json: str | None = setting(None, "file to write the numbers to, too")
+    seed: int = option(0, "seed of the inputs", minimum=0, maximum=LARGEST_SEED)
+    json: str | None = option(None, "file to write the numbers to as well")
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        for name in ("seconds", "compile_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} {value}: it must be above 0")
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"json {self.json!r}: there is no such folder")
+        check(self)
+        check_folder("json", self.json)
 
 
 @dataclass
 class KernelBenchSettings(BenchSettings):
     """Time the kernels."""
 
-    only: tuple[str, ...] = setting((), ONLY, nargs="+")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unknown = sorted(set(self.only) - set(KERNELS))
-        if unknown:
-            raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(KERNELS)}")
+    only: tuple[str, ...] = option((), "kernels to time; all without it", choices=KERNELS, flag=SEVERAL)
 
 
 @dataclass
@@ -75,42 +62,27 @@ class StepBenchSettings(BenchSettings):
 class SearchBenchSettings(BenchSettings):
     """Time the search steps of DMC and DDNP."""
 
-    only: tuple[str, ...] = setting((), f"methods to time, of {', '.join(METHODS)}; all without it", nargs="+")
-    processor_time: bool = setting(
-        False, "count the processor's time, not the wall's: for one thread where other jobs run", action="store_true"
-    )
+    only: tuple[str, ...] = option((), "methods to time; all without it", choices=METHODS, flag=SEVERAL)
+    processor_time: bool = option(False, PROCESSOR_TIME, flag=SWITCH)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.processor_time and (self.device != "cpu" or torch.get_num_threads() > 1):
-            raise ValueError("processor_time: it can be told for one thread of the CPU only; set OMP_NUM_THREADS=1")
-        unknown = sorted(set(self.only) - set(METHODS))
-        if unknown:
-            raise ValueError(f"only {unknown[0]!r}: there is no such benchmark; give some of {', '.join(METHODS)}")
-
-
-@dataclass
-class AlignBenchSettings(BenchSettings):
-    """Time what SANP adds to a step of training."""
-
-
-@dataclass
-class SubnetsBenchSettings(BenchSettings):
-    """Time the evaluations of SP's search."""
+        if self.processor_time:
+            check_processor_time(self.device)
 
 
 def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
-    """Time kernels; see ``bench``."""
+    """Time kernels with ``bench``."""
     return bench(settings, {name: KERNELS[name] for name in settings.only or KERNELS})
 
 
 def bench_step(settings: StepBenchSettings) -> dict[str, Any]:
-    """Time a step of gate training; see ``bench``."""
+    """Time a step of gate training with ``bench``."""
     return bench(settings, STEP)
 
 
 def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
-    """Time search steps; see ``bench``."""
+    """Time search steps with ``bench``."""
     only = settings.only or tuple(METHODS)
     return bench(
         settings,
@@ -118,33 +90,23 @@ def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
     )
 
 
-def bench_align(settings: AlignBenchSettings) -> dict[str, Any]:
-    """Time what SANP adds to a step of training; see ``bench``. The document says the ``overheads``, too."""
-    return bench(settings, TRAINING)
-
-
-def bench_subnets(settings: SubnetsBenchSettings) -> dict[str, Any]:
-    """Time the evaluations of SP's search; see ``bench``."""
-    return bench(settings, EVALUATIONS)
-
-
 def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterable[Case]]]) -> dict[str, Any]:
-    """Time benchmarks, print a table for each, and write the document where one is asked for.
+    """Time benchmarks, print a table for each, and write the document to ``settings.json``.
 
     Returns:
-        The document, see ``report.document``.
+        The document of ``report.document``.
 
     Raises:
-        ValueError: for a device that is not there.
-        BenchmarkError: where variants of a case do not agree.
+        ValueError: if the device is missing.
+        BenchmarkError: if variants of a case disagree.
     """
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
-    ceilings = Ceilings.measured(device, quick=settings.quick)
+    ceilings = Ceilings.measure(device, quick=settings.quick)
     results = {}
     generators = [device] if device.type == "cuda" else []
     for name, cases in benchmarks.items():
-        with torch.random.fork_rng(devices=generators):  # the same inputs, whichever benchmarks ran before
+        with torch.random.fork_rng(devices=generators):  # inputs do not depend on earlier benchmarks
             results[name] = bench_kernel(
                 cases(device, quick=settings.quick),
                 ceilings,
@@ -153,13 +115,9 @@ def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterab
                 compile_seconds=settings.compile_seconds,
             )
         document = report.document(results, ceilings, quick=settings.quick)
-        if "align" in results:
-            document["overheads"] = overheads(results["align"]["cases"])
-        if settings.json is not None:  # after each: what is measured is not lost where the next one fails
+        if settings.json is not None:  # after each, so that a later failure loses no numbers
             atomic.write_text(Path(settings.json), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         report.show(name, document)
-        for title, overhead in document.get("overheads", {}).items():
-            Console(highlight=False).print(f"{title}: {overhead:+.1%} of the time of training alone")
     return document
 
 
@@ -174,50 +132,50 @@ def bench_kernel(
     """Time one kernel's cases.
 
     Args:
-        cases: what to time.
-        ceilings: of the device that the cases are on.
-        quick: a few rounds only.
-        seconds: no case begins after these.
-        compile_seconds: when torch.compile has taken these, later cases do without it.
+        cases: cases to time.
+        ceilings: ceilings of the device that the cases run on.
+        quick: whether to run only a few rounds.
+        seconds: time after which no further case begins.
+        compile_seconds: time of compiling after which later cases drop torch.compile.
 
     Returns:
-        ``cases``, ``geometric_means`` of the ratios by peer, the same for each of the cases' ``groups``, and what is
-        ``left_out`` with the reason.
+        ``cases``, ``geometric_means`` of the ratios by peer, the means of each of the cases' ``groups``, and
+        ``left_out`` with the reasons.
     """
     begin, compiling = time.perf_counter(), 0.0
-    measured: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     left_out = []
     try:
         for case in cases:
             if seconds is not None and time.perf_counter() - begin > seconds:
-                left_out.append(f"{case.name}: {seconds:g} seconds were over")
+                left_out.append(f"{case.name}: the {seconds:g} seconds are over")
                 continue
             if compile_seconds is not None and case.compiled and compiling > compile_seconds:
-                left_out.append(f"{case.name}, compiled: {compile_seconds:g} seconds of compiling were over")
-                case = case.without_compiled()
-            measured.append(bench_case(case, ceilings, quick=quick))
+                left_out.append(f"{case.name}, compiled: the {compile_seconds:g} seconds of compiling are over")
+                case = case.drop_compiled()
+            rows.append(bench_case(case, ceilings, quick=quick))
             compiling += sum(variant.seconds or 0.0 for variant in case.compiled)
-    except ModuleNotFoundError as error:  # the rest's networks are another package's
+    except ModuleNotFoundError as error:  # networks of the remaining cases need another package
         left_out.append(str(error))
     return {
-        "cases": measured,
-        "geometric_means": report.geometric_means(measured),
-        "groups": report.grouped_means(measured),
+        "cases": rows,
+        "geometric_means": report.geometric_means(rows),
+        "groups": report.grouped_means(rows),
         "left_out": left_out,
     }
 
 
 def bench_case(case: Case, ceilings: Ceilings, *, quick: bool = False) -> dict[str, Any]:
-    """Check that the variants of a case agree, time them, and say what the times mean."""
+    """Check that the variants of a case agree, time them, and describe the times."""
     if case.compiled:
-        # Or else torch.compile would take this case for a new size of the last one and, after eight, stop compiling.
+        # Otherwise torch.compile takes this case for a new size of the last one and stops compiling after eight.
         torch.compiler.reset()
     failures = check_agreement(case)
     variants = {name: variant for name, variant in case.variants.items() if name not in failures}
     cache = ceilings.cache_bytes
-    timings = interleaved(
+    timings = time_in_turns(
         variants,
-        case.draw if case.fresh else rotating(case.draw, cache),
+        case.draw if case.fresh else rotate_inputs(case.draw, cache),
         Clock(
             ceilings.device,
             events=case.clock == "events",
@@ -227,11 +185,11 @@ def bench_case(case: Case, ceilings: Ceilings, *, quick: bool = False) -> dict[s
         rounds=QUICK_ROUNDS if quick else case.rounds,
         seconds=case.seconds,
     )
-    return described(case, ceilings, timings, failures)
+    return describe(case, ceilings, timings, failures)
 
 
-def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failures: dict[str, str]) -> dict[str, Any]:
-    """One case for programs."""
+def describe(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failures: dict[str, str]) -> dict[str, Any]:
+    """Return the row of one case for programs."""
     least = ceilings.least_seconds(case.bytes, case.flops, case.precision)
     ours = timings[OURS]
     return {
@@ -257,7 +215,7 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
             for name, timing in timings.items()
         },
         "ratios": {
-            name: {"ratio": timing.median / ours.median, "quartiles": timing.spread_over(ours)}
+            name: {"ratio": timing.median / ours.median, "quartiles": timing.ratio_quartiles(ours)}
             for name, timing in timings.items()
             if name != OURS
         },
@@ -266,15 +224,22 @@ def described(case: Case, ceilings: Ceilings, timings: dict[str, Timing], failur
     }
 
 
-def main(name: str) -> None:
-    """One benchmark as a program. Plain argparse: on a bare GPU machine there is little more than torch."""
-    parser = argparse.ArgumentParser(description=f"Time {name} beside its peers.")
+def run_program(
+    benchmarks: Mapping[str, Callable[..., Iterable[Case]]], arguments: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Run benchmarks as a program with plain argparse, since a bare GPU machine has little more than torch.
+
+    Args:
+        benchmarks: functions that yield cases, by name.
+        arguments: command line without the program's name; None = that of the process.
+
+    Returns:
+        The document of ``bench``.
+    """
+    parser = argparse.ArgumentParser(description=f"Time {', '.join(benchmarks)} beside their peers.")
     for f in fields(BenchSettings):
         flag = f.metadata["flag"] or {
             "type": {"seed": int, "seconds": float, "compile_seconds": float}.get(f.name, str)
         }
         parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **flag)
-    bench(
-        BenchSettings(**vars(parser.parse_args())),
-        {name: {**KERNELS, **STEP, **SEARCH, **TRAINING, **EVALUATIONS}[name]},
-    )
+    return bench(BenchSettings(**vars(parser.parse_args(arguments))), benchmarks)

@@ -1,4 +1,4 @@
-"""The shapes that kernels meet in real networks: convolutions and channel groups."""
+"""The shapes of convolutions and channel groups in real networks."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastprune import models
 
 RESNET50_GROUPS = [64] + [64] * 6 + [128] * 8 + [256] * 12 + [512] * 6 + [256, 512, 1024, 2048]
-"""Units of ResNet-50's 37 channel groups: the stem, 32 inside of blocks, 4 residual streams; 11,456 in all."""
+"""Units of ResNet-50's 37 channel groups: the stem, 32 inside blocks, 4 residual streams; 11,456 in all."""
 
 NETWORKS = {"ResNet-50": 224, "MobileNetV2": 224, "ResNet-56": 32}
 """Networks and the side of their images."""
 
 ACTIVATIONS = {"relu": "relu", "relu_": "relu", "hardtanh": "relu6", "hardtanh_": "relu6"}
-"""By the names of torch's operators; MobileNetV2's relu6 is a hardtanh there."""
+"""Activations by torch's operator names; MobileNetV2's relu6 is a hardtanh there."""
 
 
 @dataclass(frozen=True)
 class ConvShape:
-    """A convolution as it occurs in a network.
+    """A convolution of a network.
 
     Args:
-        in_channels: channels that come in.
-        out_channels: channels that go out.
+        in_channels: input channels.
+        out_channels: output channels.
         kernel: height and width of the filters.
-        stride: vertical and horizontal.
-        padding: vertical and horizontal, on either side.
-        dilation: vertical and horizontal.
+        stride: vertical and horizontal stride.
+        padding: vertical and horizontal padding of each side.
+        dilation: vertical and horizontal dilation.
         groups: 1, or ``in_channels`` for a depthwise one.
-        height: of what comes in.
-        width: of what comes in.
-        activation: "relu", "relu6" or "none": what follows, behind the batch norm, before anything else happens.
-        count: how often the network has it.
+        height: height of the input.
+        width: width of the input.
+        activation: "relu", "relu6" or "none": the operator that directly follows the batch norm.
+        count: number of such convolutions in the network.
     """
 
     in_channels: int
@@ -55,7 +55,7 @@ class ConvShape:
     count: int = 1
 
     def __str__(self) -> str:
-        """For tables: 64→128 3×3/2 at 56×56."""
+        """Return the text for tables: 64→128 3×3/2 at 56×56."""
         text = f"{self.in_channels}→{self.out_channels} {self.kernel[0]}×{self.kernel[1]}"
         if self.stride != (1, 1):
             text += f"/{self.stride[0]}"
@@ -65,7 +65,7 @@ class ConvShape:
 
     @property
     def out_size(self) -> tuple[int, int]:
-        """Height and width of what goes out."""
+        """Height and width of the output."""
         sizes = zip((self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
         height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
         return height, width
@@ -77,26 +77,26 @@ class ConvShape:
         return self.out_channels * height * width * self.in_channels // self.groups * self.kernel[0] * self.kernel[1]
 
     def elements(self, batch: int) -> tuple[int, int, int]:
-        """Numbers in the input, the weight and the output of a batch."""
+        """Return the number of elements in the input, the weight and the output of a batch."""
         weight = self.out_channels * self.in_channels // self.groups * self.kernel[0] * self.kernel[1]
         height, width = self.out_size
         return batch * self.in_channels * self.height * self.width, weight, batch * self.out_channels * height * width
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every operator of a forward pass, whether a module or a function calls it."""
+    """A record of every convolution of a forward pass, called by a module or a function."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[ConvShape] = []
-        # Tensors that no operator but a batch norm has touched since their convolution, by id, and kept alive: an id is
-        # given again to a new tensor once its owner is gone.
+        # Tensors that no operator but a batch norm has touched since their convolution, by id. They are kept alive
+        # because a new tensor may get the id of a dead one.
         self.fresh: dict[int, tuple[Tensor, int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operator and note what it says about a convolution."""
+        """Run the operator and record a convolution or its activation."""
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name == "convolution":
@@ -137,9 +137,9 @@ def _convolution(
 
 
 def convolutions_of(model: nn.Module, side: int, channels: int = 3) -> list[ConvShape]:
-    """Every distinct convolution of a network on square images, in the order of its first occurrence.
+    """List every distinct convolution of a network on square images, in the order of first occurrence.
 
-    Nothing is computed: the pass runs on tensors without data.
+    The pass runs on tensors without data and computes nothing.
     """
     recorder = _Recorder()
     with torch.no_grad(), recorder:
@@ -149,29 +149,29 @@ def convolutions_of(model: nn.Module, side: int, channels: int = 3) -> list[Conv
 
 @functools.cache
 def convolutions(network: str) -> tuple[ConvShape, ...]:
-    """Every distinct convolution of "ResNet-50", "MobileNetV2" (224×224 images) or "ResNet-56" (32×32).
+    """List every distinct convolution of "ResNet-50", "MobileNetV2" (224×224 images) or "ResNet-56" (32×32).
 
     Raises:
         ValueError: for another name.
-        ModuleNotFoundError: where torchvision is needed and not installed.
+        ModuleNotFoundError: if torchvision is needed and not installed.
     """
     if network not in NETWORKS:
-        raise ValueError(f"network {network!r}: needs one of {', '.join(NETWORKS)}")
+        raise ValueError(f"network {network!r}: must be one of {', '.join(NETWORKS)}")
     with torch.device("meta"):
-        model = models.resnet56() if network == "ResNet-56" else from_torchvision(network)
+        model = models.resnet56() if network == "ResNet-56" else torchvision_network(network)
     return tuple(convolutions_of(model, NETWORKS[network]))
 
 
-def from_torchvision(network: str) -> nn.Module:
-    """ResNet-50 or MobileNetV2 with random weights.
+def torchvision_network(network: str) -> nn.Module:
+    """Return ResNet-50 or MobileNetV2 with random weights.
 
     Raises:
-        ModuleNotFoundError: where torchvision is not installed.
+        ModuleNotFoundError: if torchvision is not installed.
     """
     try:
         import torchvision.models
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{network} is torchvision's: pip install 'fastprune[vision]'") from error
+        raise ModuleNotFoundError(f"{network} needs torchvision: pip install 'fastprune[vision]'") from error
     make: Callable[[], nn.Module] = {
         "ResNet-50": torchvision.models.resnet50,
         "MobileNetV2": torchvision.models.mobilenet_v2,

@@ -1,4 +1,4 @@
-"""Variants timed in turns, so that a busy or drifting machine is as unfair to one as to the other."""
+"""Timing of variants in turns, so that a busy or drifting machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from torch import Tensor
 
 LEAST_ROUNDS = 5
 WARM_UP = 3
-MOST_SETS = 64  # of inputs that take turns
+MOST_SETS = 64  # greatest number of inputs in rotation
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What the rounds took.
+    """Times of one variant.
 
     Args:
-        seconds: of each round.
+        seconds: time of each round.
     """
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The usual round."""
+        """The median round."""
         return statistics.median(self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Between which half of the rounds lie."""
+        """The lower and upper quartile of the rounds."""
         return quartiles(self.seconds)
 
-    def spread_over(self, other: Timing) -> tuple[float, float]:
-        """Quartiles of the quotient of two variants' times, round by round, so that common drift cancels."""
+    def ratio_quartiles(self, other: Timing) -> tuple[float, float]:
+        """Return the quartiles of the ratio to another variant, round by round, so that common drift cancels."""
         return quartiles([mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)])
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The lower and the upper quartile."""
+    """Return the lower and upper quartile."""
     if len(values) == 1:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -51,40 +51,40 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 class Clock:
-    """Times one call.
+    """A clock for single calls.
 
     Args:
-        device: where it runs.
-        events: on CUDA, the device's own time between two events, gaps included in which it waited for the host.
-            Otherwise wall time until the result is there.
-        processor: the processor's time instead of the wall's, where ``events`` are not asked for.
-        flush: bytes to write before each call, unseen by the clock, so that nothing is left in a cache.
+        device: the device that calls run on.
+        events: whether to take the device's own time between two events on CUDA, including gaps in which it waits for
+            the host. Otherwise wall time until the result is there.
+        processor: whether to take the processor's time instead of wall time, where ``events`` do not apply.
+        flush: bytes to write before each call, outside of its time, so that nothing stays in a cache.
     """
 
     def __init__(self, device: torch.device, *, events: bool = False, processor: bool = False, flush: int = 0) -> None:
         self.device = device
         self.events = events and device.type == "cuda"
         self.now = time.process_time if processor else time.perf_counter
-        self.flushed = torch.empty(flush, dtype=torch.uint8, device=device)
+        self.scratch = torch.empty(flush, dtype=torch.uint8, device=device)
 
     def __call__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-        """Seconds of ``function(*arguments)``."""
-        if self.flushed.numel():
-            self.flushed.add_(1)  # on CUDA also gives the host time to launch before the device is ready
-        return self.on_device(function, arguments) if self.events else self.on_wall(function, arguments)
+        """Return the seconds of ``function(*arguments)``."""
+        if self.scratch.numel():
+            self.scratch.add_(1)  # on CUDA also gives the host time to launch before the device is ready
+        return self.device_seconds(function, arguments) if self.events else self.host_seconds(function, arguments)
 
-    def on_wall(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-        """Wall time."""
+    def host_seconds(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+        """Return the wall time or processor time of a call."""
         wait(self.device)
         begin = self.now()
         result = function(*arguments)
         wait(self.device)
         elapsed = self.now() - begin
-        del result  # freed after the clock has stopped
+        del result  # free it after the clock has stopped
         return elapsed
 
-    def on_device(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-        """The device's own time."""
+    def device_seconds(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+        """Return the device's own time of a call."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         function(*arguments)
@@ -94,12 +94,12 @@ class Clock:
 
 
 def wait(device: torch.device) -> None:
-    """Let the device finish what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def interleaved(
+def time_in_turns(
     variants: Mapping[str, Callable[..., Any]],
     inputs: Callable[[], tuple[Any, ...]],
     clock: Callable[[Callable[..., Any], tuple[Any, ...]], float],
@@ -107,14 +107,14 @@ def interleaved(
     rounds: int,
     seconds: float,
 ) -> dict[str, Timing]:
-    """Time every variant once a round, each round beginning with another one.
+    """Time every variant once per round; each round begins with another one.
 
     Args:
-        variants: what to time.
-        inputs: gives the arguments of one call.
+        variants: functions to time, by name.
+        inputs: returns the arguments of one call.
         clock: times one call.
-        rounds: how many at most, warm-up not counted.
-        seconds: after these no further round begins, once there are five.
+        rounds: greatest number of rounds, warm-up not counted.
+        seconds: time after which no further round begins, once there are five.
     """
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -130,8 +130,8 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in times.items()}
 
 
-def rotating(draw: Callable[[], tuple[Any, ...]], cache_bytes: int) -> Callable[[], tuple[Any, ...]]:
-    """Inputs in turn, so many that none is still in the cache when its turn comes again."""
+def rotate_inputs(draw: Callable[[], tuple[Any, ...]], cache_bytes: int) -> Callable[[], tuple[Any, ...]]:
+    """Return a function that cycles through enough inputs to evict each from the cache before its next turn."""
     sets = [draw()]
     size = max(1, sum(nbytes(value) for value in sets[0]))
     sets.extend(draw() for _ in range(min(MOST_SETS - 1, 2 * cache_bytes // size)))
@@ -139,7 +139,7 @@ def rotating(draw: Callable[[], tuple[Any, ...]], cache_bytes: int) -> Callable[
 
 
 def nbytes(value: Any) -> int:
-    """Memory of a tensor, or of those in a tuple or list."""
+    """Return the bytes of a tensor, or of all tensors in a tuple or list."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, (tuple, list)):

@@ -1,8 +1,8 @@
-"""topk_mask beside what torch offers for ragged groups.
+"""topk_mask beside ways to treat ragged groups with torch.
 
-``loop`` is fastprune.reference: plain torch, group by group. ``padded`` is the best we could do with one torch.sort
-over a padded matrix; ``compiled`` is that under torch.compile. Scores are drawn anew for every call: repeated ones
-teach the CPU's branch predictor.
+``loop`` is fastprune.reference: plain torch, group by group. ``padded`` is our best version with one torch.sort over a
+padded matrix; ``compiled`` is that under torch.compile. Every call gets new scores: repeated ones teach the CPU's
+branch predictor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SWEEP = [1_000, 10_000, 100_000, 1_000_000]
 
 
 class Layout:
-    """Channel groups with DDNP's window, a tenth of each group, half of it kept."""
+    """Channel groups at keep ratio 0.5 with DDNP's window, a tenth of each group."""
 
     def __init__(self, sizes: list[int], device: torch.device) -> None:
         self.units = sum(sizes)
@@ -28,21 +28,21 @@ class Layout:
         self.offsets = torch.tensor([0, *sizes]).cumsum(0).to(device)
         self.keep = torch.full((len(sizes),), 0.5, device=device)
         self.window = (0.1 * self.sizes).round()
-        # What the padded variant needs to know about the groups, not charged to it. Positions, not a boolean matrix:
-        # on CUDA that would wait for the number of its true elements.
+        # The padded variant is not charged for these. Positions, not a boolean matrix: on CUDA indexing with that
+        # waits for the number of its true elements.
         self.columns = torch.arange(max(sizes), device=device)
         self.inside = (self.columns < self.sizes[:, None]).flatten().nonzero()[:, 0]
 
     def draw(self) -> tuple[Tensor]:
-        """Scores as DDNP's generator makes them."""
+        """Draw scores like those of DDNP's generator."""
         return (torch.randn(self.units, device=self.offsets.device).sigmoid(),)
 
     def loop(self, scores: Tensor) -> Tensor:
-        """One sort a group."""
+        """Sort each group."""
         return reference.topk_mask(scores, self.keep, self.offsets, self.window)
 
     def padded(self, scores: Tensor) -> Tensor:
-        """One sort for all groups, each padded to the largest. Divides by windows, which are not 0 here."""
+        """Pad all groups to the largest and sort once. Divides by windows, which are not 0 here."""
         centre = self.sizes * self.keep
         width = torch.minimum(self.window, torch.minimum(2 * (self.sizes - centre), 2 * centre))
         t = ((centre[:, None] - (self.columns + 0.5)) / width[:, None]).clamp(-0.5, 0.5)
@@ -53,12 +53,12 @@ class Layout:
         return torch.empty_like(matrix).scatter_(1, order, by_rank).view(-1)[self.inside]
 
     def fastprune(self, scores: Tensor) -> Tensor:
-        """The fused operator."""
+        """Call the fused operator."""
         return ops.topk_mask(scores, self.keep, self.offsets, self.window)
 
 
 def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    """ResNet-50's groups, single groups of many sizes, and many groups of one size."""
+    """Yield ResNet-50's groups, single groups of many sizes, and many groups of one size."""
     if quick:
         yield case("8 groups", [16, 30, 64, 10, 30, 30, 20, 100], device)
         return
@@ -70,12 +70,12 @@ def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
 
 
 def case(name: str, sizes: list[int], device: torch.device, *, compiled: bool = False) -> Case:
-    """One layout. ``compiled`` on the real one alone: a sort dominates the others, which torch.compile leaves as is."""
+    """Return the case of one layout; ``compiled`` is for real groups: in others a sort dominates, and cannot gain."""
     layout = Layout(sizes, device)
     variants: dict[str, Callable[..., Tensor]] = {"loop": layout.loop, "padded": layout.padded}
     if compiled:
         variants["compiled"] = Compiled(layout.padded, device)
     variants["fastprune"] = layout.fastprune
     shape = {"groups": len(sizes), "units": layout.units, "largest": max(sizes)}
-    # Scores in, masks out; the groups' own numbers are few.
+    # Scores in, masks out; numbers per group are few.
     return Case(name, layout.draw, variants, bytes=8 * layout.units, shape=shape, units=layout.units, atol=1e-4)

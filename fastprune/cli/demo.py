@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from fastprune import models
-from fastprune.cli.settings import check_seed
+from fastprune.cli.settings import DemoSettings, pick
 from fastprune.data import load_data
 from fastprune.engine import (
     LoopOptions,
@@ -29,6 +30,7 @@ from fastprune.engine import (
 from fastprune.engine.device import Placement
 from fastprune.engine.run import plain
 from fastprune.pruning import prune
+from fastprune.report import tables
 
 BASELINE = TrainConfig(epochs=12, batch_size=64, lr=0.1, schedule="cosine", evaluate_every=0)
 # The gates begin wide open, at 1, and Adam moves them by about the learning rate a step: 0.01 over these 840 steps
@@ -37,16 +39,14 @@ SEARCH: dict[str, Any] = {"epochs": 40, "batch_size": 64, "learning_rate": 0.01,
 FINETUNE = TrainConfig(epochs=10, batch_size=64, lr=0.05, schedule="cosine", evaluate_every=0)
 
 
-@dataclass
-class DemoSettings:
-    """The demonstration's settings."""
-
-    out: str | None = field(default=None, metadata={"help": "directory for the run's files; runs/demo-TIME without it"})
-    seed: int = field(default=0, metadata={"help": "of everything random"})
-    device: str = field(default="cpu", metadata={"help": "auto, cpu, cuda or cuda:N"})
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
+def run_demo(values: dict[str, Any], given: set[str]) -> int:
+    """Train, prune and fine-tune a small network on real data, offline."""
+    result = demo(pick(DemoSettings, values))
+    if values["json"]:
+        print(json.dumps(result))
+    else:
+        tables.print_demo(result)
+    return 0
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:

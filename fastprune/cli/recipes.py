@@ -1,27 +1,27 @@
-"""Recipes: files with everything that a row of a paper needs but the data, the weights and the run's directory."""
+"""Recipes: files with all settings of a paper's row, except data, weights and the run's directory."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from fastprune.cli.settings import FinetuneConfig, PruneSettings, pick, read_settings
 from fastprune.engine.run import plain
+from fastprune.host.spelling import did_you_mean
 from fastprune.methods import registry
 from fastprune.options import build
 from fastprune.planning.budget import Budget
 
 PLACES = {"data", "weights", "out", "from_run", "recipe"}
-"""Settings of ``prune`` that differ from machine to machine; a recipe has none of them."""
+"""Settings of ``prune`` that differ from machine to machine, and that no recipe has."""
 
 NEEDED = ("model", "method", "budget")
 
 
 @dataclass(frozen=True)
 class Paper:
-    """The row that a recipe is for; accuracies and the reduction in per cent."""
+    """A row of a paper's table; accuracies and the reduction are in per cent."""
 
     title: str = ""
     table: str = ""
@@ -31,18 +31,18 @@ class Paper:
 
 
 SECTIONS: dict[str, type[Any]] = {"finetune": FinetuneConfig, "paper": Paper}
-"""What the run's ``config.yaml`` takes over as it is, for ``finetune`` and for the reader."""
+"""Sections that the run's ``config.yaml`` takes over, for ``finetune`` and for the reader."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A file of settings for ``prune`` that knows the fine-tuning, too.
+    """The settings of a paper's row, for pruning and for fine-tuning.
 
     Args:
-        path: of the file.
+        path: the file.
         method: the method's name.
-        settings: of ``prune``, with the method's options under its name.
-        sections: ``finetune`` and ``paper``, where the file has them.
+        settings: the settings of ``prune``, with the method's options under its name.
+        sections: ``finetune`` and ``paper``, if the file has them.
     """
 
     path: str
@@ -55,17 +55,17 @@ def read_recipe(path: str) -> Recipe:
     """Read and check a recipe.
 
     Raises:
-        ValueError: for a file that is none; the message names the file and the key.
+        ValueError: for a file that is no recipe; the message names the file and the key.
     """
     values = read_settings(path, "--recipe")
     try:
-        return checked(path, values)
+        return recipe_of(path, values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--recipe {path}: {error}") from error
 
 
-def checked(path: str, values: Mapping[str, Any]) -> Recipe:
-    """The recipe that a file's values are."""
+def recipe_of(path: str, values: Mapping[str, Any]) -> Recipe:
+    """Make a recipe from the values in a file, and check them."""
     missing = [name for name in NEEDED if name not in values]
     if missing:
         raise ValueError(f"{missing[0]!r} is missing; a recipe has {', '.join(NEEDED)}")
@@ -75,29 +75,28 @@ def checked(path: str, values: Mapping[str, Any]) -> Recipe:
     method_class = registry.load(method)
     own = {f.name for f in fields(PruneSettings)} - PLACES
     refuse_unknown(values, {*own, *SECTIONS, method})
-    told = {name: value for name, value in values.items() if name in own}
-    settings = pick(PruneSettings, told)
+    given = {name: value for name, value in values.items() if name in own}
+    settings = pick(PruneSettings, given)
     Budget.parse(settings.budget)
     kinds = {name: kind for name, kind in {**SECTIONS, method: method_class.Config}.items() if name in values}
     sections = {name: section(values[name], kind, name) for name, kind in kinds.items()}
     options = {name: sections.pop(name) for name in (method,) if name in sections}
-    return Recipe(path, method, {**{name: getattr(settings, name) for name in told}, **options}, sections)
+    return Recipe(path, method, {**{name: getattr(settings, name) for name in given}, **options}, sections)
 
 
 def section(values: Any, kind: type[Any], name: str) -> dict[str, Any]:
-    """A section of a recipe, checked against the dataclass whose fields it sets."""
+    """Return a section of a recipe, checked against the dataclass whose fields it sets."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{name} {values!r}: settings by name are needed, as in '{name}: {{…}}'")
-    made = build(kind, values, owner=name)
-    return plain({key: getattr(made, key) for key in values})
+    built = build(kind, values, owner=name)
+    return plain({key: getattr(built, key) for key in values})
 
 
 def refuse_unknown(names: Iterable[Any], known: set[str]) -> None:
-    """Refuse the first setting that a recipe cannot have."""
+    """Refuse the first setting that no recipe has."""
     for name in names:
         if name in PLACES:
-            raise ValueError(f"{name!r} is no part of a recipe; it is told on the command line")
+            raise ValueError(f"{name!r} is no part of a recipe; give it on the command line")
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+            hint = did_you_mean(name, known) or f"there are {', '.join(sorted(known))}"
             raise ValueError(f"there is no setting {name!r}: {hint}")

@@ -3,12 +3,13 @@
 from fastprune.engine.checkpoint import CheckpointError, Checkpoints, load_state, save_state
 from fastprune.engine.device import Placement, choose_device, seed_everything
 from fastprune.engine.evaluate import Evaluation, HeldOut, evaluate
-from fastprune.engine.interruption import Interrupted
 from fastprune.engine.latency import measure_latencies, measure_latency
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.meter import NonFiniteError
 from fastprune.engine.run import RunDirectory, RunError
-from fastprune.engine.training import TrainConfig, train
+from fastprune.engine.training import train
+from fastprune.host.errors import Interrupted
+from fastprune.training.options import TrainConfig
 
 __all__ = [
     "CheckpointError",

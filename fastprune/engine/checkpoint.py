@@ -17,13 +17,14 @@ from torch import Tensor
 
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
+from fastprune.host.errors import UserError
 
 log = logging.getLogger(__name__)
 
 KEEP = 2
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read."""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = ("float32", "bf16")
+from fastprune.training.options import PRECISIONS
 
 
 def choose_device(name: str = "auto") -> torch.device:

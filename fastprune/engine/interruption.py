@@ -14,10 +14,6 @@ from fastprune.host.distributed import Distributed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(RuntimeError):  # noqa: N818 - not a mistake
-    """The run was asked to stop, and stopped where it can be resumed."""
-
-
 class Interruption:
     """A context that remembers the first SIGINT or SIGTERM; the second one stops the process at once.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -15,12 +15,14 @@ from fastprune.data.data import Data
 from fastprune.data.sources import Batch
 from fastprune.engine.checkpoint import Checkpoints
 from fastprune.engine.device import Placement
-from fastprune.engine.interruption import Interrupted, Interruption
+from fastprune.engine.interruption import Interruption
 from fastprune.engine.meter import Meter, NonFiniteError
 from fastprune.engine.phase_batches import PhaseBatches
 from fastprune.engine.progress import ProgressBar
 from fastprune.engine.run import RunDirectory
 from fastprune.host.distributed import Distributed
+from fastprune.host.errors import Interrupted
+from fastprune.options import check, option
 from fastprune.training.phases import Metrics, Phase, Rounds, Step
 
 
@@ -55,17 +57,16 @@ class Worker(Protocol[T_contra]):
 class LoopOptions:
     """How often the loop writes."""
 
-    log_every: int = field(default=50, metadata={"help": "steps between two lines of metrics.jsonl"})
-    checkpoint_seconds: float = field(
-        default=300.0, metadata={"help": "seconds between two checkpoints, rounded up to the next line of the log"}
+    log_every: int = option(50, "steps between two lines of metrics.jsonl", minimum=1)
+    checkpoint_seconds: float = option(
+        300.0, "seconds between two checkpoints, rounded up to the next line of the log", minimum=0.0
     )
-    checkpoint_epochs: int = field(default=1, metadata={"help": "epochs between two checkpoints; 0 = by time only"})
-    checkpoint_steps: int = field(default=0, metadata={"help": "steps between two checkpoints; 0 = by time only"})
-    progress: bool = field(default=True, metadata={"help": "show a progress bar, if standard error is a terminal"})
+    checkpoint_epochs: int = option(1, "epochs between two checkpoints; 0 = by time only", minimum=0)
+    checkpoint_steps: int = option(0, "steps between two checkpoints; 0 = by time only", minimum=0)
+    progress: bool = option(True, "show a progress bar, if standard error is a terminal")
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise ValueError(f"log_every {self.log_every}: at least 1 step is needed")
+        check(self)
 
 
 @dataclass

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastprune.host.distributed import Distributed
+from fastprune.host.errors import UserError
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """A loss that is infinite or not a number."""
 
 

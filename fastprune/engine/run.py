@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from fastprune.host.distributed import Distributed
+from fastprune.host.errors import UserError
 
 
-class RunError(RuntimeError):
+class RunError(UserError):
     """A run directory that cannot be made or used."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,31 +20,11 @@ from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
 from fastprune.host.distributed import Distributed
 from fastprune.models.weights import save_weights
+from fastprune.training.options import TrainConfig
 from fastprune.training.phases import Phase
-from fastprune.training.weight_training import WeightOptions, WeightTraining
+from fastprune.training.weight_training import WeightTraining
 
 _ALTER = 4  # a key of ``hashed``; those before it are in data.py
-
-
-@dataclass(frozen=True)
-class TrainConfig(WeightOptions):
-    """The recipe of a training. The defaults are the papers' CIFAR fine-tuning."""
-
-    precision: str = field(default="float32", metadata={"help": "float32, or bf16 for autocast to bfloat16"})
-    channels_last: bool = field(default=False, metadata={"help": "NHWC memory layout"})
-    cutout: int = field(default=0, metadata={"help": "side in pixels of a square cut out of each image; 0 = none"})
-    mixup: float = field(default=0.0, metadata={"help": "α of mixup, which blends images and their targets; 0 = none"})
-    sync_bn: bool = field(default=False, metadata={"help": "batch statistics over all processes (CUDA only)"})
-    deterministic: bool = field(
-        default=False,
-        metadata={"help": "the same bits in every run on CUDA, at some cost; on the CPU always so"},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("cutout", "mixup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: it cannot be negative")
 
 
 @dataclass

@@ -1,4 +1,18 @@
-"""Channels of a network: tracing, groups, cost and latency."""
+"""Channels of a network: which can only leave together, what they cost, and plans that remove some.
+
+Each line imports only from lines above it:
+
+1. ``export``: the model becomes an operator graph. ``model_state``, beside it, reads and restores the model.
+2. ``cost``: MACs and parameters under a mask.
+3. ``structure``: slices, layers and groups as plain data.
+4. ``labels``: channel labels flow through the graph.
+5. ``units``, ``description``, ``unprunable``: from united labels to the plain data. ``stages``, ``interior``,
+   ``conventions``: readings of the plain data. ``plan_json``, ``plan``: which channels stay. ``rewrite``: the graph for
+   the channels that stay.
+6. ``latency``: measured milliseconds under a mask.
+7. ``channel_graph``: the plain data with its costs, latencies and plans.
+8. ``build``: ``trace``, from a model to its channel graph.
+"""
 
 from fastprune.graph.build import trace
 from fastprune.graph.channel_graph import ChannelGraph

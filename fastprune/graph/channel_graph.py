@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprune.graph.conventions import Flops, counted
+from fastprune.graph.conventions import Flops, cost_model_in
 from fastprune.graph.cost import Cost, CostModel
-from fastprune.graph.latency.model import LatencyModel, measure
+from fastprune.graph.latency.model import LatencyModel
+from fastprune.graph.latency.timing import measure
 from fastprune.graph.plan import PruningPlan
 from fastprune.graph.structure import GraphStructure
 from fastprune.host.distributed import Distributed
@@ -18,7 +19,7 @@ from fastprune.host.distributed import Distributed
 
 @dataclass(frozen=True)
 class ChannelGraph(GraphStructure):
-    """What ``trace`` finds out about a network: its groups, what they cost, and plans for them.
+    """The result of ``trace``: the groups of a network, their cost, and plans for them.
 
     Its fields are those of ``GraphStructure``.
     """
@@ -27,11 +28,11 @@ class ChannelGraph(GraphStructure):
     _counted: dict[str, CostModel] = field(default_factory=dict, repr=False, compare=False)
 
     def cost(self, mask: Tensor | None = None, *, flops: Flops = "mac") -> Cost:
-        """MACs and parameters per sample, exact for 0/1 masks and differentiable for soft ones.
+        """Return MACs and parameters per sample, exact for 0/1 masks and differentiable for soft ones.
 
         Args:
             mask: flat mask [U] of any real or boolean dtype; None = the full network.
-            flops: what counts as an operation: "mac", or one of the papers' conventions, see ``graph.conventions``.
+            flops: how operations count: "mac", or one of the papers' conventions, see ``graph.conventions``.
 
         Returns:
             ``Cost`` of two float64 scalars.
@@ -42,9 +43,9 @@ class ChannelGraph(GraphStructure):
         return self.counted(flops)(torch.ones(self.num_units) if mask is None else mask)
 
     def counted(self, flops: Flops) -> CostModel:
-        """The cost model in a convention, see ``graph.conventions``."""
+        """Return the cost model in a convention, see ``graph.conventions``."""
         if flops not in self._counted:
-            self._counted[flops] = counted(self, flops)
+            self._counted[flops] = cost_model_in(self, flops)
         return self._counted[flops]
 
     def latency(
@@ -57,16 +58,16 @@ class ChannelGraph(GraphStructure):
         cache: bool = True,
         peers: Distributed | None = None,
     ) -> LatencyModel:
-        """Milliseconds of a forward pass under a mask, from operators measured here on a grid of widths.
+        """Return a model of a forward pass's milliseconds, from operators measured here on a grid of widths.
 
-        The first call for a network takes a minute or so; times are kept in the user's cache folder
+        The first call for a network takes a minute or so. Times are kept in the user's cache folder
         (``FASTPRUNE_CACHE`` names another one), by device, versions, threads, shapes and arguments.
 
         Args:
-            device: where the network runs.
+            device: the device that runs the network.
             batch: samples in a pass; height and width are those of the example.
-            dtype: of parameters and inputs.
-            channels_last: their memory layout.
+            dtype: dtype of parameters and inputs.
+            channels_last: whether parameters and inputs have this memory layout.
             cache: False measures anew, and keeps nothing on disk.
             peers: processes that have to agree and all call this: the first one measures, and all take its times.
 
@@ -74,7 +75,7 @@ class ChannelGraph(GraphStructure):
             ``LatencyModel``: call it with a flat mask [U].
 
         Raises:
-            ValueError: for a batch below 1, or one that the network's code does not allow.
+            ValueError: if the batch is below 1, or the network's code does not allow it.
         """
         device = torch.device(device)
         if batch < 1:
@@ -87,7 +88,7 @@ class ChannelGraph(GraphStructure):
         return self._latencies[key]
 
     def plan(self, mask: Tensor) -> PruningPlan:
-        """The plan that keeps the units where the flat ``mask`` [U] is 1.
+        """Return the plan that keeps the units where the flat ``mask`` [U] is 1.
 
         Raises:
             ValueError: if the mask has another shape, holds anything but 0 and 1, or empties a group.

@@ -1,4 +1,4 @@
-"""What a network costs when only some channels stay: exact, and differentiable in the mask."""
+"""The cost of a network when only some channels stay: exact, and differentiable in the mask."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class SlicedDim:
-    """How long one dimension of a tensor is, given the number of kept units of every group.
+    """The size of one dimension of a tensor as a function of the kept units of every group.
 
     Args:
         tensor: the tensor's name.
         dim: the dimension.
-        size: its indices in the full network.
-        fixed: indices that always stay.
-        counts: for each group, how many indices each of its units holds: {group: count}.
+        size: number of its indices in the full network.
+        fixed: number of its indices that always stay.
+        counts: {group: number of indices of each of its units}.
     """
 
     tensor: str
@@ -47,7 +47,7 @@ class Term:
     """A product of sizes: the elements of a weight, say, or of an activation.
 
     Args:
-        tensor: what it belongs to.
+        tensor: the tensor that it belongs to.
         dims: the shrinking dimensions whose sizes it multiplies, as (tensor, dim).
         constant: the product of its other sizes.
         macs: multiply-accumulates per element and sample.
@@ -73,7 +73,7 @@ class CostModel:
         offsets: where each group's units start in the flat vector, int64 [G+1].
         terms: the polynomial.
         dims: the dimensions that shrink.
-        fixed_macs: MACs that always stay, of layers whose weights are computed or used in a way that is not understood.
+        fixed_macs: MACs of layers that always stay: their weights are computed or used in a way that is not understood.
     """
 
     offsets: Tensor
@@ -83,11 +83,11 @@ class CostModel:
     _on_device: dict[torch.device, tuple[Tensor, ...]] = field(init=False, default_factory=dict, repr=False)
 
     def __call__(self, mask: Tensor) -> Cost:
-        """The cost under a flat mask [U] of keep decisions (0/1 or soft, any real or boolean dtype)."""
+        """Return the cost under a flat mask [U] of keep decisions (0/1 or soft, any real or boolean dtype)."""
         return self.of_widths(self.kept(mask))
 
     def kept(self, mask: Tensor) -> Tensor:
-        """The kept units of each group, float64 [G], of a flat mask [U]."""
+        """Return the number of kept units of each group, float64 [G], of a flat mask [U]."""
         units = int(self.offsets[-1])
         if mask.shape != (units,):
             raise ValueError(f"mask: a vector of {units} units is needed, got shape {tuple(mask.shape)}")
@@ -96,20 +96,20 @@ class CostModel:
         return kept.index_add(0, groups, mask.to(torch.float64))
 
     def of_widths(self, kept: Tensor) -> Cost:
-        """The cost for numbers of kept units per group, float64 [..., G]."""
+        """Return the cost for numbers of kept units per group, float64 [..., G]."""
         *_, macs, params = self._tables(kept.device)
         elements = self.elements(kept)
         return Cost(macs=elements @ macs + self.fixed_macs, params=elements @ params)
 
     def elements(self, kept: Tensor) -> Tensor:
-        """The value of each term's product, float64 [..., T], for numbers of kept units per group [..., G]."""
+        """Return the value of each term, float64 [..., T], for numbers of kept units per group [..., G]."""
         _, incidence, fixed, factors, constant, *_ = self._tables(kept.device)
         sizes = kept @ incidence.T + fixed
         return constant * sizes[..., factors].prod(-1)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Group of each unit; incidence [S+1, G] and fixed part [S+1] of each size (the last is 1); and for each
-        term the sizes that it multiplies [T, D], its constant [T], its MACs [T] and its parameters [T].
+        """Return the group of each unit; incidence [S+1, G] and fixed part [S+1] of each size (the last is 1); and for
+        each term the sizes that it multiplies [T, D], its constant [T], its MACs [T] and its parameters [T].
         """
         if device not in self._on_device:
             self._on_device[device] = tuple(table.to(device) for table in self._build())
@@ -141,12 +141,12 @@ class CostModel:
 def terms_of(
     shapes: Mapping[str, tuple[int, ...]], dims: Sequence[SlicedDim], positions: Mapping[str, int], *, counted: bool
 ) -> list[Term]:
-    """One term per tensor.
+    """Return one term per tensor.
 
     Args:
         shapes: full shapes of the tensors.
         dims: the dimensions that shrink.
-        positions: uses of each element of a weight per sample.
+        positions: number of uses of each element of a weight per sample.
         counted: whether the tensors are parameters. Buffers that convolutions use as weights (blur filters, say) cost
             MACs, but are no parameters.
     """

@@ -1,4 +1,4 @@
-"""Which channels the papers with gates inside blocks (DMC, DDNP, SANP) prune."""
+"""The channels that papers with gates inside blocks (DMC, DDNP, SANP) prune."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fastprune.graph.export.tracing import concrete
-from fastprune.graph.labels.rules import operator_name
-from fastprune.graph.structure import GraphStructure, Group, Layer
+from fastprune.graph.export.nodes import concrete, operator_name
+from fastprune.graph.structure import GraphStructure, Group, Layer, belong_to
 
 # Operators after which DMC and its successors put a gate ("always placed after ReLU activation functions").
 ACTIVATIONS = {
@@ -20,13 +19,13 @@ ACTIVATIONS = {
 
 
 def interior_units(graph: GraphStructure) -> Tensor:
-    """The units inside blocks: those that DMC, DDNP and SANP put gates on.
+    """Return the units inside blocks, on which DMC, DDNP and SANP put gates.
 
     A group counts if its channels pass an activation on their way to a layer that reads them, and are none of these:
 
     * channels of a residual stream,
     * channels that a layer makes directly from the network's input (the stem),
-    * channels that the classifier reads (the last layers, as far back as they are linear layers on single vectors),
+    * channels that the classifier reads (the last layer, and linear layers on single vectors in front of it),
     * the squeezed channels of an attention branch, which only scale other channels.
 
     This gives two groups per ResNet bottleneck, one per ResNet basic block, and one per inverted residual block with an
@@ -44,42 +43,41 @@ def interior_units(graph: GraphStructure) -> Tensor:
     flow = Flow(graph)
     inside = torch.zeros(graph.num_units, dtype=torch.bool)
     for group in graph.groups:
-        inside[group.units] = group.kind == "interior" and flow.is_gated(group)
+        inside[group.units] = group.kind == "plain" and flow.is_gated(group)
     return inside
 
 
 def last_gated_units(graph: GraphStructure, gated: Tensor) -> Tensor:
-    """Of the units inside blocks those that no other gate follows within the block: one gate per residual block.
+    """Return the units inside blocks that no other gate follows within the block: one gate per residual block.
 
     In a ResNet bottleneck these are the channels between the second and the third convolution.
 
     Args:
         graph: the network.
-        gated: ``interior_units`` of it, bool [U].
+        gated: the network's ``interior_units``, bool [U].
 
     Returns:
         bool [U].
 
     Raises:
-        ValueError: where that takes no gate away, or there are no residual blocks; says which.
+        ValueError: if this removes no gate, or there are no residual blocks; says which.
     """
     if not any(group.kind == "stream" for group in graph.groups):
         raise ValueError("groups 'one_gate': this network has no residual blocks; give groups 'interior' or 'all'")
     last = gated.clone()
     for group in graph.groups:
-        readers = [layer for layer in graph.layers if not layer.depthwise and touches(layer.in_units, group)]
-        made = [layer.out_units[layer.out_units >= 0] for layer in readers]
-        last[group.units] &= not any(bool(gated[units].any()) for units in made)
+        readers = [layer for layer in graph.layers if not layer.depthwise and layer.reads(group)]
+        last[group.units] &= not any(bool(belong_to(layer.out_units, gated).any()) for layer in readers)
     if torch.equal(last, gated):
         raise ValueError(
-            "groups 'one_gate': no residual block of this network has two gates (those of an inverted residual are "
-            "one, used twice); give groups 'interior'"
+            "groups 'one_gate': no residual block of this network has two gates (an inverted residual has one, used "
+            "twice); give groups 'interior'"
         )
     return last
 
 
 class Flow:
-    """Questions about the order of layers, answered on the traced operators."""
+    """The order of a network's layers, read from the traced operators."""
 
     def __init__(self, graph: GraphStructure) -> None:
         self.graph = graph
@@ -90,9 +88,9 @@ class Flow:
         self.head = self._layers_at_the_end(nodes)
 
     def is_gated(self, group: Group) -> bool:
-        """Whether a group's channels get a gate, see ``interior_units``; residual streams are not asked about."""
-        makers = [layer for layer in self.graph.layers if not layer.depthwise and touches(layer.out_units, group)]
-        readers = [layer for layer in self.graph.layers if not layer.depthwise and touches(layer.in_units, group)]
+        """Return whether a group, which is no residual stream, gets a gate; see ``interior_units``."""
+        makers = [layer for layer in self.graph.layers if not layer.depthwise and layer.makes(group)]
+        readers = [layer for layer in self.graph.layers if not layer.depthwise and layer.reads(group)]
         return (
             not any(layer.node in self.stem for layer in makers)
             and not any(layer.node in self.head for layer in readers)
@@ -101,7 +99,7 @@ class Flow:
         )
 
     def _layers_at_the_start(self, nodes: list[Node]) -> set[str]:
-        """Layers with no other layer before them."""
+        """Return the layers with no other layer before them."""
         after_a_layer: set[Node] = set()
         first = set()
         for node in nodes:
@@ -113,7 +111,7 @@ class Flow:
         return first
 
     def _layers_at_the_end(self, nodes: list[Node]) -> set[str]:
-        """Layers with no layer behind them, and linear layers on single vectors with nothing but such behind them."""
+        """Return the layers with no layer behind them, and linear layers on single vectors in front of such layers."""
         before_a_layer: set[Node] = set()
         before_the_body: set[Node] = set()
         head = set()
@@ -133,7 +131,7 @@ class Flow:
         return head
 
     def _reads_an_activation(self, layer: Layer) -> bool:
-        """Whether an activation lies between this layer and the layers before it."""
+        """Return whether an activation lies between this layer and the layers before it."""
         pending, seen = [self.nodes[layer.node].all_input_nodes[0]], set[Node]()
         while pending:
             node = pending.pop()
@@ -147,7 +145,7 @@ class Flow:
         return False
 
     def only_scales(self, layer: Layer) -> bool:
-        """Whether what the layer makes is only ever multiplied to something that it did not make (SE and its kin)."""
+        """Return whether the layer's outputs only scale tensors that it did not make (squeeze-and-excitation, say)."""
         start = self.nodes[layer.node]
         own, pending, multiplied = {start}, list(start.users), False
         while pending:
@@ -163,7 +161,7 @@ class Flow:
         return multiplied
 
     def readers(self, layer: Layer) -> set[str]:
-        """The layers that read what a layer makes with no other layer between, by their nodes."""
+        """Return the nodes of the layers that read a layer's outputs with no other layer between."""
         found, pending, seen = set(), list(self.nodes[layer.node].users), set[Node]()
         while pending:
             node = pending.pop()
@@ -175,7 +173,7 @@ class Flow:
         return found
 
     def activation_after(self, layer: Layer) -> str | None:
-        """The activation that alone reads what a layer makes, after its normalisation if it has one."""
+        """Return the activation that alone reads a layer's outputs, after its normalisation if it has one."""
         node = self.nodes[layer.node]
         while len(node.users) == 1:
             (node,) = node.users
@@ -185,8 +183,8 @@ class Flow:
                 return None
         return None
 
-    def pixels_scaled(self, layer: Layer) -> int:
-        """The pixels of what an attention branch's last layer scales, see ``only_scales``."""
+    def scaled_pixels(self, layer: Layer) -> int:
+        """Return the number of pixels that an attention branch's last layer scales; see ``only_scales``."""
         start = self.nodes[layer.node]
         own, pending = {start}, list(start.users)
         while pending:
@@ -199,15 +197,10 @@ class Flow:
         return 0
 
 
-def touches(units: Tensor, group: Group) -> bool:
-    """Whether any of ``units`` belongs to ``group``."""
-    return bool(((units >= group.start) & (units < group.start + group.size)).any())
-
-
 def gated_units(graph: GraphStructure, groups: str) -> Tensor:
-    """The units of an option ``groups``, bool [U].
+    """Return the units that an option ``groups`` means, bool [U].
 
-    "all", "interior" for ``interior_units``, or "one_gate" for the last of them in every residual block.
+    The option is "all", "interior" (``interior_units``) or "one_gate" (``last_gated_units``).
     """
     if groups == "one_gate":
         return last_gated_units(graph, interior_units(graph))

@@ -1,4 +1,4 @@
-"""What a model holds: its parameters and buffers by name, and its mode, which is put back as it was."""
+"""The state of a model: its parameters and buffers by name, and its mode, which is restored after use."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fastprune.graph.export.refusals import TraceError
 
 @contextmanager
 def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put ``model`` into train or eval mode, and leave it as it was: modes, flags, values and what modules hold.
+    """Put ``model`` into train or eval mode, then restore it: modes, flags, values and the attributes of its modules.
 
-    A model's own ``train`` may freeze parameters or merge some into others, and its code or hooks may keep what they
-    see, which is no tensor with values while the model is traced. So its ``train`` is called again to undo what it did;
-    what that leaves different (sums that are rounded) is put back.
+    A model's own ``train`` may freeze parameters or merge some into others, and its code or hooks may keep tensors that
+    they see, which have no values while the model is traced. So its ``train`` is called again to undo what it did, and
+    what still differs then (rounded sums) is restored.
 
     Raises:
-        TraceError: if its parameters have other names in the one mode than in the other; names the module.
+        TraceError: if its parameters have other names in one mode than in the other; names the module.
     """
     modes = [(module, module.training) for module in model.modules()]
-    held = Held(model)
+    snapshot = Snapshot(model)
     names = saved_names(model)
     try:
         model.train(training)
@@ -33,17 +33,17 @@ def mode_of(model: nn.Module, *, training: bool) -> Iterator[None]:
         yield
     finally:
         try:
-            for module, was in modes:  # from the outside, as the one of an outer module reaches the inner ones
+            for module, was in modes:  # the outer ones first: their ``train`` also sets the inner ones
                 if module is model or module.training != was:
                     module.train(was)
         finally:
-            held.put_back()
+            snapshot.restore()
 
 
-class Held:
-    """What the modules of a model hold, to be put back: attributes, lists and dicts among them, tensors and flags.
+class Snapshot:
+    """The attributes of a model's modules (lists and dicts too), tensors and flags, to be restored.
 
-    Values are copied only where a module has a ``train`` of its own: no other changes them without computing.
+    Values are copied only if a module has a ``train`` of its own; other code does not change them without computing.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,11 +55,11 @@ class Held:
         self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         changes = any(has_own_train(module) for module in model.modules())
         tensors = [t for t in state_of(model).values() if changes and not t.is_meta]
-        # ``detach`` shares the memory, and stays where a module gives its tensor other memory.
+        # ``detach`` shares the memory, and keeps it if a module gives its tensor other memory.
         self.values = [(t, t.detach(), t.detach().clone()) for t in dict.fromkeys(tensors)]
 
-    def put_back(self) -> None:
-        """Let the modules hold the same again."""
+    def restore(self) -> None:
+        """Restore the attributes, tensors and flags."""
         for module, attributes in self.attributes:
             module.__dict__.clear()
             module.__dict__.update(attributes)
@@ -77,12 +77,12 @@ class Held:
 
 
 def has_own_train(module: nn.Module) -> bool:
-    """Whether a module does more than torch's where it changes its mode."""
+    """Return whether a module's ``train`` does more than torch's."""
     return type(module).train is not nn.Module.train or "train" in vars(module)
 
 
 def saved_names(model: nn.Module) -> set[str]:
-    """The names of what a model saves."""
+    """Return the names of the tensors that a model saves."""
     temporary = {
         f"{name}.{own}".lstrip(".")
         for name, module in model.named_modules(remove_duplicate=False)
@@ -92,7 +92,7 @@ def saved_names(model: nn.Module) -> set[str]:
 
 
 def require_names(model: nn.Module, before: set[str], after: set[str]) -> None:
-    """Refuse a model whose parameters have other names in the other mode: what is found there fits nothing here."""
+    """Refuse a model whose parameters have other names in the other mode: its graph would not fit here."""
     if before == after:
         return
     first = min(before ^ after)
@@ -101,31 +101,31 @@ def require_names(model: nn.Module, before: set[str], after: set[str]) -> None:
     name, module = around[-1] if around else ("", model)
     raise TraceError(
         f"{repr(name) if name else 'the model'} ({type(module).__name__}) has other parameters in train mode than in "
-        f"eval mode (its train() adds or removes {', '.join(sorted(before ^ after)[:3])}): give a model in which "
-        "train() changes no names"
+        f"eval mode (its train() adds or removes {', '.join(sorted(before ^ after)[:3])}): give a model whose train() "
+        "changes no names"
     )
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under all their names."""
+    """Return parameters and buffers under all their names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def has_no_values(model: nn.Module) -> bool:
-    """Whether all of a model is on the meta device."""
+    """Return whether all of a model is on the meta device."""
     tensors = state_of(model).values()
     return bool(tensors) and all(t.is_meta for t in tensors)
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:
-    """What a module holds under a dotted name."""
+    """Return a module's attribute by its dotted name."""
     owner, _, last = name.rpartition(".")
     return getattr(module.get_submodule(owner), last)
 
 
 def parameter_names(model: nn.Module) -> set[str]:
-    """The names of the distinct parameters."""
+    """Return the names of the distinct parameters."""
     return {name for name, _ in model.named_parameters()}
 
 

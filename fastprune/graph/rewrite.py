@@ -1,8 +1,8 @@
-"""The exported graph of a full network, rewritten for the channels that stay.
+"""Rewrite the exported graph of a full network for the channels that stay.
 
-The model's own code may hold widths as numbers (``split(x, [64, 64])``), or cut where channels are no longer. Its graph
-can be changed: sizes that are written in it become those of the compact tensors, and moves select what is left of the
-channels that they selected.
+The model's own code may hold widths as numbers (``split(x, [64, 64])``), or cut at channels that are gone. Its graph
+can be changed: sizes in it become those of the compact tensors, and moves select the rest of the channels that they
+selected.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fastprune.graph.export.nodes import argument_of, operator_name, set_argument
 from fastprune.graph.labels.labels import core
 from fastprune.graph.labels.moves import PARTING
 from fastprune.graph.labels.propagate import Computed
-from fastprune.graph.labels.rules import described, operator_name
+from fastprune.graph.labels.rules import describe_node
 from fastprune.graph.labels.selection import Selection
 from fastprune.graph.model_state import attribute_of
 
 Kept = npt.NDArray[np.int64] | None  # the indices that stay along a dimension, None for all
 
-# Operators with sizes among their arguments: the name of the argument.
+# Operators with sizes among their arguments, and the name of that argument.
 SIZED = {
     **dict.fromkeys(("view", "_unsafe_view", "expand"), "size"),
     "reshape": "shape",
@@ -41,14 +42,14 @@ class RewriteError(ValueError):
 
 
 @dataclass(frozen=True)
-class Rewritten:
+class RewrittenGraph:
     """A graph without state: its inputs are those of the network, then tensors of the model, then indices.
 
     Args:
         module: the graph.
         tensors: names of the parameters, buffers and constants that it takes.
-        indices: what it selects channels by, int64 each.
-        results: how its results are nested.
+        indices: the indices by which it selects channels, int64 each.
+        results: the structure of its results.
     """
 
     module: GraphModule
@@ -62,7 +63,7 @@ def rewrite(
     labels: Mapping[Node, Any],
     selections: Mapping[Node, list[Selection]],
     keep: npt.NDArray[np.bool_],
-) -> Rewritten:
+) -> RewrittenGraph:
     """Rewrite an exported graph for compact tensors.
 
     Args:
@@ -72,44 +73,46 @@ def rewrite(
         keep: for each label, whether its channels stay.
 
     Raises:
-        RewriteError: if an operator cannot be told the new sizes.
+        RewriteError: if an operator cannot take the new sizes.
     """
-    return _Writer(source, labels, selections, keep).write()
+    return _Rewriter(source, labels, selections, keep).rewrite()
 
 
 @dataclass
-class _Writer:
+class _Rewriter:
+    """Builds the new graph node by node; ``replacements`` holds the new node, or the new parts, of each old one."""
+
     source: GraphModule
     labels: Mapping[Node, Any]
     selections: Mapping[Node, list[Selection]]
     keep: npt.NDArray[np.bool_]
     graph: Graph = field(default_factory=Graph)
     boxes: dict[Node, list[list[Kept]] | None] = field(default_factory=dict)
-    written: dict[Node, Any] = field(default_factory=dict)
+    replacements: dict[Node, Any] = field(default_factory=dict)
     indices: list[Tensor] = field(default_factory=list)
     index_nodes: list[Node] = field(default_factory=list)
     last_input: Node | None = None
 
-    def write(self) -> Rewritten:
+    def rewrite(self) -> RewrittenGraph:
         nodes = list(self.source.graph.nodes)
         for node in nodes:
             if node.op == "placeholder":
-                self.last_input = self.written[node] = self.graph.placeholder(node.name)
+                self.last_input = self.replacements[node] = self.graph.placeholder(node.name)
         held = {node: str(node.target) for node in nodes if node.op == "get_attr" and self.is_tensor(str(node.target))}
         inputs: dict[str, Node] = {}
         for name in dict.fromkeys(held.values()):
             self.last_input = inputs[name] = self.graph.placeholder(f"tensor_{len(inputs)}")
-        self.written |= {node: inputs[name] for node, name in held.items()}
+        self.replacements |= {node: inputs[name] for node, name in held.items()}
         for node in nodes:
-            if node not in self.written and node.op != "call_module":  # the exporter's guard on input shapes
-                self.written[node] = self.node(node)
+            if node not in self.replacements and node.op != "call_module":  # the exporter's guard on input shapes
+                self.replacements[node] = self.replace(node)
         self.graph.lint()
         module = GraphModule(self.source, self.graph)
         codegen: Any = self.source.graph._codegen
-        return Rewritten(module, tuple(inputs), tuple(self.indices), codegen.pytree_info.out_spec)
+        return RewrittenGraph(module, tuple(inputs), tuple(self.indices), codegen.pytree_info.out_spec)
 
-    def node(self, node: Node) -> Any:
-        """What stands for a node in the new graph; None for a value that need not exist."""
+    def replace(self, node: Node) -> Any:
+        """Return a node's replacement in the new graph; None for a value that need not exist."""
         if node.op == "output" or node.op == "get_attr":
             return self.copy(node)
         result = self.kept(node)
@@ -121,47 +124,52 @@ class _Writer:
                 for choice, labels in zip(self.selections[node], self.parts(node), strict=True)
             ]
             return parts if isinstance(self.labels[node], (list, tuple)) else parts[0]
-        if node.target is operator.getitem and isinstance(parts := self.written[first_of(node)], list):
+        if node.target is operator.getitem and isinstance(parts := self.replacements[first_of(node)], list):
             return parts[cast("int", node.args[1])]
         name = operator_name(node)
         if name in PARTING:
             dim = int(argument_of(node, "dim")) % self.parts(node)[0].dim()
             if any(box[dim] is not None for box in result):
-                return self.part(node, dim)
+                return self.split(node, dim)
         copied = self.copy(node)
-        if not self.changes(node):
-            return copied
+        if self.changes(node):
+            self.adapt_arguments(node, copied, name, result)
+        return copied
+
+    def adapt_arguments(self, node: Node, copied: Node, name: str, boxes: list[list[Kept]]) -> None:
+        """Change the arguments of a copied operator that depend on numbers of channels; its results keep ``boxes``."""
         if name in SIZED:
-            self.resize(node, copied, result[0], SIZED[name])
+            self.resize(node, copied, boxes[0], SIZED[name])
         elif "conv" in name:
             self.regroup(node, copied, "groups", depthwise=True)
         elif name == "group_norm":
             self.regroup(node, copied, "num_groups", depthwise=False)
         elif name in ("layer_norm", "rms_norm"):
             sizes = argument_of(node, "normalized_shape")
-            kept = zip(sizes, result[0][-len(sizes) :], strict=True)
+            kept = zip(sizes, boxes[0][-len(sizes) :], strict=True)
             set_argument(copied, "normalized_shape", [n if k is None else len(k) for n, k in kept])
         elif name == "select":
             self.reselect(node, copied)
-        return copied
 
     def is_tensor(self, name: str) -> bool:
-        """Whether an attribute is a tensor, not a graph within the graph."""
+        """Return whether an attribute is a tensor, not a graph within the graph."""
         return isinstance(attribute_of(self.source, name), Tensor)
 
     def copy(self, node: Node) -> Node:
+        """Copy a node to the new graph."""
         for source in node.all_input_nodes:
-            if self.written.get(source) is None:
-                raise RewriteError(f"{described(node)} reads channels that do not lie along one dimension")
-        return self.graph.node_copy(node, self.written.__getitem__)
+            if self.replacements.get(source) is None:
+                raise RewriteError(f"{describe_node(node)} reads channels that do not lie along one dimension")
+        return self.graph.node_copy(node, self.replacements.__getitem__)
 
-    # --- what stays ---------------------------------------------------------------------------------------------
+    # --- the indices that stay ----------------------------------------------------------------------------------
 
     def parts(self, node: Node) -> list[Tensor]:
+        """Return the labels of each result of a node."""
         return [x for x in pytree.tree_leaves(self.labels.get(node)) if isinstance(x, Tensor)]
 
     def kept(self, node: Node) -> list[list[Kept]] | None:
-        """The indices that stay along each dimension of each result; None where they form no box."""
+        """Return the indices that stay along each dimension of each result; None if they form no box."""
         if node not in self.boxes:
             values = pytree.tree_leaves(self.labels.get(node))
             found = [self.box(x) for x in values if isinstance(x, (Tensor, Computed))]
@@ -169,14 +177,14 @@ class _Writer:
         return self.boxes[node]
 
     def box(self, value: Tensor | Computed) -> list[Kept] | None:
-        """The indices that stay along each dimension; of a weight, along those of its rows and of its columns."""
+        """Return the indices that stay along each dimension of a value or a weight; None if they form no box."""
         if isinstance(value, Tensor):
             return kept_box(value, self.keep)
         rows, columns = (kept_box(part, self.keep) for part in value.parts)
-        return None if rows is None or columns is None else [*map(both, rows, columns)]
+        return None if rows is None or columns is None else [*map(intersect, rows, columns)]
 
     def changes(self, node: Node) -> bool:
-        """Whether a node or anything that it reads has fewer channels."""
+        """Return whether a node or anything that it reads has fewer channels."""
         for touched in (node, *node.all_input_nodes):
             boxes = self.kept(touched)
             if boxes is None or any(kept is not None for box in boxes for kept in box):
@@ -186,11 +194,11 @@ class _Writer:
     # --- moves --------------------------------------------------------------------------------------------------
 
     def select(self, choice: Selection, node: Node, labels: Tensor) -> Node:
-        """The channels of the base that are left of a selection."""
+        """Select the rest of a selection's channels from its base."""
         base_boxes, box = self.kept(choice.base), kept_box(labels, self.keep)
-        source: Node | None = self.written[choice.base]
+        source: Node | None = self.replacements[choice.base]
         if base_boxes is None or box is None or source is None:
-            raise RewriteError(f"{described(node)} takes channels of a value that does not exist on its own")
+            raise RewriteError(f"{describe_node(node)} takes channels of a value that does not exist on its own")
         kept, held = box[choice.dim], base_boxes[0][choice.dim]
         if kept is None:
             kept = np.arange(labels.size(choice.dim))
@@ -200,14 +208,14 @@ class _Writer:
         if np.array_equal(places, np.arange(len(held))):
             return source
         first = int(places[0]) if len(places) else 0
-        if np.array_equal(places, np.arange(first, first + len(places))):  # a view, which in-place operators may need
+        if np.array_equal(places, np.arange(first, first + len(places))):  # a view: in-place operators may need one
             ends = (source, choice.dim, first, first + len(places))
             return self.graph.call_function(torch.ops.aten.slice.Tensor, ends)
         places_node = self.index(torch.from_numpy(places))
         return self.graph.call_function(torch.ops.aten.index_select.default, (source, choice.dim, places_node))
 
     def index(self, indices: Tensor) -> Node:
-        """A tensor of indices as one more input."""
+        """Return an input for a tensor of indices, a new one if no other holds the same indices."""
         for known, node in zip(self.indices, self.index_nodes, strict=True):
             if torch.equal(known, indices):
                 return node
@@ -218,34 +226,34 @@ class _Writer:
         self.index_nodes.append(node)
         return node
 
-    def part(self, node: Node, dim: int) -> Node:
-        """Parts of the sizes that are left."""
+    def split(self, node: Node, dim: int) -> Node:
+        """Split a value into parts of the sizes that are left."""
         boxes = [kept_box(labels, self.keep) for labels in self.parts(node)]
         kept = [None if box is None else box[dim] for box in boxes]
         sizes = [part.size(dim) if k is None else len(k) for part, k in zip(self.parts(node), kept, strict=True)]
-        source = self.written[first_of(node)]
+        source = self.replacements[first_of(node)]
         if source is None:
-            raise RewriteError(f"{described(node)} cuts a value that does not exist on its own")
+            raise RewriteError(f"{describe_node(node)} cuts a value that does not exist on its own")
         return self.graph.call_function(torch.ops.aten.split_with_sizes.default, (source, sizes, dim))
 
     # --- arguments ----------------------------------------------------------------------------------------------
 
     def resize(self, node: Node, copied: Node, box: list[Kept], argument: str) -> None:
-        """Write the compact sizes in place of the full ones."""
+        """Replace the full sizes by the compact ones."""
         sizes = list(argument_of(copied, argument))
-        dims = len(box) - len(sizes)  # that "unflatten" leaves as they are
+        dims = len(box) - len(sizes)  # number of dimensions that "unflatten" does not change
         first = int(argument_of(node, "dim")) % (dims + 1) if operator_name(node) == "unflatten" else 0
         for place, size in enumerate(sizes):
             kept = box[first + place]
             if kept is None or size == -1:
                 continue
             if not isinstance(size, int):
-                raise RewriteError(f"{described(node)} computes the number of channels from the size of the input")
+                raise RewriteError(f"{describe_node(node)} computes the number of channels from the size of the input")
             sizes[place] = len(kept)
         set_argument(copied, argument, sizes)
 
     def regroup(self, node: Node, copied: Node, argument: str, *, depthwise: bool) -> None:
-        """As many groups as are left, where whole groups leave: of a depthwise convolution, or of a group norm."""
+        """Set the number of groups that are left; whole groups leave a depthwise convolution or a group norm."""
         groups = argument_of(node, argument)
         labels, boxes = self.parts(first_of(node))[0], self.kept(first_of(node))
         kept = boxes[0][1] if boxes is not None else None
@@ -254,7 +262,7 @@ class _Writer:
         set_argument(copied, argument, max(1, groups * len(kept) // labels.size(1)))
 
     def reselect(self, node: Node, copied: Node) -> None:
-        """The place of a single channel among those that stay."""
+        """Set the index of a single channel to its place among those that stay."""
         boxes, dim, index = self.kept(first_of(node)), int(argument_of(node, "dim")), int(argument_of(node, "index"))
         labels = self.parts(first_of(node))[0]
         kept = boxes[0][dim % labels.dim()] if boxes is not None else None
@@ -263,7 +271,7 @@ class _Writer:
 
 
 def kept_box(labels: Tensor, keep: npt.NDArray[np.bool_]) -> list[Kept] | None:
-    """The indices of ``labels`` that stay along each dimension, None if what stays is no box."""
+    """Return the indices of ``labels`` that stay along each dimension, None if they form no box."""
     small = core(labels)
     stays = keep[small.numpy()]
     if stays.all():
@@ -277,31 +285,11 @@ def kept_box(labels: Tensor, keep: npt.NDArray[np.bool_]) -> list[Kept] | None:
     return box if np.array_equal(product & np.ones_like(stays), stays) else None
 
 
-def both(a: Kept, b: Kept) -> Kept:
-    """The indices that stay for two reasons."""
+def intersect(a: Kept, b: Kept) -> Kept:
+    """Return the indices that stay in both of two sets."""
     return b if a is None else a if b is None else np.intersect1d(a, b)
 
 
 def first_of(node: Node) -> Node:
-    """What a node reads first."""
+    """Return the first argument of a node, a node."""
     return cast("Node", node.args[0])
-
-
-def argument_of(node: Node, name: str) -> Any:
-    """An argument of an operator by its name in the schema, its default where it was not given."""
-    for place, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == name:
-            if place < len(node.args):
-                return node.args[place]
-            return node.kwargs.get(name, argument.default_value if argument.has_default_value() else None)
-    return None
-
-
-def set_argument(node: Node, name: str, value: Any) -> None:
-    """Set an argument of an operator by its name in the schema."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    place = names.index(name)
-    if place < len(node.args):
-        node.update_arg(place, value)
-    else:
-        node.update_kwarg(name, value)

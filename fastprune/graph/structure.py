@@ -1,8 +1,8 @@
-"""What tracing found out about a network, as plain data: slices, layers, groups, and where they lie in flat vectors."""
+"""The findings of a trace as plain data: slices, layers, groups, and their places in flat vectors over all units."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +15,11 @@ from fastprune.graph.export.tracing import Traced
 Role = Literal["out", "in", "depthwise", "channel"]
 
 
+def belong_to(units: Tensor, chosen: Tensor) -> Tensor:
+    """Return which of ``units`` belong to the set ``chosen``, bool [U]; -1 belongs to no set."""
+    return torch.cat([chosen, chosen.new_zeros(1)])[units]  # index -1 is the appended False
+
+
 @dataclass(frozen=True)
 class Slice:
     """One dimension of one parameter or buffer that shrinks with its units.
@@ -23,7 +28,8 @@ class Slice:
         tensor: name in the model's state.
         dim: the dimension.
         units: the unit of each index, int64 [size(dim)]; -1 = always kept.
-        role: "out" makes channels, "in" reads them, "depthwise" does both, "channel" goes along (batch norm, bias).
+        role: "out" makes channels, "in" reads them, "depthwise" does both, "channel" has one value for each (batch
+            norm, bias).
         computed: whether a layer's weight is computed from the tensor (weight standardisation), so that zeros in it do
             not close a channel.
     """
@@ -33,6 +39,16 @@ class Slice:
     units: Tensor
     role: Role
     computed: bool = False
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Its tensor and dimension."""
+        return self.tensor, self.dim
+
+
+def index_slices(slices: Iterable[Slice]) -> dict[tuple[str, int], Slice]:
+    """Index slices by their place, {(tensor, dim): slice}."""
+    return {piece.place: piece for piece in slices}
 
 
 @dataclass(frozen=True)
@@ -44,12 +60,12 @@ class Layer:
         kind: the operator, "conv2d" say.
         weight: name of its weight.
         node: its node in the exported graph.
-        in_units: the unit of each channel that it reads, int64; -1 = always kept.
-        out_units: the unit of each channel that it makes.
+        in_units: the unit of each input channel, int64; -1 = always kept.
+        out_units: the unit of each output channel.
         channel_dim: the dimension of its input that holds the channels.
         depthwise: whether each output channel reads its own input channel only.
         macs: multiply-accumulates per sample in the full network.
-        positions: how often each element of the weight is used per sample, the output pixels of a convolution.
+        positions: number of uses of each element of the weight per sample, the output pixels of a convolution.
     """
 
     name: str
@@ -63,17 +79,25 @@ class Layer:
     macs: int
     positions: int
 
+    def reads(self, group: Group) -> bool:
+        """Return whether the layer reads channels of ``group``."""
+        return bool(group.holds(self.in_units).any())
+
+    def makes(self, group: Group) -> bool:
+        """Return whether the layer makes channels of ``group``."""
+        return bool(group.holds(self.out_units).any())
+
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What becomes of a layer's output channels.
+    """One line of ``GraphStructure.table``: the groups of a layer's output channels, or why they stay.
 
     Args:
         layer: the module's name.
-        kind: the operator; "" where the layer is not understood or not reached.
+        kind: the operator; "" if the layer is not understood or not reached.
         macs: multiply-accumulates per sample in the full network, over all its uses.
         groups: names of the groups that its output channels belong to.
-        reason: why some or all of them always stay; None where none does.
+        reason: why some or all of them always stay; None if none does.
     """
 
     layer: str
@@ -91,18 +115,18 @@ class Group:
         name: the first layer that makes its channels.
         start: index of its first unit in the flat vector.
         size: number of units.
-        kind: "stream" where its channels pass a residual addition, "interior" elsewhere.
+        kind: "stream" if its channels pass a residual addition, else "plain".
         producers: layers that make its channels (depthwise ones left out).
         consumers: layers that read its channels (depthwise ones left out).
         layers: all layers that shrink with it.
-        share: the part of the network's MACs that goes if the whole group goes.
+        share: the fraction of the network's MACs that goes if the whole group goes.
         exact: whether all its units can be removed exactly.
     """
 
     name: str
     start: int
     size: int
-    kind: Literal["interior", "stream"]
+    kind: Literal["plain", "stream"]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     layers: tuple[str, ...]
@@ -114,12 +138,16 @@ class Group:
         """Its part of a flat vector."""
         return slice(self.start, self.start + self.size)
 
+    def holds(self, units: Tensor) -> Tensor:
+        """Return which of ``units`` belong to the group, a bool for each."""
+        return (units >= self.start) & (units < self.start + self.size)
+
 
 @dataclass(frozen=True)
 class GraphStructure:
     """The channel groups of a network, and the tensors and layers that they touch.
 
-    Everything that is per unit is one flat vector over all units of all groups: group g's part is
+    All values per unit are one flat vector over the units of all groups: group g's part is
     ``vector[offsets[g]:offsets[g + 1]]``.
 
     Args:
@@ -131,7 +159,7 @@ class GraphStructure:
         cost_model: MACs and parameters under a mask.
         traced: the exported graphs.
         rewrites: whether plans may need the network's graph rewritten; see ``trace``.
-        inexact_units: whether the removal of a unit changes statistics that others are normalised by, bool [U].
+        inexact_units: whether the removal of a unit changes statistics that normalise others, bool [U].
         inexact: the operators that compute these statistics, with their modules.
     """
 
@@ -158,7 +186,7 @@ class GraphStructure:
 
     @property
     def device(self) -> torch.device:
-        """Where the traced network is."""
+        """The device of the traced network."""
         tensors = (*self.traced.evaluation.parameters(), *self.traced.evaluation.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
@@ -168,7 +196,7 @@ class GraphStructure:
         return torch.repeat_interleave(torch.arange(len(self.groups)), self.offsets.diff())
 
     def table(self) -> list[LayerRow]:
-        """Every convolution and linear layer, with its groups or the reason why its channels stay."""
+        """Return every convolution and linear layer with its groups, or with the reason why its channels stay."""
         reasons = dict(self.unprunable)
         rows: dict[str, LayerRow] = {}
         for layer in self.layers:
@@ -180,7 +208,5 @@ class GraphStructure:
         return [*rows.values(), *(LayerRow(name, "", 0, (), reason) for name, reason in reasons.items())]
 
     def weights_of_group(self, group: Group, roles: Sequence[Role]) -> list[Slice]:
-        """The slices of parameters and buffers in which units of ``group`` have one of ``roles``."""
-        first, last = group.start, group.start + group.size
-        inside = [bool(((s.units >= first) & (s.units < last)).any()) for s in self.slices]
-        return [s for s, touched in zip(self.slices, inside, strict=True) if touched and s.role in roles]
+        """Return the slices of parameters and buffers in which units of ``group`` have one of ``roles``."""
+        return [piece for piece in self.slices if piece.role in roles and bool(group.holds(piece.units).any())]

@@ -1,32 +1,8 @@
-"""Pruning methods: the contract, the registry and what plugins build on."""
+"""Pruning methods: the contract, the registry and what plugins build on.
 
-from fastprune.graph.interior import interior_units
-from fastprune.methods.contract import Method, Task, TaskData
-from fastprune.methods.registry import MethodInfo, PluginError, PluginWarning, available, broken, configure, load
-from fastprune.methods.scores.filters import unit_filters, unit_norms
-from fastprune.methods.scores.ranking import KeepConfig, RankingConfig, ScoreMethod
-from fastprune.options import OptionInfo, option
-from fastprune.training.phases import Metrics, Phase
+The names are listed in ``__init__.pyi``; each is imported when it is first used.
+"""
 
-__all__ = [
-    "KeepConfig",
-    "Method",
-    "MethodInfo",
-    "Metrics",
-    "OptionInfo",
-    "Phase",
-    "PluginError",
-    "PluginWarning",
-    "RankingConfig",
-    "ScoreMethod",
-    "Task",
-    "TaskData",
-    "available",
-    "broken",
-    "configure",
-    "interior_units",
-    "load",
-    "option",
-    "unit_filters",
-    "unit_norms",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

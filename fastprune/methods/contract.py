@@ -1,6 +1,6 @@
-"""The contract between a pruning method and everything else.
+"""The contract between a pruning method and the rest of fastprune.
 
-A method declares *what* happens to one batch; the engine owns the loop around it (device, precision, processes,
+A method declares *what* happens to one batch. The engine owns the loop around it (device, precision, processes,
 progress, logging, checkpoints, resume).
 """
 
@@ -20,12 +20,13 @@ from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
 from fastprune.networks.masked import MaskedNetwork
 from fastprune.planning.budget import Budget
+from fastprune.planning.fitting import fit
 from fastprune.planning.limits import Limits
 from fastprune.training.phases import Metrics, Phase, Rounds
 
 
 class TaskData(Protocol):
-    """What a method may know of the data: the training set and a part held out of it. Never the test set."""
+    """The data that a method may use: the training set and a part held out of it, never the test set."""
 
     @property
     def num_classes(self) -> int:
@@ -33,42 +34,42 @@ class TaskData(Protocol):
 
     @property
     def samples(self) -> int:
-        """Number of training samples, those held out not among them."""
+        """Number of training samples, without the held-out ones."""
 
     @property
     def held_out(self) -> int:
-        """Number of held-out samples; without any, ``accuracy`` and ``loss`` raise ``ValueError``."""
+        """Number of held-out samples; where it is 0, ``accuracy`` and ``loss`` raise ``ValueError``."""
 
     def steps(self, batch_size: int, samples: int | None = None) -> int:
-        """Steps of one epoch over all training samples, or over ``samples`` of them."""
+        """Count the steps of one epoch over all training samples, or over ``samples`` of them."""
 
     def held_out_batch(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first held-out images [n, C, H, W], at most ``count``, and their labels [n]; the same on every rank.
+        """Return the first held-out images [n, C, H, W], at most ``count``, with labels [n]; the same on every rank.
 
         Raises:
-            ValueError: where nothing is held out.
+            ValueError: if nothing is held out.
         """
 
     def accuracy(self, network: Callable[[Tensor], Tensor]) -> float:
-        """Top-1 accuracy in [0, 1] of ``network`` on the held-out part of the training set, over all ranks."""
+        """Measure the top-1 accuracy in [0, 1] of ``network`` on the held-out samples, over all ranks."""
 
     def loss(self, network: Callable[[Tensor], Tensor]) -> float:
-        """Mean cross-entropy of ``network`` on the held-out part of the training set, over all ranks."""
+        """Measure the mean cross-entropy of ``network`` on the held-out samples, over all ranks."""
 
 
 @dataclass
 class Task:
-    """Everything that a method is given.
+    """The input of a method.
 
     Args:
         model: the network to prune, on ``device``, in eval mode.
-        graph: its channel groups.
-        budget: what the plan may cost.
-        limits: of the plan's widths; ``fitting.fit`` keeps to them.
-        device: where tensors live.
-        seed: of the whole run; the same on every rank.
+        graph: the channel groups of ``model``.
+        budget: the largest cost of the plan.
+        limits: bounds on the plan's widths; ``fitting.fit`` keeps to them.
+        device: the device of all tensors.
+        seed: the seed of the run; the same on every rank.
         distributed: this process among its peers.
-        data: held-out accuracy and facts of the data set; None where the user gave no data.
+        data: held-out measurements and facts of the data set; None where the user gave no data.
         rng: a CPU generator with the same state on every rank; the engine saves and restores it.
     """
 
@@ -84,24 +85,35 @@ class Task:
 
     @cached_property
     def masked(self) -> MaskedNetwork:
-        """The network with a gate in front of everything that reads a prunable channel; built when first asked for."""
+        """The network with a gate in front of every reader of a prunable channel; built on first use."""
         return MaskedNetwork(self.graph, self.model)
+
+    def require_feasible(self, prunable: Tensor) -> None:
+        """Refuse a budget that is out of reach, before a search that could not meet it.
+
+        Args:
+            prunable: the units that may be removed, bool [U].
+
+        Raises:
+            BudgetError: if the budget is out of reach; says what is in reach.
+        """
+        fit(self.graph, self.budget, torch.zeros(self.graph.num_units), prunable=prunable, limits=self.limits)
 
 
 class Method(ABC):
     """A pruning method. Subclass it, give it a ``Config``, register it in the entry-point group ``fastprune.methods``.
 
     The order of calls is ``__init__``, ``setup``, ``load_state_dict`` (only when a run is resumed), then the phases in
-    order, then ``plan``. All state that the steps change lives in ``state_dict``: a run that is killed anywhere and
+    order, then ``plan``. ``state_dict`` holds all state that the steps change: a run that is killed anywhere and
     resumed must end with the same plan, bit for bit.
 
     Class attributes:
-        name: what users type; equals the entry point's name.
-        paper: the publication, "" for a folklore baseline.
+        name: the name that users type; equals the entry point's name.
+        paper: the publication; "" for a folklore baseline.
         needs_data: whether the phases read training data.
         trains_weights: whether the phases change the model's parameters or buffers.
-        Config: a dataclass; each field with a default and a docstring-like ``metadata["help"]``. It becomes the
-            command line's flags and the keys of ``config.yaml``.
+        Config: a dataclass; each field has a default and a description in ``metadata["help"]``. Its fields become
+            the command line's flags and the keys of ``config.yaml``.
     """
 
     name: ClassVar[str]
@@ -114,25 +126,36 @@ class Method(ABC):
         self.config = self.Config() if config is None else config
 
     def setup(self, task: Task) -> None:  # noqa: B027 - optional hook
-        """Create the state (parameters, optimiser) for ``task``; called once, before anything else."""
+        """Create the state (parameters, optimiser) for ``task``; called once, before the other methods."""
 
     def phases(self, task: Task) -> Iterator[Phase | Rounds]:
-        """The phases, in order. The same on every rank and on every call. None for a method without a search."""
+        """Return the phases in order, the same on every rank and on every call; none for a method without a search."""
         return iter(())
 
     @abstractmethod
     def plan(self, task: Task) -> PruningPlan:
-        """The channels that stay. Called once, after the last phase; keeps to ``task.budget`` and ``task.limits``."""
+        """Return the channels to keep, within ``task.budget`` and ``task.limits``; called once, after all phases."""
 
     def results(self) -> Metrics:
-        """What to report of the finished search beside the plan; asked for after ``plan``."""
+        """Return metrics of the finished search to report with the plan; called after ``plan``."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """All state: a nest of dicts and lists of tensors, numbers, strings, booleans and None."""
+        """Return all state: nested dicts and lists of tensors, numbers, strings, booleans and None."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         if state:
-            raise ValueError(f"method {self.name!r} keeps no state, but a state with keys {sorted(state)} was given")
+            raise ValueError(f"method {self.name!r}: got a state with keys {sorted(state)}; this method keeps no state")
+
+
+def is_evaluation_due(epoch: int, epochs: int, every: int) -> bool:
+    """Return whether a held-out accuracy is due after an epoch: every few epochs and after the last one.
+
+    Args:
+        epoch: the epoch, counted from 0.
+        epochs: the number of epochs.
+        every: epochs between two accuracies; 0 = never.
+    """
+    return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)

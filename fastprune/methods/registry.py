@@ -1,4 +1,4 @@
-"""Where methods come from: the entry-point group ``fastprune.methods``, for the built-in ones as for anybody else's.
+"""The installed methods: classes that come from the entry-point group ``fastprune.methods``, the built-in ones too.
 
 A package that declares
 
@@ -11,8 +11,6 @@ adds a method by being installed. A plugin that cannot be used is reported by na
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -20,46 +18,23 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 from fastprune.methods.contract import Method
-from fastprune.options import OptionInfo, build, describe
-
-GROUP = "fastprune.methods"
+from fastprune.methods.plugins import (
+    MethodInfo,
+    PluginError,
+    PluginWarning,
+    offer_of,
+    offers,
+    only_one,
+    package_of,
+    version_of,
+)
+from fastprune.options import build, describe
 
 _warned: set[tuple[str, str]] = set()
 
 
-class PluginError(ValueError):
-    """A plugin that cannot be used."""
-
-
-class PluginWarning(UserWarning):
-    """A plugin that is left out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodInfo:
-    """What is known of an installed method.
-
-    Args:
-        name: what users type.
-        package: the distribution that brings it.
-        version: of that distribution.
-        paper: the publication; "" for a folklore baseline.
-        summary: first paragraph of the class's docstring, on one line.
-        needs_data: whether it searches on training data.
-        options: its options.
-    """
-
-    name: str
-    package: str
-    version: str
-    paper: str
-    summary: str
-    needs_data: bool
-    options: tuple[OptionInfo, ...]
-
-
 def available() -> dict[str, MethodInfo]:
-    """The methods that can be used, by name, in alphabetical order.
+    """Return the methods that can be used, by name, in alphabetical order.
 
     Warns:
         PluginWarning: once for each plugin that is left out, with the reason; see ``broken``.
@@ -69,33 +44,23 @@ def available() -> dict[str, MethodInfo]:
 
 
 def broken() -> dict[str, str]:
-    """The plugins that cannot be used: {name: reason, with the package's name}."""
+    """Return the plugins that cannot be used: {name: reason, with the package's name}."""
     _, faults = _survey()
     return faults
 
 
 def load(name: str) -> type[Method]:
-    """The method class called ``name``.
+    """Return the method class called ``name``.
 
     Raises:
         ValueError: for an unknown name; lists the near ones, or all.
-        PluginError: where the plugin of this name is broken, or two packages offer one.
+        PluginError: if the plugin of this name is broken, or two packages offer one.
     """
-    offers = _offers()
-    if name not in offers:
-        near = difflib.get_close_matches(name, offers, n=3)
-        if near:
-            hint = f"did you mean {' or '.join(map(repr, near))}?"
-        elif offers:
-            hint = f"there are {', '.join(sorted(offers))}"
-        else:
-            hint = "none is installed, not even fastprune's own: install fastprune as a package (pip install)"
-        raise ValueError(f"no pruning method is called {name!r}: {hint}")
-    return _resolve(name, offers[name])
+    return resolve(name, offer_of(name))
 
 
 def configure(method_class: type[Method], options: Mapping[str, Any]) -> Any:
-    """A ``Config`` of the method with ``options`` in place of its defaults.
+    """Make a ``Config`` of the method with ``options`` in place of its defaults.
 
     Text is read as the option's type, so that values may come straight from a command line or from YAML.
 
@@ -113,8 +78,44 @@ def configure(method_class: type[Method], options: Mapping[str, Any]) -> Any:
     return build(method_class.Config, options, owner=f"method {method_class.name!r}")
 
 
+def info(name: str, points: list[EntryPoint]) -> MethodInfo:
+    """Import the method behind the entry points of one name and describe it.
+
+    Raises:
+        PluginError: see ``load``.
+    """
+    method_class, point = resolve(name, points), points[0]
+    return MethodInfo(
+        name=method_class.name,
+        package=package_of(point),
+        version=version_of(point),
+        paper=method_class.paper,
+        summary=" ".join((inspect.getdoc(method_class) or "").split("\n\n")[0].split()),
+        needs_data=bool(method_class.needs_data),
+        options=describe(method_class.Config),
+    )
+
+
+def resolve(name: str, points: list[EntryPoint]) -> type[Method]:
+    """Import the class behind the entry points of one name.
+
+    Raises:
+        PluginError: see ``load``.
+    """
+    point = only_one(name, points)
+    source = f"method {name!r} of package {package_of(point)!r}"
+    try:
+        method_class = point.load()
+    except (Exception, SystemExit) as error:  # whatever a third party's module does when it is imported
+        raise PluginError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
+    fault = class_fault(method_class, name)
+    if fault is not None:
+        raise PluginError(f"{source} is no valid method: {fault}")
+    return method_class  # type: ignore[no-any-return]
+
+
 def class_fault(method_class: Any, name: str | None = None) -> str | None:
-    """Why ``method_class`` cannot serve as a method, or None.
+    """Return why ``method_class`` cannot serve as a method, or None.
 
     Args:
         method_class: what an entry point names.
@@ -144,62 +145,16 @@ def class_fault(method_class: Any, name: str | None = None) -> str | None:
     return None
 
 
-def _offers() -> dict[str, list[EntryPoint]]:
-    """The entry points of each name; two different ones are two packages, or two lines of one package."""
-    offers: dict[str, list[EntryPoint]] = {}
-    for point in importlib.metadata.entry_points(group=GROUP):
-        known = offers.setdefault(point.name, [])
-        if all((point.value, _package(point)) != (other.value, _package(other)) for other in known):
-            known.append(point)
-    return offers
-
-
 def _survey() -> tuple[dict[str, MethodInfo], dict[str, str]]:
-    """The usable methods, and why the others are not."""
+    """Return the usable methods, and why the others cannot be used."""
     usable: dict[str, MethodInfo] = {}
     faults: dict[str, str] = {}
-    for name, points in sorted(_offers().items()):
+    for name, points in sorted(offers().items()):
         try:
-            usable[name] = _info(_resolve(name, points), points[0])
+            usable[name] = info(name, points)
         except PluginError as error:
             faults[name] = str(error)
             if (name, faults[name]) not in _warned:
                 _warned.add((name, faults[name]))
                 warnings.warn(f"left out: {faults[name]}", PluginWarning, stacklevel=3)
     return usable, faults
-
-
-def _resolve(name: str, points: list[EntryPoint]) -> type[Method]:
-    """The class behind the entry points of one name."""
-    if len(points) > 1:
-        sources = " and ".join(f"{_package(p)} {_version(p)} ({p.value})" for p in points)
-        raise PluginError(f"method {name!r} is offered by {sources}: uninstall one of them")
-    source = f"method {name!r} of package {_package(points[0])!r}"
-    try:
-        method_class = points[0].load()
-    except (Exception, SystemExit) as error:  # whatever a third party's module does when it is imported
-        raise PluginError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
-    fault = class_fault(method_class, name)
-    if fault is not None:
-        raise PluginError(f"{source} is no valid method: {fault}")
-    return method_class  # type: ignore[no-any-return]
-
-
-def _info(method_class: type[Method], point: EntryPoint) -> MethodInfo:
-    return MethodInfo(
-        name=method_class.name,
-        package=_package(point),
-        version=_version(point),
-        paper=method_class.paper,
-        summary=" ".join((inspect.getdoc(method_class) or "").split("\n\n")[0].split()),
-        needs_data=bool(method_class.needs_data),
-        options=describe(method_class.Config),
-    )
-
-
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "an unnamed package"
-
-
-def _version(point: EntryPoint) -> str:
-    return point.dist.version if point.dist is not None else "of unknown version"

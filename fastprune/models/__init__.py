@@ -1,4 +1,4 @@
-"""Networks: the papers' CIFAR architectures, a resolver for everybody else's, and weights on disk."""
+"""Networks: the papers' CIFAR architectures, those of other packages by name, and weights on disk."""
 
 from fastprune.models.mobilenet import MobileNetV2, mobilenetv2
 from fastprune.models.resnet import ResNet, resnet20, resnet32, resnet56, resnet110

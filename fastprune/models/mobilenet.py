@@ -1,4 +1,4 @@
-"""MobileNetV2 for 32×32 images: the layout that the papers of this project prune on CIFAR-10."""
+"""MobileNetV2 for 32×32 images, as the papers of this project prune it on CIFAR-10."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ STAGES = (
 class InvertedResidual(nn.Module):
     """1×1 expand, 3×3 depthwise, 1×1 project, and a shortcut wherever the stride is 1.
 
-    Unlike ImageNet's MobileNetV2, a block that expands by 1 has its 1×1 convolution too, and a stride-1 block that
+    Unlike in ImageNet's MobileNetV2, a block that expands by 1 has its 1×1 convolution too, and a stride-1 block that
     changes its width has a 1×1 convolution as its shortcut.
 
     Args:
-        in_channels: channels that come in.
-        out_channels: channels that go out.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
         expansion: hidden channels = ``expansion * in_channels``.
-        stride: of the depthwise convolution.
+        stride: stride of the depthwise convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int) -> None:
@@ -49,7 +49,7 @@ class InvertedResidual(nn.Module):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, out_channels, H / stride, W / stride]."""
+        """Map [N, in_channels, H, W] to [N, out_channels, H / stride, W / stride]."""
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -85,7 +85,7 @@ class MobileNetV2(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in_channels, H, W] -> [N, num_classes]
-        """Scores of the classes."""
+        """Return the scores of the classes."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.blocks(x)
         x = self.relu(self.bn2(self.conv2(x)))
@@ -93,5 +93,5 @@ class MobileNetV2(nn.Module):
 
 
 def mobilenetv2(num_classes: int = 10, in_channels: int = 3) -> MobileNetV2:
-    """MobileNetV2 for 32×32 images."""
+    """Build a MobileNetV2 for 32×32 images."""
     return MobileNetV2(num_classes, in_channels)

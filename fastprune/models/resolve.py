@@ -1,19 +1,22 @@
-"""From what a user types to a network: our names, ``torchvision:…``, ``timm:…`` and ``package.module:factory``."""
+"""Networks by name: our own, ``torchvision:…``, ``timm:…`` and ``package.module:factory``."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fastprune.host.spelling import did_you_mean
 from fastprune.models.mobilenet import mobilenetv2
 from fastprune.models.resnet import resnet20, resnet32, resnet56, resnet110
 from fastprune.models.weights import load_weights
+
+_suggestion = partial(did_you_mean, form=" ({})", most=3, show=str)
 
 OWN: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
@@ -25,7 +28,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
 
 
 def available() -> list[str]:
-    """The names of this package's own networks."""
+    """Return the names of this package's own networks."""
     return list(OWN)
 
 
@@ -35,18 +38,18 @@ def create(
     """Build a network, without any download.
 
     Args:
-        spec: ``resnet56`` and the like (see ``available``), ``torchvision:resnet50``, ``timm:efficientnet_b0``, or
-            ``package.module:factory`` for a function or class of one's own that returns a ``torch.nn.Module``.
-        num_classes: size of the output; the factory's default where None.
-        in_channels: channels of the image; the factory's default where None. torchvision's networks take 3 only.
-        weights: a file for ``load_weights``; random initialisation where None.
+        spec: one of ``available()``, such as ``resnet56``; ``torchvision:resnet50``, ``timm:efficientnet_b0``; or
+            ``package.module:factory`` for your own function or class that returns a ``torch.nn.Module``.
+        num_classes: size of the output; None = the factory's default.
+        in_channels: channels of the image; None = the factory's default. torchvision's networks take 3 only.
+        weights: a file for ``load_weights``; None = random initialisation.
 
     Returns:
-        The network on the CPU, in training mode, as torch modules are when they are made.
+        The network on the CPU, in train mode, like any new torch module.
 
     Raises:
-        ValueError: for a name that is unknown, a package that is not installed, an argument that the factory does not
-            take, or weights that do not fit.
+        ValueError: for an unknown name, a package that is not installed, an argument that the factory does not take, or
+            weights that do not fit.
 
     >>> create("resnet20", num_classes=100).fc.out_features
     100
@@ -55,23 +58,23 @@ def create(
     if not colon:
         if spec not in OWN:
             raise ValueError(
-                f"model {spec!r} is unknown{_suggestion(spec, OWN)}; the networks of this package are "
-                f"{', '.join(OWN)}; give 'torchvision:NAME', 'timm:NAME' or 'package.module:factory' for another"
+                f"model {spec!r} is unknown{_suggestion(spec, OWN)}; this package has {', '.join(OWN)}; for another "
+                "network give 'torchvision:NAME', 'timm:NAME' or 'package.module:factory'"
             )
         model = _call(spec, OWN[spec], num_classes=num_classes, in_channels=in_channels)
     elif source == "torchvision":
-        model = _torchvision(name, num_classes, in_channels)
+        model = _create_from_torchvision(name, num_classes, in_channels)
     elif source == "timm":
-        model = _timm(name, num_classes, in_channels)
+        model = _create_from_timm(name, num_classes, in_channels)
     else:
-        model = _factory(source, name, num_classes, in_channels)
+        model = _create_by_factory(source, name, num_classes, in_channels)
     if weights is not None:
         load_weights(model, weights)
     return model
 
 
-def _torchvision(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
-    models = _vision_package("torchvision.models", f"torchvision:{name}")
+def _create_from_torchvision(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
+    models = _import_vision("torchvision.models", f"torchvision:{name}")
     names = models.list_models(module=models)
     if name not in names:
         raise ValueError(f"model 'torchvision:{name}' is unknown{_suggestion(name, names)}")
@@ -79,12 +82,12 @@ def _torchvision(name: str, num_classes: int | None, in_channels: int | None) ->
         raise ValueError(f"model 'torchvision:{name}' takes images of 3 channels, not {in_channels}")
     arguments: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
-        arguments["init_weights"] = True  # spelled out, as torchvision warns that the default will change
+        arguments["init_weights"] = True  # given, as torchvision warns that the default will change
     return _call(f"torchvision:{name}", lambda **given: models.get_model(name, **given), **arguments)
 
 
-def _timm(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
-    timm = _vision_package("timm", f"timm:{name}")
+def _create_from_timm(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
+    timm = _import_vision("timm", f"timm:{name}")
     if not timm.is_model(name):
         raise ValueError(f"model 'timm:{name}' is unknown{_suggestion(name, timm.list_models())}")
     return _call(
@@ -95,7 +98,7 @@ def _timm(name: str, num_classes: int | None, in_channels: int | None) -> nn.Mod
     )
 
 
-def _factory(module: str, name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
+def _create_by_factory(module: str, name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
     spec = f"{module}:{name}"
     try:
         container = importlib.import_module(module)
@@ -108,7 +111,7 @@ def _factory(module: str, name: str, num_classes: int | None, in_channels: int |
 
 
 def _call(spec: str, factory: Callable[..., Any], **arguments: Any) -> nn.Module:
-    """Call ``factory`` with the arguments that were given, and check both ends."""
+    """Call ``factory`` with the arguments that were given; check these and the result."""
     given = {key: value for key, value in arguments.items() if value is not None or key == "weights"}
     try:
         inspect.signature(factory).bind(**given)
@@ -117,21 +120,16 @@ def _call(spec: str, factory: Callable[..., Any], **arguments: Any) -> nn.Module
     try:
         model = factory(**given)
     except TypeError as error:
-        raise ValueError(f"model {spec!r} cannot be made with {given}: {error}") from error
+        raise ValueError(f"model {spec!r} cannot be built with {given}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model {spec!r} made a {type(model).__name__}; it must return a torch.nn.Module")
+        raise ValueError(f"model {spec!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model
 
 
-def _vision_package(package: str, spec: str) -> Any:
+def _import_vision(package: str, spec: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
             f"model {spec!r} needs {package.partition('.')[0]}: pip install 'fastprune[vision]' ({error})"
         ) from error
-
-
-def _suggestion(name: str, names: Iterable[str]) -> str:
-    close = get_close_matches(name, list(names), n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""

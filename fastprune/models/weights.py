@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors both ways; torch files are read with ``weights_only=True`` and never unpickled."""
+"""Weights on disk: safetensors are read and written; torch files are read with ``weights_only=True``, not unpickled."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastprune.host import atomic
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write the parameters and buffers of ``model`` as safetensors; a reader sees the old file or the whole new one.
+    """Write the parameters and buffers of ``model`` as safetensors; a reader sees the old file or the complete new one.
 
     Args:
         model: the network.
-        path: where to; its folder must exist.
+        path: the file; its folder must exist.
     """
-    # Tensors may share memory (tied weights) or be strided; safetensors wants each one dense and on its own.
+    # Tensors may share memory (tied weights) or be strided; safetensors needs each one dense, in its own memory.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
     atomic.write(Path(path), lambda temporary: save_file(tensors, temporary))
 
@@ -29,8 +29,8 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict.
 
-    A torch file may nest it under the key ``state_dict`` or ``model``; the prefix ``module.`` of data-parallel wrappers
-    is dropped.
+    A torch file may hold it under the key ``state_dict`` or ``model``; the prefix ``module.`` of data-parallel wrappers
+    is removed.
 
     Args:
         path: a ``.safetensors`` file, or a ``.pt`` / ``.pth`` file.
@@ -39,7 +39,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         Tensors on the CPU by name.
 
     Raises:
-        ValueError: where the file is missing, of another kind, damaged, or holds something other than tensors.
+        ValueError: if the file is missing, of another kind or damaged, or holds other objects than tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,8 +55,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"weights {str(path)!r}: the file is damaged or holds Python objects beside tensors, which are never "
-            "unpickled; save model.state_dict() instead"
+            f"weights {str(path)!r}: the file is damaged, or holds Python objects, which are never unpickled; save "
+            "model.state_dict() instead"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"weights {str(path)!r}: not a whole torch file ({error})") from error
@@ -64,30 +64,30 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"weights {str(path)!r}: expected a state dict, a mapping from names to tensors")
+        raise ValueError(f"weights {str(path)!r}: got no state dict; a mapping from names to tensors is needed")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the weights at ``path`` into ``model``; all names and shapes must agree.
 
-    Only ``num_batches_tracked`` may be missing: files from before torch 0.4.1, torchvision's first ones among them, do
-    not have it. The model then keeps its own.
+    Only ``num_batches_tracked`` may be missing, as in files from before torch 0.4.1, such as torchvision's first ones.
+    The model then keeps its own.
 
     Args:
         model: the network, changed in place.
-        path: as in ``read_weights``.
+        path: a file for ``read_weights``.
 
     Raises:
-        ValueError: as in ``read_weights``, or naming the keys that do not agree; the model is then unchanged.
+        ValueError: as in ``read_weights``, or if names or shapes do not agree; the model is then unchanged.
     """
     given, wanted = read_weights(path), model.state_dict()
     counters = {name: tensor for name, tensor in wanted.items() if name.rpartition(".")[2] == "num_batches_tracked"}
     given = {**counters, **given}
     problems = [
-        *_listed("missing", [name for name in wanted if name not in given]),
-        *_listed("unexpected", [name for name in given if name not in wanted]),
-        *_listed(
+        *_describe("missing", [name for name in wanted if name not in given]),
+        *_describe("unexpected", [name for name in given if name not in wanted]),
+        *_describe(
             "of another shape",
             [
                 f"{name} {list(given[name].shape)}, needs {list(tensor.shape)}"
@@ -101,7 +101,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(given)
 
 
-def _listed(what: str, names: list[str], limit: int = 5) -> list[str]:
+def _describe(what: str, names: list[str], limit: int = 5) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -13,22 +13,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "hardswish": F.hardswish,
 }
-"""What each computes, in plain torch."""
+"""Each activation in plain torch."""
 
 BOUNDS = {"identity": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-"""Those that only bound their argument."""
+"""Lower and upper bound of the activations that do nothing else but bound their argument."""
 
 DIFFERENTIABLE_BY_VALUE = tuple(BOUNDS)
-"""Their derivative is a function of their value; of the others the value before the activation is saved."""
+"""Activations whose derivative is a function of their value; for the others the argument is saved."""
 
 
-def checked_activation(activation: str | None) -> str:
-    """The name, None standing for the identity.
+def check_activation(activation: str | None) -> str:
+    """Return the activation's name; None is the identity.
 
     Raises:
         ValueError: There is no such activation.
     """
     name = "identity" if activation is None else activation
-    if name not in tuple(ACTIVATIONS):  # a tuple also answers for what has no hash
+    if name not in tuple(ACTIVATIONS):  # a tuple also answers for objects without a hash
         raise ValueError(f"activation: got {activation!r}, needs one of {', '.join(ACTIVATIONS)}")
     return name

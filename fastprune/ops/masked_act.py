@@ -139,13 +139,26 @@ def masked_act(
 
 
 def masked_act_in_place(x: Tensor, scale: Tensor, shift: Tensor, *, activation: str) -> Tensor:
-    """``act(x * scale + shift)`` in the memory of x where it lies as the kernels read it: x is not to be used again.
+    """Compute ``act(x * scale + shift)`` in the memory of x, which must not be used again.
 
-    Autograd knows nothing of it.
+    An x that the kernels cannot read in place is copied. Autograd does not see this.
     """
     (x,) = as_views(x)
     _C.masked_act(x, scale.contiguous(), shift.contiguous(), None, activation, x, None, torch.get_num_threads())
     return x
+
+
+def masked_act_saving_in_place(z: Tensor, mask: Tensor | None, *, activation: str) -> tuple[Tensor, Tensor]:
+    """Compute ``act(z) * mask`` and what :func:`masked_act_backward` needs, in the memory of z; do not use z again.
+
+    Autograd does not see this.
+    """
+    (z,) = as_views(z)
+    y = empty_like_views(z)
+    saved = z if activation in ("relu", "relu6") else None  # for the others z is saved unchanged
+    mask = None if mask is None else mask.contiguous()
+    _C.masked_act(z, None, None, mask, activation, y, saved, torch.get_num_threads())
+    return y, z
 
 
 def masked_act_backward(

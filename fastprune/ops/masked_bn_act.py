@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastprune.ops.activations import checked_activation
+from fastprune.ops.activations import check_activation
 from fastprune.ops.channel_moments import channel_moments
 from fastprune.ops.library import refuse_transforms
 from fastprune.ops.masked_act import masked_act, masked_act_backward, masked_act_in_place
@@ -214,7 +214,7 @@ def masked_bn_act(
                 [2.0000, 1.2500, 0.0000]])
     """
     refuse_transforms("masked_bn_act")
-    activation = checked_activation(activation)
+    activation = check_activation(activation)
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: got {x.dtype}, needs float16, bfloat16, float32 or float64")
     if x.dim() < 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import ceil, floor, gcd
 from types import MappingProxyType
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprune.graph import ChannelGraph, Group
+from fastprune.host.spelling import did_you_mean
 from fastprune.planning.lineage import Lineage
 
 ROUNDING = 1e-9  # 0.3 · 10 units are 3, not 4
@@ -187,8 +187,8 @@ def groups_of_layers(graph: ChannelGraph, pattern: str) -> list[int]:
     named = {layer.name for layer in graph.layers}
     chosen = {name for name in named if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
     if not chosen:
-        near = [f"; did you mean {name!r}?" for name in get_close_matches(pattern, sorted(named), n=1)]
-        raise LimitError(f"keep_ratio {pattern!r}: no layer has such a name" + "".join(near))
+        hint = did_you_mean(pattern, sorted(named), "; {}")
+        raise LimitError(f"keep_ratio {pattern!r}: no layer has such a name{hint}")
     units = [layer.out_units[layer.out_units >= 0] for layer in graph.layers if layer.name in chosen]
     groups: list[int] = graph.group_of_unit[torch.cat(units)].unique().tolist()
     if not groups:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastprune.graph import ChannelGraph
 from fastprune.graph.plan import PlanError, PruningPlan
+from fastprune.graph.structure import index_slices
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Lineage:
         Raises:
             PlanError: if the graph has units that the first one lacks.
         """
-        own = {(piece.tensor, piece.dim): piece for piece in self.plan.slices}
+        own = index_slices(self.plan.slices)
         places = torch.full((graph.num_units,), -1)
         for piece in graph.slices:
-            first = own.get((piece.tensor, piece.dim))
+            first = own.get(piece.place)
             if first is not None and len(self.plan.kept_indices(first)) == len(piece.units):
                 units = first.units[self.plan.kept_indices(first)]
                 both = (piece.units >= 0) & (units >= 0)

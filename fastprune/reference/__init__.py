@@ -1,4 +1,7 @@
-"""The operators of :mod:`fastprune.ops` in plain torch: readable, any dtype, what the tests compare with."""
+"""The operators of :mod:`fastprune.ops` in plain torch: readable, in any dtype; the tests compare with them.
+
+They compute in the dtype that they are given, half precision too, but draw noise in float64. They check nothing.
+"""
 
 from fastprune.reference.bernoulli_gate import bernoulli_gate
 from fastprune.reference.group_prox import UnitTable, group_prox_

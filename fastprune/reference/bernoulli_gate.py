@@ -1,4 +1,4 @@
-"""Discrete gates with a straight-through gradient."""
+"""Discrete gates, each open with a probability of its own."""
 
 from torch import Tensor
 
@@ -7,9 +7,10 @@ from fastprune.reference.topk_mask import straight_through
 
 
 def bernoulli_gate(theta: Tensor, *, seed: int, step: int | Tensor) -> Tensor:
-    """What :func:`fastprune.ops.bernoulli_gate` computes, bit by bit, with the same arguments and gradient.
+    """``gate = 1 if u < theta else 0``, with u uniform on {0, 1, …, 2^32 - 1} / 2^32.
 
-    Checks nothing.
+    The same bits, arguments and gradient as :func:`fastprune.ops.bernoulli_gate`: straight-through where theta is in
+    [0, 1], 0 outside.
 
     Source: DMC (Gao et al., CVPR 2020), eq. 3 and 4.
     """

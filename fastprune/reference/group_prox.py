@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class UnitTable:
-    """What :class:`fastprune.ops.UnitTable` is, with the same arguments; checks nothing.
+    """The norms of units, ``norm_u = sqrt(sum of the squares of all elements of unit u)``.
 
-    Computes in the dtype of the tensors.
+    The same arguments as :class:`fastprune.ops.UnitTable`.
     """
 
     def __init__(self, slices: Sequence[tuple[Tensor, int, Tensor]], num_units: int) -> None:
@@ -23,7 +23,7 @@ class UnitTable:
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """The Euclidean norm of every unit, ``[U]``."""
+        """Return the Euclidean norm of every unit, ``[U]``."""
         tensor, _, _ = self.slices[0]
         squares = tensor.new_zeros(self.num_units)
         for tensor, dim, units in self.slices:
@@ -36,7 +36,13 @@ class UnitTable:
 
 @torch.no_grad()
 def group_prox_(table: UnitTable, threshold: Tensor) -> Tensor:
-    """What :func:`fastprune.ops.group_prox_` does, with the same arguments."""
+    """``w_u = max(0, 1 - threshold_u / norm_u) * w_u`` for the elements w_u of every unit u, in place.
+
+    The same arguments as :func:`fastprune.ops.group_prox_`. A unit of threshold 0 or of no finite norm stays.
+
+    Returns:
+        The norms before, ``[U]``.
+    """
     norms = table.norms()
     dead = (threshold > 0) & (threshold >= norms)
     kept = (threshold == 0) | ~norms.isfinite()
@@ -45,7 +51,7 @@ def group_prox_(table: UnitTable, threshold: Tensor) -> Tensor:
         shape = [-1 if d == dim % tensor.ndim else 1 for d in range(tensor.ndim)]
         owned = units >= 0
         by_position = torch.where(owned, factors[units.clamp(min=0)], 1).reshape(shape)
-        # Where a factor is 1 not even the bits of a NaN change; where it is 0 infinite elements end as well.
+        # A factor of 1 keeps even the bits of a NaN; a factor of 0 ends infinite elements, too.
         scaled = torch.where(by_position == 0, 0, tensor * by_position)
         tensor.copy_(torch.where(by_position == 1, tensor, scaled))
     return norms

@@ -1,4 +1,4 @@
-"""Relaxed gates from noisy logits."""
+"""Relaxed gates: sigmoids of noisy logits."""
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ def gumbel_gate(
     hard: bool = True,
     noise: str = "gumbel",
 ) -> Tensor:
-    """What :func:`fastprune.ops.gumbel_gate` computes, with the same arguments and gradient.
+    """``y = sigmoid((logits + base + e) / temperature)``; the gate is 1 if y ≥ 1/2 else 0 if ``hard``, else y.
 
-    Draws the noise in float64, computes the gate in the dtype of ``logits`` and checks nothing.
+    The noise e is -ln(-ln u) for "gumbel", ln u - ln(1 - u) for "logistic", and 0 for "none", with u in (0, 1); it is
+    drawn in float64. The same arguments and gradient as :func:`fastprune.ops.gumbel_gate`: that of y, also if ``hard``.
 
     Source: the releases of DDNP and SANP; Maddison et al. (ICLR 2017) for logistic noise.
     """

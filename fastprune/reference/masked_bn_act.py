@@ -1,4 +1,4 @@
-"""Batch norm, activation and mask, one after the other."""
+"""Batch norm, activation and mask, one after another."""
 
 from collections.abc import Callable
 
@@ -24,10 +24,10 @@ def masked_bn_act(
     training: bool = False,
     momentum: float = 0.1,
 ) -> Tensor:
-    """What :func:`fastprune.ops.masked_bn_act` computes, with the same arguments and the same gradients.
+    """``mask * act(bn(x))``, rounded to the dtype of ``x`` after every step.
 
-    The product with the mask has the straight-through gradient by itself: it is the activation, whatever the mask.
-    Rounds to the dtype of ``x`` after every step, and checks nothing.
+    The same arguments and gradients as :func:`fastprune.ops.masked_bn_act`. The product has the straight-through
+    gradient of the mask by itself: the activation, whatever the mask.
     """
     weight, bias, running_mean, running_var = bn
     z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

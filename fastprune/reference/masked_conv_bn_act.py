@@ -1,4 +1,4 @@
-"""A frozen convolution, its batch norm, activation and mask, step by step."""
+"""A convolution, frozen batch norm, sum, activation and mask, one after another."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def masked_conv_bn_act(
     open_in: int | None = None,
     open_out: int | None = None,
 ) -> Tensor:
-    """What :func:`fastprune.ops.masked_conv_bn_act` computes, with the same arguments and gradients.
+    """``mask * act(bn(conv(x)) + residual)``, with the statistics in ``bn``.
 
-    Computes in the dtype of ``x`` and checks nothing.
+    The same arguments and gradients as :func:`fastprune.ops.masked_conv_bn_act`. Channels of x behind the first
+    ``open_in``, and of the mask behind the first ``open_out``, count as zero.
     """
     if open_in is not None:
-        x = first_alone(x, open_in, dim=1)
+        x = keep_first(x, open_in, dim=1)
     bias = None if bias is None else bias.to(x.dtype)
     z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if bn is not None:
@@ -39,12 +40,12 @@ def masked_conv_bn_act(
         z = F.batch_norm(z, mean, variance, gamma, beta, training=False, eps=eps)
     r = ACTIVATIONS[activation or "identity"](z if residual is None else z + residual)
     if open_out is not None:
-        mask = first_alone(r.new_ones(r.shape[1]) if mask is None else mask, open_out, dim=0)
+        mask = keep_first(r.new_ones(r.shape[1]) if mask is None else mask, open_out, dim=0)
     return r if mask is None else r * mask.to(r.dtype).view(-1, 1, 1)
 
 
-def first_alone(values: Tensor, count: int, dim: int) -> Tensor:
-    """Zeros behind the first ``count`` places of ``dim``; the gradient passes everywhere."""
+def keep_first(values: Tensor, count: int, dim: int) -> Tensor:
+    """Zero ``values`` behind the first ``count`` places of ``dim``; the gradient passes everywhere."""
     kept = values.detach().clone()
     kept.narrow(dim, count, values.shape[dim] - count).zero_()
     return straight_through(kept, values)

@@ -1,4 +1,4 @@
-"""Soft top-k masks, group by group."""
+"""Soft top-k masks of channel groups."""
 
 from itertools import pairwise
 
@@ -7,9 +7,11 @@ from torch import Tensor
 
 
 def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | None = None) -> Tensor:
-    """What :func:`fastprune.ops.topk_mask` computes, with the same arguments and the same straight-through gradient.
+    """``mask_i = S((C k - (i - 1/2)) / g)`` for the channel of rank i in a group of C channels.
 
-    Computes in the dtype of ``scores`` and checks nothing.
+    S(t) = -2 t^3 + 3/2 t + 1/2 on [-1/2, 1/2], 0 below and 1 above; g = min(window, 2 (C - C k), 2 C k), and k is the
+    fraction in ``keep``. At g = 0 the mask is 1 where i - 1/2 < C k, else 0. The same arguments and straight-through
+    gradient as :func:`fastprune.ops.topk_mask`.
 
     Source: DDNP (Gao et al., ECCV 2022), eq. 7.
     """
@@ -25,7 +27,7 @@ def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | No
 
 
 def values_by_rank(size: int, keep: Tensor, window: Tensor) -> Tensor:
-    """The masks of the best, the second-best, ... of ``size`` channels."""
+    """Return the masks of ``size`` channels in the order of their ranks."""
     centre = size * keep  # u
     width = torch.minimum(window, torch.minimum(2 * (size - centre), 2 * centre))  # gamma_eff
     distance = centre - (torch.arange(size, dtype=keep.dtype, device=keep.device) + 0.5)  # u - (i - 1/2)
@@ -36,7 +38,7 @@ def values_by_rank(size: int, keep: Tensor, window: Tensor) -> Tensor:
 
 
 def straight_through(mask: Tensor, scores: Tensor) -> Tensor:
-    """The values of ``mask``; its gradient goes to ``scores``."""
+    """Return the values of ``mask``; its gradient goes to ``scores``."""
     result: Tensor = _StraightThrough.apply(mask, scores)
     return result
 

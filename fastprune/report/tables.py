@@ -1,15 +1,15 @@
-"""Tables on the terminal."""
+"""Tables on the terminal. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from fastprune.graph import ChannelGraph
-from fastprune.methods.registry import MethodInfo
+from fastprune.methods.plugins import MethodInfo
 
 
 def millions(value: float) -> str:
@@ -27,53 +27,41 @@ def show(table: Table) -> None:
     Console(markup=False).print(table)
 
 
-def print_graph(name: str, graph: ChannelGraph) -> None:
-    """A network's cost, groups and layers that cannot be pruned."""
-    cost = graph.cost()
-    macs, params = (millions(float(x)) for x in (cost.macs, cost.params))
-    sizes = f"{len(graph.groups)} groups, {graph.num_units:,} units, {macs} MACs, {params} parameters"
-    Console(markup=False).print(f"{name}: {sizes}", soft_wrap=True, highlight=False)
+def print_methods(methods: Iterable[MethodInfo]) -> None:
+    """Print a line for each method; what does not fit is cut off, and ``print_method`` shows it."""
     table = Table()
-    for heading, side in (
-        ("group", "left"),
-        ("units", "right"),
-        ("kind", "left"),
-        ("share of MACs", "right"),
-        ("layers", "right"),
-        *([] if graph.exact else [("exact", "left")]),
-    ):
-        table.add_column(heading, justify=side)  # type: ignore[arg-type]
-    for group in graph.groups:
-        exact = [] if graph.exact else [listed(group.exact)]
-        table.add_row(group.name, f"{group.size:,}", group.kind, percent(group.share), str(len(group.layers)), *exact)
-    if graph.groups:
-        show(table)
-    layers = Table()
-    for heading in ("layer", "group", "channels that stay"):
-        layers.add_column(heading)
-    for row in graph.table():
-        layers.add_row(row.layer, ", ".join(row.groups), row.reason or "")
-    show(layers)
-    if not graph.exact:
-        text = f"not exact for {int(graph.inexact_units.sum()):,} units, whose channels are mixed by:"
-        Console(markup=False).print(text, *graph.inexact, sep="\n  ", soft_wrap=True, highlight=False)
-
-
-def print_difference(difference: float, operators: Sequence[str]) -> None:
-    """How much a compact network differs from the masked one, and what it is that mixes channels."""
-    text = f"not exact: outputs differ by {difference:.1e} of the largest on a random input, as channels left:"
-    Console(markup=False).print(text, *operators, sep="\n  ", soft_wrap=True, highlight=False)
-
-
-def print_methods(methods: Iterable[MethodInfo], broken: Mapping[str, str]) -> None:
-    """The installed methods and their options, and the plugins that are broken."""
-    table = Table()
-    for heading in ("name", "package", "paper", "options"):
-        table.add_column(heading)
+    table.add_column("method", no_wrap=True)
+    table.add_column("paper, or what it does")  # this column gives way where the terminal is narrow
+    table.add_column("package", no_wrap=True)
     for info in methods:
-        table.add_row(info.name, f"{info.package} {info.version}", info.paper, ", ".join(o.name for o in info.options))
+        paper = Text(info.paper or info.summary, no_wrap=True, overflow="ellipsis")
+        table.add_row(info.name, paper, f"{info.package} {info.version}")
     show(table)
-    for name, reason in broken.items():
+    Console(markup=False).print("fastprune methods NAME shows a method's options", soft_wrap=True, highlight=False)
+
+
+def print_method(info: MethodInfo) -> None:
+    """Print everything that is known of a method, with its options."""
+    console = Console(markup=False, highlight=False)
+    console.print(f"{info.name}: {info.summary}")
+    for what, text in {
+        "paper": info.paper or "none",
+        "package": f"{info.package} {info.version}",
+        "searches on data": listed(info.needs_data),
+    }.items():
+        console.print(f"{what}: {text}")
+    table = Table()
+    for heading in ("option", "default", "meaning"):
+        table.add_column(heading)
+    for option in info.options:
+        choices = f" ({option.type})" if "'" in option.type else ""
+        table.add_row(option.name, listed(option.default), option.help + choices)
+    show(table)
+
+
+def print_broken(reasons: Mapping[str, str]) -> None:
+    """Print the plugins that are left out, on standard error."""
+    for name, reason in reasons.items():
         Console(stderr=True, markup=False).print(f"method {name!r} is left out: {reason}", style="red", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""From a plan to the compact network, and the proof that it computes what the masked network computes."""
+"""From a plan to the compact network, with the proof that it computes what the masked network computes."""
 
 from fastprune.surgery.rewritten import RewrittenNetwork
 from fastprune.surgery.slicing import SurgeryError, slice_optimizer

@@ -1,4 +1,4 @@
-"""Compact tensors in a copy of the model, and the same for what hangs on its parameters."""
+"""Slice the tensors of a copied model, and the state of its optimizer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ class SurgeryError(ValueError):
     """The plan cannot be applied exactly to this model."""
 
 
-def sliced(plan: PruningPlan, model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with compact tensors, not verified."""
-    fits(plan, model)
-    compact = copied(model)
+def slice_model(plan: PruningPlan, model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` with compact tensors, not verified.
+
+    Raises:
+        PlanError: if the plan does not fit the model; names the tensor.
+    """
+    require_fit(plan, model)
+    compact = copy_model(model)
     replaced: dict[int, Tensor] = {}
     for piece in plan.slices:
         owner_name, _, attribute = piece.tensor.rpartition(".")
@@ -31,18 +35,20 @@ def sliced(plan: PruningPlan, model: nn.Module) -> nn.Module:
     tensors = state_of(compact)
     depthwise = {id(tensors[s.tensor]) for s in plan.slices if s.role == "depthwise"}
     shrunk = {id(tensors[s.tensor]) for s in plan.slices}
-    for module in compact.modules():
+    for name, module in compact.named_modules():
         own = {id(t) for t in (*module._parameters.values(), *module._buffers.values())}
-        if own & shrunk:
-            mend(module, depthwise=bool(own & depthwise))
+        if own & shrunk and isinstance(module, nn.modules.conv._ConvNd):
+            correct_convolution(module, name, depthwise=bool(own & depthwise))
+        elif own & shrunk:
+            correct_sizes(module)
     return compact
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy. Tensors that modules keep of a run (the last weight of ``weight_norm``) are copied as constants.
+def copy_model(model: nn.Module) -> nn.Module:
+    """Copy deeply. Tensors that modules keep from a run (the last weight of ``weight_norm``) become constants.
 
     Raises:
-        SurgeryError: if a module holds what cannot be copied.
+        SurgeryError: if a module holds an object that cannot be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -52,10 +58,10 @@ def copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:  # what Python and torch raise for such objects
-        raise SurgeryError(f"{type(model).__name__} holds what cannot be copied: {error}") from error
+        raise SurgeryError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
-def fits(plan: PruningPlan, model: nn.Module) -> None:
+def require_fit(plan: PruningPlan, model: nn.Module) -> None:
     """Refuse a plan for another model."""
     state = state_of(model)
     for piece in plan.slices:
@@ -72,7 +78,7 @@ def fits(plan: PruningPlan, model: nn.Module) -> None:
 
 
 def shrink(owner: nn.Module, attribute: str, dim: int, kept: Tensor, replaced: dict[int, Tensor]) -> None:
-    """Keep the indices ``kept`` along ``dim`` of a parameter or buffer of ``owner``."""
+    """Keep the indices ``kept`` along ``dim`` of a tensor of ``owner``; ``replaced`` maps its id to the new one."""
     old: Tensor = getattr(owner, attribute)
     new = old.detach().index_select(dim, kept.to(old.device))
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
@@ -97,17 +103,35 @@ def share_tied(model: nn.Module, replaced: dict[int, Tensor]) -> None:
                 tensors[attribute] = new
 
 
-def mend(module: nn.Module, *, depthwise: bool) -> None:
-    """Bring a module's stored sizes into line with its tensors."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        reads, makes = (0, 1) if transposed else (1, 0)
-        if depthwise:
-            multiplier = module.out_channels // module.in_channels
-            module.groups = module.weight.shape[0] // (1 if transposed else multiplier)
-        module.in_channels = module.weight.shape[reads] * (1 if transposed else module.groups)
-        module.out_channels = module.weight.shape[makes] * (module.groups if transposed else 1)
-    elif isinstance(module, nn.Linear):
+def correct_convolution(module: nn.modules.conv._ConvNd, name: str, *, depthwise: bool) -> None:
+    """Set the stored sizes of a convolution to those of its weight.
+
+    Raises:
+        PlanError: if its groups do not fit what the plan says of the weight.
+    """
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    reads, makes = (0, 1) if transposed else (1, 0)
+    refusal = f"the plan is for another model, or damaged: the weight of {name or type(module).__name__!r}"
+    if depthwise and module.groups != module.in_channels:
+        raise PlanError(
+            f"{refusal} has the role 'depthwise', but its layer has groups={module.groups} and "
+            f"in_channels={module.in_channels}"
+        )
+    if depthwise:
+        multiplier = module.out_channels // module.in_channels
+        module.groups = module.weight.shape[0] // (1 if transposed else multiplier)
+    module.in_channels = module.weight.shape[reads] * (1 if transposed else module.groups)
+    module.out_channels = module.weight.shape[makes] * (module.groups if transposed else 1)
+    if module.in_channels % module.groups or module.out_channels % module.groups:
+        raise PlanError(
+            f"{refusal} keeps out_channels={module.out_channels}, which groups={module.groups} do not divide; a "
+            "depthwise convolution needs the role 'depthwise'"
+        )
+
+
+def correct_sizes(module: nn.Module) -> None:
+    """Set the stored sizes of a layer to those of its tensors."""
+    if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.GroupNorm):
         width = next(p.shape[0] for p in module._parameters.values() if p is not None)
@@ -123,21 +147,21 @@ def mend(module: nn.Module, *, depthwise: bool) -> None:
 
 
 def slice_optimizer(optimizer: torch.optim.Optimizer, plan: PruningPlan, model: nn.Module, compact: nn.Module) -> None:
-    """Let an optimizer of the full model go on with the compact one, in place: parameters and their state.
+    """Let an optimizer of the full model continue with the compact one, in place: parameters and their state.
 
-    State of a parameter's shape (momenta, second moments) is sliced like the parameter; numbers (steps) stay. Options,
-    parameter groups and whatever refers to the optimizer (a learning-rate schedule) stay as well.
+    State of a parameter's shape (momenta, second moments) is sliced like the parameter. Numbers (steps), options,
+    parameter groups and references to the optimizer (in a learning-rate schedule) stay.
 
     Args:
         optimizer: SGD, Adam, AdamW or any other whose state is numbers and tensors of the parameters' shapes; it holds
             parameters of ``model``.
         plan: what stays.
         model: the full model.
-        compact: what ``apply`` made of it.
+        compact: its compact copy.
 
     Raises:
-        ValueError: if the optimizer holds a parameter that is not the model's, or state of another shape; the optimizer
-            is then as it was.
+        ValueError: if the optimizer holds a parameter that is not the model's, or state of another shape; it is then
+            unchanged.
     """
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     successors = dict(compact.named_parameters(remove_duplicate=False))
@@ -151,13 +175,13 @@ def slice_optimizer(optimizer: torch.optim.Optimizer, plan: PruningPlan, model: 
         groups.append([])
         for parameter in group["params"]:
             if id(parameter) not in names:
-                raise ValueError(f"optimizer: a parameter of its group {number} is none of the model's")
+                raise ValueError(f"optimizer: a parameter of its group {number} is not the model's")
             successor = successors[names[id(parameter)]]
-            cuts = [cut for name in aliases[id(successor)] for cut in pieces.get(name, [])]
+            cuts = [piece for name in aliases[id(successor)] for piece in pieces.get(name, [])]
             groups[-1].append(successor)
             if parameter in optimizer.state:
                 state[successor] = {
-                    key: sliced_state(value, parameter, cuts, plan, f"{names[id(parameter)]}, {key}")
+                    key: slice_state(value, parameter, cuts, plan, f"{names[id(parameter)]}, {key}")
                     for key, value in optimizer.state[parameter].items()
                 }
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
@@ -166,14 +190,14 @@ def slice_optimizer(optimizer: torch.optim.Optimizer, plan: PruningPlan, model: 
     optimizer.state.update(state)
 
 
-def sliced_state(value: Any, parameter: Tensor, cuts: list[Slice], plan: PruningPlan, name: str) -> Any:
-    """A piece of an optimizer's state for the compact parameter."""
+def slice_state(value: Any, parameter: Tensor, cuts: list[Slice], plan: PruningPlan, name: str) -> Any:
+    """Slice one value of an optimizer's state for the compact parameter."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     if value.shape != parameter.shape:
         raise ValueError(
-            f"optimizer: its state of {name} has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}; "
-            "state of another shape cannot be sliced"
+            f"optimizer: its state of {name} has shape {tuple(value.shape)}; only state of the parameter's shape "
+            f"{tuple(parameter.shape)} can be sliced"
         )
     for piece in cuts:
         value = value.index_select(piece.dim, plan.kept_indices(piece).to(value.device))

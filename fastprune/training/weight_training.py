@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,57 +12,10 @@ from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 
 from fastprune.host.distributed import Distributed
-from fastprune.training.schedule import SCHEDULES, learning_rate
+from fastprune.training.options import WeightOptions
+from fastprune.training.schedule import learning_rate
 
 AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary heads (Szegedy et al., CVPR 2015, §5)
-OPTIMIZERS = ("sgd", "adamw")
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class WeightOptions:
-    """How weights are trained. The defaults are the papers' CIFAR fine-tuning."""
-
-    epochs: int = _option(160, "passes over the training set")
-    batch_size: int = _option(128, "samples per step over all processes together")
-    optimizer: str = _option("sgd", f"of the weights: {' or '.join(OPTIMIZERS)}")
-    lr: float = _option(0.1, "largest learning rate")
-    momentum: float = _option(0.9, "momentum of SGD, β₁ of AdamW")
-    nesterov: bool = _option(False, "Nesterov's momentum")
-    weight_decay: float = _option(1e-4, "L2 penalty of SGD, decoupled decay of AdamW")
-    decay_norm_and_bias: bool = _option(True, "apply weight decay to batch-norm parameters and biases too")
-    schedule: str = _option("milestones", f"shape of the learning rate: {', '.join(SCHEDULES)}")
-    milestones: tuple[float, ...] = _option((0.5, 0.75), "epochs of the drops, or fractions of all epochs if below 1")
-    gamma: float = _option(0.1, "factor of each drop")
-    warmup_epochs: float = _option(0.0, "epochs in which the learning rate rises from 0")
-    label_smoothing: float = _option(0.0, "share of the target that is spread over all classes")
-    clip_gradient: float = _option(0.0, "largest norm of the whole gradient; 0 = no clipping")
-    augment: bool = _option(True, "apply the data set's training augmentation")
-    evaluate_every: int = _option(1, "epochs between two accuracies on the held-out part; 0 = never")
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "milestones", tuple(self.milestones))  # YAML gives a list
-        for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r}: give one of {', '.join(choices)}")
-        for name in ("epochs", "lr", "weight_decay", "warmup_epochs", "clip_gradient", "evaluate_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: it cannot be negative")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size}: it must be at least 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing {self.label_smoothing}: it must be in [0, 1)")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum {self.momentum}: it must be in [0, 1)")
-        if self.nesterov and (not self.momentum or self.optimizer != "sgd"):
-            raise ValueError("nesterov: it needs optimizer 'sgd' and a momentum above 0; set it to false otherwise")
-        if not self.gamma > 0:
-            raise ValueError(f"gamma {self.gamma}: it must be above 0")
-        if any(milestone < 0 for milestone in self.milestones):
-            raise ValueError(f"milestones {list(self.milestones)}: they cannot be negative")
 
 
 class WeightTraining:

@@ -1,4 +1,4 @@
-"""The errors of modelled latencies: which networks are compared, and what is written."""
+"""The errors of modelled latencies: the networks that are compared, and the document."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_modelled_and_measured_times_of_random_plans(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plans", "0"], "plans 0: at least 1 is needed"),
-        (["--batch", "0"], "batch 0: at least 1 is needed"),
+        (["--plans", "0"], "plans 0: must be at least 1"),
+        (["--batch", "0"], "batch 0: must be at least 1"),
         (["--json", "/no/such/folder/x.json"], "there is no such folder"),
         (["--processor_time", "--device", "auto"], "processor_time: "),
     ],
 )
-def test_bad_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_settings_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, *arguments]) == 2
     assert message in capsys.readouterr().err

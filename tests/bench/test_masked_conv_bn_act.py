@@ -1,4 +1,4 @@
-"""Which convolutions are timed, on what, and what the least work is."""
+"""The convolutions that are timed, their inputs, and their least work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastprune.bench.case import OURS, check_agreement
 from fastprune.bench.shapes import NETWORKS, ConvShape, convolutions
 
 CPU = torch.device("cpu")
-SHAPE = ConvShape(6, 10, (3, 3), (2, 2), (1, 1), (1, 1), 1, 7, 9, "relu")  # 4 x 5 pixels go out
+SHAPE = ConvShape(6, 10, (3, 3), (2, 2), (1, 1), (1, 1), 1, 7, 9, "relu")  # the output has 4 x 5 pixels
 
 
 def small(shape: ConvShape, workload: str) -> Any:
@@ -27,7 +27,7 @@ def test_every_convolution_in_every_workload(monkeypatch: pytest.MonkeyPatch) ->
     assert set(found) == expected  # type: ignore[comparison-overlap]
 
 
-def test_a_first_part_is_from_all_over_a_network() -> None:
+def test_the_first_shapes_are_spread_over_the_network() -> None:
     places = list(range(30))
     first = [places.index(place) for place in bench.spread(places)[:6]]  # type: ignore[arg-type]
     assert [sum(low <= place < low + 10 for place in first) for low in (0, 10, 20)] == [2, 3, 1]
@@ -64,7 +64,7 @@ def test_half_of_the_channels_are_closed() -> None:
     assert (y[:, 5:] == 0).all()
 
 
-def test_gradients_are_those_of_what_the_workload_names() -> None:
+def test_each_workload_has_its_gradients() -> None:
     wanted = {work: tuple(t.requires_grad for t in small(SHAPE, work).draw()[:3]) for work in bench.WORKLOADS}
     assert wanted == {
         "forward": (False, False, True),

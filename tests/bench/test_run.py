@@ -1,4 +1,4 @@
-"""The command, the program and the document: numbers that hang together."""
+"""The command, the program and the document: numbers that are consistent."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastprune import _C
 from fastprune.bench import KERNELS, OURS, Case, Compiled, report
+from fastprune.bench.__main__ import BENCHMARKS
 from fastprune.bench.ceilings import Ceilings
 from fastprune.bench.run import bench_case, bench_kernel
 from fastprune.cli.main import main
@@ -28,11 +29,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def ceilings() -> Ceilings:
-    return Ceilings.measured(CPU, quick=True)
+    return Ceilings.measure(CPU, quick=True)
 
 
 def check(kernel: dict[str, Any]) -> None:
-    """What holds for every result."""
+    """Check the properties of every result."""
     assert kernel["cases"]
     for case in kernel["cases"]:
         medians = {name: found["median_seconds"] for name, found in case["variants"].items()}
@@ -54,7 +55,7 @@ def check(kernel: dict[str, Any]) -> None:
 
 
 def check_means(means: dict[str, Any], cases: list[dict[str, Any]]) -> None:
-    """Each over the cases that have that peer."""
+    """Check that each mean covers the cases that have the peer."""
     assert set(means) == {name for case in cases for name in case["ratios"]}
     for name, mean in means.items():
         ratios = [case["ratios"][name]["ratio"] for case in cases if name in case["ratios"]]
@@ -62,8 +63,8 @@ def check_means(means: dict[str, Any], cases: list[dict[str, Any]]) -> None:
         assert math.isclose(mean["ratio"] ** len(ratios), math.prod(ratios), rel_tol=1e-6)
 
 
-class Moved(TorchDispatchMode):
-    """Counts the bytes that operators take and return."""
+class Traffic(TorchDispatchMode):
+    """A count of the bytes that operators take and return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,17 +79,17 @@ class Moved(TorchDispatchMode):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_no_roofline_is_above_the_work_of_plain_torch(kernel: str) -> None:
-    """Counted, as a bound on measured shares would be one on how quiet the machine is."""
+    """The work is counted: measured shares depend on other jobs of the machine."""
     for case in KERNELS[kernel](CPU, quick=True):
         plain, inputs = next(iter(case.variants.values())), case.draw()
-        with FlopCounterMode(display=False) as counter, Moved() as moved:
+        with FlopCounterMode(display=False) as counter, Traffic() as traffic:
             plain(*inputs)
         assert case.flops <= counter.get_total_flops()
-        assert 0 < case.bytes <= moved.bytes
+        assert 0 < case.bytes <= traffic.bytes
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_every_kernel(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_times_every_kernel(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "numbers.json"
     assert main(["bench", "kernels", "--quick", "--device", device, "--json", str(file)]) == 0
     document = json.loads(file.read_text(encoding="utf-8"))
@@ -110,7 +111,7 @@ def test_every_kernel(device: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "of roofline" in out
 
 
-def test_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_times_the_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--quick"]) == 0
     out = capsys.readouterr().out
     assert "step on" in out
@@ -118,26 +119,36 @@ def test_the_step(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"geometric mean, {text}" in out
 
 
-def test_only_some(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_kernels_of_only_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--quick", "--only", "topk_mask"]) == 0
     assert capsys.readouterr().out.count("geometric mean") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", sorted((ROOT / "bench").glob("bench_*.py")), ids=lambda path: path.stem)
-def test_every_program(program: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [*BENCHMARKS, "align", "subnets"])
+def test_programs_need_little_more_than_torch(program: str, tmp_path: Path) -> None:
+    """A bare GPU machine lacks the dependencies of the command line."""
+    script = ROOT / "bench" / f"{program}.py"
+    run = f"runpy.run_path({str(script)!r}, run_name='__main__')"
+    arguments = [program] if program in BENCHMARKS else []
+    if program in BENCHMARKS:
+        run = "runpy.run_module('fastprune.bench', run_name='__main__')"
     options = ["--device", "cpu", "--quick", "--seconds", "60", "--json", str(tmp_path / "numbers.json")]
-    # As on a bare GPU machine, where the command line's own dependencies are missing.
-    code = (
-        f"import runpy, sys; sys.modules['jsonargparse'] = None; runpy.run_path({str(program)!r}, run_name='__main__')"
-    )
-    subprocess.run([sys.executable, "-c", code, *options], check=True, capture_output=True)
+    code = f"import runpy, sys; sys.modules['jsonargparse'] = None; {run}"
+    subprocess.run([sys.executable, "-c", code, *arguments, *options], check=True, capture_output=True)
     document = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
-    check(document["kernels"][program.stem.removeprefix("bench_")])
-    assert list(document["kernels"]) == [program.stem.removeprefix("bench_")]
+    check(document["kernels"][program])
+    assert list(document["kernels"]) == [program]
 
 
-def test_a_variant_that_computes_something_else_ends_the_command(
+def test_an_unknown_program_is_refused() -> None:
+    command = [sys.executable, "-m", "fastprune.bench", "nothing"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "benchmark 'nothing': there is no such benchmark; give one of gates," in done.stderr
+
+
+def test_a_variant_that_disagrees_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
@@ -145,10 +156,10 @@ def test_a_variant_that_computes_something_else_ends_the_command(
 
     monkeypatch.setitem(KERNELS, "topk_mask", cases)
     assert main(["bench", "kernels", "--quick", "--only", "topk_mask"]) == 1
-    assert capsys.readouterr().err.startswith("fastprune: error: wrong: fastprune computes something else than eager")
+    assert capsys.readouterr().err.startswith("fastprune: error: wrong: fastprune disagrees with eager")
 
 
-def copies(name: str, **options: Any) -> Case:
+def copy_case(name: str, **options: Any) -> Case:
     variants = options.pop("variants", {"eager": lambda x: x + 0, "fastprune": lambda x: x.clone()})
     return Case(name, lambda: (torch.rand(1 << 20),), variants, bytes=8 << 20, rounds=9, **options)
 
@@ -156,48 +167,48 @@ def copies(name: str, **options: Any) -> Case:
 def test_a_copy_is_near_the_ceiling(ceilings: Ceilings) -> None:
     slow = {"eager": lambda x: [x.clone() for _ in range(20)][-1], "fastprune": lambda x: x.clone()}
     for options in ({}, {"fresh": False}, {"cold": True}):
-        found = bench_case(copies("copy", variants=slow, **options), ceilings)
-        assert found["ratios"]["eager"]["ratio"] > 4  # 20 where nothing disturbs
-        after = Ceilings.measured(CPU, quick=True)  # what was disturbed then may not be disturbed now
+        found = bench_case(copy_case("copy", variants=slow, **options), ceilings)
+        assert found["ratios"]["eager"]["ratio"] > 4  # 20 on a quiet machine
+        after = Ceilings.measure(CPU, quick=True)  # other jobs may have slowed the first measurement
         best = max(ceilings.bandwidth, after.bandwidth)
         assert 0.001 < (8 << 20) / best / found["variants"][OURS]["median_seconds"] < 1.5
 
 
-def test_compilation_is_not_timed_and_its_failure_is_told(
+def test_a_compilation_that_fails_is_not_timed_and_is_reported(
     ceilings: Ceilings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def cannot(x: torch.Tensor) -> torch.Tensor:
-        raise ValueError("not to be compiled")
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("cannot be compiled")
 
-    variants = {"eager": lambda x: x + 0, "compiled": Compiled(cannot, CPU), "fastprune": lambda x: x.clone()}
-    kernel = bench_kernel([copies("one", variants=variants), copies("two")], ceilings, quick=True)
+    variants = {"eager": lambda x: x + 0, "compiled": Compiled(fails, CPU), "fastprune": lambda x: x.clone()}
+    kernel = bench_kernel([copy_case("one", variants=variants), copy_case("two")], ceilings, quick=True)
     check(kernel)
     assert list(kernel["cases"][0]["failures"]) == ["compiled"]
     report.show("copying", report.document({"copying": kernel}, ceilings, quick=True))
     out = capsys.readouterr().out
     assert "fails" in out
     assert "one: compiled fails:" in out
-    assert "not to be compiled" in out
+    assert "cannot be compiled" in out
 
 
 @pytest.mark.slow
 def test_a_compiled_peer_is_timed_without_its_compilation(ceilings: Ceilings) -> None:
     variants = {"eager": lambda x: x + 0, "compiled": Compiled(lambda x: x + 0, CPU), "fastprune": lambda x: x.clone()}
-    found = bench_case(copies("one", variants=variants), ceilings, quick=True)
+    found = bench_case(copy_case("one", variants=variants), ceilings, quick=True)
     assert found["failures"] == {}
     assert found["variants"]["compiled"]["quartiles_seconds"][1] < 0.5  # compiling takes seconds
 
 
-def test_what_does_not_fit_in_the_time_is_named(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) -> None:
-    kernel = bench_kernel([copies("one"), copies("two"), copies("three")], ceilings, quick=True, seconds=1e-9)
+def test_cases_after_the_time_limit_are_named(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel = bench_kernel([copy_case("one"), copy_case("two"), copy_case("three")], ceilings, quick=True, seconds=1e-9)
     assert kernel["cases"] == []
-    assert kernel["left_out"] == [f"{name}: 1e-09 seconds were over" for name in ("one", "two", "three")]
+    assert kernel["left_out"] == [f"{name}: the 1e-09 seconds are over" for name in ("one", "two", "three")]
     report.show("copying", report.document({"copying": kernel}, ceilings, quick=True))
-    assert "left out: two: 1e-09 seconds were over" in capsys.readouterr().out
+    assert "left out: two: the 1e-09 seconds are over" in capsys.readouterr().out
 
 
-def test_means_by_group(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = [copies("one", groups=("all, small", "all")), copies("two", groups=("all",)), copies("three")]
+def test_each_group_has_its_means(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [copy_case("one", groups=("all, small", "all")), copy_case("two", groups=("all",)), copy_case("three")]
     kernel = bench_kernel(cases, ceilings, quick=True)
     check(kernel)
     counts = [(group, means["eager"]["cases"]) for group, means in kernel["groups"].items()]
@@ -206,29 +217,29 @@ def test_means_by_group(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "geometric mean, all, small" in out
     assert "x of 2" in out
-    assert "x of 3" not in out  # a mean over everything would be one over unlike things
+    assert "x of 3" not in out  # a mean over all cases would mix unlike ones
 
 
-def test_compiling_ends_when_its_time_is_over(ceilings: Ceilings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_ends_after_its_time(ceilings: Ceilings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **mode: function)
     peers = [Compiled(lambda x: x + 0, CPU) for _ in range(2)]
     cases = [
-        copies(f"{number}", variants={"eager": torch.clone, "compiled": peer, "fastprune": torch.clone})
+        copy_case(f"{number}", variants={"eager": torch.clone, "compiled": peer, "fastprune": torch.clone})
         for number, peer in enumerate(peers)
     ]
     kernel = bench_kernel(cases, ceilings, quick=True, compile_seconds=1e-9)
     check(kernel)
     assert kernel["geometric_means"]["compiled"]["cases"] == 1
-    assert kernel["left_out"] == ["1, compiled: 1e-09 seconds of compiling were over"]
+    assert kernel["left_out"] == ["1, compiled: the 1e-09 seconds of compiling are over"]
     assert peers[0].seconds is not None
     assert peers[1].seconds is None
 
 
-def test_what_is_not_installed_is_named(ceilings: Ceilings) -> None:
+def test_a_package_that_is_missing_is_named(ceilings: Ceilings) -> None:
     def cases() -> Iterator[Case]:
-        yield copies("one")
-        raise ModuleNotFoundError("ResNet-50 is torchvision's: pip install 'fastprune[vision]'")
+        yield copy_case("one")
+        raise ModuleNotFoundError("ResNet-50 needs torchvision: pip install 'fastprune[vision]'")
 
     kernel = bench_kernel(cases(), ceilings, quick=True)
     check(kernel)
-    assert kernel["left_out"] == ["ResNet-50 is torchvision's: pip install 'fastprune[vision]'"]
+    assert kernel["left_out"] == ["ResNet-50 needs torchvision: pip install 'fastprune[vision]'"]

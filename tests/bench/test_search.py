@@ -1,4 +1,4 @@
-"""The plain version of a search step computes what the method computes, and the other numbers mean what they say."""
+"""The plain version of a search step agrees with the method, and the other numbers of the benchmark are right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastprune.bench import OURS, BenchmarkError, eager_search, search
 from fastprune.bench.case import check_agreement
 from fastprune.bench.eager_search import Flops, soft_top_k
 from fastprune.bench.memory import memory_of
-from fastprune.bench.step import Network, Plain, prepared
+from fastprune.bench.step import Network, Plain, prepare
 from fastprune.cli.main import main
 from fastprune.engine import Placement
 from fastprune.graph import trace
@@ -37,14 +37,14 @@ def bottlenecks() -> nn.Module:
 
 
 def both(method: str, model: nn.Module, precision: str = "float32") -> tuple[search.Ours, search.Step]:
-    """Our step and the peer's, from the same parameters."""
+    """Return our step and the peer's, with the same parameters."""
     dtype = next(model.parameters()).dtype
     ours = search.METHODS[method](
         trace(model, torch.zeros(1, 3, SIDE, SIDE, dtype=dtype)), model, Placement(CPU, precision)
     )
     network = Network(model)
-    flops = Flops(network, torch.zeros(1, 3, SIDE, SIDE, dtype=dtype), search.PART)
-    return ours, ours.eager(Plain(network, torch.contiguous_format), flops)
+    flops = Flops(network, torch.zeros(1, 3, SIDE, SIDE, dtype=dtype), search.KEEP_RATIO)
+    return ours, ours.make_peer(Plain(network, torch.contiguous_format), flops)
 
 
 def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -55,9 +55,9 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("method", list(search.METHODS))
 def test_both_compute_the_same(method: str, make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    ours, eager = both(method, prepared(make(), CPU).double())  # so that roundings open and close no relu
+    ours, eager = both(method, prepare(make(), CPU).double())  # in float64 rounding flips no relu
     inputs = batch(torch.float64)
-    for _ in range(2 if method == "ddnp" else 1):  # in its second step DMC's peer draws gates of its own
+    for _ in range(2 if method == "ddnp" else 1):  # in its second step DMC's peer draws its own gates
         results, expectations = ours(*inputs), eager(*inputs)
         assert len(results) == len(expectations) == len(ours.peer.names) + len(ours.gradients())
         for result, expected in zip(results, expectations, strict=True):
@@ -66,9 +66,9 @@ def test_both_compute_the_same(method: str, make: Callable[[], nn.Module]) -> No
 
 
 @pytest.mark.parametrize("method", list(search.METHODS))
-def test_under_autocast(method: str) -> None:
+def test_both_compute_the_same_under_autocast(method: str) -> None:
     torch.manual_seed(0)
-    ours, eager = both(method, prepared(basic_blocks(), CPU), "bf16")
+    ours, eager = both(method, prepare(basic_blocks(), CPU), "bf16")
     inputs = batch(torch.float32)
     for result, expected in zip(ours(*inputs), eager(*inputs), strict=True):
         assert result.dtype == torch.float32
@@ -86,13 +86,13 @@ def test_under_autocast(method: str) -> None:
         ("ddnp", "WIDTH_BIAS", 2.9),
     ],
 )
-def test_a_step_that_computes_something_else_ends_the_benchmark(
+def test_a_step_that_disagrees_ends_the_benchmark(
     method: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eager_search, name, value)
     torch.manual_seed(0)
     (case,) = search.cases(CPU, quick=True, only=[method])
-    with pytest.raises(BenchmarkError, match="computes something else than eager"):
+    with pytest.raises(BenchmarkError, match="disagrees with eager"):
         check_agreement(case)
 
 
@@ -101,13 +101,13 @@ def test_gates_that_are_not_drawn_end_the_benchmark(monkeypatch: pytest.MonkeyPa
         search.DMC, "sample", lambda self, seed: (self.theta >= 0.5) * 1.0 + self.theta - self.theta.detach()
     )
     (case,) = search.cases(CPU, quick=True, only=["dmc"])
-    with pytest.raises(BenchmarkError, match="fastprune computes something else than eager"):
+    with pytest.raises(BenchmarkError, match="fastprune disagrees with eager"):
         check_agreement(case)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.3, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("size", [4, 16, 64])
-def test_the_peers_mask_is_ours(size: int, keep: float) -> None:
+def test_the_peers_mask_equals_ours(size: int, keep: float) -> None:
     scores = torch.rand(size, requires_grad=True)
     peer = soft_top_k(scores, torch.tensor(keep))
     window = torch.tensor([float(round(eager_search.WINDOW * size))])
@@ -116,13 +116,13 @@ def test_the_peers_mask_is_ours(size: int, keep: float) -> None:
 
 
 @pytest.mark.parametrize("method", list(search.METHODS))
-def test_without_the_network_a_step_goes_on(method: str) -> None:
-    model = prepared(basic_blocks(), CPU)
+def test_a_step_runs_without_the_network(method: str) -> None:
+    model = prepare(basic_blocks(), CPU)
     ours, _ = both(method, model)
     handle = next(iter(ours.task.model.children())).register_forward_hook(lambda *_: pytest.fail("the network ran"))
     constants = torch.randn(4, 10)
     before = [parameter.detach().clone() for parameter in parameters_of(ours)]
-    results = ours.without_network(constants)(*batch(torch.float32))
+    results = ours.replace_network(constants)(*batch(torch.float32))
     handle.remove()
     labels = batch(torch.float32)[1]
     torch.testing.assert_close(results[1], nn.functional.cross_entropy(constants, labels))
@@ -152,7 +152,7 @@ def test_memory_of_a_step_with_known_sizes() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_command(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_times_every_method(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "numbers.json"
     assert main(["bench", "search", "--quick", "--device", device, "--json", str(file)]) == 0
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["kernels"]["search"]
@@ -170,14 +170,14 @@ def test_the_command(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert text in out
 
 
-def test_the_processors_time(tmp_path: Path) -> None:
+def test_the_clock_can_be_the_processors(tmp_path: Path) -> None:
     file = tmp_path / "numbers.json"
     assert main(["bench", "search", "--quick", "--only", "dmc", "--processor_time", "--json", str(file)]) == 0
     (case,) = json.loads(file.read_text(encoding="utf-8"))["kernels"]["search"]["cases"]
     assert case["clock"] == "processor"
 
 
-def test_only_one_method(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_methods_of_only_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "search", "--quick", "--only", "ddnp"]) == 0
     out = capsys.readouterr().out
     assert "ddnp, ResNet-8" in out

@@ -1,4 +1,4 @@
-"""The shapes are those of the networks."""
+"""The shapes are those of real networks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_shapes_are_what_torch_computes() -> None:
             assert shape.elements(2) == (x.numel(), weight.numel(), y.numel())
 
 
-def test_activations_that_are_functions_and_additions_in_between() -> None:
+def test_activation_functions_are_found_and_additions_end_a_chain() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -69,12 +69,12 @@ def test_groups_of_resnet50() -> None:
     assert sorted(group.size for group in graph.groups) == sorted(RESNET50_GROUPS)
 
 
-def test_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_of_torchvision_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     convolutions.cache_clear()
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.delitem(sys.modules, "torchvision.models", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"ResNet-50 is torchvision's: pip install 'fastprune\[vision\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"ResNet-50 needs torchvision: pip install 'fastprune\[vision\]'"):
         convolutions("ResNet-50")
     assert convolutions("ResNet-56")
-    with pytest.raises(ValueError, match="network 'VGG': needs one of ResNet-50"):
+    with pytest.raises(ValueError, match="network 'VGG': must be one of ResNet-50"):
         convolutions("VGG")

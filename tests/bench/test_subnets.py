@@ -1,10 +1,11 @@
-"""Evaluations of SP's search: slices and masks compute the same."""
+"""Evaluations in SP's search: slices and masks compute the same."""
 
 from __future__ import annotations
 
+import subnets
 import torch
 
-from fastprune.bench import OURS, subnets
+from fastprune.bench import OURS
 from fastprune.bench.case import check_agreement
 
 

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from fastprune import models, trace
-from fastprune.cli.commands import build_model, check_recipe
 from fastprune.cli.main import main
+from fastprune.cli.networks import build_model, check_recipe
 from fastprune.cli.recipes import read_recipe
 from fastprune.cli.settings import FinetuneConfig, ModelSettings, pick
 from fastprune.engine import RunDirectory
@@ -110,7 +110,7 @@ def test_p_of_the_papers(model: str) -> None:
         settings = read_recipe(path_of(name)).settings
         if settings["model"] == model:
             gates = gated_units(graph, settings[settings["method"]]["groups"])
-            place = GatePlacement.of(graph, Budget.parse(settings["budget"]), gates, torch.device("cpu"))
+            place = GatePlacement.build(graph, Budget.parse(settings["budget"]), gates, torch.device("cpu"))
             assert place.target == pytest.approx(P[name], abs=6e-4), name
 
 
@@ -176,21 +176,21 @@ BAD = [
     (f"{WHOLE}, bugdet: 3}}", "there is no setting 'bugdet': did you mean 'budget'?"),
     (f"{WHOLE}, 7: 3}}", "there is no setting 7: there are budget, "),
     (f"{WHOLE}, ddnp: {{epochs: 3}}}}", "there is no setting 'ddnp': "),
-    (f"{WHOLE}, data: digits}}", "'data' is no part of a recipe; it is told on the command line"),
+    (f"{WHOLE}, data: digits}}", "'data' is no part of a recipe; give it on the command line"),
     (f"{WHOLE}, seed: x}}", "seed 'x': type int is needed"),
     ("{model: resnet20, method: dmc, budget: 0.5}", "budget 0.5: type str is needed"),
     ("{model: resnet20, method: dmc, budget: half}", "budget 'half'"),
     ("{model: resnet20, method: [dmc, ddnp], budget: flops=0.5}", "method ['dmc', 'ddnp']: the name of one method"),
     ("{model: resnet20, method: dcm, budget: flops=0.5}", "no pruning method is called 'dcm'"),
     (f"{WHOLE}, dmc: {{epoch: 3}}}}", "dmc has no option 'epoch' (did you mean 'epochs'?)"),
-    (f"{WHOLE}, dmc: {{epochs: 0}}}}", "dmc: option epochs=0: must be at least 1"),
+    (f"{WHOLE}, dmc: {{epochs: 0}}}}", "dmc: epochs 0: must be at least 1"),
     (f"{WHOLE}, dmc: 3}}", "dmc 3: settings by name are needed"),
     (f"{WHOLE}, finetune: {{epohcs: 3}}}}", "finetune has no option 'epohcs' (did you mean 'epochs'?)"),
-    (f"{WHOLE}, finetune: {{epochs: x}}}}", "finetune: option epochs='x': type int is needed"),
-    (f"{WHOLE}, finetune: {{schedule: steep}}}}", "finetune: schedule 'steep'"),
+    (f"{WHOLE}, finetune: {{epochs: x}}}}", "finetune: epochs 'x': type int is needed"),
+    (f"{WHOLE}, finetune: {{schedule: steep}}}}", "finetune: schedule 'steep': must be one of 'milestones', "),
     (f"{WHOLE}, finetune: [1]}}", "finetune [1]: settings by name are needed"),
     (f"{WHOLE}, paper: {{tabel: 3}}}}", "paper has no option 'tabel' (did you mean 'table'?)"),
-    (f"{WHOLE}, paper: {{pruned_top1: high}}}}", "paper: option pruned_top1='high'"),
+    (f"{WHOLE}, paper: {{pruned_top1: high}}}}", "paper: pruned_top1 'high'"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The papers' ways to count FLOPs, against their own figures and against formulas written out here."""
+"""The papers' conventions for FLOPs, against the papers' figures and against formulas in these tests."""
 
 from __future__ import annotations
 

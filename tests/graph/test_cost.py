@@ -24,7 +24,7 @@ def test_full_macs_equal_torchs_counter(name: str) -> None:
     assert int(graph.cost().params) == sum(p.numel() for p in model.parameters())
 
 
-def test_gradient_is_the_difference_quotient(tiny: nn.Module) -> None:
+def test_gradients_equal_difference_quotients(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     mask = torch.rand(graph.num_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda m: graph.cost(m).macs / 1e4, mask.requires_grad_())

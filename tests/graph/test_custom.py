@@ -1,4 +1,4 @@
-"""Operators of users' own: unknown ones keep their channels, rules say more, and names are not confused."""
+"""Users' own operators: unknown ones keep their channels, rules free them, and names are not confused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ for operator in (add, relu, double, halves):
 
 
 @pytest.fixture(autouse=True)
-def rules_as_they_were() -> Iterator[None]:
+def restore_rules() -> Iterator[None]:
     before = dict(RULES)
     yield
     RULES.clear()
@@ -67,13 +67,13 @@ class Between(nn.Module):
         return self.last(self.between(torch.relu(self.first(x))))
 
 
-def pruned_by_half(graph: fp.ChannelGraph, model: nn.Module) -> nn.Module:
+def prune_half(graph: fp.ChannelGraph, model: nn.Module) -> nn.Module:
     mask = torch.arange(graph.num_units) % 2
     return fp.apply(graph.plan(mask), model)
 
 
 @pytest.mark.parametrize(("between", "name"), [(lambda x: add(x, x), "add"), (lambda x: relu(x), "relu")])
-def test_an_operator_is_not_taken_for_one_of_pytorch_with_its_name(between: Any, name: str) -> None:
+def test_an_operator_is_not_taken_for_pytorchs_of_the_same_name(between: Any, name: str) -> None:
     graph = fp.trace(Between(between).double(), IMAGES)
     assert graph.groups == ()
     reason = dict(graph.unprunable)["first"]
@@ -85,10 +85,10 @@ def test_a_pointwise_tag_is_enough() -> None:
     model = Between(lambda x: double(x)).double()
     graph = fp.trace(model, IMAGES)
     assert [group.size for group in graph.groups] == [8]
-    pruned_by_half(graph, model)
+    prune_half(graph, model)
 
 
-def test_the_example_of_the_page() -> None:
+def test_the_example_of_the_documentation() -> None:
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert code is not None
     names: dict[str, Any] = {}
@@ -117,7 +117,7 @@ def test_the_example_of_the_page() -> None:
     assert torch.allclose(gated, compact(images), rtol=1e-12)
 
 
-def test_a_rule_ends_where_channels_lie_otherwise() -> None:
+def test_a_rule_ends_if_channels_lie_along_another_dimension() -> None:
     @rule("fastprune_test::relu")
     def rows(op: Operator, x: Any) -> Any:
         return op.result(op.channels(x, 2), 2)
@@ -136,7 +136,7 @@ def test_a_wrong_rule_makes_no_wrong_network() -> None:
     graph = fp.trace(model, IMAGES)
     assert graph.num_units == 8
     with pytest.raises(fp.SurgeryError, match="compact and masked outputs differ"):
-        pruned_by_half(graph, model)
+        prune_half(graph, model)
 
 
 def test_an_operator_with_the_number_of_channels_is_refused() -> None:
@@ -155,6 +155,6 @@ def test_an_operator_with_the_number_of_channels_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["relu", "aten::relu", "mine::"])
-def test_rules_are_for_operators_of_ones_own(name: str) -> None:
-    with pytest.raises(ValueError, match=r"the name of an operator of your own is needed"):
+def test_rules_are_for_users_own_operators(name: str) -> None:
+    with pytest.raises(ValueError, match=r"give the name of an operator of your own"):
         rule(name)

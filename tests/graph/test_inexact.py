@@ -1,4 +1,4 @@
-"""Channels that leave what mixes them: the compact network is the smaller one, and the difference is measured."""
+"""Channels that leave operators which mix them: the compact network equals a narrow one; the difference is measured."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 class Standardised(nn.Conv2d):
-    """Weight standardisation written out."""
+    """Weight standardisation by hand."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -48,7 +48,7 @@ class Standardised(nn.Conv2d):
 
 
 class FromVariance(nn.Conv2d):
-    """The same by one operator for both statistics, of a flattened weight."""
+    """Weight standardisation by one operator for both statistics, on a flattened weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = self.weight.flatten(1)
@@ -56,7 +56,7 @@ class FromVariance(nn.Conv2d):
         return F.conv2d(x, ((flat - mean) * torch.rsqrt(variance + 1e-5)).view_as(self.weight), self.bias)
 
 
-def weight_normed(width: int, out: int, kernel: int) -> nn.Module:
+def weight_norm_conv(width: int, out: int, kernel: int) -> nn.Module:
     return torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(width, out, kernel))
 
 
@@ -98,7 +98,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], Between, object, str]] = {
     "standardised from variance": (nothing, through, FromVariance, "var_mean in second"),
     "StdConv2d": (nothing, through, StdConv2d, "batch_norm in second"),
     "ScaledStdConv2d": (nothing, through, ScaledStdConv2d, "batch_norm in second"),
-    "weight norm": (nothing, through, weight_normed, "_weight_norm in second.parametrizations.weight.0"),
+    "weight norm": (nothing, through, weight_norm_conv, "_weight_norm in second.parametrizations.weight.0"),
 }  # fmt: skip
 
 
@@ -112,8 +112,8 @@ def network(name: str, width: int = WIDTH) -> nn.Module:
     return net
 
 
-def smaller(name: str, full: nn.Module) -> nn.Module:
-    """The network that is built narrow, with the weights of the kept channels."""
+def build_narrow(name: str, full: nn.Module) -> nn.Module:
+    """Build the network narrow, with the weights of the kept channels."""
     small = network(name, len(KEEP))
     if hasattr(full.second, "scale"):
         small.second.scale = full.second.scale  # follows from the fan-in, and is no tensor
@@ -129,8 +129,8 @@ def smaller(name: str, full: nn.Module) -> nn.Module:
 IMAGE = torch.zeros(1, 3, 10, 10, dtype=torch.float64)
 
 
-def planned(model: nn.Module) -> tuple[fp.ChannelGraph, fp.PruningPlan]:
-    """A plan that leaves the channels ``KEEP`` of the first layer, and all others."""
+def make_plan(model: nn.Module) -> tuple[fp.ChannelGraph, fp.PruningPlan]:
+    """Return a plan that keeps the channels ``KEEP`` of the first layer, and all channels of the other layers."""
     graph = fp.trace(model, IMAGE, exact=False)
     mask = torch.ones(graph.num_units)
     mask[graph.layers[0].out_units] = 0
@@ -138,8 +138,8 @@ def planned(model: nn.Module) -> tuple[fp.ChannelGraph, fp.PruningPlan]:
     return graph, graph.plan(mask)
 
 
-def closed(full: nn.Module) -> nn.Module:
-    """The full network in which the second convolution reads zeros for the channels that go."""
+def close_channels(full: nn.Module) -> nn.Module:
+    """Return the full network; its second convolution reads zeros in place of the channels that go."""
     hidden = copy.deepcopy(full)
     kept = torch.zeros(WIDTH, 1, 1, dtype=torch.float64)
     kept[KEEP] = 1
@@ -149,25 +149,25 @@ def closed(full: nn.Module) -> nn.Module:
 
 def outputs(model: nn.Module, plan: fp.PruningPlan) -> Tensor:
     with torch.no_grad():
-        return plan.example(model).given_to(model)
+        return plan.example(model).run(model)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_compact_network_is_the_narrow_one(name: str) -> None:
     model = network(name)
-    graph, plan = planned(model)
+    graph, plan = make_plan(model)
     assert NETWORKS[name][3] in graph.inexact
     assert not graph.exact
     assert not plan.exact
     done: Cut = cut(plan, model, graph.traced)
-    expected = outputs(smaller(name, model), plan)
+    expected = outputs(build_narrow(name, model), plan)
     assert torch.allclose(outputs(done.model, plan), expected, rtol=1e-12, atol=1e-12)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plan.example(model).given_to(done.model)
+        plan.example(model).run(done.model)
     batch = plan.inputs[0].shape[0]
     assert counter.get_total_flops() // 2 == plan.macs[1] * batch
     assert sum(p.numel() for p in done.model.parameters()) == plan.params[1] < plan.params[0]
-    masked = outputs(closed(model), plan)
+    masked = outputs(close_channels(model), plan)
     difference = float((masked - expected).abs().max() / masked.abs().max())
     assert difference > 1e-3
     assert done.difference == pytest.approx(difference, rel=1e-6)
@@ -184,20 +184,20 @@ def test_by_default_these_channels_stay(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["layer norm", "ScaledStdConv2d", "channel attention"])
-def test_gates_close_what_is_read_and_leave_the_statistics(name: str) -> None:
+def test_gates_close_a_layers_input_and_do_not_change_the_statistics(name: str) -> None:
     model = network(name)
-    graph, plan = planned(model)
+    graph, plan = make_plan(model)
     gated = MaskedNetwork(graph, model)
     images = plan.example(model)
     with torch.no_grad():
         result = gated(*images.tensors, plan.mask.double())
-    assert torch.allclose(result, outputs(closed(model), plan), rtol=1e-12)
+    assert torch.allclose(result, outputs(close_channels(model), plan), rtol=1e-12)
     assert torch.allclose(result, outputs(fp.masked(model, plan), plan), rtol=1e-12)
 
 
 def test_a_layer_norm_without_weights_runs_the_rewritten_graph() -> None:
     model = network("layer norm without weights")
-    assert isinstance(fp.apply(planned(model)[1], model), fp.RewrittenNetwork)
+    assert isinstance(fp.apply(make_plan(model)[1], model), fp.RewrittenNetwork)
     own = fp.trace(model, IMAGE, exact=False, rewrite=False)
     with pytest.raises(fp.SurgeryError, match="'inner' fails"):
         fp.apply(own.plan(torch.arange(own.num_units) % 2 == 0), model)
@@ -206,7 +206,7 @@ def test_a_layer_norm_without_weights_runs_the_rewritten_graph() -> None:
 @pytest.mark.parametrize("name", ["layer norm", "ScaledStdConv2d", "channel attention", "layer norm without weights"])
 def test_a_compact_network_trains(name: str) -> None:
     model = network(name)
-    compact = fp.apply(planned(model)[1], model).train()
+    compact = fp.apply(make_plan(model)[1], model).train()
     optimizer = torch.optim.SGD(compact.parameters(), lr=1e-4)
     images = torch.randn(4, 3, 10, 10, dtype=torch.float64)
     losses = []
@@ -222,7 +222,7 @@ def test_a_compact_network_trains(name: str) -> None:
 
 def test_a_plan_says_whether_it_is_exact_in_json_too() -> None:
     model = network("ScaledStdConv2d")
-    plan = planned(model)[1]
+    plan = make_plan(model)[1]
     values = plan.to_json()
     assert values["exact"] is False
     again = fp.PruningPlan.from_json(values)
@@ -236,7 +236,7 @@ def test_a_plan_says_whether_it_is_exact_in_json_too() -> None:
 
 
 class Mixed(nn.Module):
-    """A stream that layer norms read, and the interior of two blocks, which they do not."""
+    """A residual stream that a layer norm reads, and channels inside a block, which it does not read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("code", ["own", "rewritten"])
-def test_a_plan_that_leaves_mixed_channels_alone_is_held_to_exactness(code: str) -> None:
+def test_a_plan_that_removes_no_mixed_channel_must_be_exact(code: str) -> None:
     model = Mixed().double().eval()
     graph = fp.trace(model, IMAGE, exact=False)
     assert {group.name: group.exact for group in graph.groups} == {"stem": False, "expand": True}
@@ -272,7 +272,7 @@ def test_a_plan_that_leaves_mixed_channels_alone_is_held_to_exactness(code: str)
         fp.apply(dataclasses.replace(graph.plan(mask), exact=True, code="rewritten"), model)
 
 
-def test_the_graph_decides_whether_the_code_cuts_in_the_right_places() -> None:
+def test_the_rewritten_graph_replaces_code_that_would_cut_elsewhere() -> None:
     class Shuffled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -306,7 +306,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
     with torch.no_grad():
         model.last.bias[0] = torch.nan
     with pytest.raises(fp.SurgeryError, match="not finite"):
-        fp.apply(planned(model)[1], model)
+        fp.apply(make_plan(model)[1], model)
 
 
 def test_groups_that_are_normalised_together_leave_as_a_whole_and_exactly() -> None:
@@ -356,7 +356,7 @@ class Pair(nn.Module):
 
 
 class AroundPair(nn.Module):
-    """Such a block between two layers; ``kept`` are the channels that its convolutions read."""
+    """A ``Pair`` between two layers; ``kept`` masks the channels that its convolutions read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ class AroundPair(nn.Module):
 
 
 @pytest.mark.parametrize("weights", [["one"], ["two"], ["one", "two"]])
-def test_a_block_with_two_computed_weights_closes_what_each_of_them_reads(weights: list[str]) -> None:
+def test_a_block_with_two_computed_weights_closes_the_inputs_of_each(weights: list[str]) -> None:
     torch.manual_seed(0)
     model = AroundPair().double().eval()
     graph = fp.trace(model, IMAGE, exact=False)
@@ -389,7 +389,7 @@ def test_a_block_with_two_computed_weights_closes_what_each_of_them_reads(weight
         assert torch.allclose(outputs(network, plan), closed, rtol=1e-12)
     with pytest.raises(RuntimeError):
         reference(plan.example(model).tensors[0][:, :1])
-    assert torch.allclose(outputs(expected, plan), closed, rtol=1e-12)  # the run that failed left nothing behind
+    assert torch.allclose(outputs(expected, plan), closed, rtol=1e-12)  # the failed run left nothing behind
     assert torch.allclose(outputs(reference, plan), closed, rtol=1e-12)
 
 
@@ -404,7 +404,7 @@ def test_a_layer_that_cannot_be_found_is_refused() -> None:
         outputs(fp.masked(model, graph.plan(mask)), graph.plan(mask))
 
 
-def test_a_computed_weight_that_something_else_reads_stays() -> None:
+def test_a_computed_weight_that_other_code_reads_stays() -> None:
     class Regularised(Standardised):
         def forward(self, x: Tensor) -> Tensor:
             weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""Latency: measured operators, interpolated. Time is a made function of shapes here: nothing depends on noise."""
+"""Latency: measured operators, interpolated. Times are computed from shapes, so that no test depends on noise."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torchvision
 from torch import Tensor, nn
 
 import fastprune as fp
-from fastprune.graph.latency import model as latency_module
 from fastprune.graph.latency.axes import Axis
+from fastprune.graph.latency.calls import Call, time_on_host
 from fastprune.graph.latency.measurements import Measurements
-from fastprune.graph.latency.model import LatencyModel, measure
-from fastprune.graph.latency.operations import record
-from fastprune.graph.latency.stopwatch import Call, Stopwatch, on_host, segments
+from fastprune.graph.latency.model import LatencyModel
+from fastprune.graph.latency.recording import record
+from fastprune.graph.latency.segments import split_segments
+from fastprune.graph.latency.stopwatch import Stopwatch
+from fastprune.graph.latency.timing import measure
 
 CPU = torch.device("cpu")
 
@@ -30,7 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def milliseconds(operator: str, shapes: Sequence[Sequence[int]]) -> float:
-    """A made time: a product of widths for layers, a multiple of the width for others."""
+    """Return a time: a product of widths for layers, a multiple of the width for other operators."""
     width = shapes[0][1] if len(shapes[0]) > 1 else 0
     if operator == "conv2d" and shapes[1][1] == 1 and width > 1:
         return 0.2 + 1e-2 * width  # depthwise
@@ -39,17 +41,17 @@ def milliseconds(operator: str, shapes: Sequence[Sequence[int]]) -> float:
     return 0.05 if operator == "cat" else 0.01 + 1e-2 * width
 
 
-def made(calls: Sequence[Call]) -> list[float]:
+def compute_times(calls: Sequence[Call]) -> list[float]:
     return [milliseconds(call.operation.operator, call.shapes) / 1000 for call in calls]
 
 
-def sum_of_made(model: nn.Module, images: Tensor) -> float:
-    """The made time of all operators that a network really runs."""
+def sum_of_times(model: nn.Module, images: Tensor) -> float:
+    """Return the computed time of all operators that a network really runs."""
     recording = record(fp.trace(model, images), CPU, 2, torch.float32, channels_last=False)
     return sum(milliseconds(o.operator, [x.shape for x in o.operands]) for o in recording.operations)
 
 
-def model_of(graph: fp.ChannelGraph, timer: Callable[[Sequence[Call]], list[float]] = made) -> LatencyModel:
+def model_of(graph: fp.ChannelGraph, timer: Callable[[Sequence[Call]], list[float]] = compute_times) -> LatencyModel:
     return measure(graph, CPU, 2, torch.float32, cache=False, timer=timer, call_ms=0.0)
 
 
@@ -61,7 +63,7 @@ def random_mask(graph: fp.ChannelGraph, seed: int) -> Tensor:
 
 
 class Concatenated(nn.Module):
-    """Wide enough for whole blocks; a concatenation, a depthwise and a grouped convolution, in-place operators."""
+    """Layers of whole blocks, a concatenation, a depthwise and a grouped convolution, in-place operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ def wide() -> nn.Module:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_times_that_are_products_of_widths_are_those_of_the_compact_network(
+def test_times_that_are_products_of_widths_equal_those_of_the_compact_network(
     tiny: nn.Module, wide: nn.Module, seed: int
 ) -> None:
     images = torch.zeros(2, 3, 16, 16)
@@ -96,12 +98,12 @@ def test_times_that_are_products_of_widths_are_those_of_the_compact_network(
         graph = fp.trace(network, images)
         mask = random_mask(graph, seed)
         compact = fp.apply(graph.plan(mask), network)
-        assert float(model_of(graph)(mask)) == pytest.approx(sum_of_made(compact, images), rel=1e-12)
+        assert float(model_of(graph)(mask)) == pytest.approx(sum_of_times(compact, images), rel=1e-12)
 
 
 def test_the_full_network_takes_the_sum_of_its_table(wide: nn.Module) -> None:
     graph = fp.trace(wide, torch.zeros(2, 3, 16, 16))
-    model = measure(graph, CPU, 2, torch.float32, cache=False, timer=made, call_ms=0.5)
+    model = measure(graph, CPU, 2, torch.float32, cache=False, timer=compute_times, call_ms=0.5)
     rows = model.table()
     assert [row.layer for row in rows if row.operator == "conv2d"] == [
         "first", "second", "depthwise", "narrow", "grouped",
@@ -115,8 +117,8 @@ def test_the_full_network_takes_the_sum_of_its_table(wide: nn.Module) -> None:
     assert (model.batch, model.dtype, model.channels_last) == (2, torch.float32, False)
 
 
-def in_blocks(calls: Sequence[Call]) -> list[float]:
-    """Twice the time for depthwise convolutions that are no whole blocks, and nothing else."""
+def time_blocks(calls: Sequence[Call]) -> list[float]:
+    """Return twice the time for depthwise convolutions that are no whole blocks, and no time for other operators."""
     seconds = []
     for call in calls:
         axes = call.operation.axes
@@ -127,23 +129,23 @@ def in_blocks(calls: Sequence[Call]) -> list[float]:
 
 
 def test_whole_blocks_lie_on_a_line_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastprune.graph.latency.operations.block_of", lambda device: 16)
+    monkeypatch.setattr("fastprune.graph.latency.widths.block_of", lambda device: 16)
     network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 2, 1)).eval()
     graph = fp.trace(network, torch.zeros(2, 3, 8, 8))
     assert len(graph.groups) == 1
-    model = model_of(graph, in_blocks)
+    model = model_of(graph, time_blocks)
     widths = torch.tensor([[1.0], [15], [16], [17], [40], [47.5], [48], [63], [64]], dtype=torch.float64)
     expected = torch.tensor([2.0, 30, 16, 34, 80, (95 + 47.5) / 2, 48, 126, 64], dtype=torch.float64)
     torch.testing.assert_close(model.of_widths(widths), expected)
     beyond = model.of_widths(torch.tensor([[0.0], [70.0]], dtype=torch.float64))
-    torch.testing.assert_close(beyond, torch.tensor([2.0, 126], dtype=torch.float64))  # that of 1 and of 63
+    torch.testing.assert_close(beyond, torch.tensor([2.0, 126], dtype=torch.float64))  # the times of 1 and of 63
 
 
 def test_gradients_are_difference_quotients(wide: nn.Module) -> None:
     graph = fp.trace(wide, torch.zeros(2, 3, 16, 16))
 
     def bent(calls: Sequence[Call]) -> list[float]:  # not linear between knots
-        return [seconds**1.5 for seconds in made(calls)]
+        return [seconds**1.5 for seconds in compute_times(calls)]
 
     model = model_of(graph, bent)
     mask = torch.rand(graph.num_units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -191,11 +193,11 @@ def test_grouped_convolutions_are_measured_at_whole_groups() -> None:
     assert knots == (32, 64, 96, 128)
 
 
-# --- what is run ----------------------------------------------------------------------------------------------------
+# --- operators that are run ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_every_point_of_the_grid_can_be_run_and_leaves_the_pool_as_it_was(wide: nn.Module, channels_last: bool) -> None:
+def test_every_point_of_the_grid_can_be_run_and_does_not_change_the_pool(wide: nn.Module, channels_last: bool) -> None:
     graph = fp.trace(wide, torch.zeros(2, 3, 16, 16))
     recording = record(graph, CPU, 3, torch.float32, channels_last=channels_last)
     seen: set[tuple[str, int]] = set()
@@ -213,7 +215,7 @@ def test_every_point_of_the_grid_can_be_run_and_leaves_the_pool_as_it_was(wide: 
         return [0.0] * len(calls)
 
     stopwatch = Stopwatch(CPU, recording.footprint, spy)
-    for segment in segments(recording.operations):
+    for segment in split_segments(recording.operations):
         stopwatch.tables(segment)
     assert {width for module, width in seen if module == "depthwise"} >= {1, 63, 64}
     grouped = {width for module, width in seen if module == "grouped"}
@@ -226,7 +228,7 @@ def test_every_point_of_the_grid_can_be_run_and_leaves_the_pool_as_it_was(wide: 
 
 def test_operators_are_timed_on_the_results_of_those_before_them(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(2, 3, 16, 16))
-    parts = segments(record(graph, CPU, 2, torch.float32, channels_last=False).operations)
+    parts = split_segments(record(graph, CPU, 2, torch.float32, channels_last=False).operations)
     stem = parts[0]
     assert [operation.operator for operation in stem.operations] == ["conv2d", "batch_norm", "relu"]
     calls = Stopwatch(CPU, 1 << 20).calls(stem, stem.points()[-1])
@@ -237,7 +239,7 @@ def test_operators_are_timed_on_the_results_of_those_before_them(tiny: nn.Module
     assert args[0].shape == made_by_conv.shape
 
 
-def test_what_cannot_run_on_fewer_channels_is_scaled() -> None:
+def test_operators_that_cannot_run_on_fewer_channels_are_scaled() -> None:
     network = nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 2, 1)).eval()
     graph = fp.trace(network, torch.zeros(2, 3, 8, 8))
     assert graph.num_units == 4
@@ -256,7 +258,7 @@ def test_what_cannot_run_on_fewer_channels_is_scaled() -> None:
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "densenet121"])
 def test_networks_that_cut_and_concatenate_are_measured(name: str) -> None:
     graph = fp.trace(getattr(torchvision.models, name)(), torch.zeros(2, 3, 32, 32))
-    model = measure(graph, CPU, 1, torch.bfloat16, cache=False, timer=made, call_ms=0.0)
+    model = measure(graph, CPU, 1, torch.bfloat16, cache=False, timer=compute_times, call_ms=0.0)
     full = model(torch.ones(graph.num_units))
     half = model(torch.arange(graph.num_units) % 2)
     assert 0.1 * full < half < full
@@ -266,38 +268,38 @@ def test_networks_that_cut_and_concatenate_are_measured(name: str) -> None:
 
 
 class Counting:
-    """A made timer that counts what it times."""
+    """A timer that counts the calls that it times."""
 
     def __init__(self) -> None:
         self.calls = 0
 
     def __call__(self, calls: Sequence[Call]) -> list[float]:
         self.calls += len(calls)
-        return made(calls)
+        return compute_times(calls)
 
 
-def counted(graph: fp.ChannelGraph, dtype: torch.dtype = torch.float32, **options: object) -> int:
+def count_timed(graph: fp.ChannelGraph, dtype: torch.dtype = torch.float32, **options: object) -> int:
     timer = Counting()
     measure(graph, CPU, 2, dtype, timer=timer, call_ms=0.0, **options)  # type: ignore[arg-type]
     return timer.calls
 
 
-def test_what_was_measured_is_not_measured_again(tiny: nn.Module, own_cache: Path) -> None:
+def test_known_measurements_are_not_made_again(tiny: nn.Module, own_cache: Path) -> None:
     graph = fp.trace(tiny, torch.zeros(2, 3, 16, 16))
-    assert counted(graph, cache=False) > 0
+    assert count_timed(graph, cache=False) > 0
     assert not own_cache.exists()
-    first = counted(graph)
+    first = count_timed(graph)
     assert first > 0
-    assert counted(graph) == 0
-    assert counted(fp.trace(tiny, torch.zeros(2, 3, 16, 16))) == 0
-    assert counted(graph, cache=False) == first
-    assert counted(graph, torch.bfloat16) > 0
-    assert counted(graph, channels_last=True) > 0
-    assert 0 < counted(fp.trace(tiny, torch.zeros(2, 3, 20, 20))) <= first
+    assert count_timed(graph) == 0
+    assert count_timed(fp.trace(tiny, torch.zeros(2, 3, 16, 16))) == 0
+    assert count_timed(graph, cache=False) == first
+    assert count_timed(graph, torch.bfloat16) > 0
+    assert count_timed(graph, channels_last=True) > 0
+    assert 0 < count_timed(fp.trace(tiny, torch.zeros(2, 3, 20, 20))) <= first
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert counted(graph) == first
+        assert count_timed(graph) == first
     finally:
         torch.set_num_threads(threads)
 
@@ -310,7 +312,7 @@ def test_a_graph_remembers_its_models(tiny: nn.Module, monkeypatch: pytest.Monke
         timed.append(args[1:])
         return object()
 
-    monkeypatch.setattr(latency_module, "measure", fake)
+    monkeypatch.setattr("fastprune.graph.channel_graph.measure", fake)
     assert graph.latency() is graph.latency(torch.device("cpu"), 1, torch.float32)
     assert graph.latency(batch=2) is not graph.latency()
     assert graph.latency(cache=False) is graph.latency()
@@ -319,7 +321,7 @@ def test_a_graph_remembers_its_models(tiny: nn.Module, monkeypatch: pytest.Monke
 
 def test_a_damaged_file_is_measured_again_with_a_warning(tiny: nn.Module, own_cache: Path) -> None:
     graph = fp.trace(tiny, torch.zeros(2, 3, 16, 16))
-    counted(graph)
+    count_timed(graph)
     files = sorted(own_cache.iterdir())
     files[0].write_text(files[0].read_text(encoding="utf-8")[:-20], encoding="utf-8")
     other = json.loads(files[1].read_text(encoding="utf-8"))
@@ -327,10 +329,10 @@ def test_a_damaged_file_is_measured_again_with_a_warning(tiny: nn.Module, own_ca
     third = json.loads(files[2].read_text(encoding="utf-8"))
     files[2].write_text(json.dumps(third | {"ms": third["ms"][:-1]}), encoding="utf-8")
     with pytest.warns(UserWarning, match="is no measurement") as caught:
-        again = counted(graph)
+        again = count_timed(graph)
     assert sorted(str(w.message).split("'")[1] for w in caught) == [str(path) for path in files[:3]]
     assert again > 0
-    assert counted(graph) == 0
+    assert count_timed(graph) == 0
 
 
 def test_files_that_cannot_be_written_only_warn(tmp_path: Path) -> None:
@@ -343,7 +345,7 @@ def test_files_that_cannot_be_written_only_warn(tmp_path: Path) -> None:
 def write(folder: Path, process: int) -> None:
     known = Measurements(folder, {"device": "d"})
     for number in range(60):
-        known.put([number, process * (number % 2)], [[[float(number)]]])  # the even ones are both processes'
+        known.put([number, process * (number % 2)], [[[float(number)]]])  # both processes write the even ones
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -384,6 +386,6 @@ def test_a_real_clock_and_the_cache_on_disk(tiny: nn.Module, own_cache: Path) ->
     assert any(own_cache.iterdir())
     assert torch.equal(torch.random.get_rng_state(), state)
     ticks = iter(range(1000))
-    parts = segments(record(graph, CPU, 1, torch.float32, channels_last=False).operations)
+    parts = split_segments(record(graph, CPU, 1, torch.float32, channels_last=False).operations)
     calls = Stopwatch(CPU, 1 << 20).calls(parts[0], parts[0].points()[0])
-    assert on_host(calls, clock=lambda: float(next(ticks))) == [1.0, 1.0, 1.0]
+    assert time_on_host(calls, clock=lambda: float(next(ticks))) == [1.0, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Models that are made oddly: each is pruned exactly, keeps what is not understood, or is refused by name."""
+"""Odd models: each is pruned exactly, keeps the channels that are not understood, or is refused by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGES = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
 
 
 def half(graph: fp.ChannelGraph) -> Tensor:
-    """A random half of the units of each group."""
+    """Return a mask of a random half of each group's units."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.zeros(graph.num_units)
     for group in graph.groups:
@@ -31,7 +31,7 @@ def half(graph: fp.ChannelGraph) -> Tensor:
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
-    """What pruning must leave as it is."""
+    """Return everything that pruning must not change."""
     return (
         [module.training for module in model.modules()],
         [parameter.requires_grad for parameter in model.parameters()],
@@ -40,13 +40,13 @@ def state(model: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def pruned(model: nn.Module, example: Any = IMAGES, sizes: list[int] | None = None) -> nn.Module:
-    """The whole way: trace, table, plan of a random half and back from JSON, surgery with verification, one step.
+def prune_half(model: nn.Module, example: Any = IMAGES, sizes: list[int] | None = None) -> nn.Module:
+    """Go the whole way: trace, table, plan of a random half and back from JSON, surgery with verification, one step.
 
     Args:
-        model: a network.
+        model: the network.
         example: its input.
-        sizes: what the sizes of its groups must be.
+        sizes: the expected sizes of its groups.
     """
     before = state(model)
     graph = fp.trace(model, example)
@@ -65,17 +65,17 @@ def pruned(model: nn.Module, example: Any = IMAGES, sizes: list[int] | None = No
     inputs = plan.example(model)
     with torch.no_grad():
         reference = fp.masked(model, plan).eval()
-        expected, got = (pytree.tree_leaves(inputs.given_to(m)) for m in (reference, compact.eval()))
+        expected, got = (pytree.tree_leaves(inputs.run(m)) for m in (reference, compact.eval()))
     for a, b in zip(expected, got, strict=True):
         if isinstance(a, Tensor) and a.dtype == torch.float64:
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
-    steps(compact, inputs)
+    train_step(compact, inputs)
     return compact
 
 
-def steps(model: nn.Module, inputs: Inputs) -> None:
-    """A step of training, if anything can be trained."""
-    results = [x for x in pytree.tree_leaves(inputs.given_to(model.train())) if isinstance(x, Tensor)]
+def train_step(model: nn.Module, inputs: Inputs) -> None:
+    """Make one training step, if anything can be trained."""
+    results = [x for x in pytree.tree_leaves(inputs.run(model.train())) if isinstance(x, Tensor)]
     trained = [x.square().mean() for x in results if x.requires_grad]
     if trained:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -84,7 +84,7 @@ def steps(model: nn.Module, inputs: Inputs) -> None:
 
 
 class Net(nn.Module):
-    """Three convolutions; ``code`` is what ``forward`` does."""
+    """Three convolutions; ``code`` replaces ``forward``."""
 
     def __init__(self, code: Callable[[Any, Tensor], Any] | None = None, **modules: Any) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def test_numpy_is_refused_with_its_place() -> None:
         fp.trace(model, IMAGES)
 
 
-def test_an_error_of_the_models_own_names_the_module_and_the_line() -> None:
+def test_an_error_in_the_models_code_names_the_module_and_the_line() -> None:
     model = nn.Sequential(Net(lambda net, x: net.last(net.first(x).flatten(1))))
     with pytest.raises(fp.TraceError, match=r"Expected 3D.*\(in '0\.last', .*test_odd_models\.py:\d+: "):
         fp.trace(model, IMAGES)
@@ -160,7 +160,7 @@ def test_sizes_that_depend_on_values_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # within cond
-def test_numbers_read_from_values_and_both_ways_of_a_cond_keep_their_channels() -> None:
+def test_numbers_read_from_values_and_branches_of_a_cond_keep_their_channels() -> None:
     read = fp.trace(Net(lambda net, x: net.last(net.middle(x := net.first(x))) * x.max().item()), IMAGES)
     assert [group.name for group in read.groups] == ["middle"]
     assert dict(read.unprunable)["first"] == "max in the model"
@@ -171,7 +171,7 @@ def test_numbers_read_from_values_and_both_ways_of_a_cond_keep_their_channels() 
 
     model = Net(both)
     assert [group.name for group in fp.trace(model, IMAGES).groups] == ["middle"]
-    pruned(model)
+    prune_half(model)
 
 
 def test_vmap_is_refused() -> None:
@@ -197,19 +197,19 @@ def alias(net: Net, x: Tensor) -> Tensor:
 
 
 def test_shared_modules() -> None:
-    compact = pruned(Net(siamese, head=nn.Linear(16, 2)), sizes=[8, 8])
+    compact = prune_half(Net(siamese, head=nn.Linear(16, 2)), sizes=[8, 8])
     assert compact.head.in_features == 8
-    pruned(Net(norm_of_two, norm=nn.BatchNorm2d(8)), sizes=[8])
+    prune_half(Net(norm_of_two, norm=nn.BatchNorm2d(8)), sizes=[8])
     model = Net(alias)
     model.again = model.middle
-    compact = pruned(model, sizes=[8])
+    compact = prune_half(model, sizes=[8])
     assert compact.again is compact.middle
 
 
 def test_tied_weights() -> None:
     twins = Net(lambda net, x: net.last(net.twin(torch.relu(net.middle(net.first(x))))), twin=nn.Conv2d(8, 8, 3))
     twins.twin.weight = twins.middle.weight
-    compact = pruned(twins, sizes=[8])
+    compact = prune_half(twins, sizes=[8])
     assert compact.twin.weight is compact.middle.weight
 
     transposed = Net(
@@ -230,7 +230,7 @@ def test_tied_weights() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.out(self.down(torch.relu(self.up(self.embed(x)))))
 
-    compact = pruned(Words().double(), torch.zeros(2, 5, dtype=torch.int64), [12])
+    compact = prune_half(Words().double(), torch.zeros(2, 5, dtype=torch.int64), [12])
     assert compact.out.weight is compact.embed.weight
 
 
@@ -247,7 +247,7 @@ COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], str, Callable[[nn.Module],
                     lambda m: parametrize.remove_parametrizations(m, "weight")),
     "spectral_norm": (parametrizations.spectral_norm, r"parametrised \(SpectralNorm\)",
                       lambda m: parametrize.remove_parametrizations(m, "weight")),
-    "of the user's": (lambda m: parametrize.register_parametrization(m, "weight", Doubled()),
+    "user's own": (lambda m: parametrize.register_parametrization(m, "weight", Doubled()),
                       r"parametrised \(Doubled\)", lambda m: parametrize.remove_parametrizations(m, "weight")),
     "old weight_norm": (torch.nn.utils.weight_norm, r"by a hook; torch\.nn\.utils\.remove_weight_norm\(",
                         torch.nn.utils.remove_weight_norm),
@@ -273,9 +273,9 @@ def test_computed_weights_stay_and_the_table_says_how_to_make_them_plain(name: s
     with match:
         raise AssertionError(reasons["middle"])
     assert "model.get_submodule('middle'), 'weight')" in reasons["middle"]
-    pruned(model)
+    prune_half(model)
     remove(model.middle)
-    pruned(model, sizes=[8, 8, 8])
+    prune_half(model, sizes=[8, 8, 8])
 
 
 # --- flags and modes ------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_computed_weights_stay_and_the_table_says_how_to_make_them_plain(name: s
 
 def test_a_frozen_model_is_pruned_and_stays_frozen() -> None:
     model = Net().requires_grad_(False).eval()
-    compact = pruned(model, sizes=[8, 8])
+    compact = prune_half(model, sizes=[8, 8])
     assert not any(p.requires_grad for p in compact.parameters())
     result = fp.prune(model, IMAGES, method="l1", budget="flops=0.5")
     assert result.metrics["macs"]["planned"] <= 0.5 * result.metrics["macs"]["full"]
@@ -300,7 +300,7 @@ def test_flags_and_modes_of_single_modules_stay() -> None:
     assert compact.first.weight.requires_grad
 
 
-def test_what_a_model_does_in_train_and_forward_is_undone() -> None:
+def test_changes_by_train_and_forward_are_undone() -> None:
     class Keeps(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -319,7 +319,7 @@ def test_what_a_model_does_in_train_and_forward_is_undone() -> None:
 
     model = Keeps().double().eval()
     model.requires_grad_(True)
-    result = model(IMAGES)  # with a history: it can be copied without it
+    result = model(IMAGES)  # has a gradient history; surgery copies it without
     fp.apply((graph := fp.trace(model, IMAGES)).plan(half(graph)), model)
     assert model.result is result
     assert len(model.seen) == 1
@@ -328,7 +328,7 @@ def test_what_a_model_does_in_train_and_forward_is_undone() -> None:
 
 
 class Merging(nn.Linear):
-    """A layer of loralib's kind: in eval mode its weight holds the product of two small ones."""
+    """A layer like loralib's: in eval mode its weight includes the product of two small ones."""
 
     def __init__(self, reads: int, makes: int) -> None:
         super().__init__(reads, makes)
@@ -347,7 +347,7 @@ class Merging(nn.Linear):
 
 
 class Moving(Merging):
-    """Its ``train`` gives the weight other memory, and keeps what it was."""
+    """Its ``train`` gives the weight other memory with the same values."""
 
     def train(self, mode: bool = True) -> Moving:
         if mode == self.merged:
@@ -358,11 +358,11 @@ class Moving(Merging):
 
 @pytest.mark.parametrize("layer", [Merging, Moving])
 @pytest.mark.parametrize("training", [True, False, None])
-def test_weights_that_train_changes_are_as_they_were(layer: type[Merging], training: bool | None) -> None:
+def test_weights_that_train_changes_are_restored(layer: type[Merging], training: bool | None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), layer(8, 8), nn.Linear(8, 4))
     model.train(training is not False)
-    if training is None:  # a model in train mode, a part of which is in eval mode
+    if training is None:  # a model in train mode with a part in eval mode
         model[4].eval()
     memory = [t.data_ptr() for t in model.state_dict().values()]
     before, example = state(model), torch.randn(2, 6)
@@ -417,11 +417,11 @@ def test_modules_that_train_swaps_are_refused_by_name(training: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_precision(dtype: torch.dtype) -> None:
     model = Net(norm_of_two, norm=nn.BatchNorm2d(8)).to(dtype)
-    pruned(model, IMAGES.to(dtype), [8])
+    prune_half(model, IMAGES.to(dtype), [8])
 
 
 def test_mixed_precision() -> None:
-    """Half-precision convolutions around a float32 norm: compared in float64, whatever casts the code makes."""
+    """Half-precision convolutions around a float32 norm, compared in float64 in spite of the casts in the code."""
 
     def casts(net: Net, x: Tensor) -> Tensor:
         return net.last(net.norm(net.first(x.half()).float()).half()).float()
@@ -437,7 +437,7 @@ def test_mixed_precision() -> None:
             x = net.middle(net.first(x))
         return net.last(x.float())
 
-    pruned(Net(autocast).float(), IMAGES.float(), [8, 8])
+    prune_half(Net(autocast).float(), IMAGES.float(), [8, 8])
 
 
 def without_gradient(net: Net, x: Tensor) -> Tensor:
@@ -472,8 +472,8 @@ def test_channels_under_no_grad_are_prunable_and_learn_nothing(rewritten: bool) 
 
 
 def test_decorated_and_checkpointed_code() -> None:
-    pruned(Net(torch.no_grad()(lambda net, x: net.last(net.middle(net.first(x))))), sizes=[8, 8])
-    pruned(Net(torch.inference_mode()(lambda net, x: net.last(net.middle(net.first(x))))), sizes=[8, 8])
+    prune_half(Net(torch.no_grad()(lambda net, x: net.last(net.middle(net.first(x))))), sizes=[8, 8])
+    prune_half(Net(torch.inference_mode()(lambda net, x: net.last(net.middle(net.first(x))))), sizes=[8, 8])
     for reentrant in (False, True):
         again = Net(lambda net, x, r=reentrant: net.last(checkpoint(net.middle, net.first(x), use_reentrant=r)))
         assert [group.size for group in fp.trace(again, IMAGES).groups] == [8, 8]
@@ -508,7 +508,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 @pytest.mark.parametrize("name", NORMS)
 def test_norms(name: str) -> None:
     make, sizes = NORMS[name]
-    pruned(Net(lambda net, x: net.last(net.middle(net.norm(net.first(x)))), norm=make()), sizes=sizes)
+    prune_half(Net(lambda net, x: net.last(net.middle(net.norm(net.first(x)))), norm=make()), sizes=sizes)
 
 
 def test_synchronised_norms_on_a_cpu() -> None:
@@ -522,7 +522,7 @@ def test_synchronised_norms_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
 def test_padding_modes(mode: str) -> None:
-    pruned(Net(middle=nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode)), sizes=[8, 8])
+    prune_half(Net(middle=nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode)), sizes=[8, 8])
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_padding_modes(mode: str) -> None:
     ids=["strided", "grouped", "depthwise with multiplier"],
 )
 def test_transposed_convolutions(options: dict[str, int], out: int, sizes: list[int]) -> None:
-    compact = pruned(Net(middle=nn.ConvTranspose2d(8, out, 3, **options), last=nn.Conv2d(out, 4, 1)), sizes=sizes)
+    compact = prune_half(Net(middle=nn.ConvTranspose2d(8, out, 3, **options), last=nn.Conv2d(out, 4, 1)), sizes=sizes)
     layer = compact.middle
     assert layer.weight.shape[:2] == (layer.in_channels, layer.out_channels // layer.groups)
 
@@ -541,12 +541,12 @@ def test_one_and_three_dimensions() -> None:
         nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.MaxPool1d(2), nn.Conv1d(8, 6, 3, padding=1, padding_mode="circular"),
         nn.ConvTranspose1d(6, 6, 2), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(12, 4),
     )  # fmt: skip
-    pruned(line.double(), torch.zeros(1, 3, 16, dtype=torch.float64), [8, 6, 6])
+    prune_half(line.double(), torch.zeros(1, 3, 16, dtype=torch.float64), [8, 6, 6])
     volume = nn.Sequential(
         nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), nn.MaxPool3d(2), nn.Conv3d(8, 6, 1), nn.AdaptiveAvgPool3d(1),
         nn.Flatten(), nn.Linear(6, 4),
     )  # fmt: skip
-    pruned(volume.double(), torch.zeros(1, 3, 8, 8, 8, dtype=torch.float64), [8, 6])
+    prune_half(volume.double(), torch.zeros(1, 3, 8, 8, 8, dtype=torch.float64), [8, 6])
 
 
 # --- hooks and tensors of modules -----------------------------------------------------------------------------------
@@ -565,7 +565,7 @@ def test_forward_hooks_are_part_of_the_model(name: str) -> None:
     model = Net()
     model.middle.register_forward_hook(hook)
     model.middle.register_forward_pre_hook(lambda m, i: (i[0] + 1,))
-    pruned(model, sizes=sizes)
+    prune_half(model, sizes=sizes)
 
 
 def test_tensors_of_modules() -> None:
@@ -573,15 +573,15 @@ def test_tensors_of_modules() -> None:
     model.register_buffer("constant", torch.rand(8, 1, 1, dtype=torch.float64), persistent=False)
     model.shared = nn.Parameter(torch.rand(8, 1, 1, dtype=torch.float64))
     model.list = nn.ParameterList([torch.rand(8, 1, 1, dtype=torch.float64)])
-    compact = pruned(model, sizes=[8, 8])
+    compact = prune_half(model, sizes=[8, 8])
     assert compact.constant.shape == (4, 1, 1)
     assert "constant" not in compact.state_dict()
     both = Net(lambda net, x: net.last(net.middle(net.first(x) * net.shared) * net.shared))
     both.shared = nn.Parameter(torch.rand(8, 1, 1, dtype=torch.float64))
-    pruned(both, sizes=[8])
+    prune_half(both, sizes=[8])
     plain = Net(lambda net, x: net.last(net.middle(net.first(x) * net.constant)))
     plain.constant = torch.rand(8, 1, 1, dtype=torch.float64)  # no buffer: nothing can shrink it
-    pruned(plain, sizes=[8])
+    prune_half(plain, sizes=[8])
 
 
 # --- inputs and results ---------------------------------------------------------------------------------------------
@@ -601,7 +601,7 @@ class Result:
     "form", [lambda y: {"y": y, "none": None}, lambda y: (y, 3, "text"), lambda y: Pair(y, 2 * y), lambda y: [[y]]]
 )
 def test_nested_results(form: Any) -> None:
-    pruned(Net(lambda net, x: form(net.last(net.middle(net.first(x))))), sizes=[8, 8])
+    prune_half(Net(lambda net, x: form(net.last(net.middle(net.first(x))))), sizes=[8, 8])
 
 
 def test_results_that_are_no_tensors() -> None:
@@ -614,8 +614,8 @@ def test_results_that_are_no_tensors() -> None:
 
 def test_inputs_of_other_types() -> None:
     for dtype in (torch.uint8, torch.int64, torch.bool):
-        pruned(Net(lambda net, x: net.last(net.first(x.double() / 255))), IMAGES.to(dtype), [8])
-    pruned(Net(lambda net, x: net.last(net.first(x.real + x.imag))), IMAGES.to(torch.complex128), [8])
+        prune_half(Net(lambda net, x: net.last(net.first(x.double() / 255))), IMAGES.to(dtype), [8])
+    prune_half(Net(lambda net, x: net.last(net.first(x.real + x.imag))), IMAGES.to(torch.complex128), [8])
     layers = [nn.Conv2d(3, 8, 1, dtype=torch.complex64), nn.Conv2d(8, 4, 1, dtype=torch.complex64)]
     model = nn.Sequential(*layers)
     graph = fp.trace(model, IMAGES.to(torch.complex64))
@@ -635,7 +635,7 @@ def test_a_missing_input_is_named() -> None:
 
     with pytest.raises(TypeError, match=r"Needs\.forward does not take 1 by position: .*'scale'.*as a dict"):
         fp.trace(Needs(), IMAGES)
-    pruned(Needs(), {"scale": torch.zeros(1, dtype=torch.float64), "x": IMAGES}, [8, 8])
+    prune_half(Needs(), {"scale": torch.zeros(1, dtype=torch.float64), "x": IMAGES}, [8, 8])
 
 
 def test_a_model_without_layers() -> None:
@@ -645,7 +645,7 @@ def test_a_model_without_layers() -> None:
         assert int(graph.cost().macs) == int(graph.cost().params) == 0
 
 
-# --- what is refused by name ----------------------------------------------------------------------------------------
+# --- models that are refused by name --------------------------------------------------------------------------------
 
 
 def quantised() -> nn.Module:
@@ -699,12 +699,12 @@ def test_weights_in_integers_keep_their_channels() -> None:
     graph = fp.trace(model, IMAGES)
     assert [group.name for group in graph.groups] == ["first"]
     assert dict(graph.unprunable)["middle"] == "conv2d in the model (its weight is computed)"
-    pruned(model)
+    prune_half(model)
 
 
-def test_what_cannot_be_copied_is_said() -> None:
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = Net()
     model.generator = (n for n in range(3))
     graph = fp.trace(model, IMAGES)
-    with pytest.raises(fp.SurgeryError, match=r"Net holds what cannot be copied: .*generator"):
+    with pytest.raises(fp.SurgeryError, match=r"Net cannot be copied: .*generator"):
         fp.apply(graph.plan(half(graph)), model)

@@ -1,4 +1,4 @@
-"""Operations for latencies: which widths each has, in which type and mode it runs, and what is refused."""
+"""Operations for latencies: their widths, the dtypes and modes in which they run, and networks that are refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import fastprune as fp
 from fastprune.graph import Operator, rule
 from fastprune.graph.export.regions import Autocast
 from fastprune.graph.labels.rules import RULES
-from fastprune.graph.latency.model import LatencyModel, measure
-from fastprune.graph.latency.operations import record
-from fastprune.graph.latency.stopwatch import Call, Segment, on_host, segments
+from fastprune.graph.latency.calls import Call, time_on_host
+from fastprune.graph.latency.model import LatencyModel
+from fastprune.graph.latency.recording import record
+from fastprune.graph.latency.segments import Segment, split_segments
+from fastprune.graph.latency.timing import measure
 
 CPU = torch.device("cpu")
 Timer = Callable[[Sequence[Call]], list[float]]
@@ -66,12 +68,12 @@ class Mixing(nn.Module):
 
 
 def axes_of(graph: fp.ChannelGraph) -> list[tuple[str, list[tuple[int, tuple[tuple[int, int], ...]]]]]:
-    """Of each operator that has some: channels and groups."""
+    """Return channels and groups of each operator that has axes."""
     recording = record(graph, CPU, 2, torch.float32, channels_last=False)
     return [(o.operator, [(axis.size, axis.counts) for axis in o.axes]) for o in recording.operations if o.axes]
 
 
-def test_operators_behind_what_mixes_channels_shrink_with_them() -> None:
+def test_operators_behind_a_mixing_operator_shrink_with_their_channels() -> None:
     images = torch.zeros(2, 6)
     first, second = (16, ((0, 1),)), (24, ((1, 1),))
     assert axes_of(fp.trace(Mixing(), images, exact=False)) == [
@@ -127,7 +129,7 @@ def own_rules() -> Iterator[None]:
 
 
 class OwnLayer(nn.Module):
-    """A custom operator between linear layers, with its weight the other way round than theirs."""
+    """A custom operator between linear layers; its weight is transposed in comparison with theirs."""
 
     def __init__(self, operator: Callable[[OwnLayer, Tensor], Tensor]) -> None:
         super().__init__()
@@ -140,13 +142,13 @@ class OwnLayer(nn.Module):
 
 
 @pytest.mark.usefixtures("own_rules")
-def test_layers_with_rules_of_their_own_shrink_as_these_say() -> None:
+def test_layers_with_custom_rules_shrink_by_their_rules() -> None:
     network = OwnLayer(lambda m, x: product(x, m.before, m.weight, bias=m.bias)).eval()
     graph = fp.trace(network, torch.zeros(2, 6))
     seen = set()
 
     def times(calls: Sequence[Call]) -> list[float]:
-        on_host(calls)  # it runs
+        time_on_host(calls)  # it runs
         own = [call for call in calls if "product" in call.operation.operator]
         seen.update(tuple(call.shapes) for call in own)
         return [call.shapes[0][1] * call.shapes[2][1] / 1000 if call in own else 0.0 for call in calls]
@@ -166,11 +168,11 @@ def test_layers_that_hold_their_width_are_scaled() -> None:
     torch.testing.assert_close(model.of_widths(widths), widths.prod(1))
 
 
-# --- types and modes -------------------------------------------------------------------------------------------------
+# --- dtypes and modes ------------------------------------------------------------------------------------------------
 
 
 class InFloat32(nn.Module):
-    """Its code says that its head reads float32."""
+    """Its code makes a float32 tensor for its head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,15 +183,15 @@ class InFloat32(nn.Module):
         return self.head(x + torch.ones(8, dtype=torch.float32))
 
 
-def test_networks_that_convert_types_are_measured_in_others() -> None:
+def test_networks_that_convert_dtypes_are_measured_in_other_dtypes() -> None:
     graph = fp.trace(InFloat32(), torch.zeros(2, 3, 8, 8))
     recording = record(graph, CPU, 2, torch.bfloat16, channels_last=False)
     assert {x.dtype for o in recording.operations for x in o.operands} == {torch.bfloat16}
-    assert model_of(graph, on_host, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert model_of(graph, time_on_host, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 class Regions(nn.Module):
-    """A convolution under autocast, one in a region in it that switches it off, and one in neither."""
+    """A convolution under autocast, one in a region inside that switches it off, and two outside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,10 +219,10 @@ def test_operators_of_a_region_are_timed_in_its_mode(monkeypatch: pytest.MonkeyP
     def times(calls: Sequence[Call]) -> list[float]:
         made: list[Tensor] = []
         for call in calls:
-            made.append(call.made(made, int, int))
+            made.append(call.run(made, int, int))
             if call.operation.layer:
                 results.setdefault(call.operation.module, set()).add(made[-1].dtype)
-        return on_host(calls, clock)
+        return time_on_host(calls, clock)
 
     model_of(graph, times)
     expected = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
@@ -237,9 +239,9 @@ def test_operators_of_a_region_are_timed_in_its_mode(monkeypatch: pytest.MonkeyP
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_measurements_in_a_region_are_not_those_outside() -> None:
+def test_measurements_in_a_region_differ_from_those_outside() -> None:
     graph = fp.trace(Regions(), torch.zeros(2, 3, 8, 8))
-    part = segments(record(graph, CPU, 2, torch.float32, channels_last=False).operations)[1]
+    part = split_segments(record(graph, CPU, 2, torch.float32, channels_last=False).operations)[1]
     outside = Segment(tuple(replace(operation, modes=()) for operation in part.operations))
     assert part.key != outside.key
 
@@ -268,7 +270,7 @@ def test_a_batch_that_the_code_does_not_allow_is_refused() -> None:
 
 
 class InFloat64(nn.Module):
-    """Its head has another type than the rest."""
+    """Its head has another dtype than the rest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +281,7 @@ class InFloat64(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_type_in_which_a_network_cannot_run_is_not_taken_for_a_batch(batch: int) -> None:
+def test_a_dtype_in_which_a_network_cannot_run_is_not_taken_for_a_batch(batch: int) -> None:
     graph = fp.trace(InFloat64(), torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match=rf"cannot run in torch.bfloat16 on 'cpu' with a batch of {batch}: ") as caught:
         model_of(graph, no_time, batch, torch.bfloat16)

@@ -71,13 +71,13 @@ def test_widths_and_kept_indices(plan: fp.PruningPlan) -> None:
         (torch.cat([torch.zeros(8), torch.ones(42)]), "group 'stem.0' would lose all its 8 units"),
     ],
 )
-def test_masks_that_are_no_plan(tiny: nn.Module, mask: torch.Tensor, message: str) -> None:
+def test_masks_that_make_no_plan(tiny: nn.Module, mask: torch.Tensor, message: str) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match=message):
         graph.plan(mask)
 
 
-def spoiled(values: dict[str, Any], *path: Any, value: Any) -> dict[str, Any]:
+def spoil(values: dict[str, Any], *path: Any, value: Any) -> dict[str, Any]:
     *heads, last = path
     target: Any = values
     for key in heads:
@@ -106,7 +106,7 @@ def test_a_damaged_plan_is_refused(
     plan: fp.PruningPlan, tmp_path: Path, path: tuple[Any, ...], value: Any, message: str
 ) -> None:
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps(spoiled(plan.to_json(), *path, value=value)))
+    file.write_text(json.dumps(spoil(plan.to_json(), *path, value=value)))
     with pytest.raises(fp.PlanError, match=message) as caught:
         fp.PruningPlan.load(file)
     assert str(file) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Random networks of everything that couples channels: every random plan is exact, and costs what was predicted."""
+"""Random networks of all constructs that couple channels: every random plan is exact and has the predicted cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Extent:
 
 
 class Block(nn.Module):
-    """A piece of a network: built for the extent that it reads, ``after`` is the one that it makes."""
+    """A part of a network, built for the extent of its input; ``after`` is the extent of its output."""
 
     after: Extent
 
@@ -118,7 +118,7 @@ class Residual(Block):
 
 
 class Twice(Block):
-    """One layer, its norm and its activation are run twice."""
+    """A layer, its norm and its activation, which run twice."""
 
     def build(self, width: int, side: int, rng: random.Random) -> None:
         self.layers = conv(width, width, 3, rng)
@@ -128,7 +128,7 @@ class Twice(Block):
 
 
 class Tied(Block):
-    """Two depthwise layers share their weight."""
+    """Two depthwise layers that share their weight."""
 
     def build(self, width: int, side: int, rng: random.Random) -> None:
         self.first, self.second = (nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(2))
@@ -217,7 +217,7 @@ class LayerScale(Block):
 
 
 class Pixels(Block):
-    """Pixels become channels and channels become pixels."""
+    """Pixels that become channels, or channels that become pixels."""
 
     def build(self, width: int, side: int, rng: random.Random) -> None:
         self.first = conv(width, 8, 1, rng)
@@ -255,7 +255,7 @@ class Slices(Block):
 
 
 class Mixing(Block):
-    """What reads several channels at once, and so keeps them."""
+    """An operator that reads several channels at once, so that they stay."""
 
     def build(self, width: int, side: int, rng: random.Random) -> None:
         self.first, self.last = conv(width, 6, 1, rng), conv(6, 6, 1, rng)
@@ -283,7 +283,7 @@ class Tokens(Block):
 
 
 class Network(nn.Module):
-    """Blocks, a classifier, and if wanted the features before it as a second output."""
+    """Blocks, a classifier, and optionally the features before it as a second output."""
 
     def __init__(self, names: list[str], seed: int, outputs: str) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ class Network(nn.Module):
         self.outputs = outputs
         generator = torch.Generator().manual_seed(seed)
         for tensor in (*self.parameters(), *self.buffers()):
-            if tensor.is_floating_point():  # values of their own, so that a wrong index cannot go unnoticed
+            if tensor.is_floating_point():  # different values, so that a wrong index is noticed
                 tensor.data.uniform_(0.2, 1.0, generator=generator)
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -317,7 +317,7 @@ class Network(nn.Module):
 
 
 def masks(graph: fp.ChannelGraph, seed: int) -> list[Tensor]:
-    """Half of the units at random, and a single unit of each group."""
+    """Return two masks: half of the units at random, and a single unit of each group."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.rand(graph.num_units, generator=generator) < 0.5
     single = torch.zeros(graph.num_units, dtype=torch.bool)
@@ -502,14 +502,14 @@ def test_classes_are_compared_as_well() -> None:
     ("spoil", "message"),
     [
         (lambda model: model.to("meta"), "Between is on the meta device"),
-        (lambda model: setattr(model.up, "lines", (n for n in range(3))), "Between holds what cannot be copied"),
+        (lambda model: setattr(model.up, "lines", (n for n in range(3))), "Between cannot be copied"),
         (
             lambda model: model.last.register_forward_pre_hook(lambda _, x: 1 // 0),
             "does not run in torch.float32: 'Between' fails with integer",
         ),
     ],
 )
-def test_what_cannot_be_verified_is_refused(spoil: Callable[[Between], object], message: str) -> None:
+def test_a_model_that_cannot_be_verified_is_refused(spoil: Callable[[Between], object], message: str) -> None:
     model = Between(lambda net, x: x)
     graph = fp.trace(model, torch.zeros(1, 3, 8, 8))
     spoil(model)

@@ -1,4 +1,4 @@
-"""Tracing: which channels leave together, and what a user is told about the others."""
+"""Tracing: the channels that leave together, and the reasons why others stay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_resnet50_has_the_groups_of_the_design() -> None:
         pytest.param("mobilenet_v3_small", 56.51, marks=pytest.mark.slow),
     ],
 )
-def test_macs_are_those_of_the_literature(name: str, macs: float) -> None:
+def test_macs_equal_published_ones(name: str, macs: float) -> None:
     graph = fp.trace(getattr(torchvision.models, name)(), torch.zeros(1, 3, 224, 224))
     assert round(float(graph.cost().macs) / 1e6, 2) == macs
 
@@ -57,7 +57,7 @@ def test_groups_of_a_small_network(tiny: nn.Module) -> None:
     assert layers["head"] == [-1] * 5
 
 
-def test_share_is_what_goes_with_the_group(tiny: nn.Module) -> None:
+def test_share_is_the_fraction_of_macs_that_goes_with_the_group(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     for group in graph.groups:
         mask = torch.ones(graph.num_units)
@@ -65,7 +65,7 @@ def test_share_is_what_goes_with_the_group(tiny: nn.Module) -> None:
         assert group.share == pytest.approx(float(1 - graph.cost(mask).macs / graph.cost().macs), abs=1e-12)
 
 
-def test_tracing_leaves_the_model_as_it_was(tiny: nn.Module) -> None:
+def test_tracing_does_not_change_the_model(tiny: nn.Module) -> None:
     tiny.train()
     tiny.bn1.eval()
     tiny.conv1.weight.requires_grad_(False)
@@ -156,7 +156,7 @@ def test_channels_flow_through(between: object) -> None:
         "shuffle and add",
     ],
 )
-def test_what_mixes_channels_pins_them_and_says_so(between: object, reason: str) -> None:
+def test_operators_that_mix_channels_pin_them_and_say_so(between: object, reason: str) -> None:
     graph = fp.trace(Net(between), torch.zeros(2, 3, 8, 8), rewrite=False)
     assert graph.groups == ()
     assert reason in dict(graph.unprunable)["first"]
@@ -173,7 +173,7 @@ def test_what_mixes_channels_pins_them_and_says_so(between: object, reason: str)
     ],
     ids=["index", "shuffle", "shuffle and add", "slices"],
 )
-def test_a_rewritten_graph_takes_the_channels_that_are_left(between: object, sizes: list[int]) -> None:
+def test_a_rewritten_graph_selects_the_rest_of_the_channels(between: object, sizes: list[int]) -> None:
     torch.manual_seed(0)
     model = Net(between).double()
     graph = fp.trace(model, torch.zeros(2, 3, 8, 8, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""One thread per process, and packages that offer methods, installed for the duration of a test."""
+"""One thread per process, and packages with methods, installed for the duration of a test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def write_distribution(folder: Path, package: str, points: dict[str, str], version: str = "1.0") -> Path:
-    """Metadata of an installed package that offers methods."""
+    """Write the metadata of an installed package with methods."""
     info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
@@ -22,7 +22,7 @@ def write_distribution(folder: Path, package: str, points: dict[str, str], versi
 
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> Iterator[None]:
-    """Compute with one thread: threads that wait for a busy core cost more than they give these small networks."""
+    """Compute with one thread: on these small networks waiting threads cost more than they gain."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def single_thread() -> Iterator[None]:
 
 @pytest.fixture
 def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """A function that installs a package with given modules and entry points for the duration of a test."""
+    """Return a function that installs a package with given modules and entry points for the duration of a test."""
 
     def install(package: str, points: dict[str, str], modules: dict[str, str] | None = None) -> None:
         folder = tmp_path / package

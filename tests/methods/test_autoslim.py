@@ -1,4 +1,4 @@
-"""AutoSlim: sub-networks learn from the full network, and the group that costs least becomes narrower."""
+"""AutoSlim: sub-networks learn from the full network, and the least useful group becomes narrower."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastprune.host.distributed import Distributed
 from fastprune.methods import Task
 from fastprune.methods.registry import configure
 from fastprune.methods.sp.autoslim import AutoSlim
-from fastprune.methods.sp.widths import first_units, random_widths
+from fastprune.methods.sp.widths import first_units, random_widths, smallest_widths
 from fastprune.networks.subnetworks import SubNetworks
 from fastprune.planning.budget import Budget, BudgetError
 from fastprune.testing import check_method, network, sample_data, traced
@@ -21,7 +21,7 @@ from fastprune.testing import check_method, network, sample_data, traced
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 32, "stride": 10, "images": 16}
 
 
-def prepared(budget: str = "flops=0.5", **options: Any) -> tuple[AutoSlim, Task]:
+def prepare(budget: str = "flops=0.5", **options: Any) -> tuple[AutoSlim, Task]:
     task = Task(
         network(),
         traced(),
@@ -51,31 +51,31 @@ def test_contract_in_two_processes() -> None:
 
 
 def test_a_step_is_one_update_with_the_gradients_of_all_passes() -> None:
-    method, task = prepared(momentum=0.0, weight_decay=0.0, lr=0.1, random=2)
+    method, task = prepare(momentum=0.0, weight_decay=0.0, lr=0.1, random=2)
     task.model.train()
     images, labels = batch()
     state = task.rng.get_state()
     widths = [random_widths(method.choices, task.rng) for _ in range(2)]
-    widths.append(tuple(choices[0] for choices in method.choices))
+    widths.append(smallest_widths(method.choices))
     model = network().train()
     narrow = SubNetworks(task.graph, model)
     scores = model(images)
     loss = nn.functional.cross_entropy(scores, labels)
     target = scores.detach().softmax(1)
-    for chosen in widths:
-        logits = narrow(images, mask=first_units(task.graph, method.groups, chosen)).log_softmax(1)
+    for kept in widths:
+        logits = narrow(images, mask=first_units(task.graph, method.groups, kept)).log_softmax(1)
         loss = loss - (target * logits).sum(1).mean()
     loss.backward()
     task.rng.set_state(state)
     metrics = method.step(task, images, labels)
-    for (name, parameter), wanted in zip(task.model.named_parameters(), model.parameters(), strict=True):
-        if wanted.grad is not None:
-            assert torch.allclose(parameter, wanted - 0.1 * wanted.grad, atol=1e-6), name
+    for (name, parameter), start in zip(task.model.named_parameters(), model.parameters(), strict=True):
+        if start.grad is not None:
+            assert torch.allclose(parameter, start - 0.1 * start.grad, atol=1e-6), name
     assert float(metrics["narrow_loss"]) > 0
 
 
-def test_the_group_that_costs_least_becomes_narrower() -> None:
-    method, task = prepared()
+def test_the_group_that_costs_the_least_accuracy_becomes_narrower() -> None:
+    method, task = prepare()
     images, labels = method.batch = task.data.held_out_batch(16)  # type: ignore[union-attr]
     masks = []
     for number, place in enumerate(method.places):
@@ -85,16 +85,16 @@ def test_the_group_that_costs_least_becomes_narrower() -> None:
     with torch.no_grad():
         scores = [method.slices(images, mask=mask) for mask in masks]
     losses = [float(nn.functional.cross_entropy(s, labels)) for s in scores]
-    right = [float((s.argmax(1) == labels).float().mean()) for s in scores]
-    best = max(range(len(masks)), key=lambda n: (right[n], -losses[n]))
+    accuracies = [float((s.argmax(1) == labels).float().mean()) for s in scores]
+    best = max(range(len(masks)), key=lambda n: (accuracies[n], -losses[n]))
     before = list(method.places)
     metrics = method.shrink(task)
     assert [n for n, (a, b) in enumerate(zip(before, method.places, strict=True)) if a != b] == [best]
-    assert metrics["sub_network_accuracy"] == pytest.approx(right[best])
+    assert metrics["sub_network_accuracy"] == pytest.approx(accuracies[best])
 
 
-def test_it_shrinks_until_the_budget_is_met() -> None:
-    method, task = prepared("flops=0.3")
+def test_shrinking_ends_when_the_budget_is_met() -> None:
+    method, task = prepare("flops=0.3")
     done = []
     while (now := method.progress(task))[0] < now[1]:
         done.append(now[0])
@@ -106,10 +106,10 @@ def test_it_shrinks_until_the_budget_is_met() -> None:
     assert float(task.budget.cost(task.graph, method.plan(task).mask)) <= task.budget.limit(task.graph)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_infeasible_budgets_and_foreign_states_are_refused() -> None:
     with pytest.raises(BudgetError, match="remains"):
-        prepared("params=0.002")
-    method, _ = prepared()
-    other, _ = prepared(groups="interior")
+        prepare("params=0.002")
+    method, _ = prepare()
+    other, _ = prepare(groups="interior")
     with pytest.raises(ValueError, match="autoslim: the state has widths of"):
         other.load_state_dict(method.state_dict())

@@ -20,8 +20,8 @@ from fastprune.testing import check_method, network, photograph, sample_data, tr
 QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}
 
 
-def prepared(budget: str = "flops=0.5", seed: int = 0, **options) -> tuple[DDNP, Task]:
-    """A method that is set up on the contract's test network."""
+def prepare(budget: str = "flops=0.5", seed: int = 0, **options) -> tuple[DDNP, Task]:
+    """Set up a method on the contract's test network."""
     task = Task(network(), traced(), Budget.parse(budget), seed=seed)
     method = DDNP(DDNPConfig(**options))
     method.setup(task)
@@ -36,7 +36,7 @@ def batch(skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spread_scores(method: DDNP, seed: int = 0) -> None:
-    """Scores and widths that are not all nearly the same."""
+    """Move the generators' parameters, so that scores and widths differ clearly."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in method.parameters:
@@ -78,17 +78,17 @@ def test_defaults_are_the_papers():
 )
 def test_score_generator(architecture, parameters):
     sizes = [16, 5, 32]
-    made = ScoreGenerator(sizes, architecture, seed=3)
-    assert made().shape == (53,)
-    assert sum(p.numel() for p in made.parameters()) == parameters + 2 * 256 + 256 * 53
-    rows = made.input[:, 0]
+    generator = ScoreGenerator(sizes, architecture, seed=3)
+    assert generator().shape == (53,)
+    assert sum(p.numel() for p in generator.parameters()) == parameters + 2 * 256 + 256 * 53
+    rows = generator.input[:, 0]
     torch.testing.assert_close(rows @ rows.T, torch.eye(3))
-    assert not made.input.requires_grad
-    assert torch.equal(made(), ScoreGenerator(sizes, architecture, seed=3)())
-    assert not torch.equal(made(), ScoreGenerator(sizes, architecture, seed=4)())
+    assert not generator.input.requires_grad
+    assert torch.equal(generator(), ScoreGenerator(sizes, architecture, seed=3)())
+    assert not torch.equal(generator(), ScoreGenerator(sizes, architecture, seed=4)())
 
 
-def test_generators_leave_the_global_generator_alone():
+def test_generators_do_not_draw_from_the_global_generator():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -97,7 +97,7 @@ def test_generators_leave_the_global_generator_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_pruning_starts_from_nearly_the_whole_network():
+def test_pruning_starts_near_the_full_network():
     for seed in range(3):
         keep = torch.sigmoid(WidthGenerator(27, seed)()).detach()
         assert 0.85 < float(keep.mean()) < 0.99
@@ -107,16 +107,16 @@ def test_pruning_starts_from_nearly_the_whole_network():
 
 
 def gradients(method: DDNP, task: Task, **which: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a weighted sum of terms, with respect to the parameters of g_s and of g_k."""
+    """Compute the gradients of a weighted sum of terms for the parameters of g_s and of g_k."""
     images, labels = batch()
     raw, keep = method.raw_scores(), method.keep()
-    mask = method.mask(raw, keep)
+    mask = method.terms.mask(raw, keep)
     terms = {
         "data": F.cross_entropy(task.masked(images, method.placement.spread(mask)), labels),
         "cost": one_sided(
-            method.placement.ratio(method.cost(task, method.sizes * keep)), method.placement.target
+            method.placement.ratio(method.cost(task, method.groups.sizes * keep)), method.placement.target
         ).float(),
-        "coupling": method.coupling(raw, keep),
+        "coupling": method.terms.coupling(raw, keep),
     }
     loss = sum(weight * terms[name] for name, weight in which.items())
     found = torch.autograd.grad(loss, method.parameters, allow_unused=True, materialize_grads=True)
@@ -124,8 +124,8 @@ def gradients(method: DDNP, task: Task, **which: float) -> tuple[torch.Tensor, t
     return tuple(torch.cat([g.flatten() for g in part]) for part in (found[:count], found[count:]))
 
 
-def test_data_reach_the_scores_and_the_cost_reaches_the_widths():
-    method, task = prepared()
+def test_the_data_reach_the_scores_and_the_cost_reaches_the_widths():
+    method, task = prepare()
     spread_scores(method)
     of_scores, of_widths = gradients(method, task, data=1.0)
     assert float(of_scores.abs().max()) > 0
@@ -138,10 +138,10 @@ def test_data_reach_the_scores_and_the_cost_reaches_the_widths():
     assert float(of_widths.abs().max()) > 0
 
 
-def test_a_step_follows_these_gradients_and_widths_do_not_see_the_batch():
+def test_a_step_follows_these_gradients_and_widths_ignore_the_batch():
     expected = None
     for skip in (0, 1):
-        method, task = prepared(learning_rate=0.0)
+        method, task = prepare(learning_rate=0.0)
         spread_scores(method)
         method.step_on(task, *batch(skip))
         count = len(list(method.scores.parameters()))
@@ -156,11 +156,11 @@ def test_a_step_follows_these_gradients_and_widths_do_not_see_the_batch():
 
 
 def test_autocast_leaves_generators_and_masks_in_float32(monkeypatch):
-    # bfloat16 has 8 bits: scores would tie, and an index would decide which channels are open.
-    method, task = prepared()
+    # bfloat16 has 8 bits: scores would tie, and indices would decide which channels are open.
+    method, task = prepare()
     seen = []
-    original = method.mask
-    monkeypatch.setattr(method, "mask", lambda raw, keep: seen.append((raw, keep)) or original(raw, keep))
+    original = method.terms.mask
+    monkeypatch.setattr(method.terms, "mask", lambda raw, keep: seen.append((raw, keep)) or original(raw, keep))
     (phase,) = method.phases(task)
     raw, keep = method.raw_scores(), method.keep()
     with torch.autocast("cpu", torch.bfloat16):
@@ -170,61 +170,61 @@ def test_autocast_leaves_generators_and_masks_in_float32(monkeypatch):
 
 
 def test_the_gradient_of_scores_is_that_of_the_mask():
-    method, task = prepared(groups="all")
+    method, task = prepare(groups="all")
     spread_scores(method)
     images, labels = batch()
     raw = method.raw_scores().detach()
     scores = torch.sigmoid(raw).requires_grad_()
-    mask = method.mask(raw.requires_grad_(), torch.full_like(method.keep(), 0.5))
+    mask = method.terms.mask(raw.requires_grad_(), torch.full_like(method.keep(), 0.5))
     (of_raw,) = torch.autograd.grad(F.cross_entropy(task.masked(images, mask), labels), raw)
     gates = mask.detach().requires_grad_()
     (of_mask,) = torch.autograd.grad(F.cross_entropy(task.masked(images, gates), labels), gates)
     through_sigmoid = scores * (1 - scores)
     torch.testing.assert_close(of_raw, of_mask * through_sigmoid.detach())
-    assert bool((of_raw[mask.detach() == 0] != 0).any())  # closed gates learn, too
+    assert bool((of_raw[mask.detach() == 0] != 0).any())  # closed gates learn too
 
 
 @pytest.mark.parametrize("output", ["sigmoid", "abs", "square"])
 def test_masks_follow_the_output_function(output):
-    method, _ = prepared(output=output, window=0.0)
+    method, _ = prepare(output=output, window=0.0)
     spread_scores(method)
     raw, keep = method.raw_scores().detach(), torch.full_like(method.keep(), 0.5)
-    mask = method.mask(raw, keep).detach()
+    mask = method.terms.mask(raw, keep).detach()
     ranked_by = {"sigmoid": raw, "abs": raw.abs(), "square": raw.abs()}[output]
-    for begin, end in zip(method.offsets[:-1].tolist(), method.offsets[1:].tolist(), strict=True):
-        part, stays = ranked_by[begin:end], mask[begin:end] == 1
-        assert int(stays.sum()) == (end - begin) // 2
-        assert part[stays].min() >= part[~stays].max()
+    for begin, end in zip(method.groups.offsets[:-1].tolist(), method.groups.offsets[1:].tolist(), strict=True):
+        part, kept = ranked_by[begin:end], mask[begin:end] == 1
+        assert int(kept.sum()) == (end - begin) // 2
+        assert part[kept].min() >= part[~kept].max()
 
 
 def test_windows_are_a_tenth_of_the_channels():
     graph = trace(models.create("resnet56"), torch.zeros(1, 3, 32, 32))
     method = DDNP(DDNPConfig())
     method.setup(Task(models.create("resnet56"), graph, Budget("flops", 0.5)))
-    assert method.windows.tolist() == [2] * 9 + [3] * 9 + [6] * 9
-    mask = method.mask(method.raw_scores(), torch.full((27,), 0.5)).detach()
-    sums = torch.zeros(27).index_add(0, method.owner, mask)
-    bound = 3 / (math.pi**3 * method.windows**2) + 1e-5
-    assert bool(((sums - 0.5 * method.sizes).abs() <= bound).all())
+    assert method.terms.windows.tolist() == [2] * 9 + [3] * 9 + [6] * 9
+    mask = method.terms.mask(method.raw_scores(), torch.full((27,), 0.5)).detach()
+    sums = torch.zeros(27).index_add(0, method.groups.owner, mask)
+    bound = 3 / (math.pi**3 * method.terms.windows**2) + 1e-5
+    assert bool(((sums - 0.5 * method.groups.sizes).abs() <= bound).all())
 
 
-def test_windows_may_close():
-    """Over the last half of ten epochs, so that in the last one nothing is left."""
-    method, task = prepared(epochs=10, closing=0.5, evaluate_every=0)
-    edges = [method.edge]
+def test_windows_can_close():
+    """With closing 0.5 they close over the last half of ten epochs, to 0 in the last one."""
+    method, task = prepare(epochs=10, closing=0.5, evaluate_every=0)
+    edges = [method.terms.edge]
     for epoch in range(10):
         method.end_epoch(task, epoch)
-        edges.append(method.edge)
+        edges.append(method.terms.edge)
     assert edges == pytest.approx([1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0, 0])
-    keep = torch.full((len(method.sizes),), 0.5)
-    mask = method.mask(method.raw_scores(), keep)
+    keep = torch.full((len(method.groups.sizes),), 0.5)
+    mask = method.terms.mask(method.raw_scores(), keep)
     assert set(mask.tolist()) == {0.0, 1.0}
-    fresh, _ = prepared(epochs=10, closing=0.5)
+    fresh, _ = prepare(epochs=10, closing=0.5)
     fresh.load_state_dict(method.state_dict())
-    assert fresh.edge == 0
-    assert prepared(epochs=1, closing=0.01)[0].edge == 0
-    soft, _ = prepared(window=0.5)
-    assert len(set(soft.mask(soft.raw_scores(), keep).tolist())) > 2
+    assert fresh.terms.edge == 0
+    assert prepare(epochs=1, closing=0.01)[0].terms.edge == 0
+    soft, _ = prepare(window=0.5)
+    assert len(set(soft.terms.mask(soft.raw_scores(), keep).tolist())) > 2
 
 
 # --- the terms --------------------------------------------------------------------------------------------------------
@@ -244,22 +244,24 @@ def test_cost_terms():
     assert float(slope) == pytest.approx(-1 / 0.4)
 
 
-def test_the_coupling_is_eq_5():
-    method, _ = prepared()
+def test_the_coupling_equals_eq_5():
+    method, _ = prepare()
     spread_scores(method)
     raw, keep = method.raw_scores().detach().double(), method.keep().detach().double()
     expected = 0.0
-    for k, begin, end in zip(keep, method.offsets[:-1].tolist(), method.offsets[1:].tolist(), strict=True):
+    for k, begin, end in zip(
+        keep, method.groups.offsets[:-1].tolist(), method.groups.offsets[1:].tolist(), strict=True
+    ):
         expected += float((k - torch.sigmoid(raw[begin:end] / 0.4).mean()) ** 2)
-    assert float(method.coupling(raw, keep)) == pytest.approx(expected, rel=1e-6)
+    assert float(method.terms.coupling(raw, keep)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_cost_of_widths_is_that_of_masks():
-    method, task = prepared("params=0.6", groups="all")
-    keep = torch.tensor([0.5 if size % 2 == 0 else 1.0 for size in method.sizes.tolist()])
-    mask = method.mask(method.raw_scores(), keep).detach()
+def test_the_cost_of_widths_equals_that_of_masks():
+    method, task = prepare("params=0.6", groups="all")
+    keep = torch.tensor([0.5 if size % 2 == 0 else 1.0 for size in method.groups.sizes.tolist()])
+    mask = method.terms.mask(method.raw_scores(), keep).detach()
     hard = (mask > 0.5).double()
-    assert float(method.cost(task, method.sizes * keep).detach()) == pytest.approx(
+    assert float(method.cost(task, method.groups.sizes * keep).detach()) == pytest.approx(
         float(task.budget.cost(task.graph, method.placement.spread(hard)))
     )
 
@@ -268,27 +270,27 @@ def test_the_cost_of_widths_is_that_of_masks():
 
 
 def test_the_plan_keeps_the_channels_of_highest_score():
-    method, task = prepared("flops=0.6")
+    method, task = prepare("flops=0.6")
     spread_scores(method)
     plan = method.plan(task)
     scores = torch.zeros(task.graph.num_units)
-    scores[method.placement.index] = method.scores_now()
+    scores[method.placement.index] = method.current_scores()
     inside = interior_units(task.graph)
     assert bool(plan.mask[~inside].all())
     for group in task.graph.groups:
-        part, stays = scores[group.units], plan.mask[group.units]
-        if not bool(stays.all()):
-            assert part[stays].min() >= part[~stays].max()
+        part, kept = scores[group.units], plan.mask[group.units]
+        if not bool(kept.all()):
+            assert part[kept].min() >= part[~kept].max()
 
 
-def test_widths_are_shifted_alike_onto_the_budget():
-    method, task = prepared("flops=0.6")
+def test_one_shift_brings_all_widths_onto_the_budget():
+    method, task = prepare("flops=0.6")
     with torch.no_grad():
         method.widths.linear.weight.zero_()  # k = sigmoid(3) everywhere, far above the budget
     plan = method.plan(task)
     ratios = [kept / size for name, (kept, size) in plan.widths.items() if kept < size]
-    assert len(ratios) == len(method.sizes)
-    assert max(ratios) - min(ratios) < 4 / int(method.sizes.min())  # rounding, and what fills the budget
+    assert len(ratios) == len(method.groups.sizes)
+    assert max(ratios) - min(ratios) < 4 / int(method.groups.sizes.min())  # rounding, and channels that fill the budget
     assert method.results()["flops_of_widths"] > 0.6 >= method.results()["flops_of_plan"] > 0.59
 
 
@@ -300,13 +302,13 @@ def test_limits_hold():
     assert task.limits.broken_by(task.graph, method.plan(task).mask) is None
 
 
-def test_out_of_reach_is_said_before_the_search():
+def test_an_infeasible_budget_is_refused_before_the_search():
     with pytest.raises(BudgetError, match="remains"):
-        prepared("params=0.002")
+        prepare("params=0.002")
 
 
-def test_weights_and_statistics_stay_as_they_are():
-    method, task = prepared()
+def test_weights_and_statistics_do_not_change():
+    method, task = prepare()
     before = photograph(task.model)
     for skip in range(2):
         method.step_on(task, *batch(skip))
@@ -316,12 +318,12 @@ def test_weights_and_statistics_stay_as_they_are():
     assert before.requires_grad == after.requires_grad
 
 
-def test_state_of_other_gates_is_refused():
-    state = prepared(groups="all")[0].state_dict()
+def test_a_state_for_other_gates_is_refused():
+    state = prepare(groups="all")[0].state_dict()
     with pytest.raises(ValueError, match="the state is for other gates"):
-        prepared()[0].load_state_dict(state)
+        prepare()[0].load_state_dict(state)
     with pytest.raises(ValueError, match="the state is for other gates"):
-        prepared(groups="all", architecture="channel")[0].load_state_dict(state)
+        prepare(groups="all", architecture="channel")[0].load_state_dict(state)
 
 
 # --- without data -----------------------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ def test_state_of_other_gates_is_refused():
     [("one_sided", 0.5, 0.40, 0.5), ("one_sided", 0.7, 0.62, 0.7), ("two_sided", 0.5, 0.49, 0.51)],
 )
 def test_cost_and_coupling_alone(resource, target, low, high):
-    """ResNet-56 without data: the one-sided term overshoots, as nothing draws back; the two-sided one does not."""
+    """On ResNet-56 without data the one-sided term overshoots, as nothing pulls back; the two-sided one does not."""
     model = models.create("resnet56")
     graph = trace(model, torch.zeros(1, 3, 32, 32))
     task = Task(model, graph, Budget("flops", target))
@@ -341,9 +343,9 @@ def test_cost_and_coupling_alone(resource, target, low, high):
     method.setup(task)
     for _ in range(1500):
         raw, keep = method.raw_scores(), method.keep()
-        ratio = method.placement.ratio(method.cost(task, method.sizes * keep))
+        ratio = method.placement.ratio(method.cost(task, method.groups.sizes * keep))
         term = {"one_sided": one_sided, "two_sided": two_sided}[resource](ratio, method.placement.target)
-        loss = 2 * term.float() + 2 * method.coupling(raw, keep)
+        loss = 2 * term.float() + 2 * method.terms.coupling(raw, keep)
         for parameter, gradient in zip(method.parameters, torch.autograd.grad(loss, method.parameters), strict=True):
             parameter.grad = gradient
         method.optimizer.step()

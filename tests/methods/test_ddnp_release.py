@@ -1,4 +1,4 @@
-"""DDNP as its authors' code computes it: which gradient goes where, the ranking, and the optimiser."""
+"""The terms of DDNP's released code: which gradient goes where, the ranking, and the optimiser."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ import torch
 import fastprune as fp
 from fastprune.methods import Task
 from fastprune.methods.gates.ddnp import DDNP, DDNPConfig
-from fastprune.methods.gates.ddnp_release import Release, cosine
+from fastprune.methods.gates.ddnp_release import ReleaseTerms, cosine_rate
+from fastprune.methods.gates.ddnp_terms import GatedGroups
 from fastprune.networks.masked import MaskedNetwork
 from fastprune.ops import gumbel_gate, topk_mask
 from fastprune.planning.budget import Budget
 from fastprune.testing import network, sample_data, traced
 
 
-def prepared(**options) -> tuple[DDNP, Task]:
-    """A method that is set up on the contract's test network."""
+def prepare(**options) -> tuple[DDNP, Task]:
+    """Set up a method on the contract's test network."""
     task = Task(network(), traced(), Budget.parse("flops=0.5"))
     method = DDNP(DDNPConfig(variant="release", **options))
     method.setup(task)
     return method, task
 
 
-def release(sizes: list[int]) -> Release:
-    counts = torch.tensor(sizes)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return Release(counts, offsets, torch.repeat_interleave(torch.arange(len(sizes)), counts), seed=3)
+def make_terms(sizes: list[int]) -> ReleaseTerms:
+    groups = GatedGroups.build(torch.tensor(sizes))
+    return ReleaseTerms(groups, learning_rate=1e-3, epochs=1, samples=8, batch_size=8, seed=3)
 
 
-def test_masks_are_the_product_of_ranking_and_relaxed_gates():
-    made = release([20, 40])
+def test_masks_are_products_of_soft_masks_and_relaxed_gates():
+    terms = make_terms([20, 40])
     raw, keep = torch.randn(60, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.3])
-    made.collect(torch.rand(60, generator=torch.Generator().manual_seed(1)))
-    gates, hard = made.masks(raw, keep)
+    terms.collect(torch.rand(60, generator=torch.Generator().manual_seed(1)))
+    gates, hard = terms.masks(raw, keep)
     relaxed = gumbel_gate(raw, seed=3, step=0, temperature=0.4, base=3.0, hard=False)
-    soft = topk_mask(made.ranking, keep, made.offsets, torch.tensor([2.0, 4.0]))
+    soft = topk_mask(terms.ranking(raw), keep, terms.groups.offsets, torch.tensor([2.0, 4.0]))
     torch.testing.assert_close(gates, (soft + 0.025).clamp(max=1) * relaxed)
     assert torch.equal(hard, (relaxed >= 0.5).float())
-    assert 0 < float(gates.min()) < 0.03  # no gate is closed entirely
+    assert 0 < float(gates.min()) < 0.03  # no gate closes completely
     counts = torch.tensor([float(hard[:20].sum()), float(hard[20:].sum())])
-    torch.testing.assert_close(made.widths(hard, keep), (counts + torch.tensor([10.0, 12.0])) / 2)
+    torch.testing.assert_close(terms.widths(hard, keep), (counts + torch.tensor([10.0, 12.0])) / 2)
 
 
-def test_a_width_gets_the_mean_of_its_channels_gradients():
-    made = release([4, 6])
+def test_a_width_gets_the_mean_gradient_of_its_channels():
+    terms = make_terms([4, 6])
     raw = torch.randn(10, generator=torch.Generator().manual_seed(0), requires_grad=True)
     keep = torch.tensor([0.5, 0.5], requires_grad=True)
-    gates, _ = made.masks(raw, keep)
+    gates, _ = terms.masks(raw, keep)
     upstream = torch.randn(10, generator=torch.Generator().manual_seed(1))
     of_keep, of_raw = torch.autograd.grad((gates * upstream).sum(), [keep, raw])
     relaxed = gumbel_gate(raw.detach(), seed=3, step=0, temperature=0.4, base=3.0, hard=False)
@@ -58,16 +58,16 @@ def test_a_width_gets_the_mean_of_its_channels_gradients():
     assert bool((of_raw != 0).all())
 
 
-def test_cost_reaches_both_and_pursuit_only_the_widths():
-    made = release([8, 8])
+def test_the_cost_reaches_both_generators_and_the_pursuit_only_the_widths():
+    terms = make_terms([8, 8])
     raw = torch.full((16,), -3.0, requires_grad=True)  # σ'(·) is largest here
     keep = torch.tensor([0.9, 0.2], requires_grad=True)
-    _, hard = made.masks(raw, keep)
-    of_raw, of_keep = torch.autograd.grad(made.widths(hard, keep).sum(), [raw, keep])
+    _, hard = terms.masks(raw, keep)
+    of_raw, of_keep = torch.autograd.grad(terms.widths(hard, keep).sum(), [raw, keep])
     torch.testing.assert_close(of_keep, torch.tensor([4.0, 4.0]))
     assert bool((of_raw > 0).any())
-    _, hard = made.masks(raw, keep)
-    of_raw, of_keep = torch.autograd.grad(made.pursuit(hard, keep), [raw, keep], allow_unused=True)
+    _, hard = terms.masks(raw, keep)
+    of_raw, of_keep = torch.autograd.grad(terms.pursuit(hard, keep), [raw, keep], allow_unused=True)
     assert of_raw is None
     part = hard.detach().view(2, 8).mean(1)
     for slope, width, target in zip(of_keep, keep.tolist(), part.tolist(), strict=True):
@@ -75,28 +75,28 @@ def test_cost_reaches_both_and_pursuit_only_the_widths():
             assert math.copysign(1, float(slope)) == math.copysign(1, width - target)
 
 
-def test_ranking_is_a_moving_average_of_importance():
-    made = release([3])
-    made.collect(torch.tensor([1.0, 4.0, 2.0]))
+def test_the_ranking_is_a_moving_average_of_importance():
+    terms = make_terms([3])
+    terms.collect(torch.tensor([1.0, 4.0, 2.0]))
     raw, keep = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([0.5])
-    made.masks(raw, keep)
+    terms.masks(raw, keep)
     energies = torch.tensor([0.25, 1.0, 0.5])
-    torch.testing.assert_close(made.relative_energy(), energies)
+    torch.testing.assert_close(terms.relative_energy(), energies)
     first, second = (
         (gumbel_gate(raw, seed=3, step=step, temperature=1.0, base=3.0, hard=False) + energies) / 2 for step in (0, 1)
     )
-    torch.testing.assert_close(made.ranking, first)
-    made.masks(raw, keep)
-    torch.testing.assert_close(made.ranking, 0.99 * first + 0.01 * second)
+    torch.testing.assert_close(terms.ranking(raw), first)
+    terms.masks(raw, keep)
+    torch.testing.assert_close(terms.ranking(raw), 0.99 * first + 0.01 * second)
 
 
-def test_energies_are_those_of_what_the_gates_see():
+def test_energies_are_zero_where_channels_are():
     task = Task(network(), traced(), Budget.parse("flops=0.5"))
     images, _ = next(iter(sample_data().batches("train", 8)))
     masked = MaskedNetwork(task.graph, task.model)
     energies = masked.energies(images)
     assert bool((energies >= 0).all())
-    # d(loss)/d(gate) is zero where a channel is always 0, and a channel's energy is zero exactly there.
+    # A channel that is always 0 has energy 0, and d(loss)/d(gate) is 0 there.
     gates = torch.ones(task.graph.num_units, requires_grad=True)
     weights = torch.randn(masked(images, gates).shape, generator=torch.Generator().manual_seed(0))
     (slope,) = torch.autograd.grad((masked(images, gates) * weights).sum(), gates)
@@ -112,12 +112,12 @@ def test_energies_of_a_known_network():
     graph = fp.trace(model.eval(), torch.zeros(1, 1, 4, 4))
     images = torch.full((2, 1, 4, 4), 2.0)
     images[1] = -1.0
-    # relu(2 * w) and relu(-w): channel 0 sees 2 and 0, channel 1 sees 0 and 2, channel 2 sees 6 and 0
+    # relu(2w) and relu(-w): channel 0 is 2 and 0, channel 1 is 0 and 2, channel 2 is 6 and 0.
     torch.testing.assert_close(MaskedNetwork(graph, model).energies(images), torch.tensor([2.0, 2.0, 18.0]))
 
 
-def test_optimiser_and_schedule_are_the_releases():
-    method, task = prepared(epochs=4, learning_rate=0.01)
+def test_optimiser_and_schedule_of_the_release():
+    method, task = prepare(epochs=4, learning_rate=0.01)
     scores, widths = method.optimizer.param_groups
     assert isinstance(method.optimizer, torch.optim.AdamW)
     assert (scores["weight_decay"], widths["weight_decay"]) == (1e-4, 0)
@@ -127,18 +127,18 @@ def test_optimiser_and_schedule_are_the_releases():
         rates.append(widths["lr"])
     assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * e / 4)) / 2 for e in (1, 2, 3, 4)])
     assert scores["lr"] == 0.01
-    assert cosine(1.0, 0, 7) == 1
+    assert cosine_rate(1.0, 0, 7) == 1
 
 
 def test_a_search_measures_features_first_and_meets_the_budget():
-    method, task = prepared(epochs=1, samples=64, batch_size=32)
+    method, task = prepare(epochs=1, samples=64, batch_size=32)
     features, search = method.phases(task)
     images, labels = next(iter(sample_data().batches("train", 32)))
     assert (features.name, search.name) == ("features", "generators")
     features.step(images, labels)
-    assert method.release is not None
+    assert isinstance(method.terms, ReleaseTerms)
     energy = task.masked.energies(images)[method.placement.index]
-    torch.testing.assert_close(method.release.energy, energy)
+    torch.testing.assert_close(method.terms.energy, energy)
     before = [parameter.detach().clone() for parameter in method.parameters]
     metrics = search.step(images, labels)
     assert all(bool((a != b).any()) for a, b in zip(before, method.parameters, strict=True))
@@ -148,8 +148,8 @@ def test_a_search_measures_features_first_and_meets_the_budget():
 
 
 def test_hard_gates_draw_no_noise():
-    """What is evaluated and planned does not depend on a draw."""
-    method, task = prepared()
+    """Evaluation and plan do not depend on a draw."""
+    method, task = prepare()
     images, labels = next(iter(sample_data().batches("train", 16)))
     method.step_on(task, images, labels)
     assert torch.equal(method.gates(), method.gates())
@@ -157,6 +157,6 @@ def test_hard_gates_draw_no_noise():
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.5}, {"window": 0.0}, {"output": "abs"}])
-def test_options_that_it_does_not_have_are_refused(options):
-    with pytest.raises(ValueError, match=f"ddnp: {next(iter(options))} .* means nothing with variant 'release'"):
-        prepared(**options)
+def test_options_of_the_paper_only_are_refused(options):
+    with pytest.raises(ValueError, match=f"ddnp: {next(iter(options))} .* has no effect with variant 'release'"):
+        prepare(**options)

@@ -1,3 +1,5 @@
+"""DMC: gates and their gradients, the cost term, one step, the search and its plan."""
+
 from __future__ import annotations
 
 import math
@@ -23,8 +25,8 @@ from fastprune.testing import check_method, network, photograph, sample_data, tr
 QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}
 
 
-def prepared(budget: str = "flops=0.5", seed: int = 0, **options) -> tuple[DMC, Task]:
-    """A method that is set up on the contract's test network."""
+def prepare(budget: str = "flops=0.5", seed: int = 0, **options) -> tuple[DMC, Task]:
+    """Set up a method on the contract's test network."""
     task = Task(network(), traced(), Budget.parse(budget), seed=seed)
     method = DMC(DMCConfig(**options))
     method.setup(task)
@@ -50,8 +52,8 @@ def test_deterministic_gate_is_straight_through_on_the_closed_interval():
     assert gradient.tolist() == [0, 2, 3, 4, 5, 6, 0]
 
 
-def test_network_gradient_is_that_of_the_gates():
-    method, task = prepared(groups="all")
+def test_theta_gets_the_gradient_of_the_gates():
+    method, task = prepare(groups="all")
     with torch.no_grad():
         method.theta.uniform_(0.2, 0.8, generator=torch.Generator().manual_seed(0))
     images, labels = batch()
@@ -61,7 +63,7 @@ def test_network_gradient_is_that_of_the_gates():
         F.cross_entropy(task.masked(images, method.sample(task.seed)), labels), method.theta
     )
     assert torch.equal(of_gates, of_theta)
-    assert bool((of_theta[gates.detach() == 0] != 0).any())  # closed gates receive it too
+    assert bool((of_theta[gates.detach() == 0] != 0).any())  # closed gates get it too
 
 
 # --- the cost term ----------------------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def test_log_distance_and_its_slope():
 @pytest.mark.parametrize("budget", ["flops=0.6", "params=0.6"])
 @pytest.mark.parametrize("groups", ["interior", "all"])
 def test_gradient_of_the_cost_term(budget, groups):
-    method, task = prepared(budget, groups=groups)
+    method, task = prepare(budget, groups=groups)
     with torch.no_grad():
         method.theta.uniform_(0.2, 1.0, generator=torch.Generator().manual_seed(0))
     place = method.placement
@@ -102,7 +104,7 @@ def test_gradient_of_the_cost_term(budget, groups):
             assert float(mine[0]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_target_is_relative_to_what_can_go():
+def test_the_target_is_relative_to_the_prunable_cost():
     graph = trace(models.create("resnet56"), torch.zeros(1, 3, 32, 32))
     method = DMC(DMCConfig())
     method.setup(Task(models.create("resnet56"), graph, Budget("flops", 0.5)))
@@ -137,14 +139,14 @@ def test_decay_never_crosses_by_more_than_beta():
 
 
 def test_without_a_gradient_theta_moves_by_decay_alone(monkeypatch):
-    method, task = prepared(decay=1e-2)
+    method, task = prepare(decay=1e-2)
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs: [torch.zeros_like(x) for x in inputs])
     method.step_on(task, *batch())
     torch.testing.assert_close(method.theta.detach(), torch.full_like(method.theta, 0.99), rtol=0, atol=1e-7)
 
 
-def test_order_is_adam_then_decay_then_clip(monkeypatch):
-    method, task = prepared(decay=0.25, learning_rate=0.125)
+def test_a_step_is_adam_then_decay_then_clip(monkeypatch):
+    method, task = prepare(decay=0.25, learning_rate=0.125)
     start = torch.tensor([0.0, 0.375, 0.5, 0.625, 1.0, 1.0])
     sign = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0])
     with torch.no_grad():
@@ -156,12 +158,12 @@ def test_order_is_adam_then_decay_then_clip(monkeypatch):
     # Adam's first step is the learning rate against the sign of the gradient.
     after_adam = start - 0.125 * sign
     expected = (after_adam - 0.25 * torch.sign(after_adam - 0.5)).clamp(0, 1)
-    assert expected.tolist() == [0.125, 0.5, 0.625, 0.5, 0.875, 0.625]  # every other order gives something else
+    assert expected.tolist() == [0.125, 0.5, 0.625, 0.5, 0.875, 0.625]  # every other order gives other values
     torch.testing.assert_close(method.theta.detach()[:6], expected, rtol=0, atol=1e-6)
 
 
-def test_ends_of_the_interval_still_learn():
-    method, task = prepared(groups="all", learning_rate=0.01, decay=0.0)
+def test_gates_at_both_ends_of_the_interval_learn():
+    method, task = prepare(groups="all", learning_rate=0.01, decay=0.0)
     half = len(method.theta) // 2
     with torch.no_grad():
         method.theta[:half] = 0.0
@@ -176,7 +178,7 @@ def test_ends_of_the_interval_still_learn():
 
 @pytest.mark.parametrize("sampling", ["stochastic", "deterministic"])
 def test_metrics(sampling):
-    method, task = prepared(sampling=sampling)
+    method, task = prepare(sampling=sampling)
     with torch.no_grad():
         method.theta[::2] = 0.25
     images, labels = batch()
@@ -194,22 +196,22 @@ def test_metrics(sampling):
     assert metrics["randomness"] == pytest.approx(0.375, abs=0.01)
 
 
-def test_weights_buffers_flags_are_untouched_and_no_weight_gradient_is_made():
-    method, task = prepared()
+def test_weights_buffers_and_flags_do_not_change_and_weights_get_no_gradient():
+    method, task = prepare()
     before = photograph(task.model)
     seen = []
-    hook = MaskedNetwork.forward
+    original = MaskedNetwork.forward
 
-    def watching(self, *inputs):
+    def watch(self, *inputs):
         seen.append([p.requires_grad for p in task.model.parameters()])
-        return hook(self, *inputs)
+        return original(self, *inputs)
 
-    MaskedNetwork.forward = watching
+    MaskedNetwork.forward = watch
     try:
         for _ in range(3):
             method.step_on(task, *batch())
     finally:
-        MaskedNetwork.forward = hook
+        MaskedNetwork.forward = original
     assert seen
     assert not any(map(any, seen))
     after = photograph(task.model)
@@ -218,8 +220,8 @@ def test_weights_buffers_flags_are_untouched_and_no_weight_gradient_is_made():
     assert after.gradients == []
 
 
-def test_flags_are_put_back_after_an_error():
-    method, task = prepared()
+def test_flags_are_restored_after_an_error():
+    method, task = prepare()
     before = photograph(task.model)
     with pytest.raises(ValueError, match="batch"):
         method.step_on(task, batch()[0], batch(8)[1])
@@ -227,10 +229,10 @@ def test_flags_are_put_back_after_an_error():
 
 
 def test_autocast():
-    method, task = prepared()
+    method, task = prepare()
     with torch.autocast("cpu", torch.bfloat16):
         low = {name: float(value) for name, value in method.step_on(task, *batch()).items()}
-    exact, task = prepared()
+    exact, task = prepare()
     high = {name: float(value) for name, value in exact.step_on(task, *batch()).items()}
     assert method.theta.dtype == torch.float32
     assert bool(torch.isfinite(method.theta).all())
@@ -253,7 +255,7 @@ def search(method: DMC, task: Task, steps: int) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def trained():
-    """The contract's test network, trained for a moment."""
+    """The contract's test network after 30 steps of training."""
     model = network().train().requires_grad_(True)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     images, labels = batch(128)
@@ -266,12 +268,12 @@ def trained():
 
 
 @pytest.mark.parametrize(("budget", "groups"), [("flops=0.5", "interior"), ("params=0.5", "all")])
-def test_search_goes_as_in_the_paper(trained, budget, groups):
+def test_the_search_proceeds_as_in_the_paper(trained, budget, groups):
     task = Task(trained, traced(), Budget.parse(budget))
     method = DMC(DMCConfig(groups=groups, learning_rate=0.01))
     method.setup(task)
     history = search(method, task, 150)
-    # Fig. 5: the cost term falls to almost 0 and stays there; the gates first become random, then decided again.
+    # Fig. 5: the cost term falls to almost 0 and stays there; the gates become random, then decided again.
     assert history[0]["regulariser"] > 0.3
     assert max(h["regulariser"] for h in history[-30:]) < 0.05
     randomness = [h["randomness"] for h in history]
@@ -281,7 +283,7 @@ def test_search_goes_as_in_the_paper(trained, budget, groups):
     total, limit = float(task.budget.cost(task.graph)), task.budget.limit(task.graph)
     assert limit - 0.01 * total <= float(task.budget.cost(task.graph, plan.mask)) <= limit
     assert groups == "all" or bool(plan.mask[~interior_units(task.graph)].all())
-    # And the channels are better than random ones.
+    # The kept channels are better than random ones.
     images, labels = batch(128)
     random = Random(RankingConfig(groups=groups)).plan(task)
     with torch.no_grad():
@@ -290,10 +292,10 @@ def test_search_goes_as_in_the_paper(trained, budget, groups):
 
 
 @pytest.mark.slow
-def test_seed_decides():
+def test_the_seed_decides():
     plans = []
     for seed in (0, 0, 1):
-        method, task = prepared(seed=seed, learning_rate=0.02)
+        method, task = prepare(seed=seed, learning_rate=0.02)
         search(method, task, 20)
         plans.append((method.theta.detach().clone(), method.plan(task).mask))
     assert torch.equal(plans[0][0], plans[1][0])
@@ -301,8 +303,8 @@ def test_seed_decides():
     assert not torch.equal(plans[0][0], plans[2][0])
 
 
-def test_plan_is_the_thresholds_own_where_it_meets_the_budget():
-    method, task = prepared(groups="all")
+def test_the_plan_keeps_the_threshold_if_it_meets_the_budget():
+    method, task = prepare(groups="all")
     graph = task.graph
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -311,7 +313,7 @@ def test_plan_is_the_thresholds_own_where_it_meets_the_budget():
             method.theta[group.units][: group.size * 4 // 5] += 0.6
     own = method.theta.detach() >= 0.5
     ratio = float(graph.cost(own).macs / graph.cost().macs)
-    method, task = prepared(f"flops={ratio + 0.004}", groups="all")
+    method, task = prepare(f"flops={ratio + 0.004}", groups="all")
     with torch.no_grad():
         method.theta.copy_(torch.where(own, 0.7, 0.3))
     assert torch.equal(method.plan(task).mask, own)
@@ -321,36 +323,36 @@ def test_plan_is_the_thresholds_own_where_it_meets_the_budget():
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])
-def test_projection_of_saturated_gates_goes_by_filter_norm(fill):
-    method, task = prepared(groups="all")
+def test_saturated_gates_are_projected_by_filter_norm(fill):
+    method, task = prepare(groups="all")
     with torch.no_grad():
         method.theta.fill_(fill)
     plan, graph = method.plan(task), task.graph
     total, limit = float(graph.cost().macs), task.budget.limit(graph)
     assert limit - 0.01 * total <= plan.macs[1] <= limit
     for group in graph.groups:
-        stays = plan.mask[group.units]
-        assert bool(stays.any())
-        if not stays.all() and group.kind == "interior" and len(group.producers) == 1:
+        kept = plan.mask[group.units]
+        assert bool(kept.any())
+        if not kept.all() and group.kind == "interior" and len(group.producers) == 1:
             norms = task.model.get_parameter(f"{group.name}.weight").detach().flatten(1).norm(dim=1)
-            assert norms[stays].min() >= norms[~stays].max()
-            assert not bool((stays.int().diff() <= 0).all())  # not simply the first ones
+            assert norms[kept].min() >= norms[~kept].max()
+            assert not bool((kept.int().diff() <= 0).all())  # not just the first ones
     assert method.results()["flops_of_gates"] != pytest.approx(0.5, abs=0.01)
 
 
 def test_projection_keeps_the_order_of_theta():
-    method, task = prepared(groups="interior")
+    method, task = prepare(groups="interior")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         method.theta.copy_(torch.rand(len(method.theta), generator=generator) * 0.4 + 0.55)  # all open: too costly
     plan = method.plan(task)
-    stays = plan.mask[method.placement.index]
-    # What fills the last bit of the budget may come from below the threshold; nothing above it is missing.
-    kept, gone = method.theta.detach()[stays].sort().values, method.theta.detach()[~stays]
-    assert int((kept < gone.max()).sum()) <= 8
+    mask = plan.mask[method.placement.index]
+    # Channels that fill the last bit of the budget may come from below the threshold; none above it is missing.
+    kept, pruned = method.theta.detach()[mask].sort().values, method.theta.detach()[~mask]
+    assert int((kept < pruned.max()).sum()) <= 8
 
 
-def test_infeasible_budget_is_refused_before_the_search():
+def test_an_infeasible_budget_is_refused_before_the_search():
     method = DMC(DMCConfig())
     task = Task(network(), traced(), Budget("flops", 0.02))
     with pytest.raises(BudgetError, match=r"with every prunable channel gone 0\.\d+ remains"):
@@ -358,22 +360,22 @@ def test_infeasible_budget_is_refused_before_the_search():
     DMC(DMCConfig(groups="all")).setup(Task(network(), traced(), Budget("flops", 0.02)))
 
 
-def test_state_is_exact():
-    method, task = prepared(learning_rate=0.02)
+def test_a_restored_state_continues_exactly():
+    method, task = prepare(learning_rate=0.02)
     search(method, task, 5)
     state = method.state_dict()
-    other, again = prepared(learning_rate=0.02)
+    other, again = prepare(learning_rate=0.02)
     other.load_state_dict(state)
     search(method, task, 5)
     search(other, again, 5)
     assert torch.equal(method.theta, other.theta)
     assert (method.step, other.step) == (10, 10)
     with pytest.raises(ValueError, match=r"the state has \d+ gates, this network has 352"):
-        prepared(groups="all")[0].load_state_dict(state)
+        prepare(groups="all")[0].load_state_dict(state)
 
 
-def test_proxy_accuracy_is_measured_every_few_epochs():
-    method, task = prepared(epochs=7, evaluate_every=3)
+def test_the_proxy_accuracy_is_measured_every_few_epochs():
+    method, task = prepare(epochs=7, evaluate_every=3)
 
     class Held:
         num_classes = 10
@@ -396,8 +398,8 @@ def test_proxy_accuracy_is_measured_every_few_epochs():
     assert (phase.epochs, phase.samples, phase.batch_size, phase.augment) == (7, 2500, 256, False)
 
 
-def test_network_with_kept_channels_among_prunable_ones():
-    """Zero-padded shortcuts pin channels of a ResNet's later stages; the gates must leave those alone."""
+def test_a_network_with_pinned_channels():
+    """Zero-padded shortcuts pin channels of a ResNet's later stages, which get no gates."""
     model = models.create("resnet20").eval()
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     task = Task(model, graph, Budget("flops", 0.5))

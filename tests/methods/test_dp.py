@@ -1,4 +1,4 @@
-"""DP: relaxed gates of one number per channel, drawn anew each step, and what is left of them without noise."""
+"""DP: relaxed gates of one number per channel, drawn in each step, and the gates without noise."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastprune.testing import check_method, network, sample_data, traced
 QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}
 
 
-def prepared(budget: str = "flops=0.5", **options) -> tuple[DP, Task]:
-    """A method that is set up on the contract's test network."""
+def prepare(budget: str = "flops=0.5", **options) -> tuple[DP, Task]:
+    """Set up a method on the contract's test network."""
     task = Task(network(), traced(), Budget.parse(budget))
     method = DP(DPConfig(**options))
     method.setup(task)
@@ -36,8 +36,8 @@ def test_contract_in_two_processes():
     check_method(DP, distributed=True, **QUICK)
 
 
-def test_pruning_starts_from_the_whole_network():
-    method, task = prepared()
+def test_pruning_starts_from_the_full_network():
+    method, task = prepare()
     assert bool((method.gates() == 1).all())
     metrics = method.step_on(task, *batch())
     assert float(metrics["flops_ratio"]) > 0.97
@@ -45,38 +45,38 @@ def test_pruning_starts_from_the_whole_network():
 
 
 def test_a_step_follows_the_gradient_of_loss_and_cost():
-    """With a cost term alone every open gate is pushed down, as closing any of them makes the network cheaper."""
-    method, task = prepared(architecture="channel", regularisation=1e4, learning_rate=0.01)
+    """With a cost term alone every open gate falls, as closing any of them makes the network cheaper."""
+    method, task = prepare(architecture="channel", regularisation=1e4, learning_rate=0.01)
     for _ in range(3):
         method.step_on(task, *batch())
-    assert bool((method.scores_now() < 0).all())
-    untouched, task = prepared(architecture="channel", regularisation=0.0, learning_rate=0.01)
+    assert bool((method.current_scores() < 0).all())
+    untouched, task = prepare(architecture="channel", regularisation=0.0, learning_rate=0.01)
     untouched.step_on(task, *batch())
-    assert bool((untouched.scores_now() > 0).any())
+    assert bool((untouched.current_scores() > 0).any())
 
 
-def test_noise_differs_from_step_to_step_and_not_from_run_to_run():
-    method, task = prepared(base=0.0)
-    first = method.draw(method.scores_now(), task.seed)
-    again = method.draw(method.scores_now(), task.seed)
+def test_noise_differs_between_steps_and_not_between_runs():
+    method, task = prepare(base=0.0)
+    first = method.draw(method.current_scores(), task.seed)
+    again = method.draw(method.current_scores(), task.seed)
     method.step += 1
-    second = method.draw(method.scores_now(), task.seed)
+    second = method.draw(method.current_scores(), task.seed)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
-    expected = gumbel_gate(method.scores_now(), seed=task.seed, step=1, temperature=0.4, base=0.0, noise="gumbel")
+    expected = gumbel_gate(method.current_scores(), seed=task.seed, step=1, temperature=0.4, base=0.0, noise="gumbel")
     assert torch.equal(second, expected)
 
 
-def test_plan_keeps_the_open_gates_where_they_meet_the_budget():
-    """Scores of random sign, and the budget that the open gates cost: the plan is the gates, and the rest stays."""
-    method, task = prepared(architecture="channel", base=0.5)
+def test_the_plan_keeps_the_open_gates_if_they_meet_the_budget():
+    """With scores of random sign and a budget equal to the open gates' cost, the plan keeps these gates."""
+    method, task = prepare(architecture="channel", base=0.5)
     graph = task.graph
     with torch.no_grad():
         method.scores.scores.uniform_(-2, 1, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(graph.num_units, dtype=torch.bool)
-    mask[method.placement.index] = method.scores_now() + 0.5 >= 0
+    mask[method.placement.index] = method.current_scores() + 0.5 >= 0
     ratio = float(task.budget.cost(graph, mask)) / float(task.budget.cost(graph))
-    again, task = prepared(f"flops={ratio + 0.002}", architecture="channel", base=0.5)
+    again, task = prepare(f"flops={ratio + 0.002}", architecture="channel", base=0.5)
     again.load_state_dict(method.state_dict())
     plan = again.plan(task)
     assert torch.equal(plan.mask.bool(), mask)
@@ -84,20 +84,22 @@ def test_plan_keeps_the_open_gates_where_they_meet_the_budget():
     assert again.results()["channels_changed_by_projection"] == 0
 
 
-def test_plan_closes_the_lowest_scores_where_gates_cost_too_much():
-    method, task = prepared("flops=0.6", architecture="channel")
+def test_the_plan_closes_the_lowest_scores_if_the_gates_cost_too_much():
+    method, task = prepare("flops=0.6", architecture="channel")
     with torch.no_grad():
         method.scores.scores.uniform_(-2, 1, generator=torch.Generator().manual_seed(1))  # all open with base 3
     plan = method.plan(task)
     kept = plan.mask.bool()[method.placement.index]
-    scores = method.scores_now()
-    assert float(scores[kept].min()) < float(scores[~kept].max()) + 0.5  # near a threshold: filled up at its edge
+    scores = method.current_scores()
+    assert (
+        float(scores[kept].min()) < float(scores[~kept].max()) + 0.5
+    )  # filling the budget may swap scores at the threshold
     assert float(scores[kept].mean()) > float(scores[~kept].mean()) + 0.5
     assert float(task.budget.cost(task.graph, plan.mask)) <= task.budget.limit(task.graph)
 
 
 def test_a_state_of_another_network_is_refused():
-    method, _ = prepared()
-    other, _ = prepared(groups="all")
+    method, _ = prepare()
+    other, _ = prepare(groups="all")
     with pytest.raises(ValueError, match="dp: the state is for other gates"):
         method.load_state_dict(other.state_dict())

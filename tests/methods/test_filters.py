@@ -1,3 +1,5 @@
+"""The weights of units: norms and filters."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,8 +12,8 @@ from fastprune.methods.scores.filters import unit_filters, unit_norms
 from fastprune.testing import network, traced
 
 
-def norms_by_loop(graph, model, p):
-    """Each unit's norm from the definition: walk over all indices of all weights that make channels."""
+def loop_norms(graph, model, p):
+    """Compute each unit's norm by its definition, index by index over all weights that make channels."""
     sums = [0.0] * graph.num_units
     for piece in graph.slices:
         if piece.role == "out":
@@ -27,10 +29,10 @@ def test_norms_equal_a_loop(p):
     model, graph = network(), traced()
     norms = unit_norms(graph, model, p)
     assert norms.dtype == torch.float64
-    torch.testing.assert_close(norms, norms_by_loop(graph, model, p), rtol=1e-12, atol=0)
+    torch.testing.assert_close(norms, loop_norms(graph, model, p), rtol=1e-12, atol=0)
 
 
-def test_a_residual_stream_counts_all_its_makers():
+def test_all_producers_of_a_residual_stream_count():
     model, graph = network(), traced()
     stream = next(g for g in graph.groups if g.kind == "stream")
     rows = torch.cat([model.stem[0].weight.flatten(1), model.block[3].weight.flatten(1)], 1).double()
@@ -42,30 +44,30 @@ def test_other_roles():
     hidden = next(g for g in graph.groups if g.name == "block.0")
     columns = model.block[3].weight.detach().double().abs().sum((0, 2, 3))
     torch.testing.assert_close(unit_norms(graph, model, 1, ("in",))[hidden.units], columns)
-    # Batch norm's scale and shift count, its running statistics are no weights.
+    # Batch norm's scale and shift count; its running statistics are not weights.
     norm = model.block[1]
     both = (norm.weight.abs() + norm.bias.abs()).detach().double()
     torch.testing.assert_close(unit_norms(graph, model, 1, ("channel",))[hidden.units], both)
 
 
-def test_norm_must_be_one():
+def test_the_order_of_a_norm_must_be_positive():
     with pytest.raises(ValueError, match=r"p 0: .*positive"):
         unit_norms(traced(), network(), 0)
 
 
-def test_filters_give_the_norms():
+def test_filters_have_the_norms():
     model, graph = network(), traced()
     norms = unit_norms(graph, model, 2)
     for group in graph.groups:
         matrices = unit_filters(graph, model, group)
-        # The squeeze-and-excitation's last layer makes the channels of the expansion too.
+        # The last layer of the squeeze-and-excitation also makes the channels of the expansion.
         assert len(matrices) == len(group.producers)
         assert all(m.shape[0] == group.size for m in matrices)
         together = torch.cat(matrices, 1).double().norm(dim=1)
         torch.testing.assert_close(together, norms[group.units], rtol=1e-12, atol=0)
 
 
-def test_filters_where_a_unit_is_several_channels():
+def test_filters_of_units_with_several_channels():
     grouped = nn.Conv2d(8, 12, 3, groups=2)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), grouped, nn.ReLU(), nn.Flatten(), nn.Linear(12 * 36, 2)).eval()
     graph = trace(model, torch.zeros(2, 3, 8, 8))
@@ -78,10 +80,10 @@ def test_filters_where_a_unit_is_several_channels():
     torch.testing.assert_close(filters, expected.detach(), rtol=0, atol=0)
 
 
-def test_deterministic_and_on_a_model_with_kept_channels():
+def test_norms_are_deterministic_on_a_model_with_pinned_channels():
     model = models.create("resnet20")  # its zero-padded shortcuts pin channels of the later stages
     graph = trace(model, torch.zeros(2, 3, 32, 32))
     assert any(bool((s.units < 0).any()) for s in graph.slices)
     first, second = (unit_norms(graph, model, 1) for _ in range(2))
     assert torch.equal(first, second)
-    torch.testing.assert_close(first, norms_by_loop(graph, model, 1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(first, loop_norms(graph, model, 1), rtol=1e-12, atol=0)

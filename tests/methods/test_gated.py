@@ -1,4 +1,4 @@
-"""What searches with gates share: the widths that they log."""
+"""The keep ratios that gate searches log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastprune.methods.registry import load
 
 
 @pytest.mark.parametrize("name", ["dmc", "ddnp"])
-def test_widths_after_each_epoch_are_those_of_the_hard_gates(name: str, tiny: nn.Module) -> None:
+def test_logged_keep_ratios_are_those_of_the_hard_gates(name: str, tiny: nn.Module) -> None:
     method_class: Any = load(name)
     method = method_class(method_class.Config(epochs=2, groups="all", evaluate_every=0))
     task = Task(tiny, trace(tiny, torch.zeros(2, 3, 16, 16)), Budget("flops", 0.7))
@@ -33,12 +33,12 @@ def test_widths_after_each_epoch_are_those_of_the_hard_gates(name: str, tiny: nn
     assert len({float(value) for value in logged.values()}) > 1
 
 
-def test_groups_without_gates_log_no_width(tiny: nn.Module) -> None:
+def test_groups_without_gates_log_no_keep_ratio(tiny: nn.Module) -> None:
     method_class: Any = load("dmc")
     method = method_class(method_class.Config(groups="interior"))
     task = Task(tiny, trace(tiny, torch.zeros(2, 3, 16, 16)), Budget("flops", 0.7))
     method.setup(task)
     gated = gated_units(task.graph, "interior")
     names = {f"keep/{group.name}" for group in task.graph.groups if gated[group.units].all()}
-    assert method.widths_now(task) == dict.fromkeys(names, 1.0)
+    assert method.keep_ratios(task) == dict.fromkeys(names, 1.0)
     assert 0 < len(names) < len(task.graph.groups)

@@ -1,4 +1,4 @@
-"""GCP: scores that do not depend on how a network is scaled, exact costs, what each half of a round touches."""
+"""GCP: scores independent of scaling, exact costs, and the changes of each half of a round."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from fastprune.engine import HeldOut, Placement
 from fastprune.graph import ChannelGraph, trace
 from fastprune.host.distributed import Distributed
 from fastprune.methods import Metrics, Task
+from fastprune.methods.gcp.closable import find_closable_units
 from fastprune.methods.gcp.folding import fold_constants
-from fastprune.methods.gcp.gcp import GCP, closed_by_scales, costs
+from fastprune.methods.gcp.gcp import GCP, costs
 from fastprune.methods.gcp.scales import Scales
 from fastprune.methods.registry import configure
 from fastprune.methods.scores.filters import unit_batch_norms, unit_norms
@@ -35,23 +36,23 @@ def make_task(model: nn.Module, graph: ChannelGraph, budget: str = "flops=0.5") 
     return Task(model, graph, Budget.parse(budget), data=data)
 
 
-def prepared(budget: str = "flops=0.5", **options: Any) -> tuple[GCP, Task]:
-    """A method that is set up on the contract's test network."""
+def prepare(budget: str = "flops=0.5", **options: Any) -> tuple[GCP, Task]:
+    """Set up a method on the contract's test network."""
     task = make_task(network(), traced(), budget)
     method = GCP(configure(GCP, {**QUICK, **options}))
     method.setup(task)
     return method, task
 
 
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+def make_batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return list(sample_data().batches("train", 32))[:count]
 
 
 def run(method: GCP, task: Task) -> list[Metrics]:
-    """All phases on four batches each; what each of them reports in the end."""
+    """Run all phases on four batches each; return the metrics of each at its end."""
     reported = []
     for phase in method.phases(task):
-        for batch in batches(4):
+        for batch in make_batches(4):
             phase.step(*batch)
         assert phase.end_epoch is not None
         reported.append(phase.end_epoch(0))
@@ -77,12 +78,12 @@ def test_contract_in_two_processes() -> None:
     check_method(GCP, distributed=True, **{**QUICK, "penalties": (0.3, 1.0)})
 
 
-def test_sparsifying_moves_scales_shifts_and_linear_layers_alone() -> None:
-    """Batch norm is off: its statistics stay, and so do the convolutions, to the bit (eq. 6)."""
-    method, task = prepared()
+def test_sparsifying_changes_scales_shifts_and_linear_layers_only() -> None:
+    """Batch norm is off: its statistics and the convolutions do not change by a bit (eq. 6)."""
+    method, task = prepare()
     before = copy.deepcopy(task.model.state_dict())
-    step = method.stepping(task, sparsify=True)
-    for batch in batches(3):
+    step = method.make_step(task, sparsify=True)
+    for batch in make_batches(3):
         step(*batch)
     method.scales.write()
     norms = {n for n, m in task.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
@@ -92,27 +93,27 @@ def test_sparsifying_moves_scales_shifts_and_linear_layers_alone() -> None:
     assert all(parameter.requires_grad for n, parameter in task.model.named_parameters() if n != "classifier.bias")
 
 
-def test_recovery_takes_batch_statistics_and_leaves_closed_channels() -> None:
-    method, task = prepared(fold_bias=False)
+def test_recovery_updates_statistics_and_keeps_channels_closed() -> None:
+    method, task = prepare(fold_bias=False)
     method.end_sparsify(task)
     closed = ~method.scales.open
     means = {n: b.clone() for n, b in task.model.named_buffers() if n.endswith("running_mean")}
     convolutions = {n: p.detach().clone() for n, p in task.model.named_parameters() if p.dim() == 4}
-    step = method.stepping(task, sparsify=False)
-    for batch in batches(3):
+    step = method.make_step(task, sparsify=False)
+    for batch in make_batches(3):
         step(*batch)
     method.end_recover(task)
     assert all(not torch.equal(dict(task.model.named_buffers())[n], mean) for n, mean in means.items())
     assert all(torch.equal(dict(task.model.named_parameters())[n], weight) for n, weight in convolutions.items())
     assert torch.equal(~method.scales.open, closed)
     task.model.eval()
-    energies = MaskedNetwork(task.graph, task.model).energies(batches(1)[0][0])
+    energies = MaskedNetwork(task.graph, task.model).energies(make_batches(1)[0][0])
     assert bool((energies[closed] == 0).all())
-    assert float((energies[~closed] > 0).float().mean()) > 0.8  # the others are dead behind their relu
+    assert float((energies[~closed] > 0).float().mean()) > 0.8  # the rest is dead behind relu
 
 
 def test_each_round_meets_its_cost() -> None:
-    method, task = prepared(rounds=4)
+    method, task = prepare(rounds=4)
     full = float(task.budget.cost(task.graph))
     parts = []
     for _ in range(4):
@@ -124,31 +125,31 @@ def test_each_round_meets_its_cost() -> None:
     assert float(task.budget.cost(task.graph, plan.mask)) / full == pytest.approx(parts[-1])
 
 
-def test_geometric_rounds_fall_by_a_factor() -> None:
-    method, task = prepared("flops=0.25", slices="geometric")
-    assert method.limit_of_round(task) == pytest.approx(0.5 * float(task.budget.cost(task.graph)))
+def test_geometric_rounds_fall_by_equal_factors() -> None:
+    method, task = prepare("flops=0.25", slices="geometric")
+    assert method.round_limit(task) == pytest.approx(0.5 * float(task.budget.cost(task.graph)))
 
 
-def usual_importance(method: GCP) -> Tensor:
-    """The median of s; that of a coupled channel is times the norm of its γ."""
+def median_importance(method: GCP) -> Tensor:
+    """Return the median of s, where a coupled channel's s is multiplied by the norm of its γ."""
     importance = method.scales.importance()
     return importance[importance > 0].median()
 
 
 def test_one_step_is_a_gradient_step_and_a_soft_threshold() -> None:
-    """Plain SGD on s·γ: γ' = soft(γ − η∂/s², ηλc/s), s relative to its median, by the network's own gradients."""
-    method, task = prepared(momentum=0.0, penalties=(0.05,))
+    """For plain SGD on s·γ, γ' = soft(γ − η∂/s², ηλc/s), with s relative to its median and the network's gradients."""
+    method, task = prepare(momentum=0.0, penalties=(0.05,))
     everything = torch.ones(task.graph.num_units, dtype=torch.bool)
-    weights, reading = costs(task, everything, method.may_go), unit_norms(task.graph, task.model, roles=("in",))
-    usual = usual_importance(method)
+    weights, readers = costs(task, everything, method.prunable_units), unit_norms(task.graph, task.model, roles=("in",))
+    median = median_importance(method)
     model = copy.deepcopy(task.model).eval()
-    images, labels = batches(1)[0]
+    images, labels = make_batches(1)[0]
     nn.functional.cross_entropy(model(images), labels).backward()
-    method.stepping(task, sparsify=True)(images, labels)
+    method.make_step(task, sparsify=True)(images, labels)
     method.scales.write()
     expand = next(group for group in task.graph.groups if "block.0" in group.producers)  # passes one batch norm
     before, slope = model.block[1].weight.detach(), model.block[1].weight.grad
-    scale = (reading[expand.units] / usual).float()
+    scale = (readers[expand.units] / median).float()
     threshold = (0.01 * method.penalty * weights[expand.units] / scale).float()
     assert bool((threshold > 0).all())
     moved = before - 0.01 * slope / scale.square()
@@ -158,8 +159,8 @@ def test_one_step_is_a_gradient_step_and_a_soft_threshold() -> None:
     assert torch.allclose(task.model.block[1].bias, moved, atol=1e-7)
 
 
-def test_the_scores_do_not_depend_on_how_the_network_is_scaled() -> None:
-    """γ, β of a channel times 5 and its readers divided by 5 is the same network (§4.1): so is all that is trained."""
+def test_training_does_not_depend_on_the_scaling_of_the_network() -> None:
+    """A channel's γ, β times 5 and its readers divided by 5 make the same network (§4.1), which trains alike."""
     scores = []
     for factor in (1.0, 5.0):
         model = network().double()
@@ -171,24 +172,24 @@ def test_the_scores_do_not_depend_on_how_the_network_is_scaled() -> None:
         task = make_task(model, graph)
         method = GCP(configure(GCP, QUICK))
         method.setup(task)
-        step = method.stepping(task, sparsify=True)
-        for images, labels in batches(4):
+        step = method.make_step(task, sparsify=True)
+        for images, labels in make_batches(4):
             step(images.double(), labels)
         scores.append(method.scales.magnitudes() * method.unit)
     assert torch.allclose(scores[0], scores[1], rtol=1e-6)
 
 
 def test_coupled_channels_share_a_mask() -> None:
-    """Expansion and depthwise convolution: ∂/∂m = Σ γ ∂/∂γ + β ∂/∂β, and m multiplies both batch norms."""
-    method, task = prepared(momentum=0.0, penalties=(0.0,))
+    """For an expansion and its depthwise convolution ∂/∂m = Σ γ ∂/∂γ + β ∂/∂β, and m multiplies both batch norms."""
+    method, task = prepare(momentum=0.0, penalties=(0.0,))
     model = copy.deepcopy(task.model).eval()
-    images, labels = batches(1)[0]
+    images, labels = make_batches(1)[0]
     nn.functional.cross_entropy(model(images), labels).backward()
     norms = model.expand[1], model.depthwise[1]
     slope = sum(p.detach() * p.grad for norm in norms for p in (norm.weight, norm.bias))
     group = next(group for group in task.graph.groups if "expand.0" in group.producers)
-    scale = method.scales.importance()[group.units] / usual_importance(method)
-    method.stepping(task, sparsify=True)(images, labels)
+    scale = method.scales.importance()[group.units] / median_importance(method)
+    method.make_step(task, sparsify=True)(images, labels)
     assert bool(method.scales.coupled[group.units].all())
     mask = method.scales.mask.detach()[group.units]
     assert torch.allclose(mask, 1 - 0.01 * slope / scale.square(), atol=1e-6)
@@ -197,8 +198,8 @@ def test_coupled_channels_share_a_mask() -> None:
     assert torch.allclose(task.model.depthwise[1].weight, expected, atol=1e-6)
 
 
-def test_scores_do_not_depend_on_how_the_network_is_scaled() -> None:
-    """(γ, β, W) → (aγ, aβ, W/a) leaves a relu network and its scores as they are (§4.1)."""
+def test_scores_do_not_depend_on_the_scaling_of_the_network() -> None:
+    """(γ, β, W) → (aγ, aβ, W/a) does not change a relu network or its scores (§4.1)."""
     plain, scaled = network(), network()
     graph = traced()
     with torch.no_grad():
@@ -206,7 +207,7 @@ def test_scores_do_not_depend_on_how_the_network_is_scaled() -> None:
         scaled.block[1].weight.mul_(factors)
         scaled.block[1].bias.mul_(factors)
         scaled.block[3].weight.div_(factors[:, None, None])
-    images = batches(1)[0][0]
+    images = make_batches(1)[0][0]
     assert torch.allclose(plain(images), scaled(images), atol=1e-5)
     everything = torch.ones(graph.num_units, dtype=torch.bool)
     scores = []
@@ -216,11 +217,11 @@ def test_scores_do_not_depend_on_how_the_network_is_scaled() -> None:
     assert torch.allclose(*scores, rtol=1e-5)
 
 
-def test_the_penalty_means_nothing_with_batch_norm_on() -> None:
-    """Half the γ and β of a layer: the same loss under batch statistics, another one under global ones (§4.3)."""
+def test_the_penalty_has_no_effect_with_batch_norm_on() -> None:
+    """Half of a layer's γ and β give the same loss under batch statistics, another under global ones (§4.3)."""
     model = network()
     model.last[0].bias = None
-    images, labels = batches(1)[0]
+    images, labels = make_batches(1)[0]
 
     def losses() -> tuple[float, float]:
         clone = copy.deepcopy(model).double()
@@ -232,19 +233,19 @@ def test_the_penalty_means_nothing_with_batch_norm_on() -> None:
         model.project[1].weight.mul_(0.5)
         model.project[1].bias.mul_(0.5)
     after = losses()
-    assert after[1] == pytest.approx(before[1], rel=1e-4)  # epsilon of the next batch norm is not scaled along
+    assert after[1] == pytest.approx(before[1], rel=1e-4)  # the next batch norm's epsilon does not scale
     assert abs(after[0] - before[0]) > 1e-3
 
 
 @pytest.mark.parametrize("resource", ["flops", "params"])
 def test_costs_are_differences_of_compact_networks(resource: str) -> None:
-    """One channel less, on both sides, counted on the network that surgery makes."""
+    """They equal the measured costs of one channel less in the network after surgery."""
     model, graph = network(), traced()
     task = make_task(model, graph, f"{resource}=0.5")
     kept = torch.rand(graph.num_units, generator=torch.Generator().manual_seed(3)) < 0.7
     for group in graph.groups:
         kept[group.start : group.start + 2] = True
-    may_go = torch.ones_like(kept)
+    prunable = torch.ones_like(kept)
 
     def measured(mask: Tensor) -> float:
         compact = fp.apply(graph.plan(mask), model)
@@ -262,11 +263,11 @@ def test_costs_are_differences_of_compact_networks(resource: str) -> None:
         less[group.start] = False
         expected[group.units] = (whole - measured(less)) * kept[group.units]
     expected /= expected.sum() / kept.sum()
-    assert torch.allclose(costs(task, kept, may_go), expected, rtol=1e-9)
+    assert torch.allclose(costs(task, kept, prunable), expected, rtol=1e-9)
 
 
 def test_folding_is_exact_under_one_by_one_kernels() -> None:
-    """A silenced channel is a constant; with its contribution in the next running mean, closing it changes nothing."""
+    """A channel with γ = 0 is constant; with its contribution in the next running mean, closing it changes nothing."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.Hardswish(), nn.Conv2d(12, 8, 1, groups=2, bias=False),
@@ -292,8 +293,8 @@ def test_folding_is_exact_under_one_by_one_kernels() -> None:
     assert torch.allclose(masked(images, gates), expected, atol=1e-5)
 
 
-def test_channels_that_no_scale_closes_stay() -> None:
-    """A sigmoid makes a half of zero, and a shortcut around batch norm is not closed by it."""
+def test_channels_that_no_scale_closes_are_kept() -> None:
+    """A sigmoid turns zero into a half, and batch norm does not close a shortcut around it."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -308,8 +309,8 @@ def test_channels_that_no_scale_closes_stay() -> None:
     model = Odd().eval()
     graph = trace(model, torch.randn(2, 3, 8, 8))
     assert graph.num_units > 0
-    assert not closed_by_scales(graph, model, MaskedNetwork(graph, model)).any()
-    with pytest.raises(ValueError, match="no prunable channel is closed by the scale"):
+    assert not find_closable_units(graph, model, MaskedNetwork(graph, model)).any()
+    with pytest.raises(ValueError, match="no scale of a batch norm closes a prunable channel"):
         GCP(configure(GCP, QUICK)).setup(make_task(model, graph))
 
 
@@ -322,22 +323,22 @@ def test_candidates_need_held_out_samples() -> None:
 
 
 def test_the_best_candidate_is_kept() -> None:
-    """Of a learning rate that destroys and one that does not, the latter's weights go on."""
-    method, task = prepared(rounds=1, learning_rates=(30.0, 0.01))
+    """With one learning rate that diverges and one that does not, the weights of the latter are kept."""
+    method, task = prepare(rounds=1, learning_rates=(30.0, 0.01))
     reported = run(method, task)
     losses = [metrics["held_out_loss"] for metrics in reported if "held_out_loss" in metrics]
     assert reported[-1]["best_lr"] == 0.01
-    assert not losses[0] < losses[1]  # it is no number any more
+    assert not losses[0] < losses[1]  # NaN
     task.model.eval()
     assert task.data is not None
     assert task.data.loss(task.model) == pytest.approx(float(losses[1]))
 
 
-def test_a_candidate_leaves_nothing_behind() -> None:
-    """Where the first of two wins, the network ends as if it had been alone."""
+def test_a_losing_candidate_leaves_no_trace() -> None:
+    """If the first of two candidates wins, the network is the same as without the second."""
     results = []
     for rates in ((0.01,), (0.01, 30.0)):
-        method, task = prepared(rounds=1, learning_rates=rates)
+        method, task = prepare(rounds=1, learning_rates=rates)
         run(method, task)
         method.plan(task)
         results.append(dict(task.model.state_dict()))
@@ -346,8 +347,8 @@ def test_a_candidate_leaves_nothing_behind() -> None:
             assert torch.equal(tensor, results[1][name]), name
 
 
-def test_a_candidate_whose_scales_are_no_numbers_loses() -> None:
-    method, task = prepared(learning_rates=(0.02, 0.01))
+def test_a_candidate_with_nan_scales_loses() -> None:
+    method, task = prepare(learning_rates=(0.02, 0.01))
     with torch.no_grad():
         method.scales.gamma.fill_(torch.nan)
     assert method.end_sparsify(task)["flops_ratio"] <= 0.75
@@ -356,7 +357,7 @@ def test_a_candidate_whose_scales_are_no_numbers_loses() -> None:
     assert bool(method.scales.gamma.isfinite().all())
 
 
-def test_frozen_batch_norms_are_left_alone() -> None:
+def test_frozen_batch_norms_do_not_change() -> None:
     model = network()
     for parameter in model.block[1].parameters():
         parameter.requires_grad_(False)
@@ -373,7 +374,7 @@ def test_frozen_batch_norms_are_left_alone() -> None:
 
 
 def test_a_round_that_diverges_with_every_candidate_is_an_error() -> None:
-    method, task = prepared(learning_rates=(30.0, 40.0))
+    method, task = prepare(learning_rates=(30.0, 40.0))
     with pytest.raises(ValueError, match="round 1 diverged with every candidate; give smaller learning_rates"):
         run(method, task)
 
@@ -385,12 +386,11 @@ def resnet50() -> tuple[nn.Module, ChannelGraph]:
 
 
 @pytest.mark.slow
-def test_the_objective_decides_which_stages_go(resnet50: tuple[nn.Module, ChannelGraph]) -> None:
-    """Figures 2 and 3: FLOPs empty the early stages, parameters the late ones.
+def test_the_resource_decides_which_stages_shrink(resnet50: tuple[nn.Module, ChannelGraph]) -> None:
+    """Figures 2 and 3: a budget of FLOPs prunes the early stages most, one of parameters the late ones.
 
-    Importance is spread alike in every layer, and shrinks under the penalty as it does where the loss is flat. The
-    released ResNet-50 with 48 % fewer parameters, pruned for throughput, keeps 12, 25, 31 and 94 % of its four residual
-    streams.
+    Importance is distributed alike in every layer and shrinks under the penalty as on a flat loss. The released
+    ResNet-50 with 48 % fewer parameters, pruned for throughput, keeps 12, 25, 31 and 94 % of its four residual streams.
     """
     model, graph = resnet50
     importance = torch.cat([(torch.arange(group.size) + 0.5) / group.size for group in graph.groups]).double()
@@ -402,8 +402,8 @@ def test_the_objective_decides_which_stages_go(resnet50: tuple[nn.Module, Channe
         for part in (0.72, 0.44, 0.3):
             left = (importance - 0.3 * costs(task, kept, everything)).clamp(min=0).masked_fill(~kept, -1)
             kept = fit(graph, Budget(task.budget.resource, part), left) & kept
-        of_group = {group.name: float(kept[group.units].float().mean()) for group in graph.groups}
-        rows = [[r for name, r in of_group.items() if name.startswith(f"layer{n}")] for n in (1, 2, 3, 4)]
+        ratios = {group.name: float(kept[group.units].float().mean()) for group in graph.groups}
+        rows = [[r for name, r in ratios.items() if name.startswith(f"layer{n}")] for n in (1, 2, 3, 4)]
         stages[resource] = [sum(row) / len(row) for row in rows]
     assert stages["flops"] == sorted(stages["flops"])
     assert stages["flops"][0] < 0.6 * stages["flops"][3]
@@ -411,8 +411,8 @@ def test_the_objective_decides_which_stages_go(resnet50: tuple[nn.Module, Channe
     assert stages["params"][3] < 0.6 * stages["params"][0]
 
 
-def test_batch_norms_whose_channels_go_in_part() -> None:
-    """In a ResNet with padded shortcuts some channels of a batch norm belong to no unit."""
+def test_batch_norms_with_channels_outside_all_units() -> None:
+    """A ResNet with padded shortcuts has batch norms with such channels."""
     torch.manual_seed(0)
     model, images = fp.models.create("resnet20"), torch.zeros(2, 3, 16, 16)
     assert any(bool((norm.units < 0).any()) for norm in unit_batch_norms(trace(model.eval(), images), model))

@@ -1,3 +1,5 @@
+"""Gates inside blocks: their places and the cost of the layers next to them."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,7 +13,7 @@ from fastprune.methods.gates.gated import prunable_cost
 from fastprune.planning.budget import Budget
 
 
-def chosen(graph: ChannelGraph) -> list[str]:
+def gated_groups(graph: ChannelGraph) -> list[str]:
     inside = interior_units(graph)
     for group in graph.groups:
         assert inside[group.units].all() or not inside[group.units].any()
@@ -41,7 +43,7 @@ def test_gates_of_the_papers(name):
         model = getattr(torchvision.models, name)(weights=None)
     model = model.to_empty(device="cpu").eval()
     graph = trace(model, torch.zeros(1, 3, 224, 224))
-    assert len(chosen(graph)) == gates
+    assert len(gated_groups(graph)) == gates
     assert prunable_cost(graph, Budget("flops", 0.5), interior_units(graph)) / 1e6 == pytest.approx(prunable, abs=0.005)
 
 
@@ -55,29 +57,29 @@ def test_gates_of_the_papers(name):
 )
 def test_gates_on_cifar_networks(name, gates, prunable):
     graph = trace(models.create(name), torch.zeros(1, 3, 32, 32))
-    assert len(chosen(graph)) == gates
+    assert len(gated_groups(graph)) == gates
     assert prunable_cost(graph, Budget("flops", 0.5), interior_units(graph)) / 1e6 == pytest.approx(prunable, abs=0.005)
 
 
-def test_bottleneck_has_two_gates_and_small_inputs_change_nothing():
+def test_a_bottleneck_has_two_gates_at_any_input_size():
     model = torchvision.models.resnet50(weights=None)
-    names = chosen(trace(model, torch.zeros(1, 3, 32, 32)))  # the last stage has one pixel, like a classifier
+    names = gated_groups(trace(model, torch.zeros(1, 3, 32, 32)))  # the last stage has one pixel, like a classifier
     blocks = [
         name for name, module in model.named_modules() if isinstance(module, torchvision.models.resnet.Bottleneck)
     ]
     assert names == [f"{block}.conv{i}" for block in blocks for i in (1, 2)]
 
 
-def test_one_gate_is_the_one_behind_the_second_convolution():
+def test_one_gate_follows_the_second_convolution():
     model = torchvision.models.resnet50(weights=None)
     graph = trace(model, torch.zeros(1, 3, 32, 32))
     both, one = interior_units(graph), gated_units(graph, "one_gate")
     names = [group.name for group in graph.groups if bool(one[group.start])]
-    assert names == [name for name in chosen(graph) if name.endswith("conv2")]
+    assert names == [name for name in gated_groups(graph) if name.endswith("conv2")]
     assert len(names) == 16
     assert all(one[group.units].all() or not one[group.units].any() for group in graph.groups)
     assert not (one & ~both).any()
-    # conv1 is next to no gate any more; conv2 and conv3 are.
+    # Without the first gate, conv1 is not next to a gate; conv2 and conv3 are.
     first = sum(layer.macs for layer in graph.table() if layer.layer.endswith(".conv1"))
     costs = [prunable_cost(graph, Budget("flops", 0.5), units) for units in (both, one)]
     assert costs[0] - costs[1] == first
@@ -91,20 +93,20 @@ def test_one_gate_is_the_one_behind_the_second_convolution():
         (torchvision.models.vgg11_bn(weights=None, num_classes=10), "no residual blocks"),
     ],
 )
-def test_one_gate_is_refused_where_it_means_nothing(model, words):
+def test_one_gate_is_refused_without_blocks_of_two_gates(model, words):
     graph = trace(model, torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match=words):
         last_gated_units(graph, interior_units(graph))
 
 
-def test_plain_network_keeps_the_ends_of_its_body():
+def test_a_plain_network_keeps_its_first_and_last_convolution():
     model = torchvision.models.vgg11_bn(weights=None, num_classes=10)
-    names = chosen(trace(model, torch.zeros(1, 3, 32, 32)))
+    names = gated_groups(trace(model, torch.zeros(1, 3, 32, 32)))
     convolutions = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
     assert names == convolutions[1:-1]
 
 
-def test_no_activation_no_gate():
+def test_channels_without_an_activation_have_no_gate():
     body = [
         torch.nn.Conv2d(3, 8, 3),
         torch.nn.ReLU(),
@@ -115,7 +117,7 @@ def test_no_activation_no_gate():
     model = torch.nn.Sequential(*body, torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten(), torch.nn.LazyLinear(4))
     x = torch.zeros(1, 3, 16, 16)
     model(x)
-    assert chosen(trace(model, x)) == ["3"]
+    assert gated_groups(trace(model, x)) == ["3"]
 
 
 def test_parameters_of_gated_layers():

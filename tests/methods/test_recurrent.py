@@ -1,4 +1,4 @@
-"""The GRU of generators on the CPU is torch's."""
+"""The GRU of generators on the CPU computes what torch's does."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import torch
 from torch import nn
 
 from fastprune.methods.gates.generators import GateProducts, ScoreGenerator
-from fastprune.methods.gates.recurrent import Recurrence, bidirectional
+from fastprune.methods.gates.recurrent import Recurrence, run_gru
 
 
 @pytest.mark.parametrize("steps", [1, 2, 27])
-def test_values_and_gradients_are_torchs(steps: int) -> None:
+def test_values_and_gradients_equal_torchs(steps: int) -> None:
     torch.manual_seed(steps)
     gru = nn.GRU(6, 5, bidirectional=True).double()
     x = torch.randn(steps, 1, 6, dtype=torch.float64, requires_grad=True)
-    wanted, found = gru(x)[0], bidirectional(gru, x)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
-    upstream = torch.randn_like(wanted)
-    of = [x, *gru.parameters()]
+    expected, found = gru(x)[0], run_gru(gru, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    upstream = torch.randn_like(expected)
+    inputs = [x, *gru.parameters()]
     for ours, theirs in zip(
-        torch.autograd.grad(found, of, upstream), torch.autograd.grad(wanted, of, upstream), strict=True
+        torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
 
 
-def test_gradients_against_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     torch.manual_seed(0)
     shapes = ((4, 2, 9), (2, 9, 3), (2, 9))
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -41,21 +41,21 @@ def test_products_of_each_gate_and_their_gradients() -> None:
     assert torch.autograd.gradcheck(lambda f, w: GateProducts.apply(f, w, (4, 7, 2)), (features, weight))
 
 
-def test_the_generator_runs_on_it() -> None:
+def test_the_generator_runs_on_this_gru() -> None:
     generator = ScoreGenerator([4, 7, 2], "gru", seed=1)
     assert isinstance(generator.between, nn.GRU)
     features = torch.relu(generator.norm(generator.between(generator.input)[0]))[:, 0]
     heads = generator.heads.split([4, 7, 2])
-    wanted = torch.cat([head @ row for head, row in zip(heads, features, strict=True)]) * generator.scale
+    expected = torch.cat([head @ row for head, row in zip(heads, features, strict=True)]) * generator.scale
     found = generator()
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    assert "Recurrence" in names_of(found.grad_fn)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert "Recurrence" in function_names(found.grad_fn)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(generator(), found)
 
 
-def names_of(node: object) -> str:
-    """All functions behind a tensor."""
+def function_names(node: object) -> str:
+    """List the names of all autograd functions of a tensor."""
     waiting, seen = [node], []
     while waiting:
         function = waiting.pop()

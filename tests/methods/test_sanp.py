@@ -1,4 +1,4 @@
-"""SANP: the lasso touches what goes and nothing else, layers are balanced, and the gap between full and cut closes."""
+"""SANP: the lasso changes pruned channels only, layers are balanced, and the alignment gap closes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ QUICK: dict[str, Any] = {"epochs": 4, "batch_size": 32, "lr": 0.05, "every": 2, 
 BALANCES = ("proportional", "inverse", "uniform")
 
 
-def prepared(budget: str = "flops=0.5", *, closed: float = 0.4, **options: Any) -> tuple[SANP, Task]:
-    """A method that is set up on the contract's test network, with a random part of its gates closed."""
+def prepare(budget: str = "flops=0.5", *, closed: float = 0.4, **options: Any) -> tuple[SANP, Task]:
+    """Set up a method on the contract's test network and close a random fraction of its gates."""
     placement, peers = Placement(), Distributed()
     task = Task(network(), traced(), Budget.parse(budget), data=HeldOut(sample_data(), placement, peers))
     method = SANP(configure(SANP, {**QUICK, "architecture": "channel", **options}))
@@ -32,7 +32,7 @@ def prepared(budget: str = "flops=0.5", *, closed: float = 0.4, **options: Any) 
     with torch.no_grad():
         drawn = torch.rand(len(scores), generator=torch.Generator().manual_seed(2))
         scores.copy_(torch.where(drawn < closed, -4.0, 0.0))
-    method.choose()
+    method.choose_channels()
     return method, task
 
 
@@ -40,8 +40,8 @@ def batch() -> tuple[Tensor, Tensor]:
     return next(iter(sample_data().batches("train", 32)))
 
 
-def after(method: SANP, task: Task, step: Any) -> dict[str, Tensor]:
-    """The parameters after one step on a batch."""
+def step_once(method: SANP, task: Task, step: Any) -> dict[str, Tensor]:
+    """Take one step on a batch; return the parameters."""
     task.model.train()
     step(*batch())
     return {name: parameter.detach().clone() for name, parameter in task.model.named_parameters()}
@@ -67,19 +67,19 @@ def test_contract_in_two_processes() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_lasso_shrinks_what_goes_and_leaves_the_rest_to_the_bit(optimizer: str) -> None:
-    """Norms fall by ηλα or to nothing, directions stay; every other parameter is that of plain training."""
-    method, task = prepared(penalty=40.0, optimizer=optimizer)
-    again, same_task = prepared(penalty=40.0, optimizer=optimizer)
-    plain = after(again, same_task, again.weight_step)
+def test_the_lasso_shrinks_pruned_channels_and_changes_no_bit_of_the_others(optimizer: str) -> None:
+    """Norms fall by ηλα, down to 0, and directions stay; all other parameters are those of plain training."""
+    method, task = prepare(penalty=40.0, optimizer=optimizer)
+    again, same_task = prepare(penalty=40.0, optimizer=optimizer)
+    plain = step_once(again, same_task, again.weight_step)
     norms = again.norms().double()
-    aligned = after(method, task, method.align_step)
-    goes = method.balance > 0
+    aligned = step_once(method, task, method.align_step)
+    pruned = method.balance > 0
     expected = (norms - 0.05 * 40.0 * method.balance.double()).clamp(min=0)
-    assert torch.allclose(method.norms().double()[goes], expected[goes], atol=1e-5)
-    assert torch.equal(method.norms()[~goes], again.norms()[~goes])
-    assert bool((method.norms()[goes] == 0).any())
-    assert bool((method.norms()[goes] > 0).any())
+    assert torch.allclose(method.norms().double()[pruned], expected[pruned], atol=1e-5)
+    assert torch.equal(method.norms()[~pruned], again.norms()[~pruned])
+    assert bool((method.norms()[pruned] == 0).any())
+    assert bool((method.norms()[pruned] > 0).any())
     gates = method.placement.spread(method.gates()).bool()
     touched = set()
     for piece in task.graph.slices:
@@ -93,24 +93,24 @@ def test_the_lasso_shrinks_what_goes_and_leaves_the_rest_to_the_bit(optimizer: s
     assert all(torch.equal(plain[name], aligned[name]) for name in plain.keys() - touched)
 
 
-def test_two_norms_take_in_the_readers() -> None:
-    """Where filters and readers are apart, the columns of a channel that goes shrink, and batch norm does not."""
-    method, task = prepared(penalty=4.0, lasso="apart")
-    again, same_task = prepared(penalty=4.0, lasso="apart")
-    plain, aligned = after(again, same_task, again.weight_step), after(method, task, method.align_step)
+def test_two_norms_include_the_readers() -> None:
+    """With lasso "apart" the readers' columns of a pruned channel shrink, and its batch norm does not."""
+    method, task = prepare(penalty=4.0, lasso="apart")
+    again, same_task = prepare(penalty=4.0, lasso="apart")
+    plain, aligned = step_once(again, same_task, again.weight_step), step_once(method, task, method.align_step)
     assert torch.equal(plain["block.1.weight"], aligned["block.1.weight"])
     unit = task.graph.groups[[g.producers[0] for g in task.graph.groups].index("block.0")].units
-    gone = method.balance[unit] > 0
-    fall = 0.05 * 4.0 * method.balance[unit][gone]
+    pruned = method.balance[unit] > 0
+    fall = 0.05 * 4.0 * method.balance[unit][pruned]
     for name, dim in (("block.0.weight", 0), ("block.3.weight", 1)):
-        before, now = (w[name].movedim(dim, 0).flatten(1).norm(dim=1)[gone] for w in (plain, aligned))
+        before, now = (w[name].movedim(dim, 0).flatten(1).norm(dim=1)[pruned] for w in (plain, aligned))
         assert torch.allclose(now, (before - fall).clamp(min=0), atol=1e-6)
 
 
 @pytest.mark.parametrize("balance", BALANCES)
-def test_layers_are_balanced(balance: str) -> None:
-    """α sums to 1 over layers; proportional to, or to the inverse of, how many channels of the layer go."""
-    method, task = prepared(balance=balance)
+def test_alpha_balances_the_layers(balance: str) -> None:
+    """α sums to 1 over layers and follows the number of pruned channels of the layer, or its inverse."""
+    method, task = prepare(balance=balance)
     alphas, counts = [], []
     for group in task.graph.groups:
         part = method.balance[group.units]
@@ -128,29 +128,29 @@ def test_layers_are_balanced(balance: str) -> None:
 def test_without_penalty_it_is_plain_training() -> None:
     results = []
     for step in ("weight_step", "align_step"):
-        method, task = prepared(penalty=0.0)
-        results.append(after(method, task, getattr(method, step)))
+        method, task = prepare(penalty=0.0)
+        results.append(step_once(method, task, getattr(method, step)))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_the_automatic_penalty_takes_twice_what_nine_in_ten_need() -> None:
-    method, task = prepared()
-    goes = method.balance > 0
-    assert len(method.balance[goes].unique()) > 1
+def test_the_automatic_penalty_is_twice_what_nine_in_ten_channels_need() -> None:
+    method, task = prepare()
+    pruned = method.balance > 0
+    assert len(method.balance[pruned].unique()) > 1
     rates = sum(method.training.learning_rate_of(step) for step in range(1, 16))
     task.model.train()
     method.training.steps = 1
-    penalty = method.automatic()
+    penalty = method.find_penalty()
     assert penalty is not None
-    carried = penalty / 2 * rates * method.balance[goes] >= method.norms()[goes]
-    assert abs(float(carried.float().mean()) - 0.9) <= 1 / int(goes.sum())
-    open_ones, _ = prepared(closed=0.0)
-    assert open_ones.automatic() is None
+    at_zero = penalty / 2 * rates * method.balance[pruned] >= method.norms()[pruned]
+    assert abs(float(at_zero.float().mean()) - 0.9) <= 1 / int(pruned.sum())
+    all_open, _ = prepare(closed=0.0)
+    assert all_open.find_penalty() is None
 
 
-def test_what_goes_does_not_depend_on_autocast() -> None:
-    """Scores are read in float32 wherever they are read, so that a resumed run under bfloat16 goes on alike."""
-    method, _ = prepared(architecture="gru", closed=0.0)
+def test_the_pruned_channels_do_not_depend_on_autocast() -> None:
+    """Scores are float32 everywhere, so that a resumed run under bfloat16 continues with the same bits."""
+    method, _ = prepare(architecture="gru", closed=0.0)
     with torch.no_grad():
         method.scores.heads.mul_(4.0)
     inside, outside = [], []
@@ -164,7 +164,7 @@ def test_what_goes_does_not_depend_on_autocast() -> None:
 
 
 def test_phases() -> None:
-    method, task = prepared(epochs=40, warm_up=0.1, alignment=0.5, freeze=0.05)
+    method, task = prepare(epochs=40, warm_up=0.1, alignment=0.5, freeze=0.05)
     phases = list(method.phases(task))
     assert [(p.name, p.epochs, p.beside is not None) for p in phases] == [
         ("warm_up", 4, False), ("generator", 16, True), ("alignment", 18, True), ("freeze", 2, False),
@@ -172,12 +172,12 @@ def test_phases() -> None:
     beside = phases[1].beside
     assert beside is not None
     assert (beside.every, beside.samples, beside.batch_size) == (2, 64, 32)
-    with pytest.raises(ValueError, match="the lasso before the end"):
+    with pytest.raises(ValueError, match="the lasso before the gates freeze"):
         SANPConfig(alignment=0.97)
 
 
 def test_no_gradient_near_the_target() -> None:
-    method, _ = prepared()
+    method, _ = prepare()
     target = method.placement.target
     for distance, moves in ((0.5, True), (2 * DEAD_ZONE, True), (0.5 * DEAD_ZONE, False), (-0.5 * DEAD_ZONE, False)):
         ratio = torch.tensor(target + distance, dtype=torch.float64, requires_grad=True)
@@ -186,9 +186,9 @@ def test_no_gradient_near_the_target() -> None:
         assert bool(ratio.grad != 0) == moves
 
 
-def test_a_generator_step_leaves_the_weights_and_follows_them() -> None:
-    """It runs on the weights of this moment, in eval mode, and moves neither them nor the statistics."""
-    method, task = prepared(closed=0.0)
+def test_a_generator_step_uses_the_current_weights_and_does_not_change_them() -> None:
+    """It runs in eval mode and changes neither weights nor statistics."""
+    method, task = prepare(closed=0.0)
     task.model.train()
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     first = method.generator_step(task, *batch())
@@ -196,7 +196,7 @@ def test_a_generator_step_leaves_the_weights_and_follows_them() -> None:
     assert all(
         parameter.requires_grad for name, parameter in task.model.named_parameters() if name != "classifier.bias"
     )
-    other, other_task = prepared(closed=0.0)
+    other, other_task = prepare(closed=0.0)
     other_task.model.train()
     for _ in range(3):
         other.weight_step(*batch())
@@ -204,9 +204,9 @@ def test_a_generator_step_leaves_the_weights_and_follows_them() -> None:
     assert float(first["generator_cross_entropy"]) != pytest.approx(float(moved["generator_cross_entropy"]), rel=1e-3)
 
 
-def test_the_gap_closes() -> None:
-    """Channels that go end at zero, so that the network with its gates closed does what the whole one does."""
-    method, task = prepared(penalty=500.0)
+def test_the_alignment_gap_closes() -> None:
+    """Pruned channels end at zero, so that the masked network computes what the full one does."""
+    method, task = prepare(penalty=500.0)
     images, _ = batch()
     gates = method.placement.spread(method.gates())
 
@@ -217,7 +217,7 @@ def test_the_gap_closes() -> None:
 
     begin = gap()
     for _ in range(8):
-        after(method, task, method.align_step)
-    goes = method.balance > 0
-    assert bool((method.norms()[goes] == 0).all())
+        step_once(method, task, method.align_step)
+    pruned = method.balance > 0
+    assert bool((method.norms()[pruned] == 0).all())
     assert gap() < 1e-5 < 0.01 < begin

@@ -1,4 +1,4 @@
-"""SP: one update from three passes, and a search that is the same wherever it is measured."""
+"""SP: one update from three passes, and a search with the same result wherever losses are measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from fastprune.host.distributed import Distributed
 from fastprune.methods import Task
 from fastprune.methods.registry import configure
 from fastprune.methods.sp.sp import SP
-from fastprune.methods.sp.stage_losses import Elsewhere, Here, Query, SavedStage, StageData
+from fastprune.methods.sp.stage_losses import LocalLosses, Query, StageData, make_stage_data
+from fastprune.methods.sp.stage_workers import ExecutorLosses, SavedStage
 from fastprune.methods.sp.supernet import SuperNet
 from fastprune.methods.sp.widths import random_widths
 from fastprune.planning.budget import Budget, BudgetError
@@ -36,7 +37,7 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def prepared(budget: str = "flops=0.5", limits: Limits | None = None, **options: Any) -> tuple[SP, Task]:
+def prepare(budget: str = "flops=0.5", limits: Limits | None = None, **options: Any) -> tuple[SP, Task]:
     task = Task(
         network(),
         traced(),
@@ -51,7 +52,7 @@ def prepared(budget: str = "flops=0.5", limits: Limits | None = None, **options:
     return method, task
 
 
-def searched(method: SP, task: Task) -> SP:
+def run_search(method: SP, task: Task) -> SP:
     for phase in method.phases(task):
         while isinstance(phase, Rounds) and len(set(phase.progress())) == 2:
             phase.round()
@@ -69,70 +70,70 @@ def test_contract_in_two_processes() -> None:
 
 
 def test_a_step_is_one_update_with_the_gradients_of_three_passes() -> None:
-    method, task = prepared(momentum=0.0, weight_decay=0.0, lr=0.1)
+    method, task = prepare(momentum=0.0, weight_decay=0.0, lr=0.1)
     task.model.train()
     images, labels = next(iter(sample_data().batches("train", 32)))
     state = task.rng.get_state()
     random = method.mask([random_widths(choices, task.rng) for choices in method.choices], task)
-    smallest = method.mask([tuple(c[0] for c in choices) for choices in method.choices], task)
+    smallest = method.mask(method.smallest, task)
     assert not torch.equal(random, smallest)
     net = SuperNet(task.graph, (model := network().train()), method.stages, task.seed)
-    features, outputs = net.full(images)
+    features, outputs = net.run_full(images)
     loss = nn.functional.cross_entropy(outputs, labels)
     for mask in (random, smallest):
         for number in range(len(method.stages)):
             loss = loss + net.distance(number, features[number], features[number + 1], mask)
     loss.backward()
-    wanted = {n: p.detach() - 0.1 * p.grad for n, p in model.named_parameters() if p.grad is not None}
-    fitted = [a.weight.detach() - 0.1 * a.weight.grad for a in net.adaptors]  # type: ignore[operator]
+    expected = {n: p.detach() - 0.1 * p.grad for n, p in model.named_parameters() if p.grad is not None}
+    adaptors = [a.weight.detach() - 0.1 * a.weight.grad for a in net.adaptors]  # type: ignore[operator]
     task.rng.set_state(state)
     metrics = method.step(task, images, labels)
     found = dict(task.model.named_parameters())
-    assert wanted.keys() == {name for name, parameter in found.items() if parameter.requires_grad}
-    for name, value in wanted.items():
+    assert expected.keys() == {name for name, parameter in found.items() if parameter.requires_grad}
+    for name, value in expected.items():
         assert torch.allclose(found[name], value, atol=1e-6), name
-    for own, value in zip(method.net.adaptors, fitted, strict=True):
+    for own, value in zip(method.net.adaptors, adaptors, strict=True):
         assert torch.allclose(own.weight, value, atol=1e-6)  # type: ignore[arg-type]
     assert float(metrics["smallest_loss"]) > 0
     buffers = dict(task.model.named_buffers())
     assert all(torch.allclose(buffers[name], buffer, atol=1e-6) for name, buffer in model.named_buffers())
 
 
-def test_widths_are_31_parts_and_keep_to_the_limits() -> None:
-    method, task = prepared()
+def test_widths_are_31_fractions_within_the_limits() -> None:
+    method, task = prepare()
     pairs = zip(sum(method.groups, ()), sum(method.choices, ()), strict=True)
     by_size = {task.graph.groups[g].size: widths for g, widths in pairs}
     assert len(by_size[128]) == 31
     assert by_size[128][:3] == (12, 16, 20)
     assert by_size[128][-1] == 128
-    method, task = prepared(limits=Limits(round_to=8, keep_ratios={"block.0": (0.25, 0.75)}))
+    method, task = prepare(limits=Limits(round_to=8, keep_ratios={"block.0": (0.25, 0.75)}))
     for groups, choices in zip(method.groups, method.choices, strict=True):
         for g, widths in zip(groups, choices, strict=True):
             allowed = task.limits.widths(task.graph)[g]
             assert all(width in allowed for width in widths)
-    smallest = method.mask([tuple(c[0] for c in choices) for choices in method.choices], task)
+    smallest = method.mask(method.smallest, task)
     block = next(group for group in task.graph.groups if "block.0" in group.producers)
     assert int(smallest[block.units].sum()) == 32
 
 
-def test_only_the_chosen_channels_go() -> None:
-    inside, task = prepared("flops=0.7", groups="interior")
+def test_options_restrict_the_prunable_channels() -> None:
+    inside, task = prepare("flops=0.7", groups="interior")
     streams = [group.units for group in task.graph.groups if group.kind == "stream"]
     assert streams
-    assert not any(bool(inside.may_go[units].any()) for units in streams)
-    kept, task = prepared(last_features=False)
+    assert not any(bool(inside.prunable_units[units].any()) for units in streams)
+    kept, task = prepare(last_features=False)
     last = next(group for group in task.graph.groups if "classifier" in group.consumers)
-    assert not bool(kept.may_go[last.units].any())
-    assert bool(prepared()[0].may_go[last.units].all())
+    assert not bool(kept.prunable_units[last.units].any())
+    assert bool(prepare()[0].prunable_units[last.units].all())
 
 
 def stage_data(*, channels_last: bool = False) -> tuple[list[StageData], list[Query]]:
-    method, task = prepared()
+    method, task = prepare()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     task.model.to(memory_format=layout)
     features = method.net.features(next(iter(sample_data().batches("train", 16)))[0].contiguous(memory_format=layout))
     assert not channels_last or not features[0].is_contiguous()
-    data = StageData.of([part.slices for part in method.net.parts], features)
+    data = make_stage_data([part.slices for part in method.net.parts], features)
     generator = torch.Generator().manual_seed(0)
     queries: list[Query] = []
     for number, part in enumerate(method.net.parts):
@@ -150,37 +151,35 @@ def pool(workers: int) -> Executor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "channels_last"), [("float32", False), ("bf16", True), ("bf16", False)])
-def test_processes_measure_the_same_and_those_that_die_lose_nothing(
-    tmp_path: Path, precision: str, channels_last: bool
-) -> None:
+def test_processes_measure_the_same_losses_and_may_die(tmp_path: Path, precision: str, channels_last: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        processes_measure_the_same(tmp_path, channels_last=channels_last)
+        check_processes(tmp_path, channels_last=channels_last)
 
 
-def processes_measure_the_same(tmp_path: Path, *, channels_last: bool) -> None:
+def check_processes(tmp_path: Path, *, channels_last: bool) -> None:
     data, queries = stage_data(channels_last=channels_last)
-    wanted = Here(data, Distributed())(queries)
-    assert len(set(wanted)) == len(wanted)
+    expected = LocalLosses(data, Distributed())(queries)
+    assert len(set(expected)) == len(expected)
     executors: list[Executor] = []
 
     def start() -> Executor:
         executors.append(pool(2))
         return executors[-1]
 
-    elsewhere = Elsewhere(data, tmp_path, start)
+    losses = ExecutorLosses(data, tmp_path, start)
     try:
-        assert elsewhere(queries) == wanted
+        assert losses(queries) == expected
         os.kill(next(iter(executors[0]._processes)), signal.SIGKILL)  # type: ignore[attr-defined]
-        assert elsewhere(queries) == wanted
+        assert losses(queries) == expected
         assert len(executors) == 2
     finally:
-        elsewhere.close()
+        losses.close()
 
 
-def test_features_are_held_once_and_layouts_saved(tmp_path: Path) -> None:
+def test_features_are_stored_once_and_layouts_are_saved(tmp_path: Path) -> None:
     data, _ = stage_data()
-    for one, after in pairwise(data):
-        assert one.target.data_ptr() == after.features.data_ptr()
+    for stage, following in pairwise(data):
+        assert stage.target.data_ptr() == following.features.data_ptr()
     saved = SavedStage.save(data[0], tmp_path / "stage.safetensors")
     assert {"features", "target"} <= set(saved.channels_last)
     loaded = saved.load()
@@ -191,7 +190,7 @@ def test_features_are_held_once_and_layouts_saved(tmp_path: Path) -> None:
 
 
 class Dying(ThreadPoolExecutor):
-    """Its first tasks end well, the others find their process dead."""
+    """An executor whose process dies after some tasks."""
 
     def __init__(self, tasks: int) -> None:
         super().__init__(1)
@@ -204,39 +203,39 @@ class Dying(ThreadPoolExecutor):
         return super().submit(fn, *args, **kwargs)
 
 
-def test_what_was_measured_before_a_process_died_is_not_measured_again(tmp_path: Path) -> None:
+def test_only_lost_tasks_are_repeated_after_a_process_dies(tmp_path: Path) -> None:
     data, queries = stage_data()
     lives = iter([2, 1, 100])
-    elsewhere = Elsewhere(data, tmp_path, lambda: Dying(next(lives)))
-    assert elsewhere(queries) == Here(data, Distributed())(queries)
-    hopeless = Elsewhere(data, tmp_path, lambda: Dying(0))
+    losses = ExecutorLosses(data, tmp_path, lambda: Dying(next(lives)))
+    assert losses(queries) == LocalLosses(data, Distributed())(queries)
+    hopeless = ExecutorLosses(data, tmp_path, lambda: Dying(0))
     with pytest.raises(BrokenExecutor, match="dead"):
         hopeless(queries)
 
 
 @pytest.mark.slow
-def test_a_budget_below_its_smallest_widths() -> None:
+def test_a_budget_below_the_smallest_widths() -> None:
     """One channel in each group costs less than a tenth of all its channels."""
-    method, task = prepared("flops=0.02")
-    smallest = method.mask([tuple(c[0] for c in choices) for choices in method.choices], task)
-    plan = searched(method, task).plan(task)
+    method, task = prepare("flops=0.02")
+    smallest = method.mask(method.smallest, task)
+    plan = run_search(method, task).plan(task)
     assert float(task.budget.cost(task.graph, smallest)) > task.budget.limit(task.graph)
     assert float(task.budget.cost(task.graph, plan.mask)) <= task.budget.limit(task.graph)
 
 
 @pytest.mark.slow
-def test_one_process_and_four_find_the_same_plan() -> None:
+def test_the_plan_does_not_depend_on_the_number_of_processes() -> None:
     masks = []
     for workers in (0, 1, 4):
-        method, task = prepared(workers=workers)
-        masks.append(searched(method, task).plan(task).mask)
+        method, task = prepare(workers=workers)
+        masks.append(run_search(method, task).plan(task).mask)
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
 
 
-def test_the_search_is_told_the_features_of_the_full_network() -> None:
-    method, task = prepared()
-    searched(method, task)
+def test_the_search_uses_the_features_of_the_full_network() -> None:
+    method, task = prepare()
+    run_search(method, task)
     assert method.search.finished
     best = method.search.best
     features = method.net.features(task.data.held_out_batch(16)[0])  # type: ignore[union-attr]
@@ -245,17 +244,16 @@ def test_the_search_is_told_the_features_of_the_full_network() -> None:
     with torch.no_grad():
         for number in range(len(method.stages)):
             total += float(method.net.distance(number, features[number], features[number + 1], mask))
-    assert total == pytest.approx(min(loss for loss, _, _ in method.search.results), rel=1e-5)
+    assert total == pytest.approx(min(result.loss for result in method.search.passes), rel=1e-5)
 
 
-def test_relative_losses_are_parts_of_the_variance() -> None:
+def test_relative_losses_are_divided_by_the_variance() -> None:
     losses = {}
     for relative in (False, True):
-        method, task = prepared(relative=relative)
+        method, task = prepare(relative=relative)
         with ExitStack() as stack:
             method.measure = method.make_measure(task, stack)
-            smallest = [tuple(c[0] for c in choices) for choices in method.choices]
-            losses[relative] = method.losses(task, list(enumerate(smallest)))
+            losses[relative] = method.losses(task, list(enumerate(method.smallest)))
     assert task.data is not None
     features = method.net.features(task.data.held_out_batch(method.config.images)[0])[1:]
     for raw, part, y in zip(losses[False], losses[True], features, strict=True):
@@ -268,18 +266,18 @@ def test_relative_losses_are_parts_of_the_variance() -> None:
         method.make_measure(task, stack)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_infeasible_tasks_are_refused() -> None:
     with pytest.raises(BudgetError, match="remains"):
-        prepared("params=0.002")
+        prepare("params=0.002")
     with pytest.raises(ValueError, match="stages 'nowhere': no point"):
-        prepared(stages=("nowhere",))
-    _, task = prepared()
+        prepare(stages=("nowhere",))
+    _, task = prepare()
     task.distributed = Distributed(0, 2)
     with pytest.raises(ValueError, match="give workers 0"):
         SP(configure(SP, {**QUICK, "workers": 2})).setup(task)
 
 
-def test_from_the_front_door() -> None:
+def test_prune_with_sp() -> None:
     example = torch.zeros(1, 3, 16, 16)
     result = fp.prune(network(), example, method="sp", budget="flops=0.6", data=sample_data(), **QUICK)
     search = result.metrics["search"]

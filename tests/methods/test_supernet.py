@@ -1,4 +1,4 @@
-"""The super-net: stages on slices of the weights, under the full network's features."""
+"""The super-net: stages on slices of the weights, with the full network's features."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import fastprune as fp
 from fastprune.graph import ChannelGraph, find_stages
-from fastprune.methods.sp.supernet import SuperNet, adaptor, cut_out
+from fastprune.methods.sp.stage_graphs import cut_out
+from fastprune.methods.sp.supernet import SuperNet, make_adaptor
 
 
-def prepared(name: str) -> tuple[nn.Module, ChannelGraph, SuperNet, Tensor]:
+def prepare(name: str) -> tuple[nn.Module, ChannelGraph, SuperNet, Tensor]:
     torch.manual_seed(0)
     model = fp.models.create(name).double()
     for module in model.modules():
@@ -25,12 +26,12 @@ def prepared(name: str) -> tuple[nn.Module, ChannelGraph, SuperNet, Tensor]:
     return model, graph, SuperNet(graph, model, find_stages(graph)), images
 
 
-def identity_(net: SuperNet) -> None:
-    for fitted in net.adaptors:
-        assert isinstance(fitted, nn.Conv2d)
+def make_identity_(net: SuperNet) -> None:
+    for adaptor in net.adaptors:
+        assert isinstance(adaptor, nn.Conv2d)
         with torch.no_grad():
-            fitted.weight.copy_(torch.eye(fitted.out_channels)[:, :, None, None])
-            fitted.bias.zero_()  # type: ignore[union-attr]
+            adaptor.weight.copy_(torch.eye(adaptor.out_channels)[:, :, None, None])
+            adaptor.bias.zero_()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -43,14 +44,14 @@ def identity_(net: SuperNet) -> None:
         ),
     ],
 )
-def test_the_full_stages_under_identity_adaptors_have_no_loss(name: str) -> None:
-    model, graph, net, images = prepared(name)
-    identity_(net)
+def test_full_stages_with_identity_adaptors_have_no_loss(name: str) -> None:
+    model, graph, net, images = prepare(name)
+    make_identity_(net)
     reference = copy.deepcopy(model).train()
-    features, outputs = net.full(images)
+    features, outputs = net.run_full(images)
     assert torch.allclose(outputs, reference(images), rtol=1e-10)
-    for buffer, wanted in zip(model.buffers(), reference.buffers(), strict=True):
-        assert torch.allclose(buffer, wanted, rtol=1e-10)
+    for buffer, expected in zip(model.buffers(), reference.buffers(), strict=True):
+        assert torch.allclose(buffer, expected, rtol=1e-10)
     everything = torch.ones(graph.num_units, dtype=torch.bool)
     for number in range(len(net.stages)):
         assert float(net.distance(number, features[number], features[number + 1], everything).detach()) < 1e-20
@@ -62,9 +63,9 @@ def test_the_full_stages_under_identity_adaptors_have_no_loss(name: str) -> None
             assert float(net.distance(number, features[number], features[number + 1], half).detach()) > 1e-6
 
 
-def test_distillation_trains_the_stage_alone_and_not_the_running_statistics() -> None:
-    model, graph, net, images = prepared("torchvision:resnet18")
-    features, _ = net.full(images)
+def test_distillation_trains_its_stage_only_and_no_running_statistics() -> None:
+    model, graph, net, images = prepare("torchvision:resnet18")
+    features, _ = net.run_full(images)
     assert not any(x.requires_grad for x in features)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     mask = torch.ones(graph.num_units, dtype=torch.bool)
@@ -74,24 +75,24 @@ def test_distillation_trains_the_stage_alone_and_not_the_running_statistics() ->
     net.distance(1, features[1], features[2], mask).backward()
     touched = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert touched == {name for name, _ in model.named_parameters() if name.startswith("layer2.")}
-    # The stage reads all 64 channels that the full network gives it, and makes 5.
+    # The stage reads all 64 channels of the full network and makes 5.
     gradient = model.get_parameter("layer2.0.conv1.weight").grad
     assert gradient is not None
     assert bool((gradient[:width] != 0).any(dim=(2, 3)).all())
     assert int(gradient[width:].count_nonzero()) == 0
-    fitted = net.adaptors[1].weight.grad  # its inputs are sliced, its outputs are not
-    assert fitted is not None
-    assert fitted.shape == (128, 128, 1, 1)
-    assert bool((fitted[:, :width] != 0).all())
-    assert int(fitted[:, width:].count_nonzero()) == 0
+    gradient = net.adaptors[1].weight.grad  # inputs are sliced, outputs are not
+    assert isinstance(gradient, Tensor)
+    assert gradient.shape == (128, 128, 1, 1)
+    assert bool((gradient[:, :width] != 0).all())
+    assert int(gradient[:, width:].count_nonzero()) == 0
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
-def test_features_of_a_search_leave_everything_alone() -> None:
-    model, _, net, images = prepared("resnet20")
+def test_features_of_a_search_change_nothing() -> None:
+    model, _, net, images = prepare("resnet20")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     features = net.features(images)
-    assert all(torch.equal(a, b) for a, b in zip(features, net.full(images)[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(features, net.run_full(images)[0], strict=True))
     model.load_state_dict(before)
     net.features(images)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -103,13 +104,13 @@ def test_a_stage_that_reads_more_than_its_features_is_refused() -> None:
     inside = next(n for n in graph.traced.evaluation.graph.nodes if n.name == "batch_norm_6")  # one of two branches
     wrong = dataclasses.replace(second, start=inside.name)
     with pytest.raises(ValueError, match="reads more of the network than its features"):
-        cut_out(graph, model, wrong, adaptor(wrong, model))
-    assert cut_out(graph, model, first, adaptor(first, model))[1] == (2, 3, 48, 48)
+        cut_out(graph, model, wrong, make_adaptor(wrong, model))
+    assert cut_out(graph, model, first, make_adaptor(first, model))[1] == (2, 3, 48, 48)
 
 
 def test_cumulative_statistics_are_refused() -> None:
     model = fp.models.create("resnet20")
     model.bn1.momentum = None
     graph = fp.trace(model, torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="bn1: a batch norm of cumulative statistics"):
+    with pytest.raises(ValueError, match="bn1: batch norms with cumulative statistics"):
         SuperNet(graph, model, find_stages(graph))

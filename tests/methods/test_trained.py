@@ -1,8 +1,7 @@
-"""Slimming, group lasso and soft filter pruning: what they do to gradients and weights, and what they choose."""
+"""Slimming, group lasso and soft filter pruning: their changes to gradients and weights, and their choices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import fastprune as fp
 from fastprune.engine import HeldOut, Placement
+from fastprune.host.distributed import Distributed
 from fastprune.methods import Task, unit_norms
 from fastprune.methods.registry import configure
 from fastprune.methods.scores.group_lasso import GroupLasso
@@ -24,17 +24,17 @@ QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.05}
 METHODS = [Slimming, GroupLasso, Soft]
 
 
-def prepared(kind: type[TrainedMethod], budget: str = "flops=0.5", **options: Any) -> tuple[Any, Task]:
-    """A method that is set up on the contract's test network."""
+def prepare(kind: type[TrainedMethod], budget: str = "flops=0.5", **options: Any) -> tuple[Any, Task]:
+    """Set up a method on the contract's test network."""
     model, data = network(), sample_data()
-    task = Task(model, traced(), Budget.parse(budget), data=HeldOut(data, Placement(), fp.distributed.Distributed()))
+    task = Task(model, traced(), Budget.parse(budget), data=HeldOut(data, Placement(), Distributed()))
     method = kind(configure(kind, {**QUICK, **options}))
     method.setup(task)
     return method, task
 
 
 def one_step(method: TrainedMethod, task: Task) -> dict[str, Tensor]:
-    """The weights after one step on a batch."""
+    """Take one step on a batch; return the weights."""
     (phase,) = method.phases(task)
     task.model.train()
     phase.step(*next(iter(sample_data().batches("train", 32))))
@@ -58,16 +58,16 @@ def test_contract_in_two_processes(kind: type[TrainedMethod]) -> None:
 def test_without_penalty_it_is_plain_training(kind: type[TrainedMethod], optimizer: str) -> None:
     options: dict[str, Any] = {"optimizer": optimizer, "weight_decay": 1e-4}
     options |= {} if kind is GroupLasso else {"nesterov": False}
-    plain = one_step(*prepared(Soft, **{**options, "nesterov": False}))
-    without, penalised = (one_step(*prepared(kind, penalty=penalty, **options)) for penalty in (0.0, 0.5))
+    plain = one_step(*prepare(Soft, **{**options, "nesterov": False}))
+    without, penalised = (one_step(*prepare(kind, penalty=penalty, **options)) for penalty in (0.0, 0.5))
     assert all(torch.equal(without[name], plain[name]) for name in plain)
     assert any(not torch.equal(penalised[name], plain[name]) for name in plain)
 
 
 def test_slimming_adds_the_subgradient_of_the_scales() -> None:
-    """One step of plain SGD: with the penalty each scale of a prunable channel ends ηλ sign(γ) lower."""
+    """In one step of plain SGD the penalty lowers the scales of prunable channels by ηλ sign(γ)."""
     options = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
-    plain, penalised = (one_step(*prepared(Slimming, penalty=p, **options)) for p in (0.0, 0.3))
+    plain, penalised = (one_step(*prepare(Slimming, penalty=p, **options)) for p in (0.0, 0.3))
     model = network()
     scales = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     before = dict(model.named_parameters())
@@ -77,7 +77,7 @@ def test_slimming_adds_the_subgradient_of_the_scales() -> None:
 
 
 def test_slimming_ranks_by_the_mean_scale() -> None:
-    method, task = prepared(Slimming)
+    method, task = prepare(Slimming)
     scores, graph = method.scores(task), task.graph
     model = task.model
     stream = next(group for group in graph.groups if group.kind == "stream")
@@ -88,23 +88,19 @@ def test_slimming_ranks_by_the_mean_scale() -> None:
     assert bool(method.plan(task).mask[squeezed.units].bool().all())
 
 
-def test_slimming_needs_batch_norm() -> None:
+def test_slimming_refuses_networks_without_batch_norm() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     graph = fp.trace(model, torch.zeros(1, 3, 8, 8))
-    task = Task(model, graph, Budget.parse("flops=0.5"), data=HeldOut(sample_data(), Placement(), task_peers()))
+    task = Task(model, graph, Budget.parse("flops=0.5"), data=HeldOut(sample_data(), Placement(), Distributed()))
     with pytest.raises(ValueError, match="no prunable channel passes a batch norm"):
         Slimming().setup(task)
 
 
-def task_peers() -> Any:
-    return fp.distributed.Distributed()
-
-
 def test_group_lasso_shrinks_every_channel_by_its_threshold() -> None:
-    """Norms fall by ηλ√n where they were larger, and directions stay: the proximal operator after the optimiser."""
+    """The proximal step after the optimiser lowers norms by ηλ√n, down to 0, and keeps directions."""
     options = {"momentum": 0.0, "weight_decay": 0.0}
-    method, task = prepared(GroupLasso, penalty=0.5, **options)
-    plain, penalised = one_step(*prepared(GroupLasso, penalty=0.0, **options)), one_step(method, task)
+    method, task = prepare(GroupLasso, penalty=0.5, **options)
+    plain, penalised = one_step(*prepare(GroupLasso, penalty=0.0, **options)), one_step(method, task)
     table = method.table
     first = plain["stem.0.weight"], plain["block.3.weight"]
     assert not torch.equal(first[0], penalised["stem.0.weight"])
@@ -118,8 +114,8 @@ def test_group_lasso_shrinks_every_channel_by_its_threshold() -> None:
 
 
 @pytest.mark.parametrize("kind", [GroupLasso, Soft])
-def test_frozen_filters_are_left_alone(kind: type[TrainedMethod]) -> None:
-    method, task = prepared(kind)
+def test_frozen_filters_do_not_change(kind: type[TrainedMethod]) -> None:
+    method, task = prepare(kind)
     method.setup(task)
     for parameter in (*task.model.block[0].parameters(), *task.model.block[1].parameters()):
         parameter.requires_grad_(False)
@@ -132,17 +128,17 @@ def test_frozen_filters_are_left_alone(kind: type[TrainedMethod]) -> None:
     assert bool(method.prunable(task)[frozen.units].any()) == (kind is Soft)
 
 
-def test_group_lasso_finds_its_penalty() -> None:
-    """λ Σ η is twice the largest root mean square among the channels that would go."""
-    method, task = prepared(GroupLasso)
+def test_the_automatic_penalty_of_group_lasso() -> None:
+    """λ Σ η is twice the largest root mean square among the channels that would be pruned."""
+    method, task = prepare(GroupLasso)
     rms = method.scores(task)
-    gone = ~method.plan(task).mask.bool()
+    pruned = ~method.plan(task).mask.bool()
     rates = sum(method.training.learning_rate_of(step) for step in range(2 * 4))
-    assert method.penalty * rates == pytest.approx(2 * float(rms[gone].max()))
+    assert method.penalty * rates == pytest.approx(2 * float(rms[pruned].max()))
 
 
-def test_soft_closes_what_the_plan_takes_and_lets_it_grow() -> None:
-    method, task = prepared(Soft)
+def test_soft_closes_the_pruned_channels_and_lets_them_grow() -> None:
+    method, task = prepare(Soft)
     mask = method.plan(task).mask.bool()
     method.after_epoch(task)
     norms = unit_norms(task.graph, task.model, roles=("out", "depthwise"))
@@ -150,21 +146,13 @@ def test_soft_closes_what_the_plan_takes_and_lets_it_grow() -> None:
     assert bool((norms[mask] > 0).all())
     one_step(method, task)
     again = unit_norms(task.graph, task.model, roles=("out", "depthwise"))
-    # Those whose batch norm shifts below zero are dead behind the relu, and do not.
+    # Channels that batch norm shifts below zero are dead behind the relu and do not grow.
     assert float((again[~mask] > 0).float().mean()) > 0.5
 
 
-def test_a_training_prunes_what_the_penalty_made_small(tiny_trained: Callable[[str], fp.pruning.PruningResult]) -> None:
-    result = tiny_trained("group_lasso")
+def test_a_training_under_the_lasso_gives_an_exact_plan() -> None:
+    result = fp.prune(
+        network(), torch.zeros(2, 3, 16, 16), method="group_lasso", budget="flops=0.5", data=sample_data(), **QUICK
+    )
     assert result.metrics["search"]["penalty"] > 0
     assert result.metrics["difference"] < 1e-5
-
-
-@pytest.fixture
-def tiny_trained() -> Callable[[str], fp.pruning.PruningResult]:
-    def run(method: str) -> fp.pruning.PruningResult:
-        return fp.prune(
-            network(), torch.zeros(2, 3, 16, 16), method=method, budget="flops=0.5", data=sample_data(), **QUICK
-        )
-
-    return run

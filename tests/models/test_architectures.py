@@ -1,4 +1,4 @@
-"""The papers' CIFAR networks: costs to the digit, shapes, and a gradient through the type-A shortcut."""
+"""The papers' CIFAR networks: exact costs, shapes, and the gradient through the type-A shortcut."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fastprune import models
 from fastprune.models.resnet import BasicBlock, PadShortcut
 
 
-def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of convolutions and linear layers on one image, counted from the outputs themselves."""
+def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Count the multiply-accumulates of convolutions and linear layers on one image, from their outputs."""
     total = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -40,7 +40,7 @@ def macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     ],
 )
 def test_macs_are_the_papers(name: str, millions: float) -> None:
-    assert round(macs(models.create(name), (3, 32, 32)) / 1e6, 2) == millions
+    assert round(count_macs(models.create(name), (3, 32, 32)) / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_pad_shortcut_values() -> None:
 
 def test_gradient_flows_through_the_type_a_shortcut() -> None:
     block = BasicBlock(4, 8, stride=2, projection=False)
-    nn.init.zeros_(block.bn2.weight)  # the residual branch is silent: all gradient comes by the shortcut
+    nn.init.zeros_(block.bn2.weight)  # the residual branch gives 0: all of the gradient comes through the shortcut
     x = torch.rand(2, 4, 6, 6, requires_grad=True)
     block(x).sum().backward()
     expected = torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""A network with real ImageNet weights, on photographs: what it sees survives the channels that matter least."""
+"""A network with real ImageNet weights, on photographs: predictions survive the loss of the least channels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def photographs() -> Tensor:
-    """[15, 3, 224, 224], as the network was trained: the middle of the image, (pixel - 127) / 128."""
+    """Photographs [15, 3, 224, 224], prepared as in training: the middle of the image, (pixel - 127) / 128."""
     folders = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
     files = [*(folders[0] / name for name in PHOTOGRAPHS), folders[1] / "china.jpg", folders[1] / "flower.jpg"]
     images = []
@@ -47,7 +47,7 @@ def photographs() -> Tensor:
 
 
 def reach(graph: fp.ChannelGraph, model: nn.Module) -> Tensor:
-    """How large a unit's activation gets: beta + 3 |gamma| of the last batch norm on its way, at least 0."""
+    """Return how large each unit's activation gets: max(0, beta + 3 |gamma|) of the last batch norm on its way."""
     layers, score = dict(model.named_modules()), torch.zeros(graph.num_units)
     for piece in graph.slices:
         owner, _, attribute = piece.tensor.rpartition(".")
@@ -58,13 +58,13 @@ def reach(graph: fp.ChannelGraph, model: nn.Module) -> Tensor:
     return score
 
 
-def test_it_sees_what_is_there(model: nn.Module, photographs: Tensor) -> None:
+def test_it_recognises_photographs(model: nn.Module, photographs: Tensor) -> None:
     with torch.no_grad():
         seen = model(photographs).argmax(1).tolist()
     assert [seen[3], seen[5], seen[12], seen[14]] == [TIGER_CAT, ESPRESSO, MISSILE, DAISY]
 
 
-def test_most_predictions_survive_the_least_of_the_units(model: nn.Module, photographs: Tensor) -> None:
+def test_most_predictions_survive_without_the_least_units(model: nn.Module, photographs: Tensor) -> None:
     graph = fp.trace(model, torch.zeros(1, 3, 224, 224))
     assert (len(graph.groups), graph.num_units) == (24, 11_024)
     mask = torch.ones(graph.num_units)
@@ -72,4 +72,4 @@ def test_most_predictions_survive_the_least_of_the_units(model: nn.Module, photo
     compact = fp.apply(graph.plan(mask), model)
     with torch.no_grad():
         kept = model(photographs).argmax(1) == compact(photographs).argmax(1)
-    assert int(kept.sum()) >= 12  # 13 of 15 measured; by |gamma| alone it is 2, as a small channel is still a constant
+    assert int(kept.sum()) >= 12  # measured: 13 of 15; by |gamma| alone 2, as small channels are still constants

@@ -1,4 +1,4 @@
-"""Resolving names to networks, and weights on disk."""
+"""Networks by name, and weights on disk."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def not_a_model() -> int:
     return 1
 
 
-def test_factory_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "someones_package", sys.modules[__name__])
-    assert models.create("someones_package:tiny", num_classes=5)[1].out_features == 5
+def test_own_factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "own_package", sys.modules[__name__])
+    assert models.create("own_package:tiny", num_classes=5)[1].out_features == 5
     with pytest.raises(ValueError, match="in_channels"):
-        models.create("someones_package:tiny", in_channels=1)
+        models.create("own_package:tiny", in_channels=1)
     with pytest.raises(ValueError, match=r"must return a torch\.nn\.Module"):
-        models.create("someones_package:not_a_model")
+        models.create("own_package:not_a_model")
     with pytest.raises(ValueError, match="did you mean tiny"):
-        models.create("someones_package:tinny")
+        models.create("own_package:tinny")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_mismatched_weights_name_file_and_keys(tmp_path: Path) -> None:
         models.create("resnet32", weights=path)
 
 
-def test_weights_from_before_batch_norms_counted(tmp_path: Path) -> None:
+def test_weights_from_before_batch_norms_counted_batches(tmp_path: Path) -> None:
     path, model, other = tmp_path / "old.safetensors", models.create("resnet20"), models.create("resnet20")
     old = {name: tensor for name, tensor in other.state_dict().items() if "num_batches_tracked" not in name}
     assert len(old) < len(other.state_dict())

@@ -1,4 +1,4 @@
-"""The fused masked network computes what the plain one does, forward and backward, and is made of what it should be."""
+"""The fused masked network computes what the plain one computes, forward and backward, in as few calls as expected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NETWORKS = ["resnet18", "mobilenet_v3_small", *LARGE]
 
 
 def random_gates(num_units: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Some closed, some open, some between."""
+    """Draw gates: some closed, some open, some between."""
     gates = torch.rand(num_units, dtype=dtype, generator=torch.Generator().manual_seed(1)) * 1.5 - 0.25
     return gates.clamp(0, 1)
 
@@ -44,7 +44,7 @@ def fused_convs(network: MaskedNetwork) -> list[FusedConv]:
 
 
 def gradient(network: Callable[..., Tensor], images: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    """The outputs, and the gates' gradient of a random linear function of them."""
+    """Return the outputs, and the gates' gradient of a random linear function of them."""
     gates = gates.clone().requires_grad_()
     outputs = network(images, gates)
     outputs = outputs[0] if isinstance(outputs, tuple) else outputs
@@ -54,7 +54,7 @@ def gradient(network: Callable[..., Tensor], images: Tensor, gates: Tensor) -> t
     return outputs.detach(), gates.grad
 
 
-def relative(a: Tensor, b: Tensor) -> float:
+def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
@@ -73,8 +73,8 @@ def test_equals_the_plain_graph(name: str, interior: bool, randomised: Callable[
     gates = torch.where(units, random_gates(graph.num_units, torch.float64), 1.0)
     outputs, slopes = gradient(network, images, gates)
     expected, expected_slopes = gradient(network.network, images, gates)
-    assert relative(outputs, expected) < 1e-12
-    assert relative(slopes, expected_slopes) < 1e-11
+    assert relative_error(outputs, expected) < 1e-12
+    assert relative_error(slopes, expected_slopes) < 1e-11
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -87,12 +87,12 @@ def test_float32_in_any_layout(layout: torch.memory_format, randomised: Callable
     (outputs, slopes), (expected, expected_slopes) = (
         gradient(n, images, gates) for n in (network.fused, network.network)
     )
-    assert relative(outputs, expected) < 1e-5
-    assert relative(slopes, expected_slopes) < 1e-4
+    assert relative_error(outputs, expected) < 1e-5
+    assert relative_error(slopes, expected_slopes) < 1e-4
 
 
 def test_every_convolution_of_a_resnet_is_fused_and_defers(randomised: Callable[[nn.Module], nn.Module]) -> None:
-    """Per bottleneck: two relus are left to the reader, and the block's first convolution adds the shortcut's."""
+    """Per bottleneck, readers compute two relus' gradients; the first convolution adds the shortcut's gradient."""
     model = randomised(torchvision.models.resnet50()).eval().requires_grad_(False)
     graph = fp.trace(model, torch.zeros(1, 3, 32, 32))
     network = MaskedNetwork(graph, model, interior_units(graph))
@@ -101,7 +101,7 @@ def test_every_convolution_of_a_resnet_is_fused_and_defers(randomised: Callable[
     convs = fused_convs(network)
     assert len(convs) == 53
     assert sum(conv.branches for conv in convs) == 16
-    assert sum(conv.defers for conv in convs) == 2 * 16 + 15  # and 15 of the 16 sums: the last is averaged
+    assert sum(conv.defers for conv in convs) == 2 * 16 + 15  # and 15 of the 16 sums: the last one is averaged
 
 
 def test_changed_weights_are_noticed(tiny: nn.Module) -> None:
@@ -127,7 +127,7 @@ def test_changed_weights_are_noticed(tiny: nn.Module) -> None:
 
 
 def test_batches_that_batch_norm_has_seen_are_noticed(tiny: nn.Module) -> None:
-    """Torch writes the new statistics without counting a version."""
+    """Torch writes the new statistics without a new version."""
     tiny.requires_grad_(False)
     network = MaskedNetwork(fp.trace(tiny, torch.zeros(1, 3, 16, 16)), tiny)
     images, gates = torch.randn(2, 3, 16, 16), torch.ones(network.num_units)
@@ -159,8 +159,8 @@ def test_bfloat16_autocast(randomised: Callable[[nn.Module], nn.Module]) -> None
         usual, usual_slopes = gradient(network.network, images, gates)
     assert outputs.dtype == usual.dtype == torch.bfloat16
     assert slopes.dtype == torch.float32
-    assert relative(outputs.float(), exact) < max(1.2 * relative(usual.float(), exact), 1e-3)
-    assert relative(slopes, exact_slopes) < max(1.2 * relative(usual_slopes, exact_slopes), 1e-3)
+    assert relative_error(outputs.float(), exact) < max(1.2 * relative_error(usual.float(), exact), 1e-3)
+    assert relative_error(slopes, exact_slopes) < max(1.2 * relative_error(usual_slopes, exact_slopes), 1e-3)
 
 
 def test_compiled(tiny: nn.Module) -> None:
@@ -170,12 +170,12 @@ def test_compiled(tiny: nn.Module) -> None:
     expected, expected_slopes = gradient(network, images, gates)
     compiled: Any = torch.compile(network, backend="aot_eager", fullgraph=True)
     outputs, slopes = gradient(compiled, images, gates)
-    assert relative(outputs, expected) < 1e-5
-    assert relative(slopes, expected_slopes) < 1e-4
+    assert relative_error(outputs, expected) < 1e-5
+    assert relative_error(slopes, expected_slopes) < 1e-4
 
 
 class Gated(nn.Module):
-    """A network and what is trained, as one distributes them."""
+    """A network and its gates, which are trained under data parallelism."""
 
     def __init__(self, network: MaskedNetwork) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ def test_under_distributed_data_parallel(tiny: nn.Module, tmp_path: Any) -> None
         outputs = module(images)
         weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2))
         (outputs * weights).sum().backward()
-        assert relative(module.module.theta.grad, expected) < 1e-6
+        assert relative_error(module.module.theta.grad, expected) < 1e-6
     finally:
         dist.destroy_process_group()
 
@@ -215,7 +215,7 @@ def test_only_the_chosen_units_have_gates(tiny: nn.Module) -> None:
 
 
 class Odd(nn.Module):
-    """What looks like a chain and is none."""
+    """Operators that look like chains and are none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,14 +229,26 @@ class Odd(nn.Module):
         x = self.a(x)
         y = torch.relu(x) + x.mean((2, 3), keepdim=True)  # two readers, and a sum that broadcasts
         z = torch.clamp(self.bn(self.b(y)), -1, 6)  # bounds that are not relu6's
-        z = self.c(z) + self.c(z)  # one weight twice, and a sum of a value with itself's equal
+        z = self.c(z) + self.c(z)  # one weight twice, and a sum of two equal values
         w = torch.add(self.b(z), y, alpha=2)  # not a plain sum
         return self.d(torch.nn.functional.hardtanh(w, 0, 6))
 
 
-def test_near_chains_are_computed_rightly() -> None:
+class AddsASize(nn.Module):
+    """A sum with a number that depends on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.bn(self.a(x)) + x.shape[0]))
+
+
+@pytest.mark.parametrize("kind", [Odd, AddsASize])
+def test_near_chains_are_computed_correctly(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    model = Odd().double().eval().requires_grad_(False)
+    model = kind().double().eval().requires_grad_(False)
     graph = fp.trace(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
     network = MaskedNetwork(graph, model)
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -244,5 +256,5 @@ def test_near_chains_are_computed_rightly() -> None:
     gates = random_gates(graph.num_units, torch.float64)
     outputs, slopes = gradient(network, images, gates)
     expected, expected_slopes = gradient(network.network, images, gates)
-    assert relative(outputs, expected) < 1e-12
-    assert relative(slopes, expected_slopes) < 1e-11
+    assert relative_error(outputs, expected) < 1e-12
+    assert relative_error(slopes, expected_slopes) < 1e-11

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastprune as fp
 from fastprune.graph.export.regions import autocast_depth
 from fastprune.networks.masked import MaskedNetwork
-from fastprune.surgery.rewritten import rewritten as as_graph
+from fastprune.surgery.rewritten import rewrite_network
 
 LARGE = [
     pytest.param(name, marks=pytest.mark.slow)
@@ -122,7 +122,7 @@ def test_autocast_keeps_the_networks_precision(tiny: nn.Module) -> None:
 
 
 class InFloat32(nn.Module):
-    """Its code says that its head reads float32."""
+    """The code asks for float32 in front of the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,8 +146,8 @@ def test_autocast_runs_networks_that_convert_types() -> None:
     assert bool((gates.grad != 0).any())
 
 
-class OfTwo(nn.Module):
-    """Works for two samples only."""
+class BatchOfTwo(nn.Module):
+    """Takes two samples only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,22 +158,22 @@ class OfTwo(nn.Module):
 
 
 def test_a_batch_that_the_code_does_not_allow_is_refused() -> None:
-    model = OfTwo().eval()
+    model = BatchOfTwo().eval()
     network = MaskedNetwork(fp.trace(model, torch.zeros(2, 3, 4, 4)), model)
     images = torch.randn(2, 3, 4, 4)
     assert torch.allclose(network(images, torch.ones(8)), model(images))
-    with pytest.raises(ValueError, match="this model could only be traced for batches of 2, got 3"):
+    with pytest.raises(ValueError, match="got a batch of 3; this model could only be traced for batches of 2"):
         network(torch.randn(3, 3, 4, 4), torch.ones(8))
 
 
 def test_gates_of_another_length_are_refused(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
-    with pytest.raises(ValueError, match="a vector of 50 units is needed"):
+    with pytest.raises(ValueError, match=r"got shape \(49,\); a vector of 50 units is needed"):
         MaskedNetwork(graph, tiny)(torch.randn(2, 3, 16, 16), torch.ones(49))
 
 
 class Regions(nn.Module):
-    """A layer without gradients and one in lower precision, which takes images of one size."""
+    """Layers without gradients and in lower precision, for images of one size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def test_a_failure_within_a_region_leaves_the_modes_as_they_were(rewritten: bool
     model, example = Regions().eval(), torch.zeros(2, 3, 4, 4)
     graph = fp.trace(model, example)
     plan = graph.plan(torch.ones(graph.num_units))
-    network = as_graph(plan, model, copy.deepcopy(model)) if rewritten else MaskedNetwork(graph, model)
+    network = rewrite_network(plan, model, copy.deepcopy(model)) if rewritten else MaskedNetwork(graph, model)
     gates = () if rewritten else (torch.ones(graph.num_units),)
     assert torch.isfinite(network(example, *gates)).all()
     (network.head if rewritten else network.network.head)._parameters["weight"] = torch.zeros(3, 5)

@@ -1,4 +1,4 @@
-"""Sub-networks of frozen weights on our own kernels: the same features, on weights that are packed once."""
+"""Sub-networks of frozen weights on our own kernels: the same features, from weights that are packed once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastprune.ops.conv.packed import best_instructions, convolve_prefix, pack
 needs_kernels = pytest.mark.skipif(best_instructions() is None, reason="the kernels are written for AVX2 and AVX-512")
 
 
-def prepared(name: str) -> tuple[nn.Module, ChannelGraph, SubNetworks, Tensor]:
+def prepare(name: str) -> tuple[nn.Module, ChannelGraph, SubNetworks, Tensor]:
     torch.manual_seed(0)
     model = fp.models.create(name)
     images = torch.randn(4, 3, 48, 48)
@@ -37,8 +37,8 @@ def first_units(graph: ChannelGraph, ratio: float) -> Tensor:
     return mask
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
-    """The calls of a function that the module imports."""
+def record_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """Return a list that grows with each call of a function that the module imports."""
     function, calls = getattr(prefixes, name), []
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -66,16 +66,16 @@ def near(found: Tensor, wanted: Tensor) -> bool:
     ],
 )
 @torch.no_grad()
-def test_outputs_are_as_near_as_the_librarys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, graph, networks, images = prepared(name)
+def test_outputs_are_as_exact_as_the_librarys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph, networks, images = prepare(name)
     exact = SubNetworks(graph, copy.deepcopy(model).double())
-    frozen, calls = networks.frozen(), counted(monkeypatch, "convolve_prefix")
+    frozen, calls = networks.freeze(), record_calls(monkeypatch, "convolve_prefix")
     convolutions = [module for module in networks.model.modules() if isinstance(module, nn.Conv2d)]
     ours = sum(conv.groups in (1, conv.in_channels) for conv in convolutions)
     for ratio in (0.0, 0.3, 0.55, 1.0):
         mask = first_units(graph, ratio)
         wanted = exact(images.double(), mask=mask)
-        # Statistics of few numbers make much of every rounding.
+        # Statistics of few numbers amplify rounding.
         errors = [float((each(images, mask=mask) - wanted).norm() / wanted.norm()) for each in (frozen, networks)]
         assert errors[0] <= 3 * errors[1] + 1e-7
     assert len(calls) == 4 * ours
@@ -84,21 +84,21 @@ def test_outputs_are_as_near_as_the_librarys(name: str, monkeypatch: pytest.Monk
 @needs_kernels
 @torch.no_grad()
 def test_each_weight_is_packed_once_for_all_widths_of_an_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, graph, networks, images = prepared("resnet20")
-    frozen, calls = networks.frozen(), counted(monkeypatch, "pack")
+    model, graph, networks, images = prepare("resnet20")
+    frozen, calls = networks.freeze(), record_calls(monkeypatch, "pack")
     for ratio in (0.3, 0.55, 1.0, 0.3, 0.55, 1.0):
         frozen(images, mask=first_units(graph, ratio) | ~gated_units(graph, "interior"))
-    both = 6  # that read the channels inside of a block, with 16 or 32 of them: by Winograd's algorithm and directly
+    both = 6  # convolutions that read 16 or 32 channels inside of a block: by Winograd's algorithm and directly
     assert len(calls) == sum(isinstance(module, nn.Conv2d) for module in model.modules()) + both
 
 
 @needs_kernels
 @torch.no_grad()
 def test_other_channels_than_the_first_are_packed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, graph, networks, images = prepared("resnet20")
-    frozen, mask = networks.frozen(), ~first_units(graph, 0.5)
+    _, graph, networks, images = prepare("resnet20")
+    frozen, mask = networks.freeze(), ~first_units(graph, 0.5)
     assert near(frozen(images, mask=mask), networks(images, mask=mask))
-    calls = counted(monkeypatch, "pack")
+    calls = record_calls(monkeypatch, "pack")
     frozen(images, mask=mask)
     assert len(calls) >= 18
 
@@ -106,9 +106,9 @@ def test_other_channels_than_the_first_are_packed_anew(monkeypatch: pytest.Monke
 @needs_kernels
 @torch.no_grad()
 def test_changed_weights_are_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, graph, networks, images = prepared("resnet20")
-    frozen, mask = networks.frozen(), first_units(graph, 0.5) | ~gated_units(graph, "interior")
-    before, calls = frozen(images, mask=mask), counted(monkeypatch, "pack")
+    model, graph, networks, images = prepare("resnet20")
+    frozen, mask = networks.freeze(), first_units(graph, 0.5) | ~gated_units(graph, "interior")
+    before, calls = frozen(images, mask=mask), record_calls(monkeypatch, "pack")
     model.layer2[1].conv1.weight.mul_(torch.rand(32, 1, 1, 1) - 0.5)
     found = frozen(images, mask=mask)
     assert not near(found, before)
@@ -117,8 +117,8 @@ def test_changed_weights_are_packed_again(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_gradients_and_autocast_are_the_librarys() -> None:
-    model, graph, networks, images = prepared("resnet20")
-    frozen, mask = networks.frozen(), first_units(graph, 0.5)
+    model, graph, networks, images = prepare("resnet20")
+    frozen, mask = networks.freeze(), first_units(graph, 0.5)
     gradients = []
     for each in (networks, frozen):
         model.zero_grad()
@@ -155,11 +155,11 @@ def test_what_follows_a_batch_norm(activation: nn.Module, adds: bool, dtype: tor
     graph = fp.trace(model, images)
     networks, mask = SubNetworks(graph, model), first_units(graph, 0.6)
     wanted = fp.apply(graph.plan(mask), model).train()(images)
-    assert near(networks.frozen()(images, mask=mask), wanted)
+    assert near(networks.freeze()(images, mask=mask), wanted)
 
 
 class Small(nn.Module):
-    """Two convolutions, and what a subclass does around them."""
+    """Layers that a subclass connects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,6 +250,19 @@ class OneNumber(Small):
         )
 
 
+class AddsASize(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.norm(self.conv(self.stem(x))) + x.shape[0]))
+
+
+class NormInARegion(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stem(x))
+        with torch.no_grad():
+            n = self.norm(self.stem(x))
+        return self.last(torch.relu(n + y))
+
+
 class SingleImage(Small):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(self.stem(self.picture)) + self.conv(self.stem(x)))
@@ -264,18 +277,31 @@ class SingleImage(Small):
     "kind",
     [
         *(Viewed, WithInput, WithParameter, WithSlice, Overwriting, GroupsOfTwo, OneNumber, SingleImage),
-        *(TwoNorms, AddsWhatIsNormalised, AlsoReturned, ReadThroughAView),
+        *(TwoNorms, AddsWhatIsNormalised, AlsoReturned, ReadThroughAView, AddsASize, NormInARegion),
     ],
 )
-def test_whatever_a_network_does_around_them(kind: type[Small]) -> None:
+def test_odd_networks(kind: type[Small]) -> None:
     torch.manual_seed(0)
     model, images = kind(), torch.randn(5, 3, 6, 6)
     graph = fp.trace(model, images)
     networks = SubNetworks(graph, model)
     for ratio in (0.0, 0.5, 1.0):
         mask = first_units(graph, ratio)
-        found, wanted = (pytree.tree_leaves(each(images, mask=mask)) for each in (networks.frozen(), networks))
+        found, wanted = (pytree.tree_leaves(each(images, mask=mask)) for each in (networks.freeze(), networks))
         assert all(near(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def test_a_sum_behind_a_region_without_gradients_keeps_its_own() -> None:
+    torch.manual_seed(0)
+    model, images = NormInARegion(), torch.randn(5, 3, 6, 6)
+    graph = fp.trace(model, images)
+    networks, gradients = SubNetworks(graph, model), []
+    for each in (networks, networks.freeze()):
+        model.zero_grad()
+        each(images, mask=first_units(graph, 0.5)).square().sum().backward()
+        assert model.conv.weight.grad is not None
+        gradients.append(model.conv.weight.grad.clone())
+    assert torch.equal(*gradients)
 
 
 @torch.no_grad()
@@ -289,15 +315,15 @@ def test_a_single_value_becomes_the_bias() -> None:
     graph = fp.trace(model, torch.randn(2, 3, 6, 6))
     networks, mask = SubNetworks(graph, model), first_units(graph, 0.5)
     image = torch.randn(1, 3, 6, 6)
-    assert near(networks.frozen()(image, mask=mask), networks(image, mask=mask))
+    assert near(networks.freeze()(image, mask=mask), networks(image, mask=mask))
 
 
-def test_weights_that_do_not_tell_of_changes_are_packed_in_each_call() -> None:
+def test_weights_without_a_version_are_packed_in_each_call() -> None:
     with torch.inference_mode():
         model, images = Viewed(), torch.randn(2, 3, 6, 6)
         graph = fp.trace(model, images)
         networks, mask = SubNetworks(graph, model), first_units(graph, 0.5)
-        frozen = networks.frozen()
+        frozen = networks.freeze()
         frozen(images, mask=mask)
         model.conv.weight.mul_(torch.rand(8, 1, 1, 1) - 0.5)
         assert near(frozen(images, mask=mask), networks(images, mask=mask))
@@ -305,11 +331,11 @@ def test_weights_that_do_not_tell_of_changes_are_packed_in_each_call() -> None:
 
 @torch.no_grad()
 def test_nothing_is_left_behind_a_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, graph, networks, images = prepared("resnet20")
-    frozen, mask, calls = networks.frozen(), first_units(graph, 0.5), counted(monkeypatch, "batch_norm_in_place")
+    model, graph, networks, images = prepare("resnet20")
+    frozen, mask, calls = networks.freeze(), first_units(graph, 0.5), record_calls(monkeypatch, "batch_norm_in_place")
     frozen(images, mask=mask)
     assert len(calls) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    left = {node.target for node in frozen.written(mask).module.graph.nodes}
+    left = {node.target for node in frozen.rewrite_for(mask).module.graph.nodes}
     aten = torch.ops.aten
     assert not left & {aten.batch_norm.default, aten.relu.default, aten.add.Tensor, aten.conv2d.default}
 
@@ -321,12 +347,12 @@ def test_prefixes_of_a_weight(kernel: int, depthwise: bool) -> None:
     torch.manual_seed(kernel)
     weight, bias = torch.randn(20, 1 if depthwise else 24, kernel, kernel), torch.randn(20)
     for stride in (1, 2):
-        moves = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2), "dilation": (1, 1)}
-        packed = pack(weight, Geometry(**moves, groups=20 if depthwise else 1))
+        geometry = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2), "dilation": (1, 1)}
+        packed = pack(weight, Geometry(**geometry, groups=20 if depthwise else 1))
         for rows, channels in ((1, 1), (7, 13), (20, 24)):
             x = torch.randn(2, rows if depthwise else channels, 8, 9)
             part = weight[:rows, : 1 if depthwise else channels]
-            wanted = F.conv2d(x, part, bias[:rows], **moves, groups=rows if depthwise else 1)
+            wanted = F.conv2d(x, part, bias[:rows], **geometry, groups=rows if depthwise else 1)
             found = convolve_prefix(x, packed, rows, bias[:rows])
             assert near(found, wanted)
             assert near(convolve_prefix(x, packed, rows), wanted - bias[:rows, None, None])

@@ -1,5 +1,6 @@
 """The CPU kernels give the same bits whatever instruction set they are vectorised for."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -48,8 +49,33 @@ def shrunk_units() -> list[torch.Tensor]:
     return results
 
 
+def passes_over_channels() -> list[torch.Tensor]:
+    """masked_act both ways and channel_moments: rows of one line and of several, planes, views with gaps."""
+    results = []
+    shapes = [((3, 70, 9, 5), True, 0), ((5, 7, 6, 6), True, 0), ((5, 7, 6, 6), True, 3), ((2, 5, 30, 30), False, 0)]
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    activations = ("identity", "relu", "relu6", "silu", "hardswish")
+    for dtype, (shape, rows, gap), activation in itertools.product(dtypes, shapes, activations):
+        generator = torch.Generator().manual_seed(0)
+        images = []
+        for _ in range(6):
+            whole = (3 * torch.randn(shape[0], shape[1] + gap, *shape[2:], generator=generator)).to(dtype)
+            whole = whole.contiguous(memory_format=torch.channels_last) if rows else whole
+            images.append(whole[:, : shape[1]])
+        x, dy, before, y, saved, dx = images
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        scale, shift, mask, slope, offset, *sums = torch.randn(8, shape[1], generator=generator).to(real)
+        _C.masked_act(x, scale, shift, mask, activation, y, saved, 1)
+        _C.masked_act_backward(dy, before, x, mask, scale, shift, slope, offset, activation, dx, *sums, None, 1)
+        mean, variance = torch.empty(2, shape[1], dtype=real)
+        _C.channel_moments(x, mean, variance, None, 1)
+        results += [y, saved, dx, *sums, mean, variance]
+    return results
+
+
 WITH_WIDEST = gates()
 SHRUNK_WITH_WIDEST = shrunk_units()
+PASSES_WITH_WIDEST = passes_over_channels()
 
 
 def test_gates(limited):
@@ -59,6 +85,11 @@ def test_gates(limited):
 
 def test_group_prox(limited):
     for result, expected in zip(shrunk_units(), SHRUNK_WITH_WIDEST, strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_passes_over_channels(limited):
+    for result, expected in zip(passes_over_channels(), PASSES_WITH_WIDEST, strict=True):
         assert torch.equal(result, expected)
 
 

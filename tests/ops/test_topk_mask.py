@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastprune import ops, reference
 
 KINDS = ("normal", "sigmoid", "ties", "equal", "zeros", "infinite", "bits")
-# Both sides of every path: the insertion sort (32), the bucket digit (2048), one chunk (16384).
+# Both sides of every path: the radix sort (32), the bucket digit (2048), one chunk (16384).
 EDGES = [0, 1, 2, 3, 31, 32, 33, 64, 2047, 2048, 2049, 8192]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

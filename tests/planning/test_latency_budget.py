@@ -16,8 +16,9 @@ import torch
 
 import fastprune as fp
 from fastprune.cli.main import main
-from fastprune.graph.latency import model as latency
-from fastprune.graph.latency.stopwatch import Call, Stopwatch
+from fastprune.graph.latency import timing as latency
+from fastprune.graph.latency.calls import Call
+from fastprune.graph.latency.stopwatch import Stopwatch
 from fastprune.host.distributed import Distributed
 from fastprune.methods import registry
 from fastprune.planning.budget import Budget, BudgetError
@@ -117,7 +118,7 @@ def test_times_are_copied_with_all_their_digits(model: torch.nn.Module) -> None:
     graph = fp.trace(model, EXAMPLE)
     ours = graph.latency(cache=False)
     theirs = latency.measure(
-        graph, torch.device("cpu"), 1, torch.float32, cache=False, timer=latency.without_clock, call_ms=0.0
+        graph, torch.device("cpu"), 1, torch.float32, cache=False, timer=latency.time_nothing, call_ms=0.0
     )
     mask = torch.rand(graph.num_units, dtype=torch.float64)
     assert float(theirs(mask)) == 0
@@ -127,7 +128,7 @@ def test_times_are_copied_with_all_their_digits(model: torch.nn.Module) -> None:
 PROCESSES = """
 import sys, torch, fastprune as fp
 from fastprune.host.distributed import Distributed
-from fastprune.graph.latency import model as latency
+from fastprune.graph.latency import timing as latency
 from fastprune.graph.latency.stopwatch import Stopwatch
 
 peers = Distributed.from_environment()

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from fastprune.graph.plan import InputSpec, PruningPlan
+from fastprune.graph.export.inputs import InputSpec
+from fastprune.graph.plan import PruningPlan
 
 WriteRun = Callable[..., Path]
 

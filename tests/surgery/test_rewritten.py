@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 import fastprune as fp
 from fastprune.graph import Slice, TraceError
-from fastprune.graph.export.tracing import export_for_sizes
+from fastprune.graph.export.open_sizes import export_for_sizes
 from fastprune.surgery.verification import masked
 
 
 class Shuffled(nn.Module):
-    """A channel shuffle, parts of written sizes, dropout, an auxiliary head that exists in train mode alone."""
+    """A channel shuffle, parts of fixed sizes, dropout, and an auxiliary head in train mode alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_train_mode_computes_what_the_masked_model_computes(
         result = network(images(4))
         assert list(result) == ["y", "auxiliary"]
         (result["y"].sum() + result["auxiliary"].square().sum()).backward()
-    # What lies behind the dropout differs, as its positions do; statistics and the auxiliary head must agree.
+    # Dropout hits other positions, so what follows it differs; statistics and the auxiliary head must agree.
     kept = plan.kept_indices(next(s for s in plan.slices if s.tensor == "norm.weight"))
     assert torch.allclose(compact.norm.running_mean, full.norm.running_mean[kept], rtol=1e-12)
     assert int(compact.norm.num_batches_tracked) == int(full.norm.num_batches_tracked) == 1
@@ -160,15 +160,15 @@ def test_sizes_that_the_code_does_not_take_are_refused() -> None:
         graph = fp.trace(model.double().eval(), images(1))
         compact = fp.apply(graph.plan((torch.arange(graph.num_units) % 3 > 0).int()), model)
         assert isinstance(compact, fp.RewrittenNetwork)
-        shapes = r"traced with inputs of shape \(2, 3, 8, 8\), got \(5, 3, 9, 9\)"
+        shapes = r"got an input of shape \(5, 3, 9, 9\); this network was traced with \(2, 3, 8, 8\)"
         with pytest.raises(ValueError, match=f"{shapes}; {condition}|{shapes}; .*{condition} is needed"):
             compact(torch.zeros(5, 3, 9, 9, dtype=torch.float64))
 
 
-def test_sizes_that_become_long_formulas_stay_as_they_were_traced() -> None:
+def test_sizes_that_become_long_formulas_stay_fixed() -> None:
     class Padded(Shuffled):
         def forward(self, x: Tensor) -> Tensor:
-            for kernel in (3, 5, 3):  # each pads by what it lacks, a formula around that of the layer before
+            for kernel in (3, 5, 3):  # each pads to fit, by a formula of the sizes of the layer before
                 lack = [max((math.ceil(size / 2) - 1) * 2 + kernel - size, 0) for size in x.shape[-2:]]
                 x = F.avg_pool2d(F.pad(x, [0, lack[1], 0, lack[0]]), kernel, 2)
             return super().forward(x)
@@ -182,14 +182,14 @@ def test_sizes_that_become_long_formulas_stay_as_they_were_traced() -> None:
     assert isinstance(compact, fp.RewrittenNetwork)
     with torch.no_grad():
         assert torch.allclose(compact(x), masked(model, plan)(x), rtol=1e-12)
-    with pytest.raises(ValueError, match=r"got \(1, 3, 48, 64\); its graph holds for these sizes"):
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 48, 64\); .*; its graph holds for these sizes"):
         compact(x[:, :, :48])
 
 
-def test_a_pickled_network_takes_the_traced_size_alone(compact: nn.Module) -> None:
+def test_a_pickled_network_takes_the_traced_size_only(compact: nn.Module) -> None:
     again = pickle.loads(pickle.dumps(compact))
     assert torch.equal(again(images(2)), compact(images(2)))
-    with pytest.raises(ValueError, match=r"got \(2, 3, 9, 9\); its graph holds for these sizes"):
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 9, 9\); .*; its graph holds for these sizes"):
         again(torch.zeros(2, 3, 9, 9, dtype=torch.float64))
 
 
@@ -220,7 +220,7 @@ def test_a_plan_that_removes_what_must_stay_is_refused(model: nn.Module) -> None
         fp.apply(dataclasses.replace(plan, slices=(*plan.slices, head)), model)
 
 
-def test_without_a_graph_for_train_mode_it_says_so() -> None:
+def test_without_a_graph_for_train_mode_it_is_refused_there() -> None:
     class Untraceable(Shuffled):
         def forward(self, x: Tensor) -> Tensor:
             if self.training and float(x.sum()) > 0:
@@ -239,7 +239,7 @@ def test_without_a_graph_for_train_mode_it_says_so() -> None:
         compact.train()(images(2))
 
 
-def test_channels_that_meet_in_train_mode_alone_do_not_go_wrong_there() -> None:
+def test_a_plan_that_train_mode_does_not_allow_is_refused_there() -> None:
     class Mixing(nn.Module):
         def __init__(self) -> None:
             super().__init__()

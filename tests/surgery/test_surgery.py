@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastprune as fp
+from fastprune.graph.structure import Role
 
 ARCHITECTURES = [
     "resnet18",
@@ -27,7 +28,7 @@ ARCHITECTURES = [
 
 
 def random_mask(graph: fp.ChannelGraph, seed: int) -> Tensor:
-    """Half of the units of each group at random; one group keeps a single unit."""
+    """Keep half of the units of each group at random; one group keeps a single unit."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(graph.num_units, generator=generator) < 0.5
     single = int(torch.randint(len(graph.groups), (), generator=generator))
@@ -39,8 +40,8 @@ def random_mask(graph: fp.ChannelGraph, seed: int) -> Tensor:
     return mask
 
 
-def counted(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """MACs and parameters of a model, counted by torch on the model itself."""
+def count(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Let torch count the MACs and parameters of a model."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     return counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters())
@@ -59,7 +60,7 @@ def test_random_plans_are_exact(name: str, randomised: Callable[[nn.Module], nn.
         assert min(kept for kept, _ in plan.widths.values()) == 1
         compact = fp.apply(plan, model)
         assert fp.verify(plan, model, compact, dtype=torch.float64) <= 1e-9
-        assert counted(compact, images) == (plan.macs[1], plan.params[1])
+        assert count(compact, images) == (plan.macs[1], plan.params[1])
         assert plan.macs[1] < plan.macs[0]
 
 
@@ -109,7 +110,7 @@ def test_full_mask_is_the_identity(tiny: nn.Module) -> None:
     )
 
 
-def test_the_model_itself_is_untouched(tiny: nn.Module) -> None:
+def test_the_model_itself_does_not_change(tiny: nn.Module) -> None:
     tiny.head.weight.requires_grad_(False)
     tiny.train()
     before = copy.deepcopy(tiny.state_dict())
@@ -120,7 +121,7 @@ def test_the_model_itself_is_untouched(tiny: nn.Module) -> None:
     assert compact.training
 
 
-def test_stored_sizes_are_mended(tiny: nn.Module) -> None:
+def test_stored_sizes_are_corrected(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     compact = fp.apply(graph.plan(random_mask(graph, 2)), tiny)
     for module in compact.modules():
@@ -186,8 +187,8 @@ def test_hard_coded_widths_are_refused_with_the_modules_name() -> None:
     mask[0] = 0
     with pytest.raises(fp.SurgeryError, match=r"'1' fails|differ"):
         fp.apply(graph.plan(mask), model)
-    rewritten = fp.trace(model, torch.zeros(1, 3, 4, 4))
-    assert isinstance(fp.apply(rewritten.plan(mask), model), fp.RewrittenNetwork)
+    graph = fp.trace(model, torch.zeros(1, 3, 4, 4))
+    assert isinstance(fp.apply(graph.plan(mask), model), fp.RewrittenNetwork)
 
 
 def wrong_columns(compact: nn.Module) -> None:
@@ -218,8 +219,23 @@ def test_a_plan_for_another_model_is_refused(tiny: nn.Module) -> None:
         fp.apply(plan, tiny)
 
 
+@pytest.mark.parametrize(("layer", "role", "message"), [
+    ("depthwise", "out", r"'depthwise' keeps out_channels=\d+, which groups=16 do not divide"),
+    ("conv1", "depthwise", r"'conv1' has the role 'depthwise', but its layer has groups=1 and in_channels=8"),
+])  # fmt: skip
+@pytest.mark.parametrize("check", [True, False])
+def test_a_wrong_role_is_refused_with_the_layers_name(
+    layer: str, role: Role, message: str, check: bool, tiny: nn.Module
+) -> None:
+    graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
+    plan = graph.plan(random_mask(graph, 5))
+    slices = [dataclasses.replace(s, role=role) if s.tensor == f"{layer}.weight" else s for s in plan.slices]
+    with pytest.raises(fp.PlanError, match=message):
+        fp.apply(dataclasses.replace(plan, slices=tuple(slices)), tiny, check=check)
+
+
 class Two(nn.Module):
-    """Two inputs, the second by name, in an order of its own."""
+    """A network of two inputs, the second by name alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +287,7 @@ def test_tensors_of_the_default_type_are_compared_in_float64(code: Callable[[Ten
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_the_default_type_is_as_it_was_after_a_failure(tiny: nn.Module) -> None:
+def test_a_failure_restores_the_default_type(tiny: nn.Module) -> None:
     graph = fp.trace(tiny, torch.zeros(1, 3, 16, 16))
     plan = graph.plan(torch.ones(graph.num_units))
     broken = copy.deepcopy(tiny)

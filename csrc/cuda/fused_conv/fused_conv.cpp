@@ -7,9 +7,9 @@
 
 #include <vector>
 
-#include "../../build.h"
 #include "../device_guard.h"
 #include "candidates.h"
+#include "fastprune/build.h"
 
 namespace fastprune::cuda {
 namespace {

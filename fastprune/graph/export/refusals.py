@@ -1,4 +1,4 @@
-"""What cannot be traced, and what its owner can do about it."""
+"""Models that cannot be traced, and what their owners can do about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUANTISED = (
     *("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized"),
     *("torch.ao.quantization.observer", "torch.ao.quantization.fake_quantize"),
 )
-WRAPPERS = {  # what wraps a network, and where the network is
+WRAPPERS = {  # {class that wraps a network: the attribute that holds the network}
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "module",
@@ -34,49 +34,58 @@ class TraceError(ValueError):
 
 
 def refuse(model: nn.Module) -> None:
-    """Refuse what an exporter fails on in words of its own, or worse.
+    """Refuse models on which the exporter fails with a message of its own, or worse.
 
     Raises:
-        TraceError: for wrapped, scripted, quantised and uninitialised modules; names the module.
+        TraceError: if a module is wrapped, scripted, quantised or uninitialised; names the module.
     """
     for name, module in model.named_modules():
-        kind = type(module).__name__
         where = repr(name) if name else "the model"
-        if kind in WRAPPERS and type(module).__module__.startswith("torch."):
-            inner = f"{expression_of(name)}.{WRAPPERS[kind]}"
-            raise TraceError(f"{where} is a {kind}: give the network that it wraps ({inner}), and wrap the compact one")
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TraceError(
-                f"{where} is a ScriptModule: give the module that was scripted, and script the compact one"
+        reason = reason_of_kind(name, module) or reason_of_tensors(module)
+        if reason is not None:
+            raise TraceError(f"{where} {reason}")
+
+
+def reason_of_kind(name: str, module: nn.Module) -> str | None:
+    """Return why a module of this class cannot be traced, None if it can."""
+    kind = type(module).__name__
+    if kind in WRAPPERS and type(module).__module__.startswith("torch."):
+        inner = f"{expression_of(name)}.{WRAPPERS[kind]}"
+        return f"is a {kind}: give the network that it wraps ({inner}), and wrap the compact one"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is a ScriptModule: give the module that was scripted, and script the compact one"
+    if isinstance(module, GraphModule) and "train" in vars(module):
+        return "is an exported program: give the module that was exported"
+    if type(module).__module__.startswith(QUANTISED):
+        return f"is quantised ({kind}): prune the float model, and quantise the compact one"
+    return None
+
+
+def reason_of_tensors(module: nn.Module) -> str | None:
+    """Return why a module with these parameters and buffers cannot be traced, None if it can."""
+    for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None:
+            continue
+        if is_lazy(tensor):
+            return (
+                f"is not initialised (its {attribute} has no shape yet): run the model once, model(example), before "
+                "you trace it"
             )
-        if isinstance(module, GraphModule) and "train" in vars(module):
-            raise TraceError(f"{where} is an exported program: give the module that was exported")
-        if type(module).__module__.startswith(QUANTISED):
-            raise TraceError(f"{where} is quantised ({kind}): prune the float model, and quantise the compact one")
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            if is_lazy(tensor):
-                raise TraceError(
-                    f"{where} is not initialised (its {attribute} has no shape yet): run the model once, "
-                    "model(example), before it is traced"
-                )
-            if tensor.is_quantized:
-                raise TraceError(
-                    f"{where} is quantised (its {attribute} is {str(tensor.dtype).removeprefix('torch.')}): prune the "
-                    "float model, and quantise the compact one"
-                )
+        if tensor.is_quantized:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"is quantised (its {attribute} is {dtype}): prune the float model, and quantise the compact one"
+    return None
 
 
 def expression_of(name: str) -> str:
-    """What stands for a module in Python, where the names of modules may be numbers."""
+    """Return the Python expression for a module; parts of its name may be numbers."""
     if not all(part.isidentifier() for part in name.split(".")):
         return f"model.get_submodule({name!r})" if name else "model"
     return f"model.{name}"
 
 
-def explained(model: nn.Module, error: Exception) -> str:
-    """Why a model cannot be exported, where in its code, and what to do: what the exporter raised, for people."""
+def explain(model: nn.Module, error: Exception) -> str:
+    """Turn the exporter's error into a message: why a model cannot be exported, where in its code, and what to do."""
     reason, advice = reason_of(error)
     place = place_of(model, error)
     parts = (f"{type(model).__name__} cannot be traced: {reason}", f" ({place})" if place else "")
@@ -84,7 +93,7 @@ def explained(model: nn.Module, error: Exception) -> str:
 
 
 def reason_of(error: Exception) -> tuple[str, str]:
-    """The reason in words of ours where it is a frequent one, and what to do."""
+    """Return the reason, in plain words if it is a frequent one, and what to do."""
     text = " ".join(str(error).split())
     if "DataDependent" in type(error).__name__ or "data-dependent" in text:
         return BY_VALUE
@@ -102,7 +111,7 @@ def reason_of(error: Exception) -> tuple[str, str]:
 
 
 def place_of(model: nn.Module, error: Exception) -> str:
-    """The innermost module, and the innermost line of code that is not torch's own."""
+    """Return the innermost module, and the innermost line of code that is not torch's own."""
     names = {id(module): name for name, module in model.named_modules()}
     inside, line = None, ""
     own = str(Path(torch.__file__).parent)
@@ -118,7 +127,7 @@ def place_of(model: nn.Module, error: Exception) -> str:
 
 
 def frames_of(error: BaseException) -> Iterator[tuple[types.FrameType, int]]:
-    """The frames of an exception's traceback, the innermost last, with the lines at which they were left."""
+    """Yield the frames of an exception's traceback, the innermost last, each with the line where it was left."""
     at = error.__traceback__
     while at is not None:
         yield at.tb_frame, at.tb_lineno

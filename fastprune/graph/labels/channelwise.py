@@ -10,27 +10,27 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.labels.labels import along, canonical, core, kept, varying
+from fastprune.graph.labels.labels import canonicalise, core, kept_labels, varying_dims, vector_along
 from fastprune.graph.labels.propagate import Weight
-from fastprune.graph.labels.rules import SIZES, Context, give_up, require_box, rule, unlabelled
+from fastprune.graph.labels.rules import SIZES, Context, give_up, require_box, rule, unlabelled_result
 
 
 @rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
 def pad(context: Context, x: Tensor, amounts: Sequence[int], *rest: Any, **options: Any) -> Tensor:
-    """Padding around pixels belongs to the channel; padding beside channels adds channels that stay."""
+    """Label a padded tensor: padding around pixels belongs to the channel, padded channels stay."""
     padded = [x.dim() - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
-    if any(dim in varying(x) for dim in padded):
+    if any(dim in varying_dims(x) for dim in padded):
         if context.operator not in ("constant_pad_nd", "pad") or min(amounts) < 0:
             return give_up(context, (x,), {})  # type: ignore[no-any-return]
-        return canonical(torch.constant_pad_nd(x, list(amounts), 0))
+        return canonicalise(torch.constant_pad_nd(x, list(amounts), 0))
     return resize(context, x)
 
 
 def resize(context: Context, x: Tensor) -> Tensor:
-    """The same channels with other extents in the dimensions along which labels do not vary."""
-    if any(x.size(dim) != context.shape[dim] for dim in varying(x)):
+    """Return the same channels with other sizes of the dimensions along which labels do not vary."""
+    if any(x.size(dim) != context.shape[dim] for dim in varying_dims(x)):
         return give_up(context, (x,), {})  # type: ignore[no-any-return]
-    return canonical(core(x).expand(context.shape))
+    return canonicalise(core(x).expand(context.shape))
 
 
 POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)]
@@ -41,50 +41,50 @@ UPSAMPLES = [
 
 @rule(*POOLS, *UPSAMPLES, "_upsample_bilinear2d_aa", "_upsample_nearest_exact2d", "zeros_like", "ones_like")
 def spatial(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
-    """Works on each channel by itself, along dimensions 2 and up."""
-    pixels = re.search("([123])d", context.operator)  # one dimension fewer: a single image without a batch
+    """Label the result of an operator that works on each channel by itself, along dimensions 2 and up."""
+    pixels = re.search("([123])d", context.operator)  # one dimension fewer: an image without a batch
     unbatched = pixels is not None and x.dim() != int(pixels.group(1)) + 2
-    if unbatched or any(dim > 1 for dim in varying(x)) or not isinstance(context.shape, tuple):
+    if unbatched or any(dim > 1 for dim in varying_dims(x)) or not isinstance(context.shape, tuple):
         return give_up(context, (x, rest), options)
     return resize(context, x)
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "var_mean", "std_mean")
 def reduce(context: Context, x: Tensor, dims: Any = None, *rest: Any, **options: Any) -> Any:
-    """A reduction. Channels that it brings together can only leave together."""
+    """Label the result of a reduction; channels that it brings together can only leave together."""
     if context.shape is None:
         return give_up(context, (x,), {})
-    named = isinstance(dims, (int, list, tuple)) and not isinstance(dims, bool) and dims != []  # a flag: all of them
+    named = isinstance(dims, (int, list, tuple)) and not isinstance(dims, bool) and dims != []  # a flag: all
     chosen = pytree.tree_leaves(dims) if named else range(x.dim())
     reduced = {int(dim) % x.dim() for dim in chosen}
     if not mix(context, x, reduced):
-        return unlabelled(context) if let_mix(context, x) else give_up(context, (x,), {})
+        return unlabelled_result(context) if let_mix(context, x) else give_up(context, (x,), {})
     index = tuple(0 if dim in reduced else slice(None) for dim in range(x.dim()))
     if isinstance(context.shape, list):
-        return [canonical(x[index].reshape(shape)) for shape in context.shape]
-    return canonical(x[index].reshape(context.shape))
+        return [canonicalise(x[index].reshape(shape)) for shape in context.shape]
+    return canonicalise(x[index].reshape(context.shape))
 
 
 @rule("linalg_vector_norm", "norm")
 def norm(context: Context, x: Tensor, order: Any = 2, dims: Any = None, *rest: Any, **options: Any) -> Any:
-    """A reduction, too."""
+    """Label the result of a norm, which is a reduction, too."""
     return reduce(context, x, dims)
 
 
 @rule("softmax", "log_softmax", "_softmax", "cumsum")
-def along_one(context: Context, x: Tensor, dim: int, *rest: Any, **options: Any) -> Any:
-    """Mixes values along one dimension only."""
+def softmax(context: Context, x: Tensor, dim: int, *rest: Any, **options: Any) -> Any:
+    """Label the result of an operator that mixes values along one dimension."""
     if mix(context, x, {dim % x.dim()}) or (context.operator != "cumsum" and let_mix(context, x)):
         return x
     return give_up(context, (x,), {})
 
 
 def mix(context: Context, x: Tensor, dims: set[int]) -> bool:
-    """Values along ``dims`` meet. Unite what meets, unless nothing but these dimensions tells channels apart."""
-    crossed = dims & set(varying(x))
-    if crossed and crossed == set(varying(x)):
+    """Unite the channels that meet along ``dims``; return False if channels differ along these dimensions alone."""
+    crossed = dims & set(varying_dims(x))
+    if crossed and crossed == set(varying_dims(x)):
         return False
-    for dim in crossed:  # the parts of a split attention, say: each channel leaves with its counterparts in all parts
+    for dim in crossed:  # in a split attention, say, each channel leaves with its counterparts in all parts
         context.state.space.unite(x.narrow(dim, 0, 1).expand_as(x), x, context.reason)
     if crossed:
         require_box(context, x)
@@ -92,7 +92,7 @@ def mix(context: Context, x: Tensor, dims: set[int]) -> bool:
 
 
 def let_mix(context: Context, x: Tensor) -> bool:
-    """Whether the channels of ``x`` may leave although their values meet here; see ``trace(exact=False)``."""
+    """Return whether the channels of ``x`` may leave although their values meet here; see ``trace(exact=False)``."""
     allowed = context.state.let_mix(x, context.reason)
     if allowed:
         require_box(context, x)
@@ -100,54 +100,54 @@ def let_mix(context: Context, x: Tensor) -> bool:
 
 
 def follow(context: Context, parameters: Iterable[Any], channels: Tensor, dim: int = 0) -> None:
-    """The scale, shift and statistics of a normalisation go with its channels, along their dimension ``dim``."""
+    """Assign a normalisation's scale, shift and statistics to its channels, along their dimension ``dim``."""
     for weight in parameters:
         if isinstance(weight, Weight):
             context.state.label_dim(weight, dim, channels, "channel", context.reason)
         elif isinstance(weight, Tensor):
-            context.state.space.unite(channels, along(weight, dim), context.reason)  # type: ignore[arg-type]
+            context.state.space.unite(channels, vector_along(weight, dim), context.reason)  # type: ignore[arg-type]
 
 
 @rule("matmul", "bmm")
 def product(context: Context, x: Tensor, y: Tensor) -> Any:
-    """Products of matrices, where the channels are rows or columns and the sums run over something else."""
+    """Label a product of matrices; the channels are rows or columns and the sums run over other dimensions."""
     weighted = any(isinstance(value, Weight) for value in (x, y))
     if weighted or min(x.dim(), y.dim()) < 2 or not isinstance(context.shape, tuple):
         return give_up(context, (x, y), {})
-    if x.dim() - 1 in varying(x) or y.dim() - 2 in varying(y) or (varying(x) and varying(y)):
+    if x.dim() - 1 in varying_dims(x) or y.dim() - 2 in varying_dims(y) or (varying_dims(x) and varying_dims(y)):
         return give_up(context, (x, y), {})
-    source, along_sum = (x, -1) if varying(x) else (y, -2)
+    source, along_sum = (x, -1) if varying_dims(x) else (y, -2)
     padded = source.reshape((1,) * (len(context.shape) - source.dim()) + tuple(source.shape))
-    if any(padded.size(dim) != context.shape[dim] for dim in varying(padded)):
+    if any(padded.size(dim) != context.shape[dim] for dim in varying_dims(padded)):
         return give_up(context, (x, y), {})
-    result = canonical(padded.narrow(along_sum, 0, 1).expand(context.shape))
+    result = canonicalise(padded.narrow(along_sum, 0, 1).expand(context.shape))
     require_box(context, result)
     return result
 
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 def batch_norm(context: Context, x: Tensor, *parameters: Any, **options: Any) -> Any:
-    """Each channel by itself; its scale, shift and statistics go with it."""
-    channels = along(x, 1)
+    """Normalise each channel by itself; its scale, shift and statistics go with it."""
+    channels = vector_along(x, 1)
     if channels is None:
         if standardises(context, x) and let_mix(context, x):
             return x
         return give_up(context, (x, parameters), options)
     follow(context, (*parameters, *options.values()), channels)
-    return x if isinstance(context.shape, tuple) else [x, *map(kept, context.shape[1:])]
+    return x if isinstance(context.shape, tuple) else [x, *map(kept_labels, context.shape[1:])]
 
 
 def standardises(context: Context, x: Tensor) -> bool:
-    """Whether a batch norm computes its statistics, over dimensions along which the labels lie: of a weight, say."""
+    """Return whether a batch norm computes statistics over the dimensions that hold labels (those of a weight, say)."""
     arguments = context.node.args
     training = context.operator == "batch_norm" and len(arguments) > 5 and bool(arguments[5])
-    return training and 1 not in varying(x)
+    return training and 1 not in varying_dims(x)
 
 
 @rule("group_norm")
 def group_norm(context: Context, x: Tensor, groups: int, *parameters: Any, **options: Any) -> Any:
-    """Normalises the channels of each group together, so that a group leaves as a whole; a single one stays."""
-    channels = along(x, 1)
+    """Normalise the channels of each group together, so that a group leaves as a whole; a single group stays."""
+    channels = vector_along(x, 1)
     if channels is None or (groups == 1 and not let_mix(context, x)):
         return give_up(context, (x, parameters), options)
     if groups > 1:
@@ -159,8 +159,8 @@ def group_norm(context: Context, x: Tensor, groups: int, *parameters: Any, **opt
 
 @rule("layer_norm", "rms_norm")
 def layer_norm(context: Context, x: Tensor, shape: Sequence[int], *parameters: Any, **options: Any) -> Any:
-    """Normalises over the last dimensions. Where the channels lie there, each changes the statistics of all."""
-    across, first = varying(x), x.dim() - len(shape)
+    """Normalise over the last dimensions; channels that lie there each change the statistics of all."""
+    across, first = varying_dims(x), x.dim() - len(shape)
     if len(across) != 1 or across[0] < first or not let_mix(context, x):
         return give_up(context, (x, parameters), options)
     follow(context, (*parameters, *options.values()), core(x).flatten(), across[0] - first)
@@ -169,29 +169,29 @@ def layer_norm(context: Context, x: Tensor, shape: Sequence[int], *parameters: A
 
 @rule("_weight_norm")
 def weight_norm(context: Context, v: Tensor, g: Any, dim: int = 0) -> Any:
-    """A weight computed from a parameter: ``g v / ‖v‖``, the norm over all dimensions but one."""
-    if set(varying(v)) <= {dim % v.dim()}:
-        follow(context, [g], core(v).flatten(), dim) if varying(v) else None
+    """Label a weight that is computed from a parameter: ``g v / ‖v‖``, the norm over all dimensions but one."""
+    if set(varying_dims(v)) <= {dim % v.dim()}:
+        follow(context, [g], core(v).flatten(), dim) if varying_dims(v) else None
         return v
     return v if let_mix(context, v) else give_up(context, (v, g), {})
 
 
 @rule("new_ones", "new_zeros", "new_full", "new_empty")
-def new(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
-    """Takes nothing but the dtype and the device of a tensor."""
-    return kept(context.shape)
+def make_new(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
+    """Label a new tensor, which has only the dtype and the device of ``x``."""
+    return kept_labels(context.shape)
 
 
 @rule(*SIZES)
 def size_of(context: Context, x: Tensor | Weight, dim: int | None = None) -> int:
-    """Sizes are those of the example."""
+    """Return the size on the example."""
     return x.shape[dim] if dim is not None else torch.Size(x.shape).numel()
 
 
 @rule("prelu")
 def prelu(context: Context, x: Tensor, slope: Any) -> Any:
-    """A slope per channel (dimension 1), or one for all."""
-    channels = along(x, 1)
+    """Label the slope: one per channel (dimension 1), or one for all."""
+    channels = vector_along(x, 1)
     if channels is None or not isinstance(slope, Weight):
         return give_up(context, (x, slope), {})
     if slope.shape[0] > 1:

@@ -1,4 +1,4 @@
-"""Execute an exported graph on labels: the walk over its nodes; what an operator does is said in ``rules``."""
+"""Execution of an exported graph on labels: a walk over its nodes that applies the rules of its operators."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.inputs import Inputs
-from fastprune.graph.export.tracing import concrete
-from fastprune.graph.labels import channelwise, layers, moves  # noqa: F401 - they enter their rules into the table
+from fastprune.graph.export.nodes import concrete
+from fastprune.graph.labels import channelwise, layers, moves  # noqa: F401 - they register their rules
 from fastprune.graph.labels.computed import apply_by_parts, computed_weights
-from fastprune.graph.labels.labels import kept
+from fastprune.graph.labels.labels import kept_labels
 from fastprune.graph.labels.propagate import Propagation, Weight
 from fastprune.graph.labels.rules import Context, apply_rule
 from fastprune.graph.model_state import attribute_of
@@ -25,7 +25,7 @@ def run_on_labels(graph: GraphModule, inputs: Inputs, state: Propagation, *, rec
     Args:
         graph: an exported graph whose parameters and buffers are attributes.
         inputs: the example; only its shapes matter here.
-        state: where the findings go.
+        state: the findings, which are added to.
         record: whether convolutions and linear layers are recorded as calls (the eval-mode graph) or only labelled.
 
     Returns:
@@ -37,9 +37,9 @@ def run_on_labels(graph: GraphModule, inputs: Inputs, state: Propagation, *, rec
     remaining = list(inputs.tensors)
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            values[node] = kept(tuple(remaining.pop(0).shape))
+            values[node] = kept_labels(tuple(remaining.pop(0).shape))
         elif node.op == "get_attr":
-            values[node] = attribute(graph, str(node.target), weights)
+            values[node] = attribute_labels(graph, str(node.target), weights)
         elif node.op == "output":
             pin_outputs(node, values, state)
         elif node.op == "call_function":
@@ -55,16 +55,16 @@ def run_on_labels(graph: GraphModule, inputs: Inputs, state: Propagation, *, rec
     return values
 
 
-def attribute(graph: GraphModule, name: str, weights: dict[str, Weight]) -> Weight | Tensor | None:
-    """A parameter or buffer, a constant of the model's code (which stays as it is), or None for a graph."""
+def attribute_labels(graph: GraphModule, name: str, weights: dict[str, Weight]) -> Weight | Tensor | None:
+    """Return a parameter or buffer, the labels of a constant in the model's code (all kept), or None for a graph."""
     if name in weights:
         return weights[name]
     value = attribute_of(graph, name)
-    return kept(tuple(value.shape)) if isinstance(value, Tensor) else None
+    return kept_labels(tuple(value.shape)) if isinstance(value, Tensor) else None
 
 
 def weights_of(graph: GraphModule) -> dict[str, Weight]:
-    """The parameters and buffers by the names that the graph uses; a tied tensor goes by its first name."""
+    """Return the parameters and buffers by the names that the graph uses; a tied tensor has its first name."""
     first: dict[int, str] = {}
     weights = {}
     for named in (graph.named_parameters, graph.named_buffers):
@@ -74,7 +74,7 @@ def weights_of(graph: GraphModule) -> dict[str, Weight]:
 
 
 def pin_outputs(node: Node, values: dict[Node, Any], state: Propagation) -> None:
-    """What the network returns keeps its shape."""
+    """Pin the network's results, which keep their shapes."""
 
     def pin(source: Node) -> Node:
         value = values[source]
@@ -89,7 +89,7 @@ def pin_outputs(node: Node, values: dict[Node, Any], state: Propagation) -> None
 
 
 def output_shapes(node: Node) -> Any:
-    """The shape of the node's value, a list where it has several; symbolic sizes become those of the example."""
+    """Return the shape of the node's value, a list for several; symbolic sizes become those of the example."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         return tuple(concrete(size) for size in value.shape)

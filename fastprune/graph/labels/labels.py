@@ -9,15 +9,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-KEPT = 0  # the label of everything that is no prunable channel: pixels, constants, pinned results
+KEPT = 0  # the label of everything but prunable channels: pixels, constants, pinned results
 
 IntArray = npt.NDArray[np.int64]
 
 
-def canonical(labels: Tensor) -> Tensor:
-    """The same labels with stride 0 along every dimension in which they do not vary.
+def canonicalise(labels: Tensor) -> Tensor:
+    """Give labels stride 0 along every dimension in which they do not vary.
 
-    So "varies along d" is a question about strides, and a label tensor costs the memory of its varying part only.
+    Strides then tell along which dimensions labels vary, and a label tensor costs the memory of its varying part only.
     """
     for dim in range(labels.dim()):
         if labels.size(dim) > 1 and labels.stride(dim) != 0:
@@ -27,35 +27,35 @@ def canonical(labels: Tensor) -> Tensor:
     return labels
 
 
-def varying(labels: Tensor) -> list[int]:
-    """The dimensions along which canonical ``labels`` vary."""
+def varying_dims(labels: Tensor) -> list[int]:
+    """Return the dimensions along which canonical ``labels`` vary."""
     return [dim for dim in range(labels.dim()) if labels.size(dim) > 1 and labels.stride(dim) != 0]
 
 
 def core(labels: Tensor) -> Tensor:
-    """``labels`` with every dimension that does not vary reduced to size 1."""
+    """Reduce to size 1 every dimension along which canonical ``labels`` do not vary."""
     for dim in range(labels.dim()):
         if labels.size(dim) > 1 and labels.stride(dim) == 0:
             labels = labels.narrow(dim, 0, 1)
     return labels
 
 
-def along(labels: Tensor, dim: int) -> Tensor | None:
-    """The labels along ``dim`` as a vector, or None if they vary along another dimension too."""
-    if any(d != dim for d in varying(labels)):
+def vector_along(labels: Tensor, dim: int) -> Tensor | None:
+    """Return the labels along ``dim`` as a vector, or None if they vary along another dimension, too."""
+    if any(d != dim for d in varying_dims(labels)):
         return None
     return core(labels).flatten().expand(labels.size(dim))
 
 
 def spread(vector: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
-    """A label tensor of ``shape`` that varies along ``dim`` only."""
+    """Return a label tensor of ``shape`` that varies along ``dim`` only."""
     view = [1] * len(shape)
     view[dim] = shape[dim]
-    return canonical(vector.reshape(view).expand(shape))
+    return canonicalise(vector.reshape(view).expand(shape))
 
 
-def kept(shape: tuple[int, ...]) -> Tensor:
-    """A tensor of ``shape`` in which nothing is prunable."""
+def kept_labels(shape: tuple[int, ...]) -> Tensor:
+    """Return labels of ``shape`` in which nothing is prunable."""
     return torch.zeros((), dtype=torch.int64).expand(shape)
 
 
@@ -63,7 +63,7 @@ def kept(shape: tuple[int, ...]) -> Tensor:
 class LabelSpace:
     """All labels of one network: which are united, which are pinned and why.
 
-    The union is not maintained while labels flow: edges are collected and the components are found once, at the end.
+    While labels flow, edges are only collected; the components are found once, at the end.
     """
 
     count: int = 1  # label 0 is KEPT
@@ -71,12 +71,12 @@ class LabelSpace:
     _pins: list[tuple[IntArray, str]] = field(default_factory=list)
 
     def fresh(self, size: int) -> Tensor:
-        """``size`` new labels."""
+        """Return ``size`` new labels."""
         self.count += size
         return torch.arange(self.count - size, self.count)
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Unite the labels that meet in ``a`` and ``b`` (same shape); what meets KEPT is pinned for ``reason``."""
+        """Unite the labels that meet in ``a`` and ``b`` (same shape); pin those that meet KEPT, for ``reason``."""
         left, right = core(a), core(b)
         shape = torch.broadcast_shapes(left.shape, right.shape)
         x, y = left.expand(shape).flatten().numpy(), right.expand(shape).flatten().numpy()
@@ -87,12 +87,12 @@ class LabelSpace:
         self._pins.append((np.maximum(x, y)[~labelled], reason))
 
     def pin(self, labels: Tensor, reason: str) -> None:
-        """Keep these channels, whatever a plan says, for ``reason``."""
+        """Keep these channels in every plan, for ``reason``."""
         flat = core(labels).flatten().numpy()
         self._pins.append((flat[flat != KEPT], reason))
 
     def components(self) -> IntArray:
-        """The smallest label of each label's class, [count]: min-label propagation with pointer jumping."""
+        """Return the smallest label of each label's class, [count], by min-label propagation with pointer jumping."""
         parent = np.arange(self.count)
         if not self._edges:
             return parent
@@ -113,7 +113,7 @@ class LabelSpace:
                 parent = jumped
 
     def reasons(self, components: IntArray) -> dict[int, str]:
-        """The first reason for which each pinned class is pinned: {smallest label of the class: reason}."""
+        """Return why each pinned class is pinned: {smallest label of the class: first reason}."""
         found: dict[int, str] = {}
         for labels, reason in self._pins:
             for representative in np.unique(components[labels]).tolist():

@@ -1,8 +1,8 @@
-"""Operators that only move data: executed on the labels.
+"""Operators that only move data: they are executed on the labels.
 
-Whoever runs the compact network must be able to make the same move on fewer channels. The model's own code often can:
-see ``own_code``. Where the graph may be rewritten it is enough that the kept channels of every value form a box, and
-that a move which takes some channels takes them from one dimension: see ``selection``.
+The compact network must be able to make the same move on fewer channels. The model's own code often can: see
+``own_code``. If the graph may be rewritten, it is enough that the kept channels of every value form a box, and that a
+move which takes some channels takes them along one dimension: see ``selection``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.labels.labels import KEPT, along, canonical, core, varying
-from fastprune.graph.labels.own_code import computed_dims, require_equal, require_unmoved
+from fastprune.graph.export.nodes import operator_name
+from fastprune.graph.labels.labels import KEPT, canonicalise, core, varying_dims
+from fastprune.graph.labels.own_code import have_same_channels, require_equal, require_unmoved, shrinkable_dims
 from fastprune.graph.labels.propagate import Weight
-from fastprune.graph.labels.rules import Context, give_up, operator_name, require_box, rule
-from fastprune.graph.labels.selection import Origin, selection
+from fastprune.graph.labels.rules import Context, give_up, require_box, rule
+from fastprune.graph.labels.selection import Origin, find_selection
 from fastprune.graph.model_state import attribute_of
 
 RESHAPING = {
@@ -39,7 +40,7 @@ MOVES = RESHAPING | PARTING | SELECTING
 
 @rule(*MOVES)
 def move(context: Context, *args: Any, **kwargs: Any) -> Any:
-    """Execute an operator that only moves data on the labels."""
+    """Execute an operator on the labels; it only moves data."""
     to_labels = lambda x: context.state.labels_of(x, context.reason) if isinstance(x, Weight) else x  # noqa: E731
     args, kwargs = pytree.tree_map(to_labels, (args, kwargs))
     # Labels have other strides than the values that the exporter saw, so a view may have to be a copy.
@@ -49,7 +50,7 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     except (RuntimeError, IndexError, TypeError):
         return give_up(context, args, kwargs)
     sources = [x for x in pytree.tree_leaves(args[0]) if isinstance(x, Tensor)]
-    result = pytree.tree_map_only(Tensor, canonical, result)
+    result = pytree.tree_map_only(Tensor, canonicalise, result)
     if context.state.rewrites:
         require_rewritable(context, operator, args, kwargs, sources, result)
     else:
@@ -59,17 +60,17 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
 
 @rule("expand_as")
 def expand_as(context: Context, x: Any, other: Any) -> Any:
-    """What is the same for all channels (a norm over them) and is copied for each leaves with the channel."""
+    """Label an expanded tensor; a value common to all channels (a norm over them) leaves with each channel's copy."""
     values = [context.state.labels_of(v, context.reason) if isinstance(v, Weight) else v for v in (x, other)]
     own, channels = values[0].reshape((1,) * (values[1].dim() - values[0].dim()) + tuple(values[0].shape)), values[1]
-    if varying(own) or any(own.size(dim) > 1 for dim in varying(channels)):
+    if varying_dims(own) or any(own.size(dim) > 1 for dim in varying_dims(channels)):
         return move(context, *values)
     return channels
 
 
 @rule("index_select", "index")
 def index(context: Context, x: Tensor, *places: Any) -> Any:
-    """Takes the channels that a constant of the network names; indices that depend on the input pin."""
+    """Take the channels that a constant of the network names; pin if the indices depend on the input."""
     constant = map_arg(context.node.args[1:], lambda node: constant_of(context, node))
     if any(isinstance(place, Node) for place in pytree.tree_leaves(constant)):
         return give_up(context, (x, *places), {})
@@ -77,7 +78,7 @@ def index(context: Context, x: Tensor, *places: Any) -> Any:
 
 
 def constant_of(context: Context, node: Node) -> Any:
-    """The integers that a node stands for if they are a buffer or a constant of the network, else the node."""
+    """Return the integers of a node that is a buffer or a constant of the network, else the node."""
     graph = context.node.graph.owning_module
     while operator_name(node) in ("lift_fresh_copy", "detach", "alias", "clone"):
         node = node.all_input_nodes[0]
@@ -89,15 +90,16 @@ def constant_of(context: Context, node: Node) -> Any:
 
 
 def require_own_code(context: Context, source: Tensor, result: Any, args: Any) -> None:
-    """The model's own code runs the same operator on the compact tensor, or the labels are pinned.
+    """Require that the model's own code can run the same operator on the compact tensor; pin the labels if it cannot.
 
-    Two things must hold there: kept channels form a box, and what cuts along the channels cuts where it cut before.
+    The kept channels must form a box, and an operator that cuts along the channels must cut at the same channels.
     """
     if isinstance(result, Tensor):
-        require_box(context, result, computed_dims(context, source, result) if context.operator in SPLITTING else None)
+        free = shrinkable_dims(context, source, result) if context.operator in SPLITTING else None
+        require_box(context, result, free)
         if context.operator == "channel_shuffle":
             require_equal(context, source, list(source.chunk(args[1], 1)))
-        elif context.operator in SELECTING and varying(source):
+        elif context.operator in SELECTING and varying_dims(source):
             require_unmoved(context, source, result)
     elif context.operator in PARTING or context.operator == "unbind":
         require_equal(context, source, list(result))
@@ -106,25 +108,25 @@ def require_own_code(context: Context, source: Tensor, result: Any, args: Any) -
 def require_rewritable(
     context: Context, operator: Any, args: Any, kwargs: Any, sources: list[Tensor], result: Any
 ) -> None:
-    """A rewritten graph can make this move on compact tensors, or the labels are pinned.
+    """Require that a rewritten graph can make this move on compact tensors; pin the labels if it cannot.
 
-    A value whose channels lie along several dimensions (a ``view`` in front of a channel shuffle) need not exist there,
-    if all that happens to it is being moved on until they lie along one again: the end of the chain then selects its
-    channels from the beginning.
+    A value whose channels lie along several dimensions (a ``view`` in front of a channel shuffle) need not exist in the
+    rewritten graph if only moves follow until the channels lie along one dimension again: the end of the chain then
+    selects its channels from the beginning.
     """
     state, source = context.state, sources[0]
     parts = [result] if isinstance(result, Tensor) else list(result)
-    if not varying(source):
+    if not varying_dims(source):
         return
     for part in parts:
-        if not varying(part) and part.numel() and int(core(part).flatten()[0]) != KEPT:
+        if not varying_dims(part) and part.numel() and int(core(part).flatten()[0]) != KEPT:
             state.space.pin(part, f"{context.reason} (takes a single channel)")
-    ragged = any(len(varying(labels)) > 1 for labels in (*sources, *parts))
+    ragged = any(len(varying_dims(labels)) > 1 for labels in (*sources, *parts))
     if not ragged and not takes_channels(context, source, parts):
         return
-    moved = origin_of(context, sources).moved(lambda x: operator(x, *args[1:], **kwargs)) if len(sources) == 1 else []
-    found = [choice for place, part in zip(moved, parts, strict=False) if (choice := selection(place, part.shape))]
-    if len(moved) == 1 and len(varying(parts[0])) > 1 and only_moved_on(context.node):
+    moved = origin_of(context, sources).move(lambda x: operator(x, *args[1:], **kwargs)) if len(sources) == 1 else []
+    found = [choice for place, part in zip(moved, parts, strict=False) if (choice := find_selection(place, part.shape))]
+    if len(moved) == 1 and len(varying_dims(parts[0])) > 1 and is_only_moved(context.node):
         state.origins[context.node] = moved[0]
     elif len(found) == len(parts):
         state.selections[context.node] = found
@@ -136,24 +138,20 @@ def require_rewritable(
 
 
 def origin_of(context: Context, sources: list[Tensor]) -> Origin:
-    """The source of a move, or what it was made from while its channels lie along several dimensions."""
+    """Return the origin of a move's source, which is an earlier value if its channels lie along several dimensions."""
     source = context.node.all_input_nodes[0]
-    return context.state.origins.get(source) or Origin.of(source, tuple(sources[0].shape))
+    return context.state.origins.get(source) or Origin.identity(source, tuple(sources[0].shape))
 
 
 def takes_channels(context: Context, source: Tensor, parts: list[Tensor]) -> bool:
-    """Whether an operator takes some of the channels, or takes them in another order."""
+    """Return whether an operator takes some of the channels, or takes them in another order."""
     if context.operator not in SELECTING:
         return False
-    vectors = [along(source, dim) for dim in varying(source)], [along(parts[0], dim) for dim in varying(parts[0])]
-    if context.operator != "channel_shuffle" and len(vectors[0]) == len(vectors[1]) == 1:
-        before, after = vectors[0][0], vectors[1][0]
-        return before is None or after is None or not torch.equal(before, after)
-    return True
+    return context.operator == "channel_shuffle" or not have_same_channels(source, parts[0])
 
 
-def only_moved_on(node: Node) -> bool:
-    """Whether all that reads a value moves it, alone."""
+def is_only_moved(node: Node) -> bool:
+    """Return whether every reader of a value moves it, and nothing else with it."""
 
     def moves(user: Node) -> bool:
         return operator_name(user) in MOVES and user.all_input_nodes[0] is node and isinstance(user.args[0], Node)

@@ -1,21 +1,21 @@
-"""What must hold so that the model's own code can move compact tensors: it cuts and splits where it was written to."""
+"""Conditions for the model's own code to move compact tensors: it must cut and split at the same channels as before."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastprune.graph.labels.labels import IntArray, along, core, varying
+from fastprune.graph.labels.labels import IntArray, core, varying_dims, vector_along
 from fastprune.graph.labels.rules import Context
 
 
-def computed_dims(context: Context, source: Tensor, result: Tensor) -> set[int] | None:
-    """The dimensions along which a reshaped tensor may shrink, None for any.
+def shrinkable_dims(context: Context, source: Tensor, result: Tensor) -> set[int] | None:
+    """Return the dimensions along which a reshaped tensor may shrink, None for any.
 
-    Code that splits channels writes ``view(n, groups, c // groups, …)``: the last of the parts follows the channels,
-    the others are numbers in the code, and so is all but the -1 where there is one.
+    Code that splits channels says ``view(n, groups, c // groups, …)``: the last of these parts follows the number of
+    channels, the others are numbers in the code. If one part is -1, that part follows it, too.
     """
-    split = varying(source)
+    split = varying_dims(source)
     if len(split) != 1:
         return None
     before, size = source.shape[: split[0]].numel(), source.size(split[0])
@@ -26,16 +26,16 @@ def computed_dims(context: Context, source: Tensor, result: Tensor) -> set[int] 
     parts = [dim for dim in parts if result.shape[first : dim + 1].numel() <= size]
     if len(parts) < 2:
         return None
-    written = context.node.args[-1]
-    inferred = [i for i, n in enumerate(written) if n == -1] if isinstance(written, (list, tuple)) else []
+    sizes = context.node.args[-1]
+    inferred = [i for i, n in enumerate(sizes) if n == -1] if isinstance(sizes, (list, tuple)) else []
     return {parts[-1]} | {dim for dim in inferred if dim in parts}
 
 
 def require_equal(context: Context, source: Tensor, parts: list[Tensor]) -> None:
-    """Equal parts of a compact tensor are the compact parts only if each keeps the same pattern of classes."""
+    """Require that all parts keep the same pattern of classes: else code that cuts equal parts cuts elsewhere."""
     cut = [
         dim
-        for dim in varying(source)
+        for dim in varying_dims(source)
         if any(part.dim() != source.dim() or part.size(dim) != source.size(dim) for part in parts)
     ]
     if not cut:
@@ -52,11 +52,16 @@ def require_equal(context: Context, source: Tensor, parts: list[Tensor]) -> None
 
 
 def require_unmoved(context: Context, source: Tensor, result: Tensor) -> None:
-    """A selection may not touch the dimension along which channels lie."""
-    vectors = [along(source, dim) for dim in varying(source)], [along(result, dim) for dim in varying(result)]
-    if len(vectors[0]) == 1 and len(vectors[1]) == 1:
-        before, after = vectors[0][0], vectors[1][0]
-        if before is not None and after is not None and torch.equal(before, after):
-            return
-    context.state.space.pin(source, f"{context.reason} (selects channels)")
-    context.state.space.pin(result, f"{context.reason} (selects channels)")
+    """Require that a selection does not touch the dimension that holds the channels; pin them if it does."""
+    if not have_same_channels(source, result):
+        context.state.space.pin(source, f"{context.reason} (selects channels)")
+        context.state.space.pin(result, f"{context.reason} (selects channels)")
+
+
+def have_same_channels(source: Tensor, result: Tensor) -> bool:
+    """Return whether two values have the same channels in the same order, each along one dimension."""
+    vectors = [[vector_along(labels, dim) for dim in varying_dims(labels)] for labels in (source, result)]
+    if len(vectors[0]) != 1 or len(vectors[1]) != 1:
+        return False
+    before, after = vectors[0][0], vectors[1][0]
+    return before is not None and after is not None and torch.equal(before, after)

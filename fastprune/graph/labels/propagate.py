@@ -1,4 +1,4 @@
-"""Run an exported graph on labels in place of values."""
+"""The findings while labels flow: labelled weights, uses of layers, and checks that must hold in the end."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ import numpy as np
 from torch import Tensor
 from torch.fx import Node
 
-from fastprune.graph.labels.labels import KEPT, IntArray, LabelSpace, along, canonical, core, kept, spread, varying
+from fastprune.graph.labels.labels import (
+    KEPT,
+    IntArray,
+    LabelSpace,
+    canonicalise,
+    core,
+    kept_labels,
+    spread,
+    varying_dims,
+    vector_along,
+)
 from fastprune.graph.labels.selection import Origin, Selection
 from fastprune.graph.structure import Role
 
-# Given each label's class, does a compact tensor keep its shape here? Returns the labels to pin if it does not.
+# Takes the class of each label. Returns the labels to pin if a compact tensor would not keep its shape here, else None.
 Check = Callable[[IntArray], Tensor | None]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter or buffer of the model, standing for its value while labels flow."""
+    """A parameter or buffer of the model; it stands for its value while labels flow."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,12 +42,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class Computed:
-    """What the network computes from one parameter, on the way to the weight of a layer; see ``computed``.
+    """A value between one parameter and a layer's weight that the network computes from it; see ``computed``.
 
     Args:
         source: the parameter.
-        parts: the labels of the value, those along dimension 0 of the parameter and those along its dimension 1. Apart
-            from each other, as an element of a weight belongs to two channels.
+        parts: the value's labels along dimension 0 of the parameter, and those along its dimension 1. They are apart
+            because an element of a weight belongs to two channels.
     """
 
     source: Weight
@@ -60,8 +70,8 @@ class Computed:
 
     @property
     def is_weight(self) -> bool:
-        """Whether its channels lie where the parameter has them."""
-        at_home = all(set(varying(part)) <= {dim} for dim, part in enumerate(self.parts))
+        """Whether its channels lie along the same dimensions as the parameter's."""
+        at_home = all(set(varying_dims(part)) <= {dim} for dim, part in enumerate(self.parts))
         return at_home and self.shape == self.source.shape
 
 
@@ -73,7 +83,7 @@ class LabelledDim:
         tensor: name in the model's state.
         dim: the dimension.
         labels: one label per index, int64 [size(dim)].
-        role: "out" makes channels, "in" reads them, "depthwise" does both, "channel" goes along (batch norm, bias).
+        role: the role in its layer; see ``structure.Slice``.
         computed: whether a layer's weight is computed from the tensor (weight standardisation, say).
     """
 
@@ -92,10 +102,10 @@ class Call:
         layer: name of the module that owns the weight.
         kind: the operator, "conv2d" say.
         weight: name of the weight.
-        positions: how often each weight is used per sample: output pixels of a convolution.
+        positions: number of uses of each weight per sample: output pixels of a convolution.
         node: the graph's node.
-        in_labels: labels of the channels that it reads, [channels].
-        out_labels: labels of the channels that it makes.
+        in_labels: labels of its input channels, [channels].
+        out_labels: labels of its output channels.
         channel_dim: the dimension of its input that holds the channels.
         depthwise: whether each output channel reads its own input channel only.
     """
@@ -113,12 +123,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Multiply-accumulates that go with each channel, though no weight shrinks: of a kernel that runs along channels.
+    """A kernel that runs along channels: its multiply-accumulates shrink with them, its weight does not.
 
     Args:
         node: the graph's node.
         labels: labels of the channels.
-        macs: per channel and sample.
+        macs: multiply-accumulates per channel and sample.
     """
 
     node: str
@@ -128,32 +138,31 @@ class Repeats:
 
 @dataclass
 class Propagation:
-    """What is learnt from running a model's graphs on labels; shared by the eval-mode and the train-mode graph."""
+    """All findings from running a model's graphs on labels; shared by the eval-mode and the train-mode graph."""
 
-    exact: bool = True  # whether operators that mix channels keep them; False = they are noted in ``mixed``
+    exact: bool = True  # whether operators that mix channels pin them; False = they are noted in ``mixed``
     rewrites: bool = True  # whether the compact network may be a rewritten graph; False = the model's own code runs it
     space: LabelSpace = field(default_factory=LabelSpace)
     dims: dict[tuple[str, int], LabelledDim] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
-    fixed_macs: int = 0  # of layers that are not understood and stay as they are
+    fixed_macs: int = 0  # of layers that are not understood, so that all their channels stay
     repeats: list[Repeats] = field(default_factory=list)
     mixed: list[tuple[Tensor, str]] = field(default_factory=list)  # channels whose removal changes statistics
-    added: list[Tensor] = field(default_factory=list)
-    locked: dict[str, str] = field(default_factory=dict)
-    checks: list[tuple[Check, str]] = field(default_factory=list)
+    added: list[Tensor] = field(default_factory=list)  # channels that pass a residual addition
+    locked: dict[str, str] = field(default_factory=dict)  # {tensor that keeps its shape: why}
+    checks: list[tuple[Check, str]] = field(default_factory=list)  # (check, reason to pin the labels that fail it)
     origins: dict[Node, Origin] = field(default_factory=dict)  # of values whose channels lie along several dimensions
-    selections: dict[Node, list[Selection]] = field(
-        default_factory=dict
-    )  # for each result of a move that takes channels
+    # For each move that takes channels, the selection that makes each of its results.
+    selections: dict[Node, list[Selection]] = field(default_factory=dict)
 
     def let_mix(self, labels: Tensor, reason: str) -> bool:
-        """Whether channels may leave an operator that mixes them, which is noted. If not, they must be pinned."""
+        """Note that an operator mixes channels; return whether they may leave all the same. If not, pin them."""
         if not self.exact:
             self.mixed.append((core(labels).flatten(), reason))
         return not self.exact
 
-    def computed(self, weight: Weight, reason: str) -> Computed:
-        """A parameter from which the weight of a layer is computed; the layer will say what its dimensions mean."""
+    def label_source(self, weight: Weight, reason: str) -> Computed:
+        """Label a parameter from which a layer's weight is computed; the layer gives the roles of its dimensions."""
         parts = []
         for dim in (0, 1):
             known = self.dims.get((weight.name, dim))
@@ -162,24 +171,24 @@ class Propagation:
             if known is None and weight.shape[dim] > 1:
                 labels = self.space.fresh(weight.shape[dim])
                 known = self.dims[weight.name, dim] = LabelledDim(weight.name, dim, labels, "channel", computed=True)
-            parts.append(kept(weight.shape) if known is None else spread(known.labels, weight.shape, dim))
+            parts.append(kept_labels(weight.shape) if known is None else spread(known.labels, weight.shape, dim))
         return Computed(weight, (parts[0], parts[1]))
 
-    def dim_of(self, weight: Computed, dim: int, role: Role, reason: str) -> Tensor:
-        """The labels of a computed weight along ``dim``, which turns out to have ``role``."""
+    def assign_role(self, weight: Computed, dim: int, role: Role, reason: str) -> Tensor:
+        """Give ``role`` to a computed weight's dimension; return the labels along it."""
         known = self.dims.get((weight.name, dim))
         if known is not None and known.role == "channel":
             self.dims[weight.name, dim] = replace(known, role=role)
         elif known is not None and known.role != role:
             self.space.pin(known.labels, f"{reason} (uses {weight.name} in another way elsewhere)")
-        labels = along(weight.parts[dim], dim)
-        assert labels is not None  # as ``is_weight`` says
+        labels = vector_along(weight.parts[dim], dim)
+        assert labels is not None  # because of ``is_weight``
         return labels
 
     def label_dim(self, weight: Weight | Computed, dim: int, labels: Tensor, role: Role, reason: str) -> None:
-        """Say that index j of ``weight`` along ``dim`` belongs to channel ``labels[j]``."""
+        """Assign index j of ``weight`` along ``dim`` to channel ``labels[j]``."""
         if isinstance(weight, Computed):
-            self.space.unite(self.dim_of(weight, dim, role, reason), labels, reason)
+            self.space.unite(self.assign_role(weight, dim, role, reason), labels, reason)
             return
         known = self.dims.get((weight.name, dim))
         if known is None:
@@ -189,18 +198,18 @@ class Propagation:
             self.require_role(known, role, reason)
 
     def require_role(self, known: LabelledDim, role: Role, reason: str) -> None:
-        """Keep a dimension that has two meanings: a weight tied to its transpose makes channels where it reads some."""
+        """Pin a dimension that has two roles: a weight tied to its transpose makes channels where it reads some."""
         if role != known.role or known.computed:
             self.space.pin(known.labels, f"{reason} (uses {known.tensor} in another way elsewhere)")
 
     def fresh_dim(self, weight: Weight | Computed, dim: int, role: Role, reason: str, *, repeat: int = 1) -> Tensor:
-        """New labels for ``weight`` along ``dim`` (the known ones where the weight was met before).
+        """Return new labels for ``weight`` along ``dim``, or its known ones.
 
-        With ``repeat`` > 1 the labels of the first ``size / repeat`` indices are used again for the others.
+        With ``repeat`` > 1 the others repeat the labels of the first ``size / repeat`` indices.
         """
         known = self.dims.get((weight.name, dim))
         if isinstance(weight, Computed):
-            labels = self.dim_of(weight, dim, role, reason)
+            labels = self.assign_role(weight, dim, role, reason)
         elif known is not None:
             labels = known.labels
             self.require_role(known, role, reason)
@@ -213,19 +222,19 @@ class Propagation:
         return labels
 
     def labels_of(self, weight: Weight, reason: str) -> Tensor:
-        """A weight that is used as a value: labelled along its one dimension, kept as a whole if it has several."""
+        """Return the labels of a weight that is used as a value; one that is wide in several dimensions is locked."""
         wide = [dim for dim, size in enumerate(weight.shape) if size > 1]
         if len(wide) == 1:
             labels = self.fresh_dim(weight, wide[0], "channel", reason)
             shape = [1] * len(weight.shape)
             shape[wide[0]] = -1
-            return canonical(labels.reshape(shape))
+            return canonicalise(labels.reshape(shape))
         if wide:
             self.locked.setdefault(weight.name, reason)
-        return kept(weight.shape)
+        return kept_labels(weight.shape)
 
     def mixed_classes(self, components: IntArray) -> dict[int, str]:
-        """The classes that cannot leave exactly, and the first operator that mixes each."""
+        """Return the classes that cannot leave exactly, and the first operator that mixes each."""
         found: dict[int, str] = {}
         for labels, reason in self.mixed:
             for representative in np.unique(components[labels.numpy()]).tolist():
@@ -234,9 +243,9 @@ class Propagation:
         return found
 
     def settle(self) -> tuple[IntArray, dict[int, str]]:
-        """The classes of all labels, and the pinned ones with their reasons.
+        """Return the classes of all labels, and the pinned ones with their reasons.
 
-        A check that fails pins its labels, which may make another one fail: repeated until all hold.
+        A check that fails pins its labels, which may make another one fail; this repeats until all hold.
         """
         for name, reason in self.locked.items():
             for labelled in self.dims.values():

@@ -1,8 +1,8 @@
-"""What each operator does to labels: the table of rules, and the rule of elementwise operators.
+"""The effect of each operator on labels: the table of rules, and the rule of elementwise operators.
 
 Convolutions and linear layers (``layers``), normalisations, pooling and reductions (``channelwise``) have a rule each.
-Operators that only move data (``moves``) are executed on the labels. Elementwise operators unite what meets. Everything
-else pins.
+Operators that only move data (``moves``) are executed on the labels. Elementwise operators unite the labels that meet.
+All other operators pin.
 """
 
 from __future__ import annotations
@@ -17,16 +17,24 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fastprune.graph.export.nodes import concrete, module_of, operator_name
 from fastprune.graph.export.refusals import TraceError
 from fastprune.graph.export.regions import MODES
-from fastprune.graph.export.tracing import concrete
-from fastprune.graph.labels.labels import IntArray, canonical, core, kept, spread, varying
+from fastprune.graph.labels.labels import IntArray, canonicalise, core, kept_labels, spread, varying_dims
 from fastprune.graph.labels.propagate import Computed, Propagation, Weight
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a rule is applied: the findings so far, the node, and the shape (or shapes) of its result."""
+    """One application of a rule.
+
+    Args:
+        state: the findings so far.
+        node: the node of the graph.
+        batch: samples in the example.
+        shape: the shape of the node's result, a list of them for several, None for no tensor.
+        record: whether the MACs of layers are counted.
+    """
 
     state: Propagation
     node: Node
@@ -41,33 +49,15 @@ class Context:
 
     @property
     def reason(self) -> str:
-        """For people: the operator and the module."""
-        return described(self.node)
+        """The operator and the module, for messages."""
+        return describe_node(self.node)
 
 
-SIZES = {"sym_size", "sym_numel"}  # of a weight, too
+SIZES = {"sym_size", "sym_numel"}  # also applied to weights
 
 
-def operator_name(node: Node) -> str:
-    """The operator's name without overload and the underscore of in-place variants.
-
-    Those of PyTorch go by their plain name, "add"; others keep their namespace, so that an operator of a user's that is
-    called "mylib::add" is not taken for an addition.
-    """
-    schema = getattr(node.target, "_schema", None)
-    name = str(schema.name).removeprefix("aten::") if schema else getattr(node.target, "__name__", "?")
-    return name if name.startswith("_") else name.rstrip("_")
-
-
-def module_of(node: Node) -> str:
-    """The name of the module in whose code the node arose, "" at the top."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = [str(entry[0]) for entry in stack.values()]
-    return path[-1].removeprefix("L['self'].") if path else ""
-
-
-def described(node: Node) -> str:
-    """For people: the operator and the module."""
+def describe_node(node: Node) -> str:
+    """Return the operator and the module of a node, for messages."""
     name = operator_name(node)
     unknown = "::" in name and name not in RULES
     hint = " (has no rule; one can be registered, see docs/custom_operators.md)" if unknown else ""
@@ -89,17 +79,17 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def apply_rule(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The labels of an operator's result."""
+    """Return the labels of an operator's result."""
     if isinstance(context.node.target, torch._ops.HigherOrderOperator):
         count_region(context)
-        return give_up(context, args, kwargs)  # a graph of its own: cond, a region under autocast or no_grad
+        return give_up(context, args, kwargs)  # a graph of its own, torch.cond say
     if context.node.target in MODES:
         return None
     if not isinstance(context.node.target, torch._ops.OpOverload):
         return apply_function(context, args, kwargs)
     if context.operator in RULES:
         if args and isinstance(args[0], Weight) and context.operator not in SIZES and "::" not in context.operator:
-            args = (context.state.labels_of(args[0], context.reason), *args[1:])  # a parameter in an input's place
+            args = (context.state.labels_of(args[0], context.reason), *args[1:])  # a parameter in place of an input
         return RULES[context.operator](context, *args, **kwargs)
     elementwise = torch.Tag.pointwise in context.node.target.tags or context.operator in ELEMENTWISE
     if elementwise and isinstance(context.shape, tuple):
@@ -108,10 +98,10 @@ def apply_rule(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def apply_function(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Arithmetic on sizes and ``getitem`` are carried out.
+    """Compute arithmetic on sizes and ``getitem``; give up on other functions.
 
     Raises:
-        TraceError: for functions of ``torch.func``, between which tensors lack dimensions that the example has.
+        TraceError: for functions of ``torch.func``; inside them tensors lack dimensions that the example has.
     """
     home = str(getattr(context.node.target, "__module__", ""))
     if home in ("_operator", "math", "builtins", "torch"):
@@ -123,10 +113,10 @@ def apply_function(context: Context, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def count_region(context: Context) -> None:
-    """The MACs of layers in a region with a graph of its own; their channels stay, so their cost is fixed.
+    """Count the MACs of layers in a region with a graph of its own; their channels stay, so their cost is fixed.
 
     Raises:
-        TraceError: where the region does not say what size its tensors have.
+        TraceError: if the sizes of its tensors are unknown.
     """
     owner = context.node.graph.owning_module
     regions = [getattr(owner, str(n.target), None) for n in context.node.all_input_nodes if n.op == "get_attr"]
@@ -145,27 +135,27 @@ def count_region(context: Context) -> None:
 
 
 def region_sizes(name: str, out: Tensor, x: Tensor, weight: Tensor) -> tuple[Any, Any, Any]:
-    """The sizes whose products are a layer's positions at its output and its input, and the elements of its weight."""
+    """Return the sizes whose products are a layer's output positions, input positions and weight elements."""
     if name.startswith("aten.linear"):
         return out.shape[:-1], x.shape[:-1], weight.shape
     return (out.shape[0], *out.shape[2:]), (x.shape[0], *x.shape[2:]), weight.shape
 
 
 def tensors_in(context: Context, args: Any, kwargs: Any) -> list[Tensor]:
-    """The label tensors among the arguments; a weight used as a value is labelled."""
+    """Return the label tensors among the arguments; weights that are used as values are labelled."""
     leaves = pytree.tree_leaves((args, kwargs))
     values = [context.state.labels_of(x, context.reason) if isinstance(x, Weight) else x for x in leaves]
     return [x for x in values if isinstance(x, Tensor)]
 
 
 def operands(context: Context, args: Any, kwargs: Any) -> list[Tensor]:
-    """The labels of what an elementwise operator reads.
+    """Return the labels of an elementwise operator's operands.
 
     A parameter that is wide in several dimensions (a map of offsets, one for each channel and pixel) is labelled along
-    the one in which the others' channels lie.
+    the dimension that holds the other operands' channels.
     """
     leaves, rank = pytree.tree_leaves((args, kwargs)), len(context.shape)
-    across = {dim - x.dim() for x in leaves if isinstance(x, Tensor) for dim in varying(x)}
+    across = {dim - x.dim() for x in leaves if isinstance(x, Tensor) for dim in varying_dims(x)}
     found = []
     for leaf in leaves:
         if isinstance(leaf, Weight) and sum(size > 1 for size in leaf.shape) > 1 and len(across) == 1:
@@ -179,21 +169,21 @@ def operands(context: Context, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def give_up(context: Context, args: Any, kwargs: Any, note: str = "") -> Any:
-    """An operator that is not understood: what it reads and what it gives stays as it is."""
+    """Pin everything that an operator reads and makes, because it is not understood."""
     reason = context.reason + note
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, (Weight, Computed)):
             context.state.locked.setdefault(leaf.name, reason)
     for labels in tensors_in(context, args, kwargs):
         context.state.space.pin(labels, reason)
-    return unlabelled(context)
+    return unlabelled_result(context)
 
 
-def unlabelled(context: Context) -> Any:
-    """The result without prunable channels."""
+def unlabelled_result(context: Context) -> Any:
+    """Return a result without prunable channels."""
     if isinstance(context.shape, list):
-        return [kept(shape) for shape in context.shape]
-    return kept(context.shape) if context.shape is not None else None
+        return [kept_labels(shape) for shape in context.shape]
+    return kept_labels(context.shape) if context.shape is not None else None
 
 
 # --- elementwise ----------------------------------------------------------------------------------------------------
@@ -210,15 +200,15 @@ RESIDUAL = {"add", "sub"}
 
 @rule("type_as")
 def convert(context: Context, x: Tensor, other: Any) -> Tensor:
-    """The other tensor gives its dtype only."""
+    """Return the labels of ``x``; the other tensor only gives its dtype."""
     return x
 
 
 def unite(context: Context, tensors: Sequence[Tensor]) -> Any:
-    """Unite the labels that meet; an operand broadcast over another's channels is read by all of them and pinned."""
+    """Unite the labels that meet; pin an operand that is broadcast over another's channels, as all of them read it."""
     space, rank = context.state.space, len(context.shape or ())
     padded = [t.reshape((1,) * (rank - t.dim()) + tuple(t.shape)) if t.dim() < rank else t for t in tensors]
-    across = {dim for t in padded for dim in varying(t)}
+    across = {dim for t in padded for dim in varying_dims(t)}
     meeting = []
     for labels in padded:
         if any(labels.size(dim) == 1 for dim in across):
@@ -226,12 +216,12 @@ def unite(context: Context, tensors: Sequence[Tensor]) -> Any:
         else:
             meeting.append(labels)
     if not meeting:
-        return kept(context.shape)
-    result = canonical(meeting[0].expand(context.shape))
+        return kept_labels(context.shape)
+    result = canonicalise(meeting[0].expand(context.shape))
     for labels in meeting[1:]:
-        other = canonical(labels.expand(context.shape))
+        other = canonicalise(labels.expand(context.shape))
         space.unite(result, other, context.reason)
-        if len(varying(other)) > len(varying(result)):
+        if len(varying_dims(other)) > len(varying_dims(result)):
             result = other
     if len(meeting) > 1 and context.operator in RESIDUAL:
         context.state.added.append(core(result).flatten())
@@ -240,11 +230,11 @@ def unite(context: Context, tensors: Sequence[Tensor]) -> Any:
 
 
 def require_box(context: Context, labels: Tensor, free: set[int] | None = None) -> None:
-    """Labels that vary along several dimensions must, once united, vary along one: a tensor has no ragged rows.
+    """Require that labels, once united, vary along one dimension only: a tensor has no ragged rows.
 
-    With ``free``, that one must be among them.
+    With ``free``, this dimension must be one of them.
     """
-    ways = varying(labels)
+    ways = varying_dims(labels)
     if not ways or (len(ways) < 2 and (free is None or free.issuperset(ways))):
         return
     array = core(labels).numpy()

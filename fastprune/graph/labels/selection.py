@@ -1,4 +1,4 @@
-"""Where moved values come from: which channels of which value, in which order."""
+"""The origin of moved values: which channels of which value, in which order."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fastprune.graph.labels.labels import along, canonical, spread, varying
+from fastprune.graph.labels.labels import canonicalise, spread, varying_dims, vector_along
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the elements of a value lie in ``base``, a value that it was made from by moves alone.
+    """The places in ``base`` of a value's elements; moves alone made the value from ``base``.
 
     Args:
-        base: the node.
-        shape: its shape.
+        base: the node of the original value.
+        shape: the shape of the original value.
         positions: for each dimension of ``base`` the index of every element of the value, canonical, int64.
     """
 
@@ -28,16 +28,17 @@ class Origin:
     positions: tuple[Tensor, ...]
 
     @staticmethod
-    def of(node: Node, shape: tuple[int, ...]) -> Origin:
-        """A value as its own origin."""
+    def identity(node: Node, shape: tuple[int, ...]) -> Origin:
+        """Return a value as its own origin."""
         return Origin(node, shape, tuple(spread(torch.arange(n), shape, dim) for dim, n in enumerate(shape)))
 
-    def moved(self, operator: Callable[[Tensor], Any]) -> list[Origin]:
-        """The origin of each result of a move."""
+    def move(self, operator: Callable[[Tensor], Any]) -> list[Origin]:
+        """Return the origin of each result of a move."""
         results = [operator(positions) for positions in self.positions]
         if isinstance(results[0], Tensor):
             results = [[result] for result in results]
-        return [Origin(self.base, self.shape, tuple(map(canonical, places))) for places in zip(*results, strict=True)]
+        moved = [tuple(map(canonicalise, positions)) for positions in zip(*results, strict=True)]
+        return [Origin(self.base, self.shape, positions) for positions in moved]
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Selection:
     """A value that equals ``base.index_select(dim, indices)``.
 
     Args:
-        base: the node.
-        dim: a dimension.
-        indices: which of its indices, in which order, int64.
+        base: the node of the original value.
+        dim: the dimension that is selected from.
+        indices: the selected indices in order, int64.
     """
 
     base: Node
@@ -55,14 +56,14 @@ class Selection:
     indices: Tensor
 
 
-def selection(origin: Origin, shape: tuple[int, ...]) -> Selection | None:
-    """The selection along one dimension that a value of ``shape`` is, None if it is no such thing."""
+def find_selection(origin: Origin, shape: tuple[int, ...]) -> Selection | None:
+    """Return the selection along one dimension that makes a value of ``shape``, None if there is none."""
     if len(shape) != len(origin.shape):
         return None
     moved = []
     for dim, positions in enumerate(origin.positions):
-        indices = along(positions, dim)
-        if indices is None or any(d != dim for d in varying(positions)):
+        indices = vector_along(positions, dim)
+        if indices is None or any(d != dim for d in varying_dims(positions)):
             return None
         if len(indices) != origin.shape[dim] or not torch.equal(indices, torch.arange(len(indices))):
             moved.append((dim, indices))

@@ -14,28 +14,28 @@ import numpy as np
 
 from fastprune.host import atomic
 
-FORMAT = 1  # of the files, and of the way in which times are measured
+FORMAT = 1  # a new number for other files, or another way to measure times
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was measured on one machine, with one set of versions.
+    """The measurements of one machine with one set of versions.
 
     Args:
-        folder: where the files are.
-        facts: what all of them depend on: device, versions, threads, dtype, layout. Text by name.
+        folder: the folder of the files.
+        facts: facts that all of them depend on (device, versions, threads, dtype, layout), as text by name.
     """
 
     folder: Path
     facts: dict[str, str]
 
     def path(self, key: Any) -> Path:
-        """The file of a measurement."""
+        """Return the file of a measurement."""
         text = json.dumps([FORMAT, self.facts, key], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
     def get(self, key: Any, shapes: Sequence[tuple[int, int]]) -> list[Any] | None:
-        """A measurement, tables of ``shapes``; None where it was never made or, with a warning, is damaged."""
+        """Return a measurement, tables of ``shapes``; None if there is none or, with a warning, its file is damaged."""
         path = self.path(key)
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ class Measurements:
             sound = [t.shape for t in tables] == list(shapes) and all(bool(np.isfinite(t).all()) for t in tables)
             if document["key"] == key and document["facts"] == self.facts and sound:
                 return [table.tolist() for table in tables]
-            reason = "it is another measurement's"
+            reason = "it holds another one"
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -52,7 +52,7 @@ class Measurements:
         return None
 
     def put(self, key: Any, ms: list[Any]) -> None:
-        """Remember a measurement. Where files cannot be written, it is made again the next time."""
+        """Write a measurement to its file; warn if it cannot be written, so that it is made again the next time."""
         document = {"format": FORMAT, "facts": self.facts, "key": key, "ms": ms}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

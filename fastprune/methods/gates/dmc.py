@@ -1,14 +1,14 @@
 """Discrete Model Compression (Gao, Huang, Pei and Huang, CVPR 2020): train one discrete gate per channel, nothing else.
 
 The network is frozen. Each gate has one parameter θ in [0, 1] and is open with probability θ. One step (Algorithm 1),
-with r the cost ratio that the deterministic gates 1[θ ≥ ½] leave and p its target:
+with r the cost ratio under the deterministic gates 1[θ ≥ ½] and p its target:
 
     loss = cross-entropy(masked network, stochastic gates) + λ · log(|r − p| + 1)
     θ ← Adam(θ, ∂loss/∂θ)            straight-through: the gradient of the gate is the gradient of θ
-    θ ← θ − β · sign(θ − ½)          symmetric decay keeps the gates undecided, so that the search stays wide
+    θ ← θ − β · sign(θ − ½)          symmetric decay keeps the gates undecided, which keeps the search wide
     θ ← clip(θ, 0, 1)
 
-In the end a channel stays if θ ≥ ½.
+At the end the channels with θ ≥ ½ are kept.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
-from fastprune.methods.gates.gated import GateSearch, weights_frozen
+from fastprune.methods.gates.gated import GateSearch, freeze_weights
 from fastprune.methods.gates.gates import deterministic_gate
 from fastprune.methods.gates.regularisers import log_distance
 from fastprune.methods.scores.filters import unit_norms
-from fastprune.methods.scores.ranking import across_groups
+from fastprune.methods.scores.ranking import normalise_scores
 from fastprune.ops import bernoulli_gate
 from fastprune.options import option
 from fastprune.training.phases import Metrics
@@ -41,23 +41,23 @@ class DMCConfig:
     epochs: int = option(300, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on; the paper takes 10000 on ImageNet", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
-    learning_rate: float = option(1e-3, "of Adam, constant", minimum=0.0)
+    learning_rate: float = option(1e-3, "learning rate of Adam, constant", minimum=0.0)
     regularisation: float = option(4.0, "λ, the weight of the cost term; the paper takes 8 on ImageNet", minimum=0.0)
     decay: float = option(1e-4, "β, the step towards ½ after each update", minimum=0.0, maximum=0.5)
     sampling: Literal["stochastic", "deterministic"] = option(
         "stochastic", "gates of the cross-entropy term: drawn with probability θ (eq. 4), or θ ≥ ½ (eq. 1)"
     )
     groups: Literal["interior", "one_gate", "all"] = option(
-        "interior", "gates inside blocks, as in the paper; only the last one of each block; or on all that can go"
+        "interior", "gates inside blocks, as in the paper; on the last one of each block only; or on all channels"
     )
-    augment: bool = option(False, "whether the search sees augmented images")
+    augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
 
 class DMC(GateSearch):
     """Learn which channels to keep: one discrete, stochastic gate per channel, trained under the budget.
 
-    The weights stay as they are; only the gates are trained, by gradients that pass straight through them.
+    The weights do not change; only the gates train, by straight-through gradients.
     """
 
     name = "dmc"
@@ -67,7 +67,7 @@ class DMC(GateSearch):
     config: DMCConfig
 
     def setup(self, task: Task) -> None:
-        """Open all gates.
+        """Create the gates, all open, and their optimiser.
 
         Raises:
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
@@ -78,15 +78,15 @@ class DMC(GateSearch):
         self.step = 0
 
     def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
-        """One iteration of Algorithm 1."""
-        with weights_frozen(self.weights):
+        """Take one step of Algorithm 1."""
+        with freeze_weights(self.weights):
             scores = self.masked(images, self.placement.spread(self.sample(task.seed)))
             cross_entropy = F.cross_entropy(scores.float(), labels)
             cost = self.cost(task)
             regulariser = log_distance(self.placement.ratio(cost), self.placement.target)
             loss = cross_entropy + self.config.regularisation * regulariser.float()
             (gradient,) = torch.autograd.grad(loss, [self.theta])
-        # The gates and the cost term are the same on every rank, the images are not.
+        # Gates and cost term are equal on all ranks; the images differ.
         self.theta.grad = task.distributed.mean_(gradient)
         self.optimizer.step()
         symmetric_decay_(self.theta, self.config.decay)
@@ -98,34 +98,34 @@ class DMC(GateSearch):
             "cross_entropy": cross_entropy.detach(),
             "regulariser": regulariser.detach(),
             f"{task.budget.resource}_ratio": cost.detach() / self.placement.full,
-            "randomness": (self.theta.detach() - 0.5).abs().mean(),  # s of Fig. 5: ½ = decided, 0 = a coin
+            "randomness": (self.theta.detach() - 0.5).abs().mean(),  # s of Fig. 5: ½ = decided, 0 = a coin toss
             "open": (self.theta.detach() >= 0.5).float().mean(),
         }
 
     def sample(self, seed: int) -> Tensor:
-        """The gates of the cross-entropy term, [n]."""
+        """Draw the gates of the cross-entropy term, [n]."""
         if self.config.sampling == "deterministic":
             return deterministic_gate(self.theta)
         return bernoulli_gate(self.theta, seed=seed, step=self.step)
 
     def cost(self, task: Task) -> Tensor:
-        """MACs or parameters of the network that the deterministic gates leave; differentiable in θ."""
+        """Compute the cost of the network under the deterministic gates; differentiable in θ."""
         gates = self.placement.spread(deterministic_gate(self.theta))
         return task.budget.cost(task.graph, gates)
 
     def gates(self) -> Tensor:
-        """The deterministic gates, [n]."""
+        """Return the deterministic gates, [n]."""
         return deterministic_gate(self.theta)
 
     def plan(self, task: Task) -> PruningPlan:
-        """Keep θ ≥ ½; where that misses the budget, open or close the gates that are nearest to changing.
+        """Keep θ ≥ ½; if that misses the budget, open or close the gates nearest to the threshold.
 
-        Many θ end at exactly 0 or 1. Among equal ones the larger filters (relative to their group) stay, so that an
-        index does not decide.
+        Many θ end at exactly 0 or 1. Among equal θ the larger filters (relative to their group) are kept, not the lower
+        indices.
         """
         graph = task.graph
         theta = self.placement.spread(self.theta.detach()).cpu()
-        norms = across_groups(graph, unit_norms(graph, task.model, p=2))
+        norms = normalise_scores(graph, unit_norms(graph, task.model, p=2))
         by_norm = norms.argsort(descending=True, stable=True)
         order = by_norm[theta[by_norm].argsort(descending=True, stable=True)]
         scores = torch.empty(graph.num_units, dtype=torch.float64)
@@ -133,8 +133,8 @@ class DMC(GateSearch):
         return self.keep_open(task, theta >= 0.5, scores)
 
     def state_dict(self) -> dict[str, Any]:
-        """θ, Adam's moments and the step."""
-        # Copies: torch hands out the optimiser's live tensors, which further steps would change.
+        """Return θ, Adam's moments and the step."""
+        # Copies: later steps change the tensors that torch returns.
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         return {"theta": self.theta.detach().clone(), "optimizer": optimizer, "step": self.step}
 
@@ -142,12 +142,12 @@ class DMC(GateSearch):
         """Restore what ``state_dict`` returned.
 
         Raises:
-            ValueError: if the state is for another number of gates.
+            ValueError: if the state has another number of gates.
         """
         if state["theta"].shape != self.theta.shape:
             raise ValueError(
                 f"dmc: the state has {len(state['theta'])} gates, this network has {len(self.theta)}; "
-                "was it made with another model or another option 'groups'?"
+                "resume with the model and the option 'groups' of the first run"
             )
         with torch.no_grad():
             self.theta.copy_(state["theta"])
@@ -156,6 +156,6 @@ class DMC(GateSearch):
 
 
 def symmetric_decay_(theta: Tensor, amount: float) -> None:
-    """θ ← θ − β sign(θ − ½), in place; sign(0) = 0. Source: Gao et al., CVPR 2020, eq. 12."""
+    """Compute θ ← θ − β sign(θ − ½) in place, with sign(0) = 0. Source: Gao et al., CVPR 2020, eq. 12."""
     with torch.no_grad():
         theta.sub_(torch.sign(theta - 0.5), alpha=amount)

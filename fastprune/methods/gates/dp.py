@@ -1,12 +1,12 @@
 """Differentiable pruning with Gumbel-sigmoid gates: the baseline of Gao et al., ECCV 2022 (DDNP), Fig. 3 and 4.
 
-One number z per channel says both whether it stays and, together with the others of its layer, how many do; DDNP takes
-these two apart. The network is frozen. One step, with r the ratio of the cost that the drawn gates leave:
+One number z per channel decides whether the channel is kept; together, the z of a layer decide how many are. DDNP
+separates the two. The network is frozen. One step, with r the cost ratio under the drawn gates:
 
     gate = 1[y ≥ ½],  y = σ((z + b + noise)/t)           the gradient is that of y
     J = cross-entropy(masked network) + λ R(r, p)
 
-In the end a channel stays if z + b ≥ 0. The scores z come from DDNP's generator, or are parameters themselves.
+At the end the channels with z + b ≥ 0 are kept. The scores z come from DDNP's generator, or are parameters themselves.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
-from fastprune.methods.gates.gated import GateSearch, weights_frozen
-from fastprune.methods.gates.generators import ScoreGenerator, follow, restore, state_of
+from fastprune.methods.gates.gated import GateSearch, freeze_weights
+from fastprune.methods.gates.generators import ScoreGenerator, apply_gradients, copy_state, restore_state
 from fastprune.methods.gates.regularisers import SIDES
 from fastprune.ops import gumbel_gate
 from fastprune.options import option
@@ -31,39 +31,40 @@ from fastprune.training.phases import Metrics
 
 @dataclass(frozen=True)
 class RelaxedGates:
-    """Options of gates that are relaxed by noise, and of what makes their scores."""
+    """Options of gates that noise relaxes, and of the generator of their scores."""
 
-    temperature: float = option(0.4, "t of the gates", minimum=1e-3)
-    base: float = option(3.0, "b, added to the scores: with 3 nearly all gates begin open")
+    temperature: float = option(0.4, "t, the temperature of the gates", minimum=1e-3)
+    base: float = option(3.0, "b, added to the scores; with 3 nearly all gates start open")
     noise: Literal["gumbel", "logistic"] = option(
-        "gumbel", "one Gumbel sample, as the authors' releases draw it, or logistic, which makes P(open) = σ(z + b)"
+        "gumbel",
+        "gumbel: one Gumbel sample, as in the authors' releases; logistic: noise that makes P(open) = σ(z + b)",
     )
     architecture: Literal["gru", "fc", "channel"] = option(
-        "gru", "of what makes the scores: gru (GRU and linear layers), fc (linear layers), channel (one parameter each)"
+        "gru", "generator of the scores: gru (GRU and linear layers), fc (linear layers), channel (one parameter each)"
     )
 
 
 @dataclass(frozen=True)
 class DPConfig(RelaxedGates):
-    """Options of DP; the defaults are those of DDNP where it has them, as its paper compares the two."""
+    """Options of DP; where DDNP has them the defaults are DDNP's, as its paper compares the two."""
 
     epochs: int = option(200, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
-    learning_rate: float = option(1e-3, "of Adam, constant", minimum=0.0)
+    learning_rate: float = option(1e-3, "learning rate of Adam, constant", minimum=0.0)
     regularisation: float = option(2.0, "λ, the weight of the cost term", minimum=0.0)
     resource: Literal["one_sided", "two_sided"] = option(
-        "one_sided", "the cost term: log(max(T, pT)/pT), or |log(T/pT)|, which also pulls upwards"
+        "one_sided", "cost term: log(max(T, pT)/pT), or |log(T/pT)|, which also raises a cost below pT"
     )
-    groups: Literal["interior", "all"] = option("interior", "gates inside blocks only, or on every channel that can go")
-    augment: bool = option(False, "whether the search sees augmented images")
+    groups: Literal["interior", "all"] = option("interior", "gates inside blocks only, or on all channels")
+    augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
 
 class DP(GateSearch):
-    """Learn one relaxed gate per channel, as differentiable pruning was done before DDNP, whose baseline it is.
+    """Learn one relaxed gate per channel: differentiable pruning as before DDNP, whose baseline it is.
 
-    The weights stay as they are.
+    The weights do not change.
     """
 
     name = "dp"
@@ -73,41 +74,41 @@ class DP(GateSearch):
     config: Any
 
     def setup(self, task: Task) -> None:
-        """Make the generator.
+        """Create the generator and its optimiser.
 
         Raises:
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
         """
-        may_go = self.place_gates(task)
-        sizes = [group.size for group in task.graph.groups if bool(may_go[group.start])]
+        units = self.place_gates(task)
+        sizes = [group.size for group in task.graph.groups if bool(units[group.start])]
         self.scores = self.make_generator(sizes, task.seed).to(task.device)
         self.optimizer = self.make_optimizer()
         self.step = 0
 
     def make_generator(self, sizes: list[int], seed: int) -> ScoreGenerator:
-        """What makes the scores of gates for groups of the given sizes."""
+        """Create the generator of the scores of groups of the given sizes."""
         return ScoreGenerator(sizes, self.config.architecture, seed)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """That of the generator."""
+        """Create the optimiser of the generator."""
         return torch.optim.Adam(self.scores.parameters(), lr=self.config.learning_rate, fused=True)
 
     def cost_term(self, ratio: Tensor) -> Tensor:
-        """R of the ratio r = T̂/T that the gates leave."""
+        """Compute R of the cost ratio r = T̂/T under the gates."""
         return SIDES[self.config.resource](ratio, self.placement.target)
 
     def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
-        """One iteration."""
+        """Take one step."""
         config, parameters = self.config, list(self.scores.parameters())
-        with torch.autocast(task.device.type, enabled=False):  # bfloat16 would make scores equal that are not
+        with torch.autocast(task.device.type, enabled=False):  # bfloat16 would round different scores to equal ones
             gates = self.placement.spread(self.draw(self.scores(), task.seed))
-        with weights_frozen(self.weights):
+        with freeze_weights(self.weights):
             cross_entropy = F.cross_entropy(self.masked(images, gates).float(), labels)
             cost = task.budget.cost(task.graph, gates)
             regulariser = self.cost_term(self.placement.ratio(cost))
             loss = cross_entropy + config.regularisation * regulariser.float()
             gradients = torch.autograd.grad(loss, parameters)
-        follow(self.optimizer, parameters, gradients, task.distributed)
+        apply_gradients(self.optimizer, parameters, gradients, task.distributed)
         self.step += 1
         return {
             "loss": loss.detach(),
@@ -118,32 +119,32 @@ class DP(GateSearch):
         }
 
     def draw(self, scores: Tensor, seed: int) -> Tensor:
-        """The gates of a step, [n]."""
+        """Draw the gates of a step, [n]."""
         config = self.config
         return gumbel_gate(
             scores, seed=seed, step=self.step, temperature=config.temperature, base=config.base, noise=config.noise
         )
 
     def gates(self) -> Tensor:
-        """The gates without noise, [n]."""
-        gates: Tensor = (self.scores_now() + self.config.base >= 0).float()
+        """Return the gates without noise, [n]."""
+        gates: Tensor = (self.current_scores() + self.config.base >= 0).float()
         return gates
 
-    def scores_now(self) -> Tensor:
-        """The scores of all gates, [n], without gradients."""
-        with torch.autocast(self.placement.index.device.type, enabled=False):  # as where they are trained
+    def current_scores(self) -> Tensor:
+        """Return the scores of all gates, [n], without gradients."""
+        with torch.autocast(self.placement.index.device.type, enabled=False):  # as in ``step_on``
             scores: Tensor = self.scores()
         return scores.detach()
 
     def plan(self, task: Task) -> PruningPlan:
-        """Keep z + b ≥ 0; where that misses the budget, the channels of highest z."""
+        """Keep z + b ≥ 0; if that misses the budget, keep the channels of highest z."""
         scores = torch.full((task.graph.num_units,), torch.inf, dtype=torch.float64)
-        scores[self.placement.index.cpu()] = self.scores_now().cpu().double() + self.config.base
+        scores[self.placement.index.cpu()] = self.current_scores().cpu().double() + self.config.base
         return self.keep_open(task, scores >= 0, scores)
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator with its input, Adam's moments and the step."""
-        return {**state_of(self.optimizer, scores=self.scores), "step": self.step}
+        """Return the generator with its input, the optimiser's moments and the step."""
+        return {**copy_state(self.optimizer, scores=self.scores), "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -151,5 +152,5 @@ class DP(GateSearch):
         Raises:
             ValueError: if the state is for other gates.
         """
-        restore(self.name, state, self.optimizer, scores=self.scores)
+        restore_state(self.name, state, self.optimizer, scores=self.scores)
         self.step = int(state["step"])

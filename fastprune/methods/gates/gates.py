@@ -1,4 +1,4 @@
-"""The discrete gate without noise (DMC, §3.2); the stochastic one is :func:`fastprune.ops.bernoulli_gate`."""
+"""The deterministic gate (DMC, §3.2); the stochastic one is :func:`fastprune.ops.bernoulli_gate`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def deterministic_gate(theta: Tensor) -> Tensor:
-    """``1[θ ≥ 0.5]``, with the gradient of the identity on the closed interval [0, 1] and 0 outside.
+    """Compute ``1[θ ≥ 0.5]``, with the gradient of the identity on the closed interval [0, 1] and 0 outside.
 
     Args:
         theta: gate parameters, float, any shape.
 
     Returns:
-        0 or 1, of theta's shape and dtype.
+        0 or 1, in theta's shape and dtype.
 
     Source: Gao et al., CVPR 2020, eq. 1 and 3.
     """
@@ -23,7 +23,7 @@ def deterministic_gate(theta: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """``is_open`` as numbers; its gradient goes to theta where theta is in [0, 1]."""
+    """``is_open`` as numbers, whose gradient passes to theta where theta is in [0, 1]."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, is_open: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Networks that make architectures: the importance of every channel and the width of every gated group.
+"""Networks that generate architectures: the importance of every channel and the width of every gated group.
 
 Source: Gao et al., Disentangled Differentiable Network Pruning, ECCV 2022, §3.3 and §3.4; sizes as in the authors'
 release.
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastprune.host.distributed import Distributed
-from fastprune.methods.gates.recurrent import bidirectional
+from fastprune.methods.gates.recurrent import run_gru
 
 INPUT = 64
-HIDDEN = 128  # of a GRU in each direction
+HIDDEN = 128  # hidden size of the GRU in each direction
 FEATURES = 2 * HIDDEN
 WIDTH_BIAS = 3.0  # sigmoid(3) = 0.95: pruning starts from nearly the whole network
 
@@ -27,17 +27,17 @@ Architecture = Literal["gru", "fc", "channel"]
 
 
 class GateProducts(torch.autograd.Function):
-    """W_i · f_g of every row i of W [n, F], with f [L, F] and L sizes: how many rows belong to each gate g; [n].
+    """Products W_i · f_g [n] of every row i of W [n, F], with features f [L, F] and the L sizes of gates g in rows.
 
-    As a linear layer for each gate, without what autograd does for each.
+    Equal to one linear layer per gate, without autograd's overhead for each.
     """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Gate by gate."""
+        """Multiply gate by gate."""
         products = weight.new_empty(len(weight))
-        for f, rows, into in zip(features, weight.split(sizes), products.split(sizes), strict=True):
-            torch.mv(rows, f, out=into)
+        for f, rows, out in zip(features, weight.split(sizes), products.split(sizes), strict=True):
+            torch.mv(rows, f, out=out)
         ctx.save_for_backward(features, weight)
         ctx.sizes = sizes
         return products
@@ -45,31 +45,30 @@ class GateProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gate by gate."""
+        """Multiply gate by gate."""
         features, weight = ctx.saved_tensors
-        to_features, to_weight = torch.empty_like(features), torch.empty_like(weight)
+        d_features, d_weight = torch.empty_like(features), torch.empty_like(weight)
         columns = upstream[:, None].split(ctx.sizes)
-        for f, rows, given, d_f, d_rows in zip(
-            features, weight.split(ctx.sizes), columns, to_features, to_weight.split(ctx.sizes), strict=True
+        for f, rows, column, d_f, d_rows in zip(
+            features, weight.split(ctx.sizes), columns, d_features, d_weight.split(ctx.sizes), strict=True
         ):
-            torch.mul(given, f, out=d_rows)
-            torch.mv(rows.t(), given[:, 0], out=d_f)
-        return to_features, to_weight, None
+            torch.mul(column, f, out=d_rows)
+            torch.mv(rows.t(), column[:, 0], out=d_f)
+        return d_features, d_weight, None
 
 
 class ScoreGenerator(nn.Module):
-    """g_s: raw scores of all channels, from an input that never changes.
+    """g_s: raw scores of all channels, from a constant input.
 
-    Adam moves every weight of a head by its learning rate, and the features do not change sign: undivided, a step would
-    move a score by the sum of 256 features, 0.1 at a rate of 1e-3, far past where a sigmoid still has a slope.
+    Adam moves every weight of a head by its learning rate, and the features do not change sign. Without the division a
+    step would move a score by the sum of 256 features, 0.1 at a rate of 1e-3, far past where a sigmoid has a slope.
 
     Args:
         sizes: channels of each gate.
-        architecture: "gru": a bidirectional GRU over the gates, for what layers have to do with each other, and a
-            linear layer for each gate; "fc": a linear layer for all gates in place of the GRU; "channel": one parameter
-            per channel.
-        seed: of the input and the initial weights; the global generator is left alone.
-        divided: whether scores are divided by the root of the number of features.
+        architecture: "gru": a bidirectional GRU over the gates, which relates layers to each other, and a linear layer
+            for each gate; "fc": a linear layer for all gates in place of the GRU; "channel": one parameter per channel.
+        seed: seed of the input and the initial weights; the global generator does not change.
+        divided: whether to divide the scores by the root of the number of features.
     """
 
     input: Tensor
@@ -90,17 +89,17 @@ class ScoreGenerator(nn.Module):
                 self.between = nn.Linear(INPUT, FEATURES)
             self.norm = nn.LayerNorm(FEATURES)
             heads = [nn.Linear(FEATURES, size, bias=False).weight for size in sizes]
-            self.heads = nn.Parameter(torch.cat(heads).detach())  # one tensor: Adam takes a while for each
+            self.heads = nn.Parameter(torch.cat(heads).detach())  # one tensor: Adam has a cost per tensor
 
     def forward(self) -> Tensor:
-        """The raw scores of all gates, one after the other, float32 [n]."""
+        """Return the raw scores of all gates, concatenated, float32 [n]."""
         if self.architecture == "channel":
             return self.scores
         with torch.autocast(self.input.device.type, enabled=False):
             if not isinstance(self.between, nn.GRU):
                 features = self.between(self.input)
             elif self.input.device.type == "cpu":
-                features = bidirectional(self.between, self.input)
+                features = run_gru(self.between, self.input)
             else:
                 features = self.between(self.input)[0]
             features = torch.relu(self.norm(features))[:, 0]
@@ -109,11 +108,11 @@ class ScoreGenerator(nn.Module):
 
 
 class WidthGenerator(nn.Module):
-    """g_k: the part of every gated group that stays, before the sigmoid.
+    """g_k: the keep ratio of every gated group, before the sigmoid.
 
     Args:
-        gates: their number L.
-        seed: of the input and the initial weights; the global generator is left alone.
+        gates: the number L of gated groups.
+        seed: seed of the input and the initial weights; the global generator does not change.
     """
 
     input: Tensor
@@ -126,18 +125,18 @@ class WidthGenerator(nn.Module):
             self.linear = nn.Linear(gates, gates, bias=False)
 
     def forward(self) -> Tensor:
-        """Logits of the widths, float32 [L]."""
+        """Return the logits of the widths, float32 [L]."""
         return self.linear(self.input) + WIDTH_BIAS  # type: ignore[no-any-return]
 
 
-def follow(
+def apply_gradients(
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[nn.Parameter],
     gradients: Sequence[Tensor],
     peers: Distributed,
 ) -> None:
-    """A step along gradients, averaged over ranks: generators are the same everywhere, images are not."""
-    if peers.world_size > 1:  # in one piece, as every exchange has its price
+    """Take a step along gradients averaged over ranks, which have the same generators but other images."""
+    if peers.world_size > 1:  # one exchange for all gradients
         flat = peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
         gradients = flat.split([gradient.numel() for gradient in gradients])
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -145,14 +144,16 @@ def follow(
     optimizer.step()
 
 
-def state_of(optimizer: torch.optim.Optimizer, **modules: nn.Module) -> dict[str, Any]:
-    """The state of generators and of their optimiser, as copies: torch hands out what further steps would change."""
+def copy_state(optimizer: torch.optim.Optimizer, **modules: nn.Module) -> dict[str, Any]:
+    """Copy the state of generators and their optimiser: later steps change the tensors that torch returns."""
     states = {name: {key: t.detach().clone() for key, t in m.state_dict().items()} for name, m in modules.items()}
     return {**states, "optimizer": copy.deepcopy(optimizer.state_dict())}
 
 
-def restore(method: str, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, **modules: nn.Module) -> None:
-    """Load what ``state_of`` returned.
+def restore_state(
+    method: str, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, **modules: nn.Module
+) -> None:
+    """Load what ``copy_state`` returned.
 
     Raises:
         ValueError: if the state is for other gates.
@@ -162,7 +163,7 @@ def restore(method: str, state: Mapping[str, Any], optimizer: torch.optim.Optimi
             module.load_state_dict(dict(state[name]))
         except (KeyError, RuntimeError) as error:
             raise ValueError(
-                f"{method}: the state is for other gates; was it made with another model or version, or other options "
-                f"'groups' or 'architecture'? ({error})"
+                f"{method}: the state is for other gates; resume with the model, version, and options 'groups' and "
+                f"'architecture' of the first run ({error})"
             ) from error
     optimizer.load_state_dict(dict(state["optimizer"]))

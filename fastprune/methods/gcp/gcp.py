@@ -1,21 +1,21 @@
 """Global channel pruning (GCP, "PruneNet"; Khetan and Karnin, 2020): ℓ1 on scales with batch norm off, in rounds.
 
-The convolutions' weights stay as they are. Each round has two epochs on the scales γ and shifts β of batch norms and on
+The weights of convolutions do not change. Each round has two epochs on the scales γ and shifts β of batch norms and on
 the linear layers θ:
 
     sparsify    min CE + λ Σ c_l s_k |γ_k|      global statistics (batch norm "off"), by proximal gradient steps (eq. 6)
-                all channels compete by s_k |γ_k|; the least go until the round's cost is met
-    recover     min CE                          batch statistics, new global ones; what is closed stays closed (eq. 7)
+                all channels compete by s_k |γ_k|; the lowest are closed until the round's cost is met
+    recover     min CE                          batch statistics, new global ones; closed channels stay closed (eq. 7)
 
-s_k = ‖W_{·k}‖ is the norm of what reads the channel, c_l the cost of one channel of the layer, on both sides, found
-anew each round and divided by its mean. Its unit is that of the budget: FLOPs (the paper's GCP-f), parameters (GCP-p),
-or milliseconds (GCP-ℓ). Channels of a residual stream share a mask, see ``scales``. With batch norm on, the penalty
-would mean nothing: a smaller γ is made up for by the next layer's statistics.
+s_k = ‖W_{·k}‖ is the norm of the weights that read the channel. c_l is the cost of one channel of the layer, on both
+sides, computed in each round and divided by its mean. Its unit is that of the budget: FLOPs (the paper's GCP-f),
+parameters (GCP-p), or milliseconds (GCP-ℓ). Channels of a residual stream share a mask, see ``scales``. With batch norm
+on, the penalty would have no effect: the next layer's statistics make up for a smaller γ.
 
 Steps are taken in the coordinates of the paper, where W_{·k} is scaled to the same norm for all k, and γ_k, β_k by s_k:
 a rate of η/s_k² and a threshold of ηλc/s_k on γ_k itself, with s_k relative to the median.
 
-λ and the learning rate are those of the least held-out loss after the recovery, found anew each round.
+Each round chooses the λ and the learning rate with the least held-out loss after the recovery.
 """
 
 from __future__ import annotations
@@ -30,66 +30,67 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastprune.graph import ChannelGraph
 from fastprune.graph.interior import gated_units
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Method, Task
-from fastprune.methods.gates.gated import weights_frozen
-from fastprune.methods.gates.generators import follow
-from fastprune.methods.gcp.folding import fold_constants, probes
+from fastprune.methods.gates.gated import freeze_weights
+from fastprune.methods.gates.generators import apply_gradients
+from fastprune.methods.gcp.closable import find_closable_units
+from fastprune.methods.gcp.folding import fold_constants
 from fastprune.methods.gcp.scales import Scales
-from fastprune.methods.scores.filters import unit_batch_norms
+from fastprune.methods.gcp.tensors import ModelTensors
 from fastprune.networks.masked import MaskedNetwork
-from fastprune.options import option
+from fastprune.options import check, option
 from fastprune.planning.fitting import fit
-from fastprune.training.phases import Metrics, Phase
+from fastprune.training.phases import Metrics, Phase, Step
 from fastprune.training.weight_training import classification_loss
 
 log = logging.getLogger(__name__)
 
-LATENCY_STEP = 8  # channels: a latency is measured on multiples of 8
+LATENCY_STEP = 8  # channels; latencies are measured at multiples of 8
 
 
 @dataclass(frozen=True)
 class GCPConfig:
-    """Options of GCP. The paper names neither rounds nor learning rates; the defaults are ours."""
+    """Options of GCP. The paper gives neither rounds nor learning rates; the defaults are ours."""
 
-    rounds: int = option(5, "T, how often channels go", minimum=1)
+    rounds: int = option(5, "T, the number of rounds", minimum=1)
     epochs: int = option(1, "passes over the samples in each half of a round", minimum=1)
-    samples: int | None = option(None, "random training samples that are seen; none = all", minimum=1)
+    samples: int | None = option(None, "random training samples; none = all", minimum=1)
     batch_size: int = option(128, "samples per step over all processes together", minimum=1)
     augment: bool = option(True, "apply the data set's training augmentation")
     penalties: tuple[float, ...] = option(
-        (0.03, 0.1, 0.3), "λ to try, as parts of what would carry the median channel to zero in one half of a round"
+        (0.03, 0.1, 0.3), "λ to try, as fractions of the λ that shrinks the median channel to zero in half a round"
     )
-    learning_rates: tuple[float, ...] = option((0.01,), "of SGD, to try with each λ")
-    momentum: float = option(0.9, "of SGD", minimum=0.0, maximum=0.999)
+    learning_rates: tuple[float, ...] = option((0.01,), "learning rates of SGD to try with each λ")
+    momentum: float = option(0.9, "momentum of SGD", minimum=0.0, maximum=0.999)
     weight_decay: float = option(
-        1e-4, "of the linear layers; without any they would grow for what the penalty takes from γ", minimum=0.0
+        1e-4, "weight decay of the linear layers; without it they would grow as the penalty shrinks γ", minimum=0.0
     )
-    slices: Literal["equal", "geometric"] = option("equal", "how the cost falls over the rounds")
-    fold_bias: bool = option(True, "fold the constants act(β) of closed channels into what follows")
+    slices: Literal["equal", "geometric"] = option("equal", "the cost falls by equal amounts or factors per round")
+    fold_bias: bool = option(True, "fold the constants act(β) of closed channels into the next layers")
     groups: Literal["all", "interior"] = option(
-        "all", "which channels may go: all, as in the paper, or only those inside blocks"
+        "all", "prunable channels: all, as in the paper, or only those inside blocks"
     )
 
     def __post_init__(self) -> None:
+        check(self)
         for name in ("penalties", "learning_rates"):
             values = getattr(self, name)
             if not values or min(values) < 0:
-                raise ValueError(f"{name} {list(values)}: one value of at least 0 is needed")
+                raise ValueError(f"{name} {list(values)}: give one or more values of at least 0")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is tried in a round: λ as a part of the automatic one, and the learning rate."""
+    """A pair to try in a round: λ as a fraction of the automatic one, and the learning rate."""
 
     penalty: float
     lr: float
 
 
 class GCP(Method):
-    """Rank all channels of a network together by scales that were trained to be few."""
+    """Rank all channels of a network together by scales that train under a sparsity penalty."""
 
     name = "gcp"
     paper = "Khetan and Karnin, PruneNet: Channel Pruning via Global Importance, 2020"
@@ -99,12 +100,11 @@ class GCP(Method):
     config: GCPConfig
 
     def setup(self, task: Task) -> None:
-        """Find out what can be pruned by its scales, and begin the first round.
+        """Find the channels that scales can close, and begin the first round.
 
         Raises:
             BudgetError: if the budget is out of reach; says what is in reach.
-            ValueError: for a network without batch norms that close channels, or nothing held out to compare
-                candidates on.
+            ValueError: if no batch norm closes channels, or nothing is held out to compare several candidates on.
         """
         assert task.data is not None
         config = self.config
@@ -115,59 +115,40 @@ class GCP(Method):
                 "nothing is held out; hold some out, or give one value each in penalties and learning_rates"
             )
         self.masked = MaskedNetwork(task.graph, task.model)
-        self.may_go = gated_units(task.graph, config.groups) & closed_by_scales(task.graph, task.model, self.masked)
-        if not bool(self.may_go.any()):
-            raise ValueError("gcp: no prunable channel is closed by the scale of a batch norm; choose another method")
-        fit(task.graph, task.budget, torch.zeros(task.graph.num_units), prunable=self.may_go, limits=task.limits)
-        self.scales = Scales(task.graph, task.model, self.may_go)
-        self.linear = [
-            parameter
-            for module in task.model.modules()
-            if isinstance(module, nn.Linear)
-            for parameter in module.parameters(recurse=False)
-            if parameter.requires_grad
-        ]
-        self.statistics = [
-            buffer
-            for norm in task.model.modules()
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm)
-            for buffer in (norm.running_mean, norm.running_var)
-            if buffer is not None
-        ]
-        trained = {id(parameter) for parameter in self.linear}
-        self.others = [parameter for parameter in task.model.parameters() if id(parameter) not in trained]
-        self.shifts = [  # folding may write to them
-            parameter
-            for name, parameter in task.model.named_parameters()
-            if name.endswith("bias") and id(parameter) not in trained
-        ]
+        closable = find_closable_units(task.graph, task.model, self.masked)
+        self.prunable_units = gated_units(task.graph, config.groups) & closable
+        if not bool(self.prunable_units.any()):
+            raise ValueError("gcp: no scale of a batch norm closes a prunable channel; choose another method")
+        task.require_feasible(self.prunable_units)
+        self.scales = Scales(task.graph, task.model, self.prunable_units)
+        self.tensors = ModelTensors(task.model)
         self.steps_per_half = config.epochs * task.data.steps(config.batch_size, config.samples)
         self.round = self.candidate = 0
         self.best: dict[str, Any] = {}
         self.start = self.snapshot()
-        self.begin(task)
+        self.begin_candidate(task)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained: γ, β, m, θ."""
-        return [self.scales.gamma, self.scales.beta, self.scales.mask, *self.linear]
+        """The parameters that train: γ, β, m, θ."""
+        return [self.scales.gamma, self.scales.beta, self.scales.mask, *self.tensors.linear]
 
-    def begin(self, task: Task) -> None:
-        """Prepare a candidate's half round: costs, thresholds, an optimiser without momentum."""
-        config, chosen = self.config, self.candidates[self.candidate]
+    def begin_candidate(self, task: Task) -> None:
+        """Prepare the round of a candidate: costs, thresholds, and an optimiser with fresh momentum."""
+        config, chosen, linear = self.config, self.candidates[self.candidate], self.tensors.linear
         self.optimizer = torch.optim.SGD(
             [
                 {"params": self.parameters[:3], "weight_decay": 0.0},
-                *([{"params": self.linear, "weight_decay": config.weight_decay}] if self.linear else []),
+                *([{"params": linear, "weight_decay": config.weight_decay}] if linear else []),
             ],
             lr=chosen.lr,
             momentum=config.momentum,
         )
-        kept = self.scales.open.cpu() | ~self.may_go
-        weight = costs(task, kept, self.may_go).to(self.scales.gamma)
+        kept = self.scales.open.cpu() | ~self.prunable_units
+        weight = costs(task, kept, self.prunable_units).to(self.scales.gamma)
         importance = self.scales.importance()
-        usual = importance[self.scales.open & (importance > 0)].median().nan_to_num(1.0)
-        self.unit = torch.where(importance > 0, importance / usual, 1.0)
+        median = importance[self.scales.open & (importance > 0)].median().nan_to_num(1.0)
+        self.unit = torch.where(importance > 0, importance / median, 1.0)
         self.reach = torch.where(weight > 0, self.scales.magnitudes() * self.unit / weight, 0.0)
         reached = self.reach[self.scales.open & (weight > 0)]
         shrinking = chosen.lr * self.steps_per_half
@@ -175,22 +156,22 @@ class GCP(Method):
         self.threshold = chosen.lr * self.penalty * weight / self.unit
 
     def phases(self, task: Task) -> Iterator[Phase]:
-        """For each round and candidate: sparsify, recover."""
+        """Yield two phases for each round and candidate: sparsify and recover."""
         config = self.config
         for _ in range(config.rounds * len(self.candidates)):
             for name, end in (("sparsify", self.end_sparsify), ("recover", self.end_recover)):
                 yield Phase(
                     name,
                     config.epochs,
-                    self.stepping(task, sparsify=name == "sparsify"),
+                    self.make_step(task, sparsify=name == "sparsify"),
                     samples=config.samples,
                     batch_size=config.batch_size,
                     augment=config.augment,
-                    end_epoch=self.ending(task, end),
+                    end_epoch=self.make_end_epoch(task, end),
                 )
 
-    def stepping(self, task: Task, *, sparsify: bool) -> Callable[[Tensor, Tensor], Metrics]:
-        """The step of a phase."""
+    def make_step(self, task: Task, *, sparsify: bool) -> Step:
+        """Return the step of a phase."""
 
         def step(images: Tensor, labels: Tensor) -> Metrics:
             if task.model.training == sparsify:  # batch norm off to sparsify, on to recover
@@ -199,19 +180,19 @@ class GCP(Method):
             if sparsify:
                 self.scales.shrink_(self.threshold)
             else:
-                self.share_statistics(task)
+                self.tensors.share_statistics(task.distributed)  # after every step: rank 0 saves those of all
             return metrics
 
         return step
 
-    def ending(self, task: Task, end: Callable[[Task], Metrics]) -> Callable[[int], Metrics]:
-        """What happens after a phase's epochs: ``end`` after the last one."""
+    def make_end_epoch(self, task: Task, end: Callable[[Task], Metrics]) -> Callable[[int], Metrics]:
+        """Return the hook of a phase after its epochs: ``end`` after the last one."""
         return lambda epoch: end(task) if epoch + 1 == self.config.epochs else {}
 
     def train_step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
-        """One step on γ, β, m and θ."""
+        """Take one step on γ, β, m and θ."""
         parameters = self.parameters
-        with weights_frozen(self.others):
+        with freeze_weights(self.tensors.frozen):
             outputs = torch.func.functional_call(task.model, self.scales.effective(), (images,))
             loss, scores = classification_loss(outputs, labels)
             with torch.autocast(images.device.type, enabled=False):
@@ -220,35 +201,25 @@ class GCP(Method):
         gradients = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs]
         rates = self.scales.rates(self.unit)
         gradients[:3] = [gradient * rate for gradient, rate in zip(gradients, rates, strict=False)]
-        follow(self.optimizer, parameters, gradients, task.distributed)
-        # One of several candidates may diverge, and loses; that of a single one stops the run by its name.
+        apply_gradients(self.optimizer, parameters, gradients, task.distributed)
+        # The engine stops a run when a metric named "…loss" diverges; one of several candidates may diverge and loses.
         name = "loss" if len(self.candidates) == 1 else "cross_entropy"
         return {name: loss.detach(), "accuracy": (scores.argmax(1) == labels).float().mean()}
 
     @torch.no_grad()
-    def share_statistics(self, task: Task) -> None:
-        """Give all processes the mean of their statistics, as each saw its own samples; after every step, so that what
-        rank 0 saves is everybody's.
-        """
-        if task.distributed.world_size > 1 and self.statistics:
-            flat = task.distributed.mean_(torch.cat([buffer.float() for buffer in self.statistics]))
-            for buffer, part in zip(self.statistics, flat.split([len(b) for b in self.statistics]), strict=True):
-                buffer.copy_(part)
-
-    @torch.no_grad()
     def end_sparsify(self, task: Task) -> Metrics:
-        """Close the channels of least score, as many as the round's cost asks for."""
+        """Close the channels of lowest score until the round's cost is met."""
         scales, graph = self.scales, task.graph
         magnitudes = scales.magnitudes()
-        zero = float((magnitudes[scales.open & self.may_go.to(scales.open.device)] == 0).float().mean())
+        zero = float((magnitudes[scales.open & self.prunable_units.to(scales.open.device)] == 0).float().mean())
         before = scales.open.cpu()
         budget = task.budget
         if self.round + 1 < self.config.rounds:
-            budget = replace(budget, value=self.limit_of_round(task), absolute=True)
-        scores = (magnitudes * scales.importance()).cpu().double().nan_to_num()  # of a candidate that has diverged
-        # Scores of exactly zero are ordered by the λ that would have taken them there.
+            budget = replace(budget, value=self.round_limit(task), absolute=True)
+        scores = (magnitudes * scales.importance()).cpu().double().nan_to_num()  # NaN after divergence
+        # Scores of exactly zero are ranked by the λ that brings them to zero.
         scores = torch.where(scores > 0, scores, -1 / (1 + self.reach.cpu().double()))
-        kept = fit(graph, budget, scores, prunable=self.may_go, gone=~before, limits=task.limits)
+        kept = fit(graph, budget, scores, prunable=self.prunable_units, gone=~before, limits=task.limits)
         closing = before & ~kept
         folded = {}
         if self.config.fold_bias:
@@ -258,16 +229,16 @@ class GCP(Method):
         scales.open &= kept.to(scales.open.device)
         scales.write()
         self.optimizer.state.clear()
-        cost = float(task.budget.cost(graph, kept | ~self.may_go)) / float(task.budget.cost(graph))
+        cost = float(task.budget.cost(graph, kept | ~self.prunable_units)) / float(task.budget.cost(graph))
         return {"zero_channels": zero, f"{task.budget.resource}_ratio": cost, "penalty": self.penalty, **folded}
 
     def silence(self, units: Tensor) -> None:
-        """Set γ of units to 0 and leave their β: they are constants then."""
+        """Set γ of units to 0 and keep their β, which makes them constants."""
         padded = torch.cat([units, torch.zeros(1, dtype=torch.bool)]).to(self.scales.owner.device)
         self.scales.gamma.data.masked_fill_(padded[self.scales.owner], 0.0)
 
-    def limit_of_round(self, task: Task) -> float:
-        """The cost that this round may leave, in MACs, parameters or milliseconds."""
+    def round_limit(self, task: Task) -> float:
+        """Return the largest cost after this round, in MACs, parameters or milliseconds."""
         full, limit = float(task.budget.cost(task.graph)), task.budget.limit(task.graph)
         part = (self.round + 1) / self.config.rounds
         if self.config.slices == "geometric":
@@ -276,7 +247,7 @@ class GCP(Method):
 
     @torch.no_grad()
     def end_recover(self, task: Task) -> Metrics:
-        """Compare the candidate with those before it, and begin the next one, or the next round from the best."""
+        """Compare the candidate with the best one; begin the next candidate, or the next round from the best."""
         self.scales.write()
         metrics: dict[str, float] = {"round": float(self.round + 1)}
         loss = 0.0
@@ -302,29 +273,26 @@ class GCP(Method):
             self.start, self.best, self.candidate = self.best["snapshot"], {}, 0
             self.round += 1
         self.scales.write()
-        self.begin(task)
+        self.begin_candidate(task)
         return metrics
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything that a candidate changes."""
-        tensors = [tensor.detach().clone() for tensor in (*self.linear, *self.shifts, *self.statistics)]
-        return {"scales": self.scales.state_dict(), "tensors": tensors}
+        """Copy all values that a candidate changes."""
+        return {"scales": self.scales.state_dict(), "tensors": self.tensors.copy()}
 
-    @torch.no_grad()
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Go back to a snapshot."""
+        """Restore a snapshot."""
         self.scales.load_state_dict(snapshot["scales"])
-        for tensor, value in zip((*self.linear, *self.shifts, *self.statistics), snapshot["tensors"], strict=True):
-            tensor.copy_(value)
+        self.tensors.restore(snapshot["tensors"])
 
     def plan(self, task: Task) -> PruningPlan:
-        """Keep what the last round has left open."""
+        """Keep the channels that are open after the last round."""
         self.scales.write()
         task.model.eval()
-        return task.graph.plan(self.scales.open.cpu() | ~self.may_go)
+        return task.graph.plan(self.scales.open.cpu() | ~self.prunable_units)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scales, optimiser, and where the rounds are."""
+        """Return scales, optimiser, and the progress of the rounds."""
         return {
             "scales": self.scales.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -342,7 +310,7 @@ class GCP(Method):
         """Restore what ``state_dict`` returned.
 
         Raises:
-            ValueError: if the state is of another network.
+            ValueError: if the state is for another network.
         """
         self.scales.load_state_dict(state["scales"])
         self.optimizer.load_state_dict(dict(state["optimizer"]))
@@ -353,19 +321,19 @@ class GCP(Method):
         self.threshold, self.reach, self.unit = saved
 
 
-def costs(task: Task, kept: Tensor, may_go: Tensor) -> Tensor:
-    """What one channel more costs, for each unit: the c of eqs. 5 and 6.
+def costs(task: Task, kept: Tensor, prunable: Tensor) -> Tensor:
+    """Compute the cost of one more channel for each unit: the c of eqs. 5 and 6.
 
-    The cost of the network as it is, less that with one channel less in the unit's group; so it counts where the
-    channel is made and where it is read. Of a latency a step of 8 channels is taken.
+    It is the cost of the current network minus that with one channel less in the unit's group, so it counts the layers
+    that make the channel and those that read it. Latencies are differences over 8 channels.
 
     Args:
-        task: graph and budget, which says what counts.
-        kept: the units that are there, bool [U].
-        may_go: the units that are asked about, bool [U].
+        task: the task with graph and budget, whose resource is counted.
+        kept: the units of the current network, bool [U].
+        prunable: the prunable units, bool [U].
 
     Returns:
-        float64 [U], at least 0, with mean 1 over the kept units that may go; 0 for the others.
+        float64 [U], at least 0, with mean 1 over the kept prunable units; 0 for the others.
     """
     graph, meter = task.graph, task.budget.meter(task.graph)
     groups = graph.group_of_unit
@@ -373,38 +341,7 @@ def costs(task: Task, kept: Tensor, may_go: Tensor) -> Tensor:
     step = torch.full_like(widths, 1 if task.budget.grows else LATENCY_STEP).minimum(widths)
     less = meter.of_widths(widths - step.diag())
     each = ((meter.of_widths(widths) - less) / step.clamp(min=1)).clamp(min=0)
-    counted = kept & may_go
-    of_unit = torch.where(counted, each[groups], 0.0)
-    mean = of_unit.sum() / counted.sum().clamp(min=1)
-    return of_unit / mean if mean > 0 else of_unit
-
-
-@torch.no_grad()
-def closed_by_scales(graph: ChannelGraph, model: nn.Module, masked: MaskedNetwork) -> Tensor:
-    """The units whose readers see zeros once γ and β of all their batch norms are zero, bool [U]; found by trying.
-
-    Not so where something reaches a reader past every batch norm: a convolution without one, or an activation that
-    makes something of zero. Units of frozen batch norms do not count either.
-    """
-    norms = unit_batch_norms(graph, model)
-    inputs = probes(graph, next(model.parameters()).device)
-    closed = torch.zeros(graph.num_units, dtype=torch.bool)
-    passed, frozen = torch.zeros(2, graph.num_units, dtype=torch.bool)
-    for norm in norms:
-        passed[norm.units[norm.units >= 0]] = True
-        if not norm.module.weight.requires_grad:
-            frozen[norm.units[norm.units >= 0]] = True
-    for group in graph.groups:
-        if not bool(passed[group.units].any()):
-            continue
-        affected: list[tuple[Tensor, Tensor]] = []
-        for norm in norms:
-            inside = ((norm.units >= group.start) & (norm.units < group.start + group.size)).nonzero().flatten()
-            for parameter in (norm.module.weight, norm.module.bias):
-                if len(inside) and parameter is not None:
-                    affected.append((parameter, parameter.clone()))
-                    parameter.index_fill_(0, inside.to(parameter.device), 0.0)
-        closed[group.units] = (masked.energies(*inputs)[group.units] == 0).cpu() & (passed & ~frozen)[group.units]
-        for tensor, value in affected:
-            tensor.copy_(value)
-    return closed
+    counted = kept & prunable
+    unit_costs = torch.where(counted, each[groups], 0.0)
+    mean = unit_costs.sum() / counted.sum().clamp(min=1)
+    return unit_costs / mean if mean > 0 else unit_costs

@@ -1,4 +1,4 @@
-"""The weights behind each unit: norms, tables for proximal steps, batch norms, and the filters of one group."""
+"""The weights of each unit: norms, filters, batch norms, and tables for proximal steps."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastprune.graph import ChannelGraph, Group
-from fastprune.graph.structure import Role
+from fastprune.graph.structure import Role, belong_to
 from fastprune.ops import UnitTable
 
 
 def unit_norms(graph: ChannelGraph, model: nn.Module, p: float = 2.0, roles: Sequence[Role] = ("out",)) -> Tensor:
-    """The p-norm of each unit's weights, over all parameters that the unit has a part in.
+    """Compute the p-norm of each unit's weights, over all parameters that belong to the unit.
 
     Args:
         graph: the channels of ``model``.
-        model: where the weights are.
-        p: of the norm, above 0.
-        roles: which weights count: "out" the filters that make the channel, "in" those that read it, "depthwise", and
-            "channel" for batch norm's scale and shift and biases.
+        model: the network with the weights.
+        p: the order of the norm, above 0.
+        roles: the weights that count: "out" for the filters that make the channel, "in" for those that read it,
+            "depthwise", and "channel" for biases and the scale and shift of batch norms.
 
     Returns:
         ``(Σ |w|^p)^(1/p)`` of each unit, float64 [U] on the CPU; summed in float64 in a fixed order.
@@ -31,34 +31,34 @@ def unit_norms(graph: ChannelGraph, model: nn.Module, p: float = 2.0, roles: Seq
         ValueError: if p is not positive.
     """
     if not p > 0:
-        raise ValueError(f"p {p}: the p of a norm must be positive")
+        raise ValueError(f"p {p}: the order of a norm must be positive")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    total = torch.zeros(graph.num_units + 1, dtype=torch.float64)  # the last entry takes what is always kept
+    total = torch.zeros(graph.num_units + 1, dtype=torch.float64)  # the last entry is for channels without a unit
     for piece in graph.slices:
         if piece.role in roles and piece.tensor in parameters:
             rows = parameters[piece.tensor].detach().movedim(piece.dim, 0).to(torch.float64)
-            # Added up on the CPU: there index_add has one order, on CUDA it uses atomics.
+            # index_add has one order on the CPU; on CUDA it uses atomics.
             powers = rows.reshape(len(rows), -1).abs().pow(p).sum(1).cpu()
             total.index_add_(0, torch.where(piece.units < 0, graph.num_units, piece.units), powers)
     return total[:-1].pow(1 / p)
 
 
 def unit_filters(graph: ChannelGraph, model: nn.Module, group: Group) -> list[Tensor]:
-    """The filters that make the channels of one group, one matrix for each layer that makes them.
+    """Return the filters that make the channels of one group, one matrix for each layer that makes them.
 
     Args:
         graph: the channels of ``model``.
-        model: where the weights are.
+        model: the network with the weights.
         group: a group of ``graph``.
 
     Returns:
-        For each layer a matrix [group.size, n], row i with all weights that make the group's unit i, in the weight's
-        own dtype and on its device. (Where a unit stands for several channels of a layer, they lie side by side.)
+        One matrix [group.size, n] per layer: row i has all weights that make the group's unit i, in the weight's dtype
+        and on its device. Where a unit stands for several channels of a layer, their weights lie side by side.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     matrices = []
     for piece in graph.weights_of_group(group, ("out",)):
-        inside = ((piece.units >= group.start) & (piece.units < group.start + group.size)).nonzero().flatten()
+        inside = group.holds(piece.units).nonzero().flatten()
         order = inside[piece.units[inside].argsort(stable=True)]
         weight = parameters[piece.tensor].detach()
         matrices.append(
@@ -68,30 +68,30 @@ def unit_filters(graph: ChannelGraph, model: nn.Module, group: Group) -> list[Te
 
 
 def unit_table(graph: ChannelGraph, model: nn.Module, roles: Sequence[Role], units: Tensor) -> UnitTable:
-    """The parameters of units, for the proximal operator of their norms.
+    """Build the table of units' parameters for the proximal operator of their norms.
 
     Args:
         graph: the channels of ``model``.
-        model: where the weights are, on the device where the steps will be.
-        roles: which parameters belong to a unit: "out" the filters that make the channel, "depthwise", "channel" for
-            batch norm's scale and shift and for biases, or "in" for the columns that read it.
-        units: which units have anything in the table, bool [U].
+        model: the network with the weights, on the device of the steps.
+        roles: the parameters of a unit: "out" for the filters that make the channel, "depthwise", "channel" for biases
+            and the scale and shift of batch norms, or "in" for the columns that read it.
+        units: the units with an entry in the table, bool [U].
 
     Returns:
-        A table of all U units, those not among ``units`` empty. Parameters without ``requires_grad`` are not in it.
+        A table of all U units, empty for those outside ``units``. It leaves out parameters without ``requires_grad``.
 
     Raises:
-        ValueError: where one of the parameters belongs to units along two of its dimensions.
-        TypeError: for parameters that are neither float32 nor float64, or not all alike.
+        ValueError: if one of the parameters belongs to units along two of its dimensions.
+        TypeError: if the parameters are neither all float32 nor all float64.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     slices: dict[tuple[int, int], tuple[Tensor, int, Tensor]] = {}
     for piece in graph.slices:
         if piece.role in roles and piece.tensor in parameters and parameters[piece.tensor].requires_grad:
-            kept = (piece.units < 0) | ~units[piece.units]
-            if not bool(kept.all()):
+            outside = ~belong_to(piece.units, units)
+            if not bool(outside.all()):
                 parameter = parameters[piece.tensor]
-                slices[id(parameter), piece.dim] = parameter.detach(), piece.dim, piece.units.masked_fill(kept, -1)
+                slices[id(parameter), piece.dim] = parameter.detach(), piece.dim, piece.units.masked_fill(outside, -1)
     return UnitTable(list(slices.values()), graph.num_units)
 
 
@@ -100,7 +100,7 @@ class UnitNorm:
     """A batch norm with scale and shift, whose channels belong to units.
 
     Args:
-        name: the module's name.
+        name: the name of the module.
         module: the batch norm.
         units: the unit of each channel, int64 [C]; -1 = none.
     """
@@ -111,7 +111,7 @@ class UnitNorm:
 
 
 def unit_batch_norms(graph: ChannelGraph, model: nn.Module) -> list[UnitNorm]:
-    """The batch norms with scale and shift that some unit passes, in the order of the network."""
+    """Return the batch norms with scale and shift that channels of units pass, in the order of the network."""
     norms = []
     for piece in graph.slices:
         owner, _, attribute = piece.tensor.rpartition(".")

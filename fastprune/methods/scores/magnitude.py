@@ -1,4 +1,4 @@
-"""The baselines that every paper compares with: uniform, random, and the norms of filters."""
+"""Common baselines: uniform widths, random channels, and the norms of filters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastprune.methods.scores.ranking import KeepConfig, ScoreMethod
 
 
 class Uniform(ScoreMethod):
-    """Keep the same part of every group, whatever the weights are: the first channels of each.
+    """Keep the same fraction of every group, its first channels, whatever their weights.
 
-    The order of a trained network's channels means nothing, so the first ones are as good a sample as any. They are
-    taken because the networks of two budgets are then nested, and every kept set is a prefix, a view without a copy.
+    The order of a trained network's channels means nothing, so the first ones are as good a sample as any. With them
+    the networks of two budgets are nested, and every kept set is a prefix, a view without a copy.
     """
 
     name = "uniform"
@@ -24,19 +24,19 @@ class Uniform(ScoreMethod):
     Config: ClassVar[type[Any]] = KeepConfig
 
     def scores(self, task: Task) -> Tensor:
-        """Higher for channels that come first."""
+        """Return scores that fall with the index."""
         return -torch.arange(task.graph.num_units, dtype=torch.float64)
 
 
 class Random(ScoreMethod):
-    """Keep random channels, drawn by the run's seed."""
+    """Keep random channels, drawn with the seed of the run."""
 
     name = "random"
     paper = ""
 
     def scores(self, task: Task) -> Tensor:
-        """Uniform in [0, 1)."""
-        # Seeded here, so that the plan does not depend on who drew from task.rng before.
+        """Draw scores uniformly from [0, 1)."""
+        # Its own generator: the plan must not depend on earlier draws from task.rng.
         generator = torch.Generator().manual_seed(task.seed)
         return torch.rand(task.graph.num_units, generator=generator, dtype=torch.float64)
 
@@ -44,14 +44,14 @@ class Random(ScoreMethod):
 class L1(ScoreMethod):
     """Keep the channels whose filters have the largest sum of absolute weights.
 
-    A channel that several layers make (a residual stream) counts the filters of all of them.
+    For a channel that several layers make (a residual stream), the filters of all of them count.
     """
 
     name = "l1"
     paper = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017"
 
     def scores(self, task: Task) -> Tensor:
-        """‖filters‖₁ of each unit (§3.1 of the paper)."""
+        """Return ‖filters‖₁ of each unit (§3.1 of the paper)."""
         return unit_norms(task.graph, task.model, p=1)
 
 
@@ -62,5 +62,5 @@ class L2(ScoreMethod):
     paper = "He et al., Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks, IJCAI 2018"
 
     def scores(self, task: Task) -> Tensor:
-        """‖filters‖₂ of each unit."""
+        """Return ‖filters‖₂ of each unit."""
         return unit_norms(task.graph, task.model, p=2)

@@ -1,9 +1,9 @@
-"""Network slimming (Liu et al., ICCV 2017): an ℓ1 penalty on the scales of batch norm, then a cut.
+"""Network slimming (Liu et al., ICCV 2017): an ℓ1 penalty on the scales of batch norms, then pruning by scale.
 
     loss = cross-entropy + λ Σ |γ|          by its subgradient λ sign(γ), as in the paper (§3, eq. 1)
 
-Afterwards the channels of the whole network compete by |γ|. Where a channel passes several batch norms (a residual
-stream, an expansion and its depthwise convolution), the mean of their |γ| counts. Channels that pass none stay.
+Afterwards all channels of the network compete by |γ|. For a channel that passes several batch norms (a residual stream,
+an expansion and its depthwise convolution), the mean of their |γ| counts. Channels that pass none are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastprune.graph.structure import belong_to
 from fastprune.methods.contract import Task
 from fastprune.methods.scores.filters import unit_batch_norms
 from fastprune.methods.scores.trained import TrainedConfig, TrainedMethod
@@ -27,11 +28,11 @@ class SlimmingConfig(TrainedConfig):
 
     penalty: float = option(1e-4, "λ of the ℓ1 penalty; the paper takes 1e-5 for ResNets", minimum=0.0)
     batch_size: int = option(64, "samples per step over all processes together", minimum=1)
-    nesterov: bool = option(True, "Nesterov's momentum")
+    nesterov: bool = option(True, "use Nesterov's momentum")
 
 
 class Slimming(TrainedMethod):
-    """Let an ℓ1 penalty on the scales of batch norm say which channels can go, while the network trains."""
+    """Train under an ℓ1 penalty on the scales of batch norms, then remove the channels with the smallest scales."""
 
     name = "slimming"
     paper = "Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017"
@@ -40,45 +41,45 @@ class Slimming(TrainedMethod):
     config: SlimmingConfig
 
     def setup(self, task: Task) -> None:
-        """Make the optimiser.
+        """Create the optimiser.
 
         Raises:
             BudgetError: if the budget is out of reach; says what is in reach.
-            ValueError: for a model without batch norms that prunable channels pass.
+            ValueError: if no prunable channel passes a batch norm.
         """
         super().setup(task)
         self.penalised = [
-            (norm.module.weight, self.among(norm.units).to(norm.module.weight))
+            (norm.module.weight, self.are_prunable(norm.units).to(norm.module.weight))
             for norm in unit_batch_norms(task.graph, task.model)
         ]
 
     def prunable(self, task: Task) -> Tensor:
-        """The units of the option ``groups`` that pass a batch norm with a scale."""
+        """Return the units of the option ``groups`` that pass a batch norm with a scale."""
         passes = torch.zeros(task.graph.num_units, dtype=torch.bool)
         for norm in unit_batch_norms(task.graph, task.model):
             passes[norm.units[norm.units >= 0]] = True
-        may_go = super().prunable(task) & passes
-        if not bool(may_go.any()):
+        prunable = super().prunable(task) & passes
+        if not bool(prunable.any()):
             raise ValueError("slimming: no prunable channel passes a batch norm with a scale; choose another method")
-        return may_go
+        return prunable
 
-    def among(self, units: Tensor) -> Tensor:
-        """Which of ``units`` (-1 = none) may go, bool."""
-        return (units >= 0) & self.may_go[units]
+    def are_prunable(self, units: Tensor) -> Tensor:
+        """Return which of ``units`` (-1 = none) may be pruned, bool."""
+        return belong_to(units, self.prunable_units)
 
     def before_update(self, task: Task) -> None:
         """Add λ sign(γ) to the gradients of the scales."""
-        for weight, among in self.penalised:
+        for weight, prunable in self.penalised:
             if weight.grad is not None:
-                weight.grad.addcmul_(weight.detach().sign(), among, value=self.config.penalty)
+                weight.grad.addcmul_(weight.detach().sign(), prunable, value=self.config.penalty)
 
     def after_epoch(self, task: Task) -> Metrics:
-        """The part of the penalised scales that is nearly 0."""
-        small = sum(float((weight.detach().abs() < 1e-3).float() @ among) for weight, among in self.penalised)
-        return {"small_scales": small / max(1.0, sum(float(among.sum()) for _, among in self.penalised))}
+        """Report the fraction of the penalised scales below 1e-3."""
+        small = sum(float((weight.detach().abs() < 1e-3).float() @ prunable) for weight, prunable in self.penalised)
+        return {"small_scales": small / max(1.0, sum(float(prunable.sum()) for _, prunable in self.penalised))}
 
     def scores(self, task: Task) -> Tensor:
-        """The mean |γ| of the batch norms that each unit passes; 0 where there is none."""
+        """Return the mean |γ| of the batch norms that each unit passes; 0 where it passes none."""
         sums, counts = torch.zeros(2, task.graph.num_units, dtype=torch.float64)
         for norm in unit_batch_norms(task.graph, task.model):
             passes = norm.units >= 0

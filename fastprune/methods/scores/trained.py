@@ -1,4 +1,4 @@
-"""What methods that train the weights, and rank the channels by what has become of them, share."""
+"""The base class of methods that train the weights and then rank the channels by them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
+from torch import Tensor
 
-from fastprune.methods.contract import Task
+from fastprune.methods.contract import Task, is_evaluation_due
 from fastprune.methods.scores.ranking import ScoreMethod
 from fastprune.options import option
-from fastprune.planning.fitting import fit
+from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase
-from fastprune.training.weight_training import WeightOptions, WeightTraining
+from fastprune.training.weight_training import WeightTraining
 
 
 @dataclass(frozen=True)
 class TrainedConfig(WeightOptions):
-    """The training, which channels may go, and how they are ranked after it."""
+    """Options of the training, the prunable channels, and their ranking after the training."""
 
     groups: Literal["all", "interior"] = option(
-        "all", "which channels may go: all, or only those inside blocks (no residual stream, stem or classifier input)"
+        "all", "prunable channels: all, or only those inside blocks (no residual stream, stem or classifier input)"
     )
     ranking: Literal["local", "global"] = option(
-        "global", "local: the same part of every group stays; global: the channels of the whole network compete"
+        "global", "local: keep the same fraction of every group; global: all channels of the network compete"
     )
 
 
 class TrainedMethod(ScoreMethod):
-    """A method that trains the network in one phase, with something of its own done to gradients or weights.
+    """A method that trains the network in one phase and changes gradients or weights on the way.
 
-    Subclasses give ``scores``, and any of ``before_update``, ``after_update`` and ``after_epoch``.
+    Subclasses implement ``scores``, and any of ``before_update``, ``after_update`` and ``after_epoch``.
     """
 
     needs_data = True
@@ -40,16 +40,15 @@ class TrainedMethod(ScoreMethod):
     config: Any
 
     def setup(self, task: Task) -> None:
-        """Make the optimiser.
+        """Create the optimiser.
 
         Raises:
             BudgetError: if the budget is out of reach; says what is in reach.
-            ValueError: for a model without parameters that require gradients.
+            ValueError: if no parameter of the model requires a gradient.
         """
         assert task.data is not None
-        self.may_go = self.prunable(task)
-        # Raises before a training that cannot succeed.
-        fit(task.graph, task.budget, torch.zeros(task.graph.num_units), prunable=self.may_go, limits=task.limits)
+        self.prunable_units = self.prunable(task)
+        task.require_feasible(self.prunable_units)
         self.training = WeightTraining(
             task.model,
             self.config,
@@ -59,9 +58,9 @@ class TrainedMethod(ScoreMethod):
         )
 
     def phases(self, task: Task) -> Iterator[Phase]:
-        """One phase: the training."""
+        """Yield one phase: the training."""
 
-        def step(images: torch.Tensor, labels: torch.Tensor) -> Metrics:
+        def step(images: Tensor, labels: Tensor) -> Metrics:
             metrics = self.training.gradients(images, labels)
             self.before_update(task)
             rate = self.training.learning_rate
@@ -81,27 +80,26 @@ class TrainedMethod(ScoreMethod):
         task.model.eval()
 
     def before_update(self, task: Task) -> None:
-        """Change the gradients of a step, if there is anything to change."""
+        """Change the gradients before a step of the optimiser."""
 
     def after_update(self, task: Task, rate: float) -> None:
-        """Change the weights after a step, which had the learning rate ``rate``."""
+        """Change the weights after a step of the optimiser with learning rate ``rate``."""
 
     def after_epoch(self, task: Task) -> Metrics:
-        """Change the weights after an epoch; the metrics to log."""
+        """Change the weights after an epoch; return the metrics to log."""
         return {}
 
     def end_epoch(self, task: Task, epoch: int) -> Metrics:
-        """What is done and logged after an epoch, counted from 0."""
+        """Finish an epoch, counted from 0; return the metrics to log."""
         assert task.data is not None
-        metrics, every = dict(self.after_epoch(task)), self.config.evaluate_every
-        due = every and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs)
-        if due and task.data.held_out:
+        metrics = dict(self.after_epoch(task))
+        if is_evaluation_due(epoch, self.config.epochs, self.config.evaluate_every) and task.data.held_out:
             self.training.share_buffers()
             metrics["held_out_accuracy"] = task.data.accuracy(task.model)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state; the weights are saved by themselves."""
+        """Return the optimiser's state; the engine saves the weights."""
         return self.training.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""SP: search of stage widths in a super-net; AutoSlim."""
+"""SP, which searches the widths of stages in a super-net, and AutoSlim."""

@@ -1,4 +1,4 @@
-"""What methods have in common whose sub-networks share the weights of one network: its training, in several passes."""
+"""The base class of methods whose sub-networks share the weights of one network, trained in several passes."""
 
 from __future__ import annotations
 
@@ -10,69 +10,71 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastprune.methods.contract import Method, Task
+from fastprune.methods.contract import Method, Task, is_evaluation_due
 from fastprune.methods.sp.supernet import SuperNet
 from fastprune.options import option
-from fastprune.planning.fitting import fit
+from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase
-from fastprune.training.weight_training import WeightOptions, WeightTraining, classification_loss
+from fastprune.training.weight_training import WeightTraining, classification_loss
 
 
 @dataclass(frozen=True)
 class WeightSharingConfig(WeightOptions):
-    """Options of the training, by default those of SP's paper for CIFAR-10, and of the search after it."""
+    """Options of the training, with the defaults of SP's paper for CIFAR-10, and of the search after it."""
 
     epochs: int = option(50, "passes over the training set", minimum=1)
     batch_size: int = option(512, "samples per step over all processes together", minimum=1)
     lr: float = option(0.025, "largest learning rate", minimum=0.0)
     weight_decay: float = option(3e-4, "L2 penalty of SGD", minimum=0.0)
     milestones: tuple[float, ...] = option(
-        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1"
+        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1", minimum=0.0
     )
-    images: int = option(2048, "held-out images on which sub-networks are compared, one batch", minimum=2)
+    images: int = option(2048, "held-out images, in one batch, on which sub-networks are compared", minimum=2)
 
 
 class WeightSharing(Method):
-    """A method that trains a network together with its sub-networks, and compares these on held-out images.
+    """A method that trains a network together with its sub-networks and compares these on held-out images.
 
-    Subclasses set ``may_go``, ``net`` and ``training`` in ``setup``, and give ``learn``.
+    Subclasses set ``prunable_units``, ``net`` and ``training`` in ``setup``, and implement ``learn``.
     """
 
     needs_data = True
     trains_weights = True
     Config: ClassVar[type[Any]] = WeightSharingConfig
     config: Any
-    may_go: Tensor
+    prunable_units: Tensor
     net: SuperNet
     training: WeightTraining
 
     @abstractmethod
     def learn(self, task: Task, features: Sequence[Tensor], scores: Tensor) -> Metrics:
-        """Backward passes of sub-networks.
+        """Run forward and backward passes of sub-networks.
 
         Args:
-            task: as everywhere.
+            task: the task.
             features: the images, then the full network's features at the ends of the stages of ``net``, detached.
-            scores: of the full network, detached, [N, classes].
+            scores: the class scores of the full network, detached, [N, classes].
 
         Returns:
             The metrics to log.
         """
 
-    def require(self, task: Task) -> None:
-        """Refuse what could not succeed, before the training.
+    def check_task(self, task: Task) -> None:
+        """Refuse a task that cannot succeed, before the training.
 
         Raises:
-            BudgetError: if the budget is out of reach with the units ``may_go``; says what is in reach.
+            BudgetError: if the budget is out of reach with the units ``prunable_units``; says what is in reach.
             ValueError: if nothing is held out.
         """
         assert task.data is not None
         if task.data.held_out < 2:
-            raise ValueError(f"{self.name}: sub-networks are compared on held-out images, but nothing is held out")
-        fit(task.graph, task.budget, torch.zeros(task.graph.num_units), prunable=self.may_go, limits=task.limits)
+            raise ValueError(
+                f"{self.name}: sub-networks are compared on held-out images, but nothing is held out; hold some out"
+            )
+        task.require_feasible(self.prunable_units)
 
     def make_training(self, task: Task, trained: nn.Module) -> WeightTraining:
-        """The training of the parameters of ``trained``."""
+        """Create the training of the parameters of ``trained``."""
         assert task.data is not None
         return WeightTraining(
             trained,
@@ -84,7 +86,7 @@ class WeightSharing(Method):
         )
 
     def train(self, task: Task, name: str) -> Iterator[Phase]:
-        """The phase of the training; the model is in train mode for its duration."""
+        """Yield the phase of the training, with the model in train mode."""
         config = self.config
         task.model.train()
         yield Phase(
@@ -98,9 +100,9 @@ class WeightSharing(Method):
         task.model.eval()
 
     def step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
-        """The full network, then sub-networks, and one update with the gradients of all."""
+        """Run the full network, then sub-networks; update the weights once with the gradients of all."""
         self.training.optimizer.zero_grad(set_to_none=True)
-        features, outputs = self.net.full(images)
+        features, outputs = self.net.run_full(images)
         loss, scores = classification_loss(outputs, labels, self.config.label_smoothing)
         backward(loss)
         metrics = self.learn(task, features, scores.detach())
@@ -110,16 +112,15 @@ class WeightSharing(Method):
         return {"loss": loss.detach(), "accuracy": accuracy, **metrics}
 
     def end_epoch(self, task: Task, epoch: int) -> Metrics:
-        """Give all ranks the same statistics; the held-out accuracy of the full network, when due."""
+        """Give all ranks the same statistics; return the held-out accuracy of the full network if it is due."""
         assert task.data is not None
         self.training.share_buffers()
-        every = self.config.evaluate_every
-        if every and ((epoch + 1) % every == 0 or epoch + 1 == self.config.epochs):
+        if is_evaluation_due(epoch, self.config.epochs, self.config.evaluate_every):
             return {"held_out_accuracy": task.data.accuracy(task.model)}
         return {}
 
 
 def backward(loss: Tensor) -> None:
-    """Outside of autocast, as each gradient takes the precision of its forward."""
+    """Run the backward pass outside of autocast; gradients take the precision of their forward."""
     with torch.autocast(loss.device.type, enabled=False):
         loss.backward()

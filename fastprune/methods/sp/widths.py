@@ -1,4 +1,4 @@
-"""Sub-networks that keep the first channels of each group: which widths there are, their masks, and the final plan."""
+"""Sub-networks that keep the first channels of each group: their widths, their masks, and the final plan."""
 
 from __future__ import annotations
 
@@ -13,30 +13,36 @@ from fastprune.methods.contract import Task
 from fastprune.planning.budget import TOLERANCE
 from fastprune.planning.fitting import fit
 
-LEAST, STEP = 0.10, 0.03  # of the ratios: 31 from 0.10 to 1
+LEAST, STEP = 0.10, 0.03  # 31 ratios from 0.10 to 1
 
-Widths = tuple[int, ...]  # kept units, or the choices of one group, ascending
+Widths = tuple[int, ...]
+"""The kept units of each group; or the choices of one group, ascending."""
 
 
-def choices_of(task: Task, groups: Sequence[int]) -> tuple[Widths, ...]:
-    """The widths that each group may have: 31 parts of its units, from a tenth to all, as far as the limits allow."""
+def width_choices(task: Task, groups: Sequence[int]) -> tuple[Widths, ...]:
+    """Return the choices of each group's width: 31 fractions of its units, from a tenth to all, within the limits."""
     allowed = task.limits.widths(task.graph)
     ratios = np.append(np.arange(LEAST, 1 - STEP / 2, STEP), 1.0)
-    found = []
+    choices = []
     for g in groups:
         widths = allowed[g]
-        wanted = [widths.at_most(max(1, int(ratio * widths.size + 1e-9))) for ratio in ratios]
-        found.append(tuple(sorted({min(max(w, widths.least), widths.most) for w in wanted})))
-    return tuple(found)
+        rounded = [widths.at_most(max(1, int(ratio * widths.size + 1e-9))) for ratio in ratios]
+        choices.append(tuple(sorted({min(max(w, widths.least), widths.most) for w in rounded})))
+    return tuple(choices)
 
 
 def random_widths(choices: Sequence[Widths], rng: torch.Generator) -> Widths:
-    """One of its widths for each group."""
+    """Draw one of its choices for each group."""
     return tuple(widths[int(torch.randint(len(widths), (), generator=rng))] for widths in choices)
 
 
+def smallest_widths(choices: Sequence[Widths]) -> Widths:
+    """Return the smallest choice of each group."""
+    return tuple(widths[0] for widths in choices)
+
+
 def first_units(graph: ChannelGraph, groups: Sequence[int], widths: Sequence[int]) -> Tensor:
-    """The mask of the network that keeps the first ``widths`` units of ``groups`` and all others, bool [U]."""
+    """Return the mask that keeps the first ``widths`` units of ``groups`` and all units of other groups, bool [U]."""
     mask = torch.ones(graph.num_units, dtype=torch.bool)
     for g, width in zip(groups, widths, strict=True):
         group = graph.groups[g]
@@ -44,39 +50,39 @@ def first_units(graph: ChannelGraph, groups: Sequence[int], widths: Sequence[int
     return mask
 
 
-def fitted(task: Task, mask: Tensor, may_go: Tensor) -> Tensor:
-    """The mask near to one of ``first_units`` that meets the budget: some more or fewer units in their order.
+def fit_widths(task: Task, mask: Tensor, prunable: Tensor) -> Tensor:
+    """Change a mask of ``first_units`` to meet the budget: add or remove some units in their order.
 
-    Where the next unit of every group is too much, and the rest is more than 1 % of the full cost, one group becomes
-    wider and the others give up what that costs.
+    If the next unit of every group costs too much, and more than 1 % of the full cost is left, one group becomes wider
+    and the others become narrower by its cost.
 
     Args:
-        task: graph, budget and limits.
-        mask: the units that were chosen, bool [U].
-        may_go: the units that may go, bool [U].
+        task: the task with graph, budget and limits.
+        mask: the chosen units, bool [U].
+        prunable: the prunable units, bool [U].
     """
     meter = task.budget.meter(task.graph)
     full, limit = float(meter(torch.ones(task.graph.num_units))), task.budget.limit(task.graph)
-    found = [in_order(task, mask, may_go)]
-    if limit - float(meter(found[0])) > TOLERANCE * full:
+    masks = [fit_in_order(task, mask, prunable)]
+    if limit - float(meter(masks[0])) > TOLERANCE * full:
         for group, widths in zip(task.graph.groups, task.limits.widths(task.graph), strict=True):
-            wider = found[0].clone()
+            wider = masks[0].clone()
             width = int(wider[group.units].sum())
             wider[group.start : group.start + min(group.size, width + widths.step)] = True
-            found.append(in_order(task, wider, may_go))
-    return max(found, key=lambda kept: float(meter(kept)))
+            masks.append(fit_in_order(task, wider, prunable))
+    return max(masks, key=lambda kept: float(meter(kept)))
 
 
-def in_order(task: Task, mask: Tensor, may_go: Tensor) -> Tensor:
-    """The units of a mask [U], then the others, from the first of each group on, as many as the budget allows."""
+def fit_in_order(task: Task, mask: Tensor, prunable: Tensor) -> Tensor:
+    """Keep the units of a mask [U], then the others, from the first of each group on, up to the budget."""
     scores = torch.where(mask, 2.0, 0.0).double()
     for group in task.graph.groups:
         scores[group.units] -= torch.arange(group.size).double() / group.size
-    return fit(task.graph, task.budget, scores, prunable=may_go, limits=task.limits)
+    return fit(task.graph, task.budget, scores, prunable=prunable, limits=task.limits)
 
 
-def units_of(graph: ChannelGraph, groups: Sequence[int]) -> Tensor:
-    """The units of groups, bool [U]."""
+def group_units(graph: ChannelGraph, groups: Sequence[int]) -> Tensor:
+    """Return the units of groups, bool [U]."""
     units = torch.zeros(graph.num_units, dtype=torch.bool)
     for g in groups:
         units[graph.groups[g].units] = True

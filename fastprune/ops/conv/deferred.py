@@ -1,4 +1,4 @@
-"""Activations whose mask, and the gradient through mask and activation, are left to the convolution that reads them."""
+"""Activations that leave their mask, and the gradient through mask and activation, to the convolution behind them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fastprune.ops.conv.open_channels import widened
+from fastprune.ops.conv.open_channels import widen
 from fastprune.ops.masked_act import masked_act, masked_act_backward
 
 
 @dataclass(frozen=True, eq=False)
 class Deferred:
-    """``mask * r``, not yet multiplied, where the mask of closed channels counts as zero.
+    """``mask * r`` before the product is computed; the mask of closed channels counts as zero.
 
-    Its reader multiplies the mask into its weight's columns, or reads open channels alone. The gradient that it hands
-    back for ``r`` is the one from before the activation, to which it comes in the epilogue of its own backward
-    convolution, together with the mask's: neither direction has a pass over memory between two convolutions.
+    Its reader multiplies the mask into the columns of its own weight, or reads open channels only. The gradient that it
+    returns for ``r`` is the one before the activation: the epilogue of its backward convolution computes that and the
+    gradient of the mask. Neither direction has a pass over memory between two convolutions.
 
     Args:
         _r: ``act(…)``, ``[N, K, P, Q]``; without gradients ``[N, open_count, P, Q]``. Private: the gradient that it
-            wants is that of what the activation read.
+            expects is that of the activation's argument.
         mask: ``[K]``, or None for all ones.
-        activation: Whose derivative the reader still owes: one that is a function of ``r``.
+        activation: Name of the activation whose derivative the reader has to apply, a function of ``r``.
         channels: K.
-        open_count: All channels behind so many are closed.
-        hard: Whether the mask is 1 in all channels before.
+        open_count: Number of channels, counted from the first, that may be open.
+        hard: Whether the mask is 1 in all of these.
     """
 
     _r: Tensor
@@ -40,9 +40,9 @@ class Deferred:
     hard: bool
 
     def settled(self) -> Tensor:
-        """``mask * r`` ``[N, K, P, Q]``, for readers that know nothing of this class.
+        """Return ``mask * r`` ``[N, K, P, Q]``, for readers that do not know this class.
 
-        Without a mask it is the memory that other readers of this read: not to be written into.
+        Without a mask it is memory that other readers of this object read: do not write into it.
         """
         y: Tensor = _Settled.apply(self._r, self.mask, self)
         return y
@@ -59,7 +59,7 @@ class _Settled(torch.autograd.Function):
         if mask is None:
             return r.view_as(r)
         y, _ = masked_act(r, mask=mask[: r.shape[1]], activation="identity")
-        return widened(y, channels)
+        return widen(y, channels)
 
     @staticmethod
     @once_differentiable

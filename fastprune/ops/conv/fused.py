@@ -169,8 +169,8 @@ def supported(
         if kernel.dtype != DTYPES[x.dtype] or not first <= capability <= last:
             continue
         saved = results[1] if len(results) > 1 else None
-        moves = geometry.stride, geometry.padding, geometry.dilation
-        workspace = _C.fused_conv_workspace(x, weight, results[0], saved, *moves, kernel.index)
+        window = geometry.stride, geometry.padding, geometry.dilation
+        workspace = _C.fused_conv_workspace(x, weight, results[0], saved, *window, kernel.index)
         if workspace is not None:
             kernels[kernel.name] = replace(kernel, workspace=workspace)
     return kernels

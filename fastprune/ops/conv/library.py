@@ -1,7 +1,7 @@
 """Convolutions with frozen weights, as the libraries under torch compute them fastest.
 
-On the CPU that is oneDNN with bias, residual and activation as its post-ops; torch exposes them as
-``torch.ops.mkldnn._convolution_pointwise``, what its own compiler calls. Everything else goes through
+On the CPU that is oneDNN with bias, residual and some activations as its post-ops; torch exposes them as
+``torch.ops.mkldnn._convolution_pointwise``, which its own compiler calls. Everything else goes through
 ``torch.nn.functional``.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,8 @@ from torch.nn import functional as F
 
 from fastprune.ops.layout import layout_of
 
-_POST_OPS: dict[str, tuple[str, list[float]]] = {
-    "identity": ("none", []),
-    "relu": ("relu", []),
-    "relu6": ("hardtanh", [0.0, 6.0]),
-    "silu": ("swish", []),
-    "hardswish": ("hardswish", []),
-}
+# relu and relu6 are missing: oneDNN computes them as max(z, 0), by an instruction that turns NaN into 0.
+_POST_OPS = {"silu": "swish", "hardswish": "hardswish"}
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
     "relu": torch.relu_,
@@ -42,6 +36,11 @@ class Geometry:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    @property
+    def numbers(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """Stride, padding, dilation and groups, in the order of torch's arguments."""
+        return self.stride, self.padding, self.dilation, self.groups
+
     def output_size(self, x_size: Sequence[int], weight_size: Sequence[int]) -> list[int]:
         """``[N, K, P, Q]`` for x ``[N, C, H, W]`` and weight ``[K, C / groups, R, S]``."""
         spans = [self.dilation[d] * (weight_size[2 + d] - 1) + 1 for d in (0, 1)]
@@ -49,12 +48,12 @@ class Geometry:
         return [x_size[0], weight_size[0], *sides]
 
     def is_pointwise(self, weight: Tensor) -> bool:
-        """Whether every output pixel reads one input pixel, in order: a matrix product over the channels."""
+        """Return whether every output pixel reads one input pixel, in order: a matrix product over the channels."""
         same = self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
         return same and weight.shape[2:] == (1, 1)
 
     def transposed(self, weight: Tensor) -> Geometry | None:
-        """The convolution that is this one's gradient with respect to x; None if only a transposed one is."""
+        """The convolution that is the gradient of this one with respect to x; None: only a transposed one is."""
         padding = tuple(self.dilation[d] * (weight.shape[2 + d] - 1) - self.padding[d] for d in (0, 1))
         if self.stride != (1, 1) or min(padding) < 0:
             return None
@@ -68,8 +67,8 @@ def transposed_weight(weight: Tensor, groups: int) -> Tensor:
     return grouped.reshape(groups * inputs, outputs // groups, *kernel)
 
 
-def library_takes(x: Tensor) -> bool:
-    """Whether oneDNN computes on tensors like x here."""
+def onednn_takes(x: Tensor) -> bool:
+    """Return whether oneDNN computes on tensors like x here."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if x.dtype == torch.bfloat16:
@@ -78,7 +77,7 @@ def library_takes(x: Tensor) -> bool:
 
 
 def weight_outweighs(weight: Tensor, rows: int) -> bool:
-    """Whether bringing the weight into oneDNN's layout costs more than that layout gains over a plain one.
+    """Return whether copying the weight into oneDNN's layout costs more than that layout gains over a plain one.
 
     Measured on AVX-512 with 7 x 7 to 56 x 56 pixels and batches of 8: the two meet at about 512 weights a row.
     """
@@ -93,7 +92,7 @@ def convolve(
     activation: str = "identity",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``act(conv(x, weight) + shift + residual)``, in memory of its own.
+    """Compute ``act(conv(x, weight) + shift + residual)``, in memory of its own.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -101,38 +100,63 @@ def convolve(
         shift: ``[K]``.
         geometry: Stride, padding, dilation, groups.
         activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
-        residual: Shaped like the result.
+        residual: A tensor of the result's shape.
     """
-    if not library_takes(x) or x.numel() == 0 or weight.numel() == 0:
-        result = F.conv2d(x, weight, shift, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-        result = result if residual is None else result.add_(residual)
-        return IN_PLACE[activation](result)
-    layout = layout_of(x)
-    if layout == torch.contiguous_format:
-        weight = weight.contiguous()  # oneDNN's result is channels_last as soon as one of its inputs is
-    name, scalars = _POST_OPS[activation]
+    if not onednn_takes(x) or x.numel() == 0 or weight.numel() == 0:
+        z = F.conv2d(x, weight, shift, *geometry.numbers)
+        return IN_PLACE[activation](z if residual is None else z.add_(residual))
+    layout, left = layout_of(x), activation
+    if residual is None:
+        left = "identity" if activation in _POST_OPS else activation
+        z = _convolve_by_onednn(x, weight, shift, geometry, _POST_OPS.get(activation, "none"))
+    elif x.dtype == torch.float32 and activation in ("identity", "relu"):
+        z = _convolve_and_add_by_onednn(x, weight, shift, geometry, residual.contiguous(memory_format=layout))
+    else:
+        z = _convolve_by_onednn(x, weight, shift, geometry, multiplies=False).add_(residual)
+    return IN_PLACE[left](z).contiguous(memory_format=layout)
+
+
+def _convolve_by_onednn(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    geometry: Geometry,
+    post_op: str = "none",
+    *,
+    multiplies: bool = True,
+) -> Tensor:
+    """Compute the convolution; ``multiplies``: as a matrix product where that is faster."""
     rows = x.shape[0] * x.shape[2] * x.shape[3]
-    matrix_product = layout == torch.channels_last and residual is None
-    if matrix_product and geometry.is_pointwise(weight) and weight_outweighs(weight, rows):
+    multiplies = multiplies and layout_of(x) == torch.channels_last and geometry.is_pointwise(weight)
+    if multiplies and weight_outweighs(weight, rows):
         matrix = torch.ops.mkldnn._linear_pointwise(
-            x.permute(0, 2, 3, 1).reshape(rows, x.shape[1]), weight.reshape(weight.shape[:2]), shift, name, scalars, ""
+            x.permute(0, 2, 3, 1).reshape(rows, x.shape[1]), weight.reshape(weight.shape[:2]), shift, post_op, [], ""
         )
         return matrix.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
-    moves: tuple[Any, ...] = (list(geometry.padding), list(geometry.stride), list(geometry.dilation), geometry.groups)
-    if residual is None:
-        result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *moves, name, scalars, "")
-    elif x.dtype == torch.float32 and activation in ("identity", "relu"):  # what torch offers of oneDNN's sums
-        post: tuple[Any, ...] = ("relu", [], "") if activation == "relu" else (None, [], None)
-        residual = residual.contiguous(memory_format=layout)
-        result = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, shift, *moves, "add", 1.0, *post)
-    else:
-        result = torch.ops.mkldnn._convolution_pointwise(x, weight, shift, *moves, "none", [], "").add_(residual)
-        result = IN_PLACE[activation](result)
-    return result.contiguous(memory_format=layout)
+    stride, padding, dilation, groups = geometry.numbers
+    z: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, _in_layout_of(x, weight), shift, padding, stride, dilation, groups, post_op, [], ""
+    )
+    return z
+
+
+def _convolve_and_add_by_onednn(
+    x: Tensor, weight: Tensor, shift: Tensor | None, geometry: Geometry, residual: Tensor
+) -> Tensor:
+    stride, padding, dilation, groups = geometry.numbers
+    z: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
+        x, residual, _in_layout_of(x, weight), shift, padding, stride, dilation, groups, "add", 1.0, None, [], None
+    )
+    return z
+
+
+def _in_layout_of(x: Tensor, weight: Tensor) -> Tensor:
+    # oneDNN's result is channels_last as soon as one of its inputs is.
+    return weight.contiguous() if layout_of(x) == torch.contiguous_format else weight
 
 
 def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of ``conv(x, weight)`` with respect to x.
+    """Compute the gradient of ``conv(x, weight)`` with respect to x.
 
     Args:
         dz: ``[N, K, P, Q]``.
@@ -141,7 +165,7 @@ def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, g
         geometry: Stride, padding, dilation, groups.
     """
     transposed = geometry.transposed(weight)
-    if transposed is not None and library_takes(dz) and dz.numel() > 0 and weight.numel() > 0:
+    if transposed is not None and onednn_takes(dz) and dz.numel() > 0 and weight.numel() > 0:
         rows = dz.shape[0] * dz.shape[2] * dz.shape[3]
         if geometry.is_pointwise(weight) or not weight_outweighs(weight, rows):
             return convolve(dz, transposed_weight(weight, geometry.groups), None, transposed)
@@ -151,18 +175,20 @@ def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, g
         x = torch.empty(x_size, dtype=dz.dtype, memory_format=layout)
     else:
         x = dz.new_empty(()).expand(x_size)
-    return library_gradients(dz, x, weight.contiguous(memory_format=layout), geometry, (True, False, False))[0]
+    return _library_gradients(dz, x, weight.contiguous(memory_format=layout), geometry, (True, False, False))[0]
 
 
 def weight_gradient(dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of ``conv(x, weight)`` with respect to the weight."""
-    return library_gradients(dz, x, weight, geometry, (False, True, False))[1]
+    """Compute the gradient of ``conv(x, weight)`` with respect to the weight."""
+    return _library_gradients(dz, x, weight, geometry, (False, True, False))[1]
 
 
-def library_gradients(
+def _library_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The library's gradients of x, the weight and a bias."""
-    moves = (geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups)
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(dz, x, weight, None, *moves, wanted)
+    """Compute the gradients of x, the weight and a bias."""
+    stride, padding, dilation, groups = geometry.numbers
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        dz, x, weight, None, stride, padding, dilation, False, (0, 0), groups, wanted
+    )
     return gradients

@@ -1,7 +1,7 @@
 """Our own convolution on the CPU: float32, channels_last, weights packed for it.
 
-It beats the library where it saves work: 3x3 kernels by Winograd's F(2x2, 3x3), open channels as prefixes that are
-read and written in place, the mask and both results in one pass.
+It beats the library where it saves work: 3x3 kernels by Winograd's F(2x2, 3x3), open channels as prefixes that it reads
+and writes in place, the mask and both results in one pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ on AVX2 the same for 16 outputs, and for 64 faster from 4 on."""
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight ``[K, C, R, S]`` in the order that the kernel reads it."""
+    """A weight ``[K, C, R, S]`` in the order in which the kernel reads it.
+
+    Args:
+        data: The packed numbers.
+        size: ``(K, C, R, S)``.
+        geometry: Stride, padding, dilation and groups of the convolution.
+        algorithm: ``"direct"``, ``"winograd"`` or ``"depthwise"``.
+        instructions: The instruction set that it is packed for.
+    """
 
     data: Tensor
     size: tuple[int, ...]
@@ -35,17 +43,17 @@ class PackedWeight:
 
 
 def best_instructions() -> str | None:
-    """What the kernels use on this processor; None where they are not written for it."""
+    """Return the best instruction set of this processor that the kernels are written for; None: there is none."""
     return next(iter(_C.masked_conv_instructions()), None)
 
 
 def computes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether this convolution is one of ours."""
+    """Return whether our kernel computes this convolution."""
     return takes(x, weight, geometry) and layout_of(x) == torch.channels_last
 
 
 def takes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether it would be one if x were channels_last."""
+    """Return whether our kernel would compute this convolution if x were channels_last."""
     return (
         best_instructions() is not None
         and x.device.type == "cpu"
@@ -57,13 +65,13 @@ def takes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 def is_depthwise(weight: Tensor, geometry: Geometry) -> bool:
-    """Whether each output reads one input, by a kernel of a size that ours takes."""
+    """Return whether each output reads one input, by a kernel with few enough taps for ours."""
     channels, inputs, *kernel = weight.shape
     return geometry.groups == channels and inputs == 1 and math.prod(kernel) <= _C.depthwise_taps
 
 
 def algorithm_for(weight: Tensor, geometry: Geometry, channels: int) -> str:
-    """The fastest way to a convolution that reads ``channels`` inputs."""
+    """Return the fastest algorithm for a convolution that reads ``channels`` inputs."""
     if geometry.groups > 1:
         return "depthwise"
     square = (geometry.stride, geometry.dilation, tuple(weight.shape[2:])) == ((1, 1), (1, 1), (3, 3))
@@ -83,11 +91,14 @@ def pack(
 
     Args:
         weight: ``[K, C, R, S]``.
-        geometry: Of the convolution.
+        geometry: Geometry of the convolution.
         scale: ``[K]`` or None.
-        transposed: The weight of ``Geometry.transposed``, whose geometry is then given.
-        algorithm: None: the fastest one where all inputs are read.
-        instructions: None: the best ones.
+        transposed: Whether to pack the weight of ``Geometry.transposed``, which ``geometry`` then is.
+        algorithm: One of ``PackedWeight.algorithm``; None: the fastest one if all inputs are read.
+        instructions: An instruction set; None: the best one.
+
+    Raises:
+        ValueError: The kernels are not written for this processor.
     """
     outputs, inputs, *kernel = weight.shape
     if algorithm is None:
@@ -96,7 +107,7 @@ def pack(
     size = (inputs, outputs, *kernel) if swapped else (outputs, inputs, *kernel)
     instructions = best_instructions() if instructions is None else instructions
     if instructions is None:
-        raise ValueError("instructions: got a processor without AVX2 and FMA, needs what the kernels are written for")
+        raise ValueError("instructions: got a processor without AVX2 and FMA, needs one with them; use the library")
     data = weight.new_empty(_C.packed_conv_size(algorithm, instructions, size))
     _C.pack_masked_conv(algorithm, instructions, weight, scale, transposed, data, torch.get_num_threads())
     return PackedWeight(data, size, geometry, algorithm, instructions)
@@ -113,20 +124,19 @@ def convolve(
     activation: str = "identity",
     saves: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``mask * act(conv(x) + shift + residual)`` and, if ``saves``, the same without the mask.
+    """Compute ``mask * act(conv(x) + shift + residual)`` and, if ``saves``, the same without the mask.
 
     Args:
-        x: ``[N, c, H, W]`` with the first ``c`` channels of those that the weight has. Read in place also as a view of
-            some channels of a wider tensor; as a view of some pixels it is copied.
+        x: ``[N, c, H, W]``, the first ``c`` of the weight's inputs. A view of some channels of a wider tensor is read
+            in place; a view of some pixels is copied.
         packed: The weight ``[K, C, R, S]``.
-        rows: How many outputs are computed; the results are ``[N, K, P, Q]`` with zeros behind these.
-        shift: At least ``[rows]``, like the mask.
-        mask: Of the outputs.
-        residual: Added before the activation.
+        rows: How many outputs to compute; the results are ``[N, K, P, Q]`` with zeros behind these.
+        shift: At least ``[rows]``.
+        mask: At least ``[rows]``.
+        residual: ``[N, K, P, Q]``, added before the activation.
         activation: One of ``BOUNDS``.
-        saves: Whether the second result is wanted.
+        saves: Whether to compute the second result.
     """
-    lowest, highest = BOUNDS[activation]
     results = [empty_rows(packed.geometry.output_size(x.shape, packed.size)) for _ in range(1 + saves)]
     views = results
     if rows < packed.size[0]:
@@ -134,21 +144,15 @@ def convolve(
             result[:, rows:] = 0
         views = [result[:, :rows] for result in results]
     if rows > 0:
-        x = in_rows(x)
         shift, mask = (None if vector is None else vector[:rows].contiguous() for vector in (shift, mask))
-        moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
-        kernel = (packed.algorithm, packed.instructions)
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)[:, :rows]
-        y, saved = views[0], views[1] if saves else None
-        _C.masked_conv(
-            *kernel, x, packed.data, packed.size, *moves, shift, mask, residual, lowest, highest,
-            y, saved, torch.get_num_threads(),
-        )  # fmt: skip
+        saved = views[1] if saves else None
+        _run(x, packed, views[0], saved, shift=shift, mask=mask, residual=residual, activation=activation)
     return results[0], results[1] if saves else None
 
 
 def convolve_prefix(x: Tensor, packed: PackedWeight, rows: int, bias: Tensor | None = None) -> Tensor:
-    """``conv(x)`` with the first ``rows`` outputs of a weight, and as many of its inputs as x has.
+    """Compute the first ``rows`` outputs of ``conv(x)``, from as many of the weight's inputs as x has.
 
     Args:
         x: ``[N, c, H, W]``, as in ``convolve``.
@@ -160,18 +164,8 @@ def convolve_prefix(x: Tensor, packed: PackedWeight, rows: int, bias: Tensor | N
         ``[N, rows, P, Q]``, channels_last.
     """
     y = empty_rows(packed.geometry.output_size(x.shape, (rows, *packed.size[1:])))
-    moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
-    lowest, highest = BOUNDS["identity"]
-    _C.masked_conv(
-        packed.algorithm, packed.instructions, in_rows(x), packed.data, packed.size, *moves,
-        None if bias is None else bias.contiguous(), None, None, lowest, highest, y, None, torch.get_num_threads(),
-    )  # fmt: skip
+    _run(x, packed, y, shift=None if bias is None else bias.contiguous())
     return y
-
-
-def in_rows(x: Tensor) -> Tensor:
-    """X as the kernel reads it: copied if it lies otherwise."""
-    return x if has_rows(x) else x.clone(memory_format=torch.channels_last)
 
 
 def convolve_back(
@@ -184,26 +178,49 @@ def convolve_back(
     activation: str = "identity",
     want_dmask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of what a convolution read, or of what stands before it: ``d = conv(dz) + residual``.
+    """Compute the gradient of what a convolution read, ``d = conv(dz) + residual``, or that before its activation.
 
     Args:
-        dz: ``[N, k, P, Q]``, the gradient of its first outputs.
+        dz: ``[N, k, P, Q]``, the gradient of the convolution's first outputs.
         packed: The transposed weight.
-        residual: ``[N, C, H, W]``, the gradient that other readers have.
-        previous: ``[N, C, H, W]``, what was read, ``act(…)`` before the mask. With it the first result is ``d * mask *
-            act'``, and the second, if wanted, the mask's gradient: the sum of ``d * previous`` over batch and pixels.
-        mask: ``[C]``, that of what was read.
+        residual: ``[N, C, H, W]``, the gradient of other readers.
+        previous: ``[N, C, H, W]``, what the convolution read, ``act(…)`` before the mask. With it the first result is
+            ``d * mask * act'``, and the second, if wanted, the gradient of the mask: the sum of ``d * previous`` over
+            batch and pixels.
+        mask: ``[C]``, the mask of ``previous``.
         activation: One of ``BOUNDS``.
-        want_dmask: Whether the second result is wanted.
+        want_dmask: Whether to compute the second result.
     """
-    channels, (lowest, highest) = packed.size[0], BOUNDS[activation]
+    channels = packed.size[0]
     dx = empty_rows(packed.geometry.output_size(dz.shape, packed.size))
     dmask = dz.new_empty(channels) if want_dmask else None
-    moves = (packed.geometry.stride, packed.geometry.padding, packed.geometry.dilation)
     mask = None if mask is None else mask.contiguous()
-    residual, previous = (None if pixels is None else in_rows(pixels) for pixels in (residual, previous))
-    _C.masked_conv(
-        packed.algorithm, packed.instructions, in_rows(dz), packed.data, packed.size, *moves, None, mask, residual,
-        lowest, highest, dx, None, torch.get_num_threads(), previous, dmask,
-    )  # fmt: skip
+    residual, previous = (None if pixels is None else as_rows(pixels) for pixels in (residual, previous))
+    _run(dz, packed, dx, mask=mask, residual=residual, activation=activation, previous=previous, dmask=dmask)
     return dx, dmask
+
+
+def _run(
+    x: Tensor,
+    packed: PackedWeight,
+    y: Tensor,
+    saved: Tensor | None = None,
+    *,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    previous: Tensor | None = None,
+    dmask: Tensor | None = None,
+) -> None:
+    geometry, (lowest, highest) = packed.geometry, BOUNDS[activation]
+    _C.masked_conv(
+        packed.algorithm, packed.instructions, as_rows(x), packed.data, packed.size,
+        geometry.stride, geometry.padding, geometry.dilation, shift, mask, residual, lowest, highest,
+        y, saved, torch.get_num_threads(), previous, dmask,
+    )  # fmt: skip
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return x as the kernel reads it: channels_last, copied only if it is stored otherwise."""
+    return x if has_rows(x) else x.clone(memory_format=torch.channels_last)

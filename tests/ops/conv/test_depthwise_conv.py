@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastprune import _C
-from fastprune.ops.conv import packed as packed_conv
+from fastprune.ops.conv import packed as masked_conv
 from fastprune.ops.conv.frozen import FrozenConv
 from fastprune.ops.conv.library import Geometry
 from fastprune.ops.conv.packed import PackedWeight
@@ -52,10 +52,10 @@ class Case:
         return cls(x[:, :inputs], weight, geometry, rows, torch.randn(channels), torch.randn(channels), pixels(*out))
 
     def pack(self, instructions: str) -> PackedWeight:
-        return packed_conv.pack(self.weight, self.geometry, instructions=instructions)
+        return masked_conv.pack(self.weight, self.geometry, instructions=instructions)
 
     def run(self, instructions: str) -> tuple[Tensor, Tensor]:
-        y, saved = packed_conv.convolve(
+        y, saved = masked_conv.convolve(
             self.x, self.pack(instructions), self.rows, shift=self.shift, mask=self.mask, residual=self.residual,
             activation="relu6", saves=True,
         )  # fmt: skip
@@ -139,8 +139,8 @@ class Backward:
 
     def run(self, instructions: str) -> tuple[Tensor, Tensor]:
         geometry = Geometry(padding=(1, 1), groups=self.weight.shape[0])
-        packed = packed_conv.pack(self.weight, geometry, transposed=True, instructions=instructions)
-        dx, dmask = packed_conv.convolve_back(
+        packed = masked_conv.pack(self.weight, geometry, transposed=True, instructions=instructions)
+        dx, dmask = masked_conv.convolve_back(
             self.dz, packed, residual=self.residual, previous=self.previous, mask=self.mask, activation="relu",
             want_dmask=True,
         )  # fmt: skip
@@ -212,8 +212,8 @@ def test_what_is_not_finite_reaches_its_own_channel_alone():
 def test_where_it_is_used(monkeypatch):
     """By FrozenConv, for kernels of up to 128 taps and as many outputs as inputs."""
     used = []
-    convolve = packed_conv.convolve
-    monkeypatch.setattr(packed_conv, "convolve", lambda *a, **k: used.append(a[1].algorithm) or convolve(*a, **k))
+    convolve = masked_conv.convolve
+    monkeypatch.setattr(masked_conv, "convolve", lambda *a, **k: used.append(a[1].algorithm) or convolve(*a, **k))
     for size, outputs, expected in ((3, 24, ["depthwise"]), (11, 24, ["depthwise"]), (13, 24, []), (3, 48, [])):
         x = pixels(1, 24, 16, 16).requires_grad_()
         FrozenConv(torch.randn(outputs, 1, size, size), padding=size // 2, groups=24)(x)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastprune import _C
-from fastprune.ops.conv import packed as packed_conv
+from fastprune.ops.conv import packed as masked_conv
 from fastprune.ops.conv.library import Geometry
 
 INSTRUCTIONS = _C.masked_conv_instructions()
@@ -278,11 +278,11 @@ def test_rows_that_fill_no_vector_go_past_the_caches_too(kernel, instructions, m
     )
     worst = (plain.double() - exact)[:, :69].abs().max()
     for algorithm in ("direct", "winograd") if kernel == 3 else ("direct",):
-        packed = packed_conv.pack(weight, geometry, algorithm=algorithm, instructions=instructions)
+        packed = masked_conv.pack(weight, geometry, algorithm=algorithm, instructions=instructions)
         results = []
         for threads in (1, 2, 3, 8):
             monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
-            y, saved = packed_conv.convolve(x, packed, 69, saves=True)
+            y, saved = masked_conv.convolve(x, packed, 69, saves=True)
             assert torch.equal(y, saved)
             results.append(y)
         assert all(torch.equal(results[0], other) for other in results[1:])
@@ -426,11 +426,11 @@ def test_the_transposed_weight_gives_the_gradient_of_x(case, winograd):
         (terms,) = torch.autograd.grad(F.conv2d(x, weight, None, *case.moves), x, magnitude)
     for instructions in INSTRUCTIONS:
         algorithm = "winograd" if winograd else "direct"
-        packed = packed_conv.pack(
+        packed = masked_conv.pack(
             call.weight, transposed, transposed=True, algorithm=algorithm, instructions=instructions
         )
         dy = dy.as_strided(dy.shape, (dy[0].numel(), 1, dy.shape[3] * dy.shape[1], dy.shape[1]))
-        dx = packed_conv.convolve(dy, packed, case.packed_channels)[0]
+        dx = masked_conv.convolve(dy, packed, case.packed_channels)[0]
         assert ((dx.double() - expected).abs() <= 2.0**-20 * terms + 1e-30).all()
 
 

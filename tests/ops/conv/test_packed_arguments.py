@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastprune import _C, ops
-from fastprune.ops.conv import packed as packed_conv
+from fastprune.ops.conv import packed as masked_conv
 from fastprune.ops.conv.frozen import FrozenConv
 from fastprune.ops.conv.library import Geometry
 from fastprune.ops.layout import has_rows
@@ -279,20 +279,20 @@ def test_the_gradient_of_an_input_that_lacks_channels_lacks_them_too(groups):
 def test_a_limit_of_the_instruction_set_holds_for_convolutions():
     widest, weight = _C.instruction_set(), torch.zeros(4, 4, 3, 3)
     x = torch.zeros(1, 4, 5, 5).contiguous(memory_format=torch.channels_last)
-    before = packed_conv.pack(weight, Geometry())
+    before = masked_conv.pack(weight, Geometry())
     try:
         assert _C.limit_instruction_set("avx2")
         assert _C.masked_conv_instructions() == ["avx2"]
-        assert packed_conv.pack(weight, Geometry()).instructions == "avx2"
+        assert masked_conv.pack(weight, Geometry()).instructions == "avx2"
         assert _C.limit_instruction_set("baseline")
         assert _C.masked_conv_instructions() == []
-        assert not packed_conv.computes(x, weight, Geometry())
+        assert not masked_conv.computes(x, weight, Geometry())
         with pytest.raises(ValueError, match="instructions: got a processor without AVX2 and FMA"):
-            packed_conv.pack(weight, Geometry())
-        packed_conv.convolve(x, before, 4)  # what was packed before stays usable
+            masked_conv.pack(weight, Geometry())
+        masked_conv.convolve(x, before, 4)  # what was packed before stays usable
     finally:
         assert _C.limit_instruction_set(widest)
-    assert packed_conv.computes(x, weight, Geometry())
+    assert masked_conv.computes(x, weight, Geometry())
 
 
 def malformed(choose: random.Random, value: object) -> object:

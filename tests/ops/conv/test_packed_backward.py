@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastprune import _C
 from fastprune.ops.activations import BOUNDS
-from fastprune.ops.conv import packed as packed_conv
+from fastprune.ops.conv import packed as masked_conv
 from fastprune.ops.conv.library import Geometry
 from fastprune.ops.conv.packed import PackedWeight
 from fastprune.ops.masked_act import masked_act_backward
@@ -59,10 +59,10 @@ class Call:
     def pack(self, algorithm: str, instructions: str) -> PackedWeight:
         pad = self.weight.shape[2] // 2
         geometry = Geometry(padding=(pad, pad))
-        return packed_conv.pack(self.weight, geometry, transposed=True, algorithm=algorithm, instructions=instructions)
+        return masked_conv.pack(self.weight, geometry, transposed=True, algorithm=algorithm, instructions=instructions)
 
     def run(self, algorithm: str, instructions: str) -> tuple[Tensor, Tensor]:
-        dx, dmask = packed_conv.convolve_back(
+        dx, dmask = masked_conv.convolve_back(
             self.dz, self.pack(algorithm, instructions), residual=self.residual, previous=self.previous,
             mask=self.mask, activation=self.activation, want_dmask=True,
         )  # fmt: skip
@@ -136,13 +136,13 @@ def test_same_bits_for_every_number_of_threads(name, instructions, monkeypatch):
 def test_without_the_masks_gradient(algorithm, instructions):
     call = Call.of(2, 24, 20, (9, 9), "relu6")
     packed = call.pack(algorithm, instructions)
-    dx, nothing = packed_conv.convolve_back(
+    dx, nothing = masked_conv.convolve_back(
         call.dz, packed, residual=call.residual, previous=call.previous, mask=call.mask, activation="relu6"
     )
     assert nothing is None
     assert torch.equal(dx, call.run(algorithm, instructions)[0])
-    plain, _ = packed_conv.convolve_back(call.dz, packed)
-    assert torch.equal(plain, packed_conv.convolve(call.dz, packed, 24)[0])
+    plain, _ = masked_conv.convolve_back(call.dz, packed)
+    assert torch.equal(plain, masked_conv.convolve(call.dz, packed, 24)[0])
 
 
 @kernels
@@ -153,7 +153,7 @@ def test_derivatives_at_the_bounds_and_at_what_is_not_finite(algorithm, instruct
     values = torch.tensor([0.0, -0.0, 6.0, 3.0, math.inf, math.nan])
     call.previous.permute(0, 2, 3, 1).view(-1)[: 6 * 160] = values.repeat(160)
     dx, _ = call.run(algorithm, instructions)
-    d = packed_conv.convolve_back(call.dz, call.pack(algorithm, instructions))[0]
+    d = masked_conv.convolve_back(call.dz, call.pack(algorithm, instructions))[0]
     assert torch.equal(dx, masked_act_backward(d, call.previous, activation=activation)[0])
 
 

@@ -1,0 +1,47 @@
+"""``fastprune evaluate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastprune.cli.networks import build_model, check_fit, compact_of, data_of, measure, size_of
+from fastprune.cli.runs import print_results
+from fastprune.cli.settings import EvaluateSettings, NetworkSettings, needed, pick
+from fastprune.data import SourceData, load_data
+from fastprune.engine import RunDirectory
+from fastprune.host.distributed import Distributed
+
+
+def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
+    """Measure the networks of a run, or a network with weights, on the test set."""
+    settings = pick(EvaluateSettings, values)
+    peers = Distributed.from_environment()
+    if settings.run is None:
+        needed(model=settings.model, data=settings.data)
+        data = load_data(str(settings.data))
+        networks, name = {"model": build_model(settings, data)}, settings.model
+    else:
+        own = sorted({"model", "weights", "input"} & given)
+        if own:
+            raise ValueError(f"--run {settings.run} has a network of its own: leave out --{own[0]}, or --run")
+        run = RunDirectory.open(settings.run, peers)
+        origin = pick(NetworkSettings, run.config)
+        data, name = data_of(origin, settings.data), origin.model
+        networks = networks_of(run, origin, data)
+    for network in networks.values():
+        check_fit(network, name, data.shape)
+    results = measure(networks, data, settings.device, peers)
+    for key, network in networks.items():
+        results[key] |= size_of(network, data.shape)
+    print_results(results, values["json"], peers, None)
+    return 0
+
+
+def networks_of(run: RunDirectory, origin: NetworkSettings, data: SourceData) -> dict[str, nn.Module]:
+    """Build the networks of a run: the one it trained, or the full and the compact one of a pruning."""
+    if run.config.get("command") == "train":
+        origin.weights = str(run.model_path)
+        return {"model": build_model(origin, data)}
+    return {"baseline": build_model(origin, data), "compact": compact_of(run, origin, data)}

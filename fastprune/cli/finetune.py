@@ -1,0 +1,77 @@
+"""``fastprune finetune``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import yaml
+
+from fastprune.cli.networks import check_fit, check_recipe, compact_of, data_of, measure
+from fastprune.cli.runs import FINETUNE_CONFIG, config_of, fine_tuning_of, only_resumed, print_results, read_yaml
+from fastprune.cli.settings import FinetuneConfig, FinetuneSettings, NetworkSettings, needed, pick
+from fastprune.engine import RunDirectory, choose_device, train
+from fastprune.engine.run import plain, took_steps
+from fastprune.host import atomic
+from fastprune.host.distributed import Distributed
+
+
+def run_finetune(values: dict[str, Any], given: set[str]) -> int:
+    """Train the compact network of a run; its weights replace the run's at the end."""
+    settings = pick(FinetuneSettings, values)
+    needed(run=settings.run)
+    peers = Distributed.from_environment()
+    run = RunDirectory.open(settings.run, peers)
+    settings, config = chosen(run, settings, values, given)
+    check_recipe(config, choose_device(settings.device))
+    origin = pick(NetworkSettings, run.config)
+    data = data_of(origin, settings.data)
+    torch.manual_seed(settings.seed)
+    compact = compact_of(run, origin, data, trained=not config.from_scratch)
+    check_fit(compact, origin.model, data.shape, training=True)
+    with recipe_on_disk(run, config_of(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
+        train(
+            compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
+            resume=values["resume"], stage="finetune",
+        )  # fmt: skip
+    result = measure({"compact": compact}, data, settings.device, peers)
+    run.log({"stage": "result", "method": "finetune", **result})
+    print_results(result, values["json"], peers, run.path)
+    return 0
+
+
+def chosen(
+    run: RunDirectory, settings: FinetuneSettings, values: dict[str, Any], given: set[str]
+) -> tuple[FinetuneSettings, FinetuneConfig]:
+    """Return the settings and the recipe: as given and as the run's own recipe says, or those of a resumed one."""
+    config = pick(FinetuneConfig, {**values, **fine_tuning_of(run, given)})
+    if not values["resume"]:
+        return settings, config
+    file = run.path / FINETUNE_CONFIG
+    only_resumed(given, "run", file)
+    begun = read_yaml(file)
+    anew = {name: values[name] for name in ("run", *({"device"} & given))}
+    return pick(FinetuneSettings, {**begun, **anew}), pick(FinetuneConfig, begun)
+
+
+@contextmanager
+def recipe_on_disk(run: RunDirectory, file: dict[str, Any], *, resume: bool) -> Iterator[None]:
+    """Write the recipe for ``--resume``; remove it if an error comes before the first step."""
+    if not run.distributed.is_main or resume:
+        yield
+        return
+    recipe, checkpoints = run.path / FINETUNE_CONFIG, run.checkpoints_path("finetune")
+    # An earlier fine-tuning's checkpoints must not outlive its recipe: a resumed run would take up the wrong one.
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    atomic.write_text(recipe, yaml.safe_dump(file))
+    try:
+        yield
+    except Exception:
+        if not took_steps(run, "finetune"):
+            recipe.unlink()
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        raise

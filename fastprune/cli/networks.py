@@ -1,0 +1,155 @@
+"""The networks and data of a command: built from its settings, checked against each other, measured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune import models
+from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, needed
+from fastprune.data import SourceData, load_data
+from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate
+from fastprune.graph import trace
+from fastprune.graph.plan import PruningPlan
+from fastprune.host.distributed import Distributed
+from fastprune.surgery import apply
+
+
+def open_data(spec: str, settings: RunSettings) -> SourceData:
+    """Load the data set of a run."""
+    return load_data(spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size)
+
+
+def data_of(origin: NetworkSettings, other: str | None) -> SourceData:
+    """Load the data set of an earlier run, or another one in its place."""
+    spec = other or origin.data
+    if not spec:
+        raise ValueError("--data is needed: the run was made without data")
+    if origin.data is None:
+        origin.input = None  # the run was given a size because it had no images; these images have their own
+    return open_data(spec, origin)
+
+
+def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images that the network is traced and costed with."""
+    if settings.input is not None:
+        sizes = settings.input.split("x")
+        if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            raise ValueError(f"--input {settings.input!r}: write CxHxW, for example 3x224x224")
+        channels, height, width = map(int, sizes)
+        if data is not None and data.shape != (channels, height, width):
+            raise ValueError(
+                f"--input {settings.input!r}: the images of {data.name!r} are {'x'.join(map(str, data.shape))}; "
+                "leave --input out, or resize the images with --image_size"
+            )
+        return channels, height, width
+    if data is not None:
+        return data.shape
+    return (3, 32, 32) if settings.model in models.available() else (3, 224, 224)
+
+
+def example_of(shape: tuple[int, int, int]) -> Tensor:
+    """Return a random batch of one image."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def build_model(settings: ModelSettings, data: SourceData | None, *, classes_of: str | None = None) -> nn.Module:
+    """Build the network with its weights.
+
+    Args:
+        settings: the network.
+        data: the data set, which gives the numbers of channels and classes; None = the weights give the classes.
+        classes_of: a weights file that gives the number of classes if there are neither data nor weights.
+    """
+    needed(model=settings.model)
+    channels = input_shape(settings, data)[0]
+    if data is not None:
+        classes: int | None = data.num_classes
+    else:
+        weights = settings.weights or classes_of
+        classes = classes_in(weights) if weights is not None else None
+    # Every factory makes networks for 3 channels; only some can be asked for another number.
+    in_channels = None if channels == 3 else channels
+    try:
+        return models.create(settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights)
+    except RuntimeError as error:  # torch's, where the sizes are absurd
+        raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
+
+
+def classes_in(weights: str) -> int | None:
+    """Return the number of classes of the last linear layer in a weights file."""
+    matrices = [tensor for tensor in models.read_weights(weights).values() if tensor.dim() == 2]
+    return matrices[-1].shape[0] if matrices else None
+
+
+def compact_of(
+    run: RunDirectory, origin: NetworkSettings, data: SourceData | None, *, trained: bool = True
+) -> nn.Module:
+    """Build the compact network of a pruning run.
+
+    Args:
+        run: the run.
+        origin: the run's settings.
+        data: the data set, see ``build_model``.
+        trained: whether to load the run's current weights; False = leave random ones.
+    """
+    if not run.plan_path.is_file():
+        raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")
+    full = build_model(ModelSettings(origin.model, None, origin.input), data, classes_of=str(run.model_path))
+    compact = apply(PruningPlan.load(run.plan_path), full, check=False)  # verified when the run was made
+    if trained:
+        models.load_weights(compact, run.model_path)
+    return compact.eval()
+
+
+def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, training: bool = False) -> None:
+    """Refuse a network that cannot take the images, before anything is written or traced.
+
+    Args:
+        model: the network; it is not changed.
+        name: what the user calls it.
+        shape: (C, H, W) of the images.
+        training: whether to try it in train mode, in which auxiliary heads run too.
+
+    Raises:
+        ValueError: with the network's own words.
+    """
+    trial = copy.deepcopy(model).train(training)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial(torch.zeros(2, *shape, device=next((p.device for p in model.parameters()), None)))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # whatever the model's own code raises
+        raise ValueError(
+            f"model {name!r} cannot take images of {'x'.join(map(str, shape))}: {error}; give images of another "
+            "size (--input, --image_size) or another model"
+        ) from error
+
+
+def check_recipe(config: TrainConfig, device: torch.device) -> None:
+    """Refuse a recipe that no training on this device can follow, before anything is written."""
+    Placement(device, config.precision, config.channels_last)
+    if config.sync_bn and device.type != "cuda":
+        raise ValueError("sync_bn: torch synchronises batch statistics on CUDA only; leave it out on the CPU")
+
+
+def measure(
+    networks: Mapping[str, nn.Module], data: SourceData | None, device: str, peers: Distributed
+) -> dict[str, dict[str, Any]]:
+    """Measure the top-1 accuracy of each network on the test set; without data the results are empty."""
+    if data is None:
+        return {name: {} for name in networks}
+    placement = Placement(choose_device(device))
+    return {
+        name: {"accuracy": evaluate(placement.model(network), data, placement=placement, distributed=peers)["accuracy"]}
+        for name, network in networks.items()
+    }
+
+
+def size_of(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
+    """Count MACs and parameters on the network itself."""
+    cost = trace(model, example_of(shape)).cost()
+    return {"macs": round(float(cost.macs)), "params": round(float(cost.params))}

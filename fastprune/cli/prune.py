@@ -1,0 +1,153 @@
+"""``fastprune prune``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprune.cli.networks import build_model, check_fit, compact_of, example_of, input_shape, measure, open_data
+from fastprune.cli.recipes import read_recipe
+from fastprune.cli.runs import FINETUNE_CONFIG, config_of, inherited, print_results, resumed
+from fastprune.cli.settings import PruneSettings, needed, pick
+from fastprune.data import SourceData
+from fastprune.engine import RunDirectory
+from fastprune.graph.plan import PruningPlan
+from fastprune.host.distributed import Distributed
+from fastprune.methods import registry
+from fastprune.methods.contract import Method
+from fastprune.planning.budget import Budget, Conditions
+from fastprune.planning.limits import Limits
+from fastprune.pruning import PruningResult, prune
+from fastprune.report.graph_tables import print_difference
+
+
+def run_prune(values: dict[str, Any], given: set[str]) -> int:
+    """Prune a trained network."""
+    if values["resume"]:
+        values = resumed_search(values, given)
+    settings = pick(PruneSettings, inherited(values, given))
+    needed(model=settings.model, out=settings.out)
+    method = registry.load(settings.method)
+    options = method_options(method, values.get(settings.method))
+    if method.needs_data and not settings.data:
+        raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
+    Budget.parse(settings.budget)
+    limits, conditions = limits_of(settings), conditions_of(settings)
+    recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
+    peers = Distributed.from_environment()
+    subject = load_subject(settings, peers)
+    result = prune(
+        subject.model,
+        example_of(subject.shape),
+        method=method,
+        budget=settings.budget,
+        data=subject.data,
+        out=settings.out,
+        resume=values["resume"],
+        seed=settings.seed,
+        device=settings.device,
+        precision=settings.precision,
+        channels_last=settings.channels_last,
+        rewrite=not settings.keep_class,
+        ignore=settings.ignore,
+        limits=limits,
+        conditions=conditions,
+        after=subject.before,
+        exact=not settings.inexact,
+        run_config=config_of(settings, "prune", {} if recipe is None else recipe.sections),
+        **options,
+    )
+    tell(settings, subject, result, peers, as_json=values["json"])
+    return 0
+
+
+def resumed_search(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """Return the settings of a search that is resumed; refuse one whose network has been fine-tuned since."""
+    values = resumed(values, given, "prune")
+    if (Path(values["out"]) / FINETUNE_CONFIG).exists():
+        raise ValueError(
+            f"{values['out']!r} is pruned, and its weights have been fine-tuned since: "
+            f"go on with fastprune finetune --run {values['out']} --resume"
+        )
+    return values
+
+
+def method_options(method: type[Method], values: Any) -> dict[str, Any]:
+    """Return the options of a method as a command line or a file has them, checked."""
+    if not isinstance(values or {}, Mapping):
+        raise ValueError(f"{method.name}: its options are needed by name, got {values!r}")
+    options = dict(values or {})
+    try:
+        registry.configure(method, options)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return options
+
+
+def limits_of(settings: PruneSettings) -> Limits:
+    """Return the limits of the widths."""
+    return Limits.parse(settings.keep_ratio, min_keep=settings.min_keep, round_to=settings.round_to)
+
+
+def conditions_of(settings: PruneSettings) -> Conditions:
+    """Return the conditions under which a latency counts."""
+    dtype: Any = settings.latency_dtype
+    return Conditions(settings.latency_device, settings.latency_batch, dtype, settings.latency_channels_last)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network that is to be pruned.
+
+    Args:
+        model: the network.
+        shape: (C, H, W) of its images.
+        data: the data set; None if there is none.
+        before: the plan that the network was pruned by already; None for a full one.
+    """
+
+    model: nn.Module
+    shape: tuple[int, int, int]
+    data: SourceData | None
+    before: PruningPlan | None
+
+
+def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
+    """Build the network to prune, or return to the compact one of an earlier run."""
+    data = open_data(settings.data, settings) if settings.data else None
+    torch.manual_seed(settings.seed)
+    shape, before = input_shape(settings, data), None
+    if settings.from_run is None:
+        model = build_model(settings, data)
+    else:
+        base = RunDirectory.open(settings.from_run, peers)
+        model, before = compact_of(base, settings, data), PruningPlan.load(base.plan_path)
+    check_fit(model, settings.model, shape)
+    return Subject(model, shape, data, before)
+
+
+def tell(
+    settings: PruneSettings, subject: Subject, result: PruningResult, peers: Distributed, *, as_json: bool
+) -> None:
+    """Measure both networks, log the result and print it."""
+    compared = measure({"baseline": subject.model, "compact": result.model}, subject.data, settings.device, peers)
+    begun_with = result.graph.cost()  # with --from_run that of a compact network already
+    compared["baseline"] |= {"macs": round(float(begun_with.macs)), "params": round(float(begun_with.params))}
+    compared["compact"] |= {what: result.metrics[what]["planned"] for what in ("macs", "params")}
+    for name, column in (("baseline", "full"), ("compact", "planned")):
+        times = {"ms", "measured_ms"} & result.metrics.keys()
+        compared[name] |= {what: result.metrics[what][column] for what in times}
+    run = RunDirectory.open(str(settings.out), peers)
+    run.log({"stage": "result", "method": settings.method, "budget": settings.budget, **compared})
+    if not result.plan.exact:
+        difference, operators = result.metrics["difference"], list(result.graph.inexact)
+        if as_json:
+            compared["inexact"] = {"difference": difference, "operators": operators}
+        elif peers.is_main:
+            print_difference(difference, operators)
+    print_results(compared, as_json, peers, run.path)

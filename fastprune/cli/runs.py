@@ -1,0 +1,100 @@
+"""Runs on disk as commands see them: the settings of an earlier run, and the results of a new one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastprune.cli.settings import needed
+from fastprune.engine import RunDirectory
+from fastprune.host.distributed import Distributed
+from fastprune.report import tables
+
+FINETUNE_CONFIG = "finetune.yaml"  # in the run's directory, beside its config.yaml
+
+
+def resumed(settings: Mapping[str, Any], given: set[str], command: str) -> dict[str, Any]:
+    """Return the settings that a run was begun with; only its place and its device can be given anew."""
+    needed(out=settings["out"])
+    run = RunDirectory.open(settings["out"])
+    only_resumed(given, "out", run.path / "config.yaml")
+    if run.config.get("command") != command:
+        raise ValueError(f"{settings['out']!r} is a run of 'fastprune {run.config.get('command')}', not of '{command}'")
+    anew = {name: settings[name] for name in ("out", "resume", "json", *({"device"} & given))}
+    return {**run.config, **anew}
+
+
+def only_resumed(given: set[str], place: str, file: Path) -> None:
+    """Refuse options beside ``--resume`` that ``file`` has already."""
+    extra = sorted(given - {place, "resume", "json", "device"})
+    if extra:
+        raise ValueError(f"--resume takes its settings from {file}; leave out --{extra[0]}")
+
+
+def inherited(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """Return the settings of ``prune``; with ``--from_run`` network, input and data are those of the earlier run."""
+    if values.get("from_run") is None or values["resume"]:
+        return values
+    own = sorted({"model", "weights", "recipe"} & given)
+    if own:
+        raise ValueError(f"--from_run {values['from_run']} has a network of its own: leave out --{own[0]}")
+    earlier = RunDirectory.open(values["from_run"]).config
+    if earlier.get("command") != "prune":
+        raise ValueError(f"--from_run {values['from_run']}: this is a run of 'fastprune {earlier.get('command')}'")
+    # The held-out part stays what it was: the earlier run has trained on the rest.
+    names = {"data", "image_size", "held_out", "seed"} - given
+    if not values["data"]:
+        names.add("input")  # the size that the earlier run was given for want of images
+    return {**values, **{name: earlier.get(name) for name in ("model", "weights", *(names - given))}}
+
+
+def fine_tuning_of(run: RunDirectory, given: set[str]) -> dict[str, Any]:
+    """Return what the recipe of a run says of its fine-tuning, without the options in ``given``."""
+    section = run.config.get("finetune", {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{str(run.path / 'config.yaml')!r}: finetune {section!r}: settings by name are needed")
+    return {name: value for name, value in section.items() if name not in given}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the settings in a file of a run that is resumed."""
+    if not path.is_file():
+        raise ValueError(f"--resume takes its settings from {path}; there is none, so there is nothing to resume")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{str(path)!r} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} holds no mapping")
+    return values
+
+
+def config_of(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of ``config.yaml``: the settings, with files by their absolute paths."""
+    values = asdict(settings)
+    for name in ("out", "run"):
+        values.pop(name, None)
+    for name in ("weights", "from_run", "recipe"):
+        if values.get(name):
+            values[name] = str(Path(values[name]).absolute())
+    return {"fastprune": version("fastprune"), "command": command, **values, **extra}
+
+
+def print_results(
+    results: Mapping[str, Mapping[str, Any]], as_json: bool, peers: Distributed, path: Path | None
+) -> None:
+    """Print results once, for people or for programs."""
+    if not peers.is_main:
+        return
+    if as_json:
+        print(json.dumps({**results, **({"run": str(path)} if path else {})}))
+    else:
+        tables.print_results(results)
+        if path is not None:
+            print(f"run directory: {path}")

@@ -1,0 +1,45 @@
+"""``fastprune train``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprune.cli.networks import build_model, check_fit, check_recipe, measure, open_data
+from fastprune.cli.runs import config_of, print_results, resumed
+from fastprune.cli.settings import NetworkSettings, needed, pick
+from fastprune.engine import TrainConfig, choose_device, train
+from fastprune.engine.run import plain, run_directory
+from fastprune.host.distributed import Distributed
+
+
+def run_train(values: dict[str, Any], given: set[str]) -> int:
+    """Train a network from scratch, or from weights."""
+    if values["resume"]:
+        values = resumed(values, given, "train")
+    settings, config = pick(NetworkSettings, values), pick(TrainConfig, values)
+    needed(model=settings.model, data=settings.data, out=settings.out)
+    check_recipe(config, choose_device(settings.device))
+    peers = Distributed.from_environment()
+    data = open_data(str(settings.data), settings)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, data)
+    check_fit(model, settings.model, data.shape, training=True)
+    file = config_of(settings, "train", plain(asdict(config)))
+    with run_directory(settings.out, file, peers, resume=values["resume"]) as run:
+        train(
+            model,
+            data,
+            config,
+            run=run,
+            seed=settings.seed,
+            device=settings.device,
+            distributed=peers,
+            resume=values["resume"],
+        )
+    result = measure({"model": model}, data, settings.device, peers)
+    print_results(result, values["json"], peers, Path(str(settings.out)))
+    return 0

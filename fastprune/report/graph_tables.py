@@ -1,0 +1,49 @@
+"""Tables of a channel graph on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from fastprune.graph import ChannelGraph
+from fastprune.report.tables import listed, millions, percent, show
+
+
+def print_graph(name: str, graph: ChannelGraph) -> None:
+    """A network's cost, groups and layers that cannot be pruned."""
+    cost = graph.cost()
+    macs, params = (millions(float(x)) for x in (cost.macs, cost.params))
+    sizes = f"{len(graph.groups)} groups, {graph.num_units:,} units, {macs} MACs, {params} parameters"
+    Console(markup=False).print(f"{name}: {sizes}", soft_wrap=True, highlight=False)
+    table = Table()
+    for heading, side in (
+        ("group", "left"),
+        ("units", "right"),
+        ("kind", "left"),
+        ("share of MACs", "right"),
+        ("layers", "right"),
+        *([] if graph.exact else [("exact", "left")]),
+    ):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for group in graph.groups:
+        exact = [] if graph.exact else [listed(group.exact)]
+        table.add_row(group.name, f"{group.size:,}", group.kind, percent(group.share), str(len(group.layers)), *exact)
+    if graph.groups:
+        show(table)
+    layers = Table()
+    for heading in ("layer", "group", "channels that stay"):
+        layers.add_column(heading)
+    for row in graph.table():
+        layers.add_row(row.layer, ", ".join(row.groups), row.reason or "")
+    show(layers)
+    if not graph.exact:
+        text = f"not exact for {int(graph.inexact_units.sum()):,} units, whose channels are mixed by:"
+        Console(markup=False).print(text, *graph.inexact, sep="\n  ", soft_wrap=True, highlight=False)
+
+
+def print_difference(difference: float, operators: Sequence[str]) -> None:
+    """How much a compact network differs from the masked one, and what it is that mixes channels."""
+    text = f"not exact: outputs differ by {difference:.1e} of the largest on a random input, as channels left:"
+    Console(markup=False).print(text, *operators, sep="\n  ", soft_wrap=True, highlight=False)
