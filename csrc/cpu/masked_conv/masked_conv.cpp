@@ -1,4 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+//
+// masked_conv on the CPU: what the algorithms support, and the choice of their code.
 #include "fastprune/masked_conv.h"
 
 #include <algorithm>
