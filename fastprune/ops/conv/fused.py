@@ -1,6 +1,6 @@
-"""Convolution, scale, shift, activation and mask in one CUDA kernel, where there is one that is faster.
+"""Convolution, scale, shift, activation and mask in one CUDA kernel, if there is one that is faster.
 
-Building blocks for :func:`fastprune.ops.masked_conv_bn_act`; they have no gradients and register no operator.
+A part of :func:`fastprune.ops.masked_conv_bn_act` without gradients.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastprune.ops.activations import ACTIVATIONS, DIFFERENTIABLE_BY_VALUE
-from fastprune.ops.conv.autotune import AUTOTUNER, Candidate, Problem
+from fastprune.ops.conv.agreement import Candidate, Problem
+from fastprune.ops.conv.autotune import AUTOTUNER
 from fastprune.ops.conv.library import Geometry
 from fastprune.ops.layout import has_rows
 from fastprune.ops.library import _C
@@ -25,26 +26,31 @@ Channels = tuple[Tensor | None, Tensor | None, Tensor | None]
 """scale, shift and mask, each [K] float32, or None: 1, 0 and 1."""
 
 Fallback = Callable[[Tensor, Tensor, Channels], Sequence[Tensor]]
-"""Computes (y,) or (y, saved) from x, weight and the three vectors, as the library does."""
+"""Computes (y,) or (y, saved) of x, weight and the three vectors, as the library does."""
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-10}
-"""The error of one rounding, relative to the number. tf32 has the bits of float16, and rounds two factors."""
+"""The error of one rounding, relative to the number. tf32 has as many bits as float16, and rounds two factors."""
 
 
 @dataclass(frozen=True)
 class FusedGeometry(Geometry):
-    """How the window moves, and what follows the convolution."""
+    """How the window moves, and what follows the convolution.
+
+    Args:
+        activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
+        save: Whether the second result is wanted.
+    """
 
     activation: str = "identity"
     save: bool = False
 
 
 def fused_conv(
-    x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, fallback: Fallback | None = None
+    x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, fallback: Fallback
 ) -> Sequence[Tensor]:
-    r"""The convolution with everything behind it, by the kernel that is known to be right and fastest here.
+    r"""Compute the convolution and everything behind it by the kernel that is known to be right and fastest here.
 
     .. math:: z = \mathrm{scale} \cdot (x * W) + \mathrm{shift}, \quad r = \mathrm{activation}(z),
         \quad y = \mathrm{mask} \cdot r
@@ -52,49 +58,45 @@ def fused_conv(
     Sums, scale, shift, activation and mask are float32, and each result is rounded once.
 
     Args:
-        x: [N, C, H, W], float16, bfloat16 or float32.
-        weight: [K, C / groups, R, S], dtype of ``x``.
-        channels: scale, shift and mask, each [K] float32 or None.
-        geometry: of the convolution.
-        fallback: computes the same with the library; it runs where no kernel does (see :func:`unavailable`), and
-            judges those that do. None: :func:`library_conv`.
+        x: ``[N, C, H, W]``, float16, bfloat16 or float32.
+        weight: ``[K, C / groups, R, S]``, dtype of ``x``.
+        channels: Scale, shift and mask, each ``[K]`` float32 or None.
+        geometry: How the window moves, and what follows.
+        fallback: Computes the same with the library. It runs where no kernel does, and kernels are compared with it.
 
     Returns:
-        (y,), or (y, saved) if the geometry says so: ``saved`` is what the gradient needs, ``r`` for identity, relu and
-        relu6, ``z`` for silu and hardswish.
+        ``(y,)``, or ``(y, saved)`` if the geometry says so: ``saved`` is what the gradient needs, ``r`` for identity,
+        relu and relu6, ``z`` for silu and hardswish.
     """
-    usual = fallback or partial(library_conv, geometry=geometry)
-    kernel = choose(x, weight, channels, geometry, usual)
+    kernel = choose(x, weight, channels, geometry, fallback)
     if kernel is None:
-        return usual(x, weight, channels)
-    results = [_output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
+        return fallback(x, weight, channels)
+    results = [_make_output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
     kernel.run(x, weight, channels, geometry, results)
     return results
 
 
 def choose(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, fallback: Fallback) -> Kernel | None:
-    """The kernel to run for these tensors; None: your fallback. The first call for new shapes tries all _C."""
-    if _not_now(x) is not None:
+    """Choose the kernel to run; None: the fallback. The first call for new shapes tries all kernels."""
+    if why_not_now(x) is not None:
         return None
-    key = _key(x, weight, channels, geometry)
+    key = _make_key(x, weight, channels, geometry)
     kernels = _SUPPORTED.get((key, x.device))
     if kernels is None:
-        kernels = _SUPPORTED[key, x.device] = _supported(x, weight, geometry)
+        kernels = _SUPPORTED[key, x.device] = _find_supported_here(x, weight, geometry)
 
-    def problem() -> Problem:
-        return _problem(_similar(x, weight, channels), geometry, fallback, list(kernels.values()))
+    def make_problem() -> Problem:
+        return _make_problem(_draw_similar(x, weight, channels), geometry, fallback, list(kernels.values()))
 
-    winner = AUTOTUNER.choose(key, x.device, tuple(kernels), problem)
+    winner = AUTOTUNER.choose(key, x.device, tuple(kernels), make_problem)
     return None if winner is None else kernels[winner]
 
 
-def unavailable(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> str | None:
-    """Why no kernel can be tried for these tensors; None if some may."""
-    return _not_now(x) or _not_for(x, weight, geometry)
+def why_not_now(x: Tensor) -> str | None:
+    """Return why no kernel may run now; None: one may.
 
-
-def _not_now(x: Tensor) -> str | None:
-    """What can change between two calls with equal shapes, and is asked every time."""
+    This can change between two calls with equal shapes, and is asked every time.
+    """
     if not kernels_of_this_build():
         return "this build of fastprune has no CUTLASS kernels"
     if x.device.type != "cuda":
@@ -106,8 +108,8 @@ def _not_now(x: Tensor) -> str | None:
     return None
 
 
-def _not_for(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> str | None:
-    """What the shapes decide, and is asked once for each."""
+def why_not_for(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> str | None:
+    """Return why no kernel computes this; None: one may. The shapes decide; it is asked once for each."""
     if weight.device != x.device:
         return f"the tensors are on {x.device} and {weight.device}, not on one device"
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
@@ -125,7 +127,15 @@ def _not_for(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> str | None:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel, with the workspace that it needs for one set of shapes."""
+    """One compiled kernel.
+
+    Args:
+        index: Its place in the compiled module's list.
+        name: Its name in the list.
+        dtype: Name of the dtype that it computes in.
+        capabilities: The lowest and the highest capability of a device that it runs on, 10 * major + minor.
+        workspace: Bytes that it needs for one set of shapes.
+    """
 
     index: int
     name: str
@@ -155,14 +165,14 @@ class Kernel:
 
 @cache
 def kernels_of_this_build() -> tuple[Kernel, ...]:
-    """All kernels, for every dtype and device; none without CUDA and CUTLASS."""
+    """Return all kernels, for every dtype and device; none without CUDA and CUTLASS."""
     return tuple(Kernel(index=index, **facts) for index, facts in enumerate(_C.fused_conv_candidates()))
 
 
-def supported(
+def find_supported(
     x: Tensor, weight: Tensor, results: Sequence[Tensor], geometry: FusedGeometry, capability: int
 ) -> dict[str, Kernel]:
-    """The kernels that can take these tensors on a device of this capability (10 major + minor), by name."""
+    """Return the kernels that take these tensors on a device of this capability (10 * major + minor), by name."""
     kernels = {}
     for kernel in kernels_of_this_build():
         first, last = kernel.capabilities
@@ -177,7 +187,7 @@ def supported(
 
 
 def library_conv(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry) -> Sequence[Tensor]:
-    """The same in plain torch: a convolution rounded to the dtype of ``x``, then everything else in float32.
+    """Compute the same in plain torch: a convolution rounded to the dtype of ``x``, then the rest in float32.
 
     Float64 is computed in float64.
     """
@@ -197,24 +207,24 @@ def library_conv(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedG
 _SUPPORTED: dict[Any, dict[str, Kernel]] = {}
 
 
-def _supported(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> dict[str, Kernel]:
-    if _not_for(x, weight, geometry) is not None:
+def _find_supported_here(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> dict[str, Kernel]:
+    if why_not_for(x, weight, geometry) is not None:
         return {}
     major, minor = torch.cuda.get_device_capability(x.device)
-    results = [_output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
+    results = [_make_output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
     try:
-        return supported(x, weight, results, geometry, 10 * major + minor)
+        return find_supported(x, weight, results, geometry, 10 * major + minor)
     except ValueError:  # too large for 32-bit indices; what is malformed, the fallback names better
         return {}
 
 
-def _output(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> Tensor:
+def _make_output(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> Tensor:
     shape = geometry.output_size(x.shape, weight.shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _key(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry) -> tuple[tuple[str, Any], ...]:
-    """Everything that a kernel could depend on but the values."""
+def _make_key(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry) -> tuple[tuple[str, Any], ...]:
+    """Return everything but the values that a kernel could depend on."""
     return (
         ("operator", "fused_conv"),
         ("dtypes", (DTYPES.get(x.dtype), DTYPES.get(weight.dtype))),
@@ -235,7 +245,7 @@ def _key(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry)
 
 
 def _alignment(tensor: Tensor) -> int:
-    """The largest power of two up to 16 that divides the address."""
+    """Return the largest power of two up to 16 that divides the address."""
     return math.gcd(tensor.data_ptr(), 16)
 
 
@@ -246,10 +256,10 @@ class _Inputs:
     channels: Channels
 
 
-def _similar(x: Tensor, weight: Tensor, channels: Channels) -> _Inputs:
-    """Random numbers in the shapes and strides of real inputs: what is chosen must not depend on values.
+def _draw_similar(x: Tensor, weight: Tensor, channels: Channels) -> _Inputs:
+    """Draw numbers in the shapes and strides of real inputs: the choice must not depend on values.
 
-    Of unit variance behind the convolution. Closed channels and open ones are both there.
+    They have unit variance behind the convolution. There are closed channels and open ones.
     """
     random = torch.Generator(x.device).manual_seed(0)
 
@@ -264,21 +274,21 @@ def _similar(x: Tensor, weight: Tensor, channels: Channels) -> _Inputs:
     return _Inputs(
         normal(x, 1.0),
         normal(weight, weight[0].numel() ** -0.5),
-        (uniform(scale, 0.5, 2.0), uniform(shift, -1.0, 1.0), None if mask is None else _mask(mask, random)),
+        (uniform(scale, 0.5, 2.0), uniform(shift, -1.0, 1.0), None if mask is None else _draw_mask(mask, random)),
     )
 
 
-def _mask(like: Tensor, random: torch.Generator) -> Tensor:
-    """A quarter closed, a quarter open, the rest between; the first channel open."""
+def _draw_mask(like: Tensor, random: torch.Generator) -> Tensor:
+    """Draw a mask: a quarter closed, a quarter open, the rest between; the first channel open."""
     mask = (torch.empty_like(like).uniform_(-0.5, 1.5, generator=random)).clamp(0, 1)
     mask[:1] = 1
     return mask
 
 
-def _problem(inputs: _Inputs, geometry: FusedGeometry, fallback: Fallback, kernels: Sequence[Kernel]) -> Problem:
+def _make_problem(inputs: _Inputs, geometry: FusedGeometry, fallback: Fallback, kernels: Sequence[Kernel]) -> Problem:
     x, weight, channels = inputs.x, inputs.weight, inputs.channels
 
-    def candidate(kernel: Kernel) -> Candidate:
+    def make_candidate(kernel: Kernel) -> Candidate:
         return Candidate(kernel.name, lambda results: kernel.run(x, weight, channels, geometry, results))
 
     def usual() -> Sequence[Tensor]:
@@ -286,14 +296,14 @@ def _problem(inputs: _Inputs, geometry: FusedGeometry, fallback: Fallback, kerne
 
     return Problem(
         fallback=usual,
-        exact=lambda: _exact(inputs, geometry),
-        candidates=[candidate(kernel) for kernel in kernels],
+        exact=lambda: _compute_exactly(inputs, geometry),
+        candidates=[make_candidate(kernel) for kernel in kernels],
         unit=UNITS[x.dtype],
     )
 
 
-def _exact(inputs: _Inputs, geometry: FusedGeometry) -> Sequence[Tensor]:
-    """In float64, a few images at a time to save memory; kept as float32."""
+def _compute_exactly(inputs: _Inputs, geometry: FusedGeometry) -> Sequence[Tensor]:
+    """Compute in float64, a few images at a time to save memory, and keep float32."""
     weight = inputs.weight.double()
     parts = [library_conv(images.double(), weight, inputs.channels, geometry) for images in inputs.x.split(16)]
     return [torch.cat([result.float() for result in results]) for results in zip(*parts, strict=True)]

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fastprune.ops.conv import autotune
-from fastprune.ops.conv.autotune import Autotuner, Candidate, Problem
+from fastprune.ops.conv.agreement import Candidate, Guarded, Problem
+from fastprune.ops.conv.autotune import Autotuner
+from fastprune.ops.conv.timing import time_calls
 
 CPU = torch.device("cpu")
 KEY = (("operator", "double"), ("shape", (3, 5)), ("dtype", "float32"))
@@ -139,11 +141,10 @@ def test_rounding_of_the_dtype_is_allowed():
     def coarse(results: Sequence[Tensor]) -> None:
         results[0].copy_((2 * X).bfloat16())
 
-    tuner = Autotuner(timer=timer_of({"fallback": 1.0, "coarse": 0.5}))
-    assert tuner.choose(KEY, CPU, ("coarse",), problem(coarse, unit=2.0**-7)) == "coarse"
-    tuner.forget()
+    tuners = [Autotuner(timer=timer_of({"fallback": 1.0, "coarse": 0.5})) for _ in range(2)]
+    assert tuners[0].choose(KEY, CPU, ("coarse",), problem(coarse, unit=2.0**-7)) == "coarse"
     with pytest.warns(RuntimeWarning, match="'coarse' is not used"):
-        assert tuner.choose(KEY, CPU, ("coarse",), problem(coarse)) is None
+        assert tuners[1].choose(KEY, CPU, ("coarse",), problem(coarse)) is None
 
 
 def test_a_small_error_everywhere_is_no_rounding():
@@ -176,7 +177,7 @@ def test_every_result_is_checked():
 
 def test_results_keep_their_layout():
     image = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    inside = autotune.Guarded(image).inside
+    inside = Guarded(image).inside
     assert inside.stride() == image.stride()
     assert inside.isnan().all()
     assert inside.is_contiguous(memory_format=torch.channels_last)
@@ -219,21 +220,20 @@ def test_anything_else_is_measured_again(change, tmp_path, monkeypatch):
         (b"", "Expecting value"),
         (b'{"winner": "ri', "Unterminated string"),
         (b"\xff\xfe\x00", "codec can't decode"),
-        (b"[1, 2]", "it is no record of a choice"),
-        (b"{}", "it is no record of a choice"),
+        (b"[1, 2]", "it is not the record of a choice"),
+        (b"{}", "it is not the record of a choice"),
         (b'{"winner": "right", "key": {}, "environment": {}}', "it was made for something else"),
-        (None, "its winner 'rm -rf' is no candidate"),
+        (None, "its winner 'rm -rf' is not a candidate"),
     ],
 )
 def test_a_damaged_file_is_measured_again(content, why, tmp_path):
-    tuner = Autotuner(tmp_path, timer=timer_of({"fallback": 1.0, "right": 0.5}))
-    tuner.choose(KEY, CPU, ("right",), problem(right))
+    tuners = [Autotuner(tmp_path, timer=timer_of({"fallback": 1.0, "right": 0.5})) for _ in range(2)]
+    tuners[0].choose(KEY, CPU, ("right",), problem(right))
     (path,) = tmp_path.glob("*.json")
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b'"right",', b'"rm -rf",') if content is None else content)
-    tuner.forget()
     with pytest.warns(RuntimeWarning, match=f"ignored the remembered choice .*{why}"):
-        assert tuner.choose(KEY, CPU, ("right",), problem(right)) == "right"
+        assert tuners[1].choose(KEY, CPU, ("right",), problem(right)) == "right"
     assert path.read_bytes() == whole
 
 
@@ -265,19 +265,18 @@ def test_nothing_is_chosen_where_bits_must_repeat(how, monkeypatch):
 
 def test_nothing_is_measured_at_a_bad_moment(tmp_path, monkeypatch):
     tuner = Autotuner(tmp_path, timer=timer_of({"fallback": 1.0, "right": 0.5}))
-    monkeypatch.setattr(autotune, "busy", lambda device: True)
+    monkeypatch.setattr(autotune, "is_busy", lambda device: True)
     assert tuner.choose(KEY, CPU, ("right",), never) is None
-    monkeypatch.setattr(autotune, "busy", lambda device: False)
+    monkeypatch.setattr(autotune, "is_busy", lambda device: False)
     assert tuner.choose(KEY, CPU, ("right",), problem(right)) == "right"  # the answer above was not remembered
-    tuner.forget()
-    monkeypatch.setattr(autotune, "busy", lambda device: True)
-    assert tuner.choose(KEY, CPU, ("right",), never) == "right"  # but what is known is used
+    monkeypatch.setattr(autotune, "is_busy", lambda device: True)
+    assert Autotuner(tmp_path).choose(KEY, CPU, ("right",), never) == "right"  # but a remembered choice is used
 
 
 def test_tracing_is_a_bad_moment(monkeypatch):
-    assert not autotune.busy(CPU)
+    assert not autotune.is_busy(CPU)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert autotune.busy(CPU)
+    assert autotune.is_busy(CPU)
 
 
 def test_without_memory_the_library_runs(tmp_path):
@@ -305,7 +304,7 @@ def test_autocast_and_gradients_are_off_while_tuning():
 
 def test_real_times():
     small, large = torch.randn(8, 8), torch.randn(400, 400)
-    slow, fast = autotune.time_calls([lambda: large @ large, lambda: small @ small], CPU)
+    slow, fast = time_calls([lambda: large @ large, lambda: small @ small], CPU)
     assert slow > fast > 0
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastprune import _C
-from fastprune.ops.conv import fused as ops
+from fastprune.ops.conv import fused
 from fastprune.ops.conv.autotune import Autotuner
 from fastprune.ops.conv.fused import Channels, FusedGeometry, Kernel
 
@@ -30,12 +31,12 @@ def vectors(channels: int) -> Channels:
     return scale, shift, mask.clamp(0, 1)
 
 
-@pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
+@pytest.mark.parametrize("activation", list(fused.ACTIVATIONS))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_library_follows_the_formula(activation, dtype):
     x, weight, (scale, shift, mask) = image(2, 8, 7, 5, dtype=dtype), image(6, 8, 3, 3, dtype=dtype), vectors(6)
     geometry = FusedGeometry((2, 1), (1, 0), (1, 2), activation=activation, save=True)
-    y, saved = ops.library_conv(x, weight, (scale, shift, mask), geometry)
+    y, saved = fused.library_conv(x, weight, (scale, shift, mask), geometry)
     assert y.dtype == saved.dtype == dtype
     z = torch.nn.functional.conv2d(x.double(), weight.double(), None, (2, 1), (1, 0), (1, 2))
     z = z * scale.double()[:, None, None] + shift.double()[:, None, None]
@@ -55,7 +56,7 @@ def test_the_library_follows_the_formula(activation, dtype):
 
 def test_nothing_given_is_a_plain_convolution():
     x, weight = image(2, 6, 7, 5), image(4, 3, 3, 3)
-    (y,) = ops.library_conv(x, weight, NONE, FusedGeometry(padding=(1, 1), groups=2))
+    (y,) = fused.library_conv(x, weight, NONE, FusedGeometry(padding=(1, 1), groups=2))
     assert torch.equal(y, torch.nn.functional.conv2d(x, weight, padding=1, groups=2))
 
 
@@ -81,14 +82,14 @@ def test_nothing_given_is_a_plain_convolution():
     ],
 )
 def test_what_counts_as_channels_last(tensor, expected):
-    assert ops.has_rows(tensor) == expected
+    assert fused.has_rows(tensor) == expected
 
 
 def test_inputs_for_trials_resemble_the_real_ones():
     state = torch.get_rng_state()
     x, weight = image(2, 64, 9, 7, dtype=torch.bfloat16)[:, :48], image(40, 64, 3, 3, dtype=torch.bfloat16)[:, :48]
     scale, _, mask = vectors(40)
-    inputs = ops._similar(x, weight, (scale, None, mask))
+    inputs = fused._draw_similar(x, weight, (scale, None, mask))
     assert torch.equal(torch.get_rng_state(), state)  # the user's random numbers are left alone
     for given, made in ((x, inputs.x), (weight, inputs.weight)):
         assert (made.shape, made.stride(), made.dtype) == (given.shape, given.stride(), given.dtype)
@@ -98,16 +99,16 @@ def test_inputs_for_trials_resemble_the_real_ones():
     assert (made_mask == 0).any()
     assert (made_mask == 1).any()
     assert made_mask.min() >= 0
-    z = ops._exact(inputs, FusedGeometry(padding=(1, 1)))[0]
+    z = fused._compute_exactly(inputs, FusedGeometry(padding=(1, 1)))[0]
     assert 0.3 < z.std() < 3  # nothing overflows, nothing vanishes
-    again = ops._similar(x, weight, (scale, None, mask))
+    again = fused._draw_similar(x, weight, (scale, None, mask))
     assert torch.equal(inputs.x, again.x)
 
 
 def test_exact_results_do_not_depend_on_how_images_are_split():
-    inputs = ops._similar(image(37, 4, 5, 5), image(6, 4, 3, 3), NONE)
-    (parts,) = ops._exact(inputs, FusedGeometry())
-    (whole,) = ops.library_conv(inputs.x.double(), inputs.weight.double(), NONE, FusedGeometry())
+    inputs = fused._draw_similar(image(37, 4, 5, 5), image(6, 4, 3, 3), NONE)
+    (parts,) = fused._compute_exactly(inputs, FusedGeometry())
+    (whole,) = fused.library_conv(inputs.x.double(), inputs.weight.double(), NONE, FusedGeometry())
     torch.testing.assert_close(parts, whole.float(), rtol=1e-6, atol=1e-6)
 
 
@@ -120,7 +121,7 @@ class OnTheCPU(Kernel):
     def run(
         self, x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, results: Sequence[Tensor]
     ) -> None:
-        for result, value in zip(results, ops.library_conv(x, weight, channels, geometry), strict=True):
+        for result, value in zip(results, fused.library_conv(x, weight, channels, geometry), strict=True):
             result.copy_(value + self.offset)
 
 
@@ -132,11 +133,11 @@ def two_kernels(monkeypatch):
         return [3.0, 2.0, 1.0][: len(calls)]
 
     kernels = [OnTheCPU(0, "right", "float32", (0, 0)), OnTheCPU(1, "wrong", "float32", (0, 0), offset=0.125)]
-    monkeypatch.setattr(ops, "_not_now", lambda x: None)
-    monkeypatch.setattr(ops, "_supported", lambda *arguments: {kernel.name: kernel for kernel in kernels})
-    monkeypatch.setattr(ops, "_SUPPORTED", {})
+    monkeypatch.setattr(fused, "why_not_now", lambda x: None)
+    monkeypatch.setattr(fused, "_find_supported_here", lambda *arguments: {kernel.name: kernel for kernel in kernels})
+    monkeypatch.setattr(fused, "_SUPPORTED", {})
     tuner = Autotuner(timer=timer)
-    monkeypatch.setattr(ops, "AUTOTUNER", tuner)
+    monkeypatch.setattr(fused, "AUTOTUNER", tuner)
     return tuner
 
 
@@ -148,39 +149,40 @@ def test_the_chosen_kernel_runs(two_kernels, save):
 
     def fallback(*arguments):
         calls.append(arguments)
-        return ops.library_conv(*arguments, geometry)
+        return fused.library_conv(*arguments, geometry)
 
     with pytest.warns(RuntimeWarning, match="kernel 'wrong' is not used for .*'x': \\(2, 8, 7, 5\\)"):
-        results = ops.fused_conv(x, weight, channels, geometry, fallback)
-    expected = ops.library_conv(x, weight, channels, geometry)
+        results = fused.fused_conv(x, weight, channels, geometry, fallback)
+    expected = fused.library_conv(x, weight, channels, geometry)
     assert len(results) == 1 + save
     assert all(torch.equal(got, wanted) for got, wanted in zip(results, expected, strict=True))
     assert len(calls) > 0
     assert all(given[0] is not x for given in calls)  # tried on numbers of its own, not on the user's
     calls.clear()
-    ops.fused_conv(x, weight, channels, geometry, fallback)
+    fused.fused_conv(x, weight, channels, geometry, fallback)
     assert calls == []
     two_kernels.enabled = False
-    ops.fused_conv(x, weight, channels, geometry, fallback)
+    fused.fused_conv(x, weight, channels, geometry, fallback)
     assert calls[0][0] is x
 
 
 def test_other_shapes_are_tried_again(two_kernels):
-    weight = image(6, 8, 3, 3)
+    weight, geometry = image(6, 8, 3, 3), FusedGeometry()
+    fallback = partial(fused.library_conv, geometry=geometry)
     for x in (image(2, 8, 7, 5), image(2, 8, 5, 7), image(2, 16, 7, 5)[:, :8]):
         for channels in (NONE, vectors(6)):
             with pytest.warns(RuntimeWarning, match="'wrong' is not used"):
-                ops.fused_conv(x, weight, channels, FusedGeometry())
-            ops.fused_conv(x, weight, channels, FusedGeometry())  # no warning: known
+                fused.fused_conv(x, weight, channels, geometry, fallback)
+            fused.fused_conv(x, weight, channels, geometry, fallback)  # no warning: known
 
 
 def results_for(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> list[Tensor]:
-    return [ops._output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
+    return [fused._make_output(x, weight, geometry) for _ in range(2 if geometry.save else 1)]
 
 
 def names(x: Tensor, weight: Tensor, geometry: FusedGeometry | None = None, capability: int = 90) -> set[str]:
     geometry = geometry or FusedGeometry()
-    return set(ops.supported(x, weight, results_for(x, weight, geometry), geometry, capability))
+    return set(fused.find_supported(x, weight, results_for(x, weight, geometry), geometry, capability))
 
 
 @pytest.mark.parametrize(
@@ -202,10 +204,10 @@ def names(x: Tensor, weight: Tensor, geometry: FusedGeometry | None = None, capa
     ],
 )
 def test_who_may_run_depends_on_the_tensors(x, weight, geometry, why):
-    found = ops._not_for(x, weight, geometry)
+    found = fused.why_not_for(x, weight, geometry)
     assert found is None if why is None else why in str(found)
     if why is not None:
-        assert ops._supported(x, weight, geometry) == {}
+        assert fused._find_supported_here(x, weight, geometry) == {}
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprune import _C
-from fastprune.ops.conv import fused as ops
+from fastprune.ops.conv import fused
 from fastprune.ops.conv.fused import FusedGeometry
 
 HAS_KERNELS = bool(_C.fused_conv_candidates())
@@ -156,13 +157,12 @@ def test_prefixes_and_sizes_of_one_are_taken():
             _C.fused_conv(**(arguments() | change | {"padding": (0, 0)}))
 
 
-def test_the_wrapper_says_why_there_is_no_kernel():
-    x, weight = image(2, 16, 9, 7), image(24, 16, 3, 3)
-    assert not HAS_KERNELS or "the tensors are on cpu, not on a CUDA device" in str(
-        ops.unavailable(x, weight, FusedGeometry())
-    )
-    assert HAS_KERNELS or "no CUTLASS kernels" in str(ops.unavailable(x, weight, FusedGeometry()))
-    (y,) = ops.fused_conv(x, weight, (None, None, None), FusedGeometry(padding=(1, 1)))
+def test_without_a_kernel_the_library_runs():
+    x, weight, geometry = image(2, 16, 9, 7), image(24, 16, 3, 3), FusedGeometry(padding=(1, 1))
+    why = "the tensors are on cpu, not on a CUDA device" if HAS_KERNELS else "no CUTLASS kernels"
+    assert why in str(fused.why_not_now(x))
+    fallback = partial(fused.library_conv, geometry=geometry)
+    (y,) = fused.fused_conv(x, weight, (None, None, None), geometry, fallback)
     assert torch.equal(y, torch.nn.functional.conv2d(x, weight, padding=1))
 
 

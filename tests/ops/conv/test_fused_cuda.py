@@ -5,19 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastprune.ops.conv import fused as ops
-from fastprune.ops.conv.autotune import Autotuner, size
+from fastprune.ops.conv import fused
+from fastprune.ops.conv.agreement import measure
+from fastprune.ops.conv.autotune import Autotuner
 from fastprune.ops.conv.fused import Channels, FusedGeometry, Kernel
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ops.kernels_of_this_build()
+KERNELS = fused.kernels_of_this_build()
 EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.dtype} {kernel.name}")
 GUARD = 77.0
 
@@ -35,14 +37,14 @@ class Case:
         kernel.run(self.x, self.weight, self.channels, self.geometry, self.results)
 
     def exact(self) -> list[Tensor]:
-        return list(ops.library_conv(self.x.double(), self.weight.double(), self.channels, self.geometry))
+        return list(fused.library_conv(self.x.double(), self.weight.double(), self.channels, self.geometry))
 
     def check(self) -> None:
         """At most twice the error of plain torch in the same dtype, plus one rounding of the largest number."""
-        plain = ops.library_conv(self.x, self.weight, self.channels, self.geometry)
+        plain = fused.library_conv(self.x, self.weight, self.channels, self.geometry)
         for got, usual, exact in zip(self.results, plain, self.exact(), strict=True):
-            allowed = size(usual.double() - exact) * 2.0 + size(exact) * ops.UNITS[self.x.dtype]
-            error = size(got.double() - exact)
+            allowed = measure(usual.double() - exact) * 2.0 + measure(exact) * fused.UNITS[self.x.dtype]
+            error = measure(got.double() - exact)
             assert error.largest <= allowed.largest, f"error {error}, allowed {allowed}, case {self.describe()}"
             assert error.mean <= allowed.mean, f"error {error}, allowed {allowed}, case {self.describe()}"
         for wide, got in zip(self.around, self.results, strict=True):
@@ -75,7 +77,7 @@ def make_case(kernel: Kernel, choose: random.Random) -> Case:
         stride=(1, 1) if product else (choose.randint(1, 3), choose.randint(1, 3)),
         padding=(0, 0) if product else (choose.randint(0, 3), choose.randint(0, 3)),
         dilation=(1, 1) if product else (choose.randint(1, 2), choose.randint(1, 2)),
-        activation=choose.choice(list(ops.ACTIVATIONS)),
+        activation=choose.choice(list(fused.ACTIVATIONS)),
         save="sm80" in kernel.name and choose.random() < 0.5,
     )
     h = max(h, geometry.dilation[0] * (window[0] - 1) + 1)
@@ -96,7 +98,7 @@ def make_case(kernel: Kernel, choose: random.Random) -> Case:
 
 def usable(kernel: Kernel, case: Case) -> Kernel | None:
     major, minor = torch.cuda.get_device_capability()
-    found = ops.supported(case.x, case.weight, case.results, case.geometry, 10 * major + minor)
+    found = fused.find_supported(case.x, case.weight, case.results, case.geometry, 10 * major + minor)
     return found.get(kernel.name)
 
 
@@ -172,7 +174,7 @@ def test_special_values_go_through(kernel):
         filters = case.weight.shape[0]
         shift = torch.zeros(filters, device="cuda")
         shift[0] = torch.nan
-        for activation in ops.ACTIVATIONS:
+        for activation in fused.ACTIVATIONS:
             geometry = FusedGeometry(
                 case.geometry.stride, case.geometry.padding, case.geometry.dilation, activation=activation
             )
@@ -230,7 +232,7 @@ def test_runs_on_the_current_stream(kernel):
 @pytest.fixture
 def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Autotuner:
     tuner = Autotuner(tmp_path)
-    monkeypatch.setattr(ops, "AUTOTUNER", tuner)
+    monkeypatch.setattr(fused, "AUTOTUNER", tuner)
     return tuner
 
 
@@ -255,12 +257,13 @@ def test_the_tuner_trusts_every_kernel(tuner, layer, dtype):
     weight = weight.contiguous(memory_format=torch.channels_last)
     vectors = tuple(torch.rand(filters, device="cuda") for _ in range(3))
     geometry = FusedGeometry((stride, stride), (window // 2, window // 2), activation="relu")
-    (y,) = ops.fused_conv(x, weight, vectors, geometry)
-    (usual,) = ops.library_conv(x, weight, vectors, geometry)
-    (exact,) = ops.library_conv(x.double(), weight.double(), vectors, geometry)
-    allowed = size(usual.double() - exact) * 2.0 + size(exact) * ops.UNITS[dtype]
-    assert size(y.double() - exact).largest <= allowed.largest
-    (again,) = ops.fused_conv(x, weight, vectors, geometry)
+    fallback = partial(fused.library_conv, geometry=geometry)
+    (y,) = fused.fused_conv(x, weight, vectors, geometry, fallback)
+    (usual,) = fused.library_conv(x, weight, vectors, geometry)
+    (exact,) = fused.library_conv(x.double(), weight.double(), vectors, geometry)
+    allowed = measure(usual.double() - exact) * 2.0 + measure(exact) * fused.UNITS[dtype]
+    assert measure(y.double() - exact).largest <= allowed.largest
+    (again,) = fused.fused_conv(x, weight, vectors, geometry, fallback)
     assert torch.equal(y, again)
 
 
@@ -268,22 +271,21 @@ def test_nothing_is_tuned_while_a_graph_is_captured(tuner):
     x = torch.randn(2, 64, 14, 14, device="cuda", dtype=torch.float16).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(64, 64, 1, 1, device="cuda", dtype=torch.float16)
     geometry, nothing = FusedGeometry(activation="relu"), (None, None, None)
-    ops.library_conv(x, weight, nothing, geometry)
+    fallback = partial(fused.library_conv, geometry=geometry)
+    fused.library_conv(x, weight, nothing, geometry)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        (y,) = ops.fused_conv(x, weight, nothing, geometry)
+        (y,) = fused.fused_conv(x, weight, nothing, geometry, fallback)
     graph.replay()
-    assert torch.equal(y, ops.library_conv(x, weight, nothing, geometry)[0])
+    assert torch.equal(y, fused.library_conv(x, weight, nothing, geometry)[0])
     assert not list(tuner.folder.iterdir())
-    ops.fused_conv(x, weight, nothing, geometry)
+    fused.fused_conv(x, weight, nothing, geometry, fallback)
     assert len(list(tuner.folder.iterdir())) == bool(KERNELS)
 
 
 def test_float32_needs_permission():
-    x = torch.randn(2, 64, 14, 14, device="cuda").contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(64, 64, 1, 1, device="cuda")
     torch.backends.cudnn.allow_tf32 = False
-    assert "allow_tf32 is off" in str(ops.unavailable(x, weight, FusedGeometry())) or not KERNELS
+    assert "allow_tf32 is off" in str(fused.why_not_now(torch.ones(1, device="cuda"))) or not KERNELS
 
 
 def test_tensors_on_the_cpu_are_refused():
