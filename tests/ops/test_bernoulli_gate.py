@@ -1,8 +1,6 @@
 """bernoulli_gate: values, probabilities, gradients, and how it lives with torch."""
 
-import doctest
 import math
-import sys
 
 import pytest
 import torch
@@ -189,19 +187,3 @@ def test_exports_with_the_step_as_an_input(strict):
     exported = torch.export.export(Model(), (theta, torch.tensor(0)), strict=strict).module()
     for number in (0, 5):
         assert torch.equal(exported(theta, torch.tensor(number)), ops.bernoulli_gate(theta, seed=3, step=number))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_autocast_changes_nothing(device):
-    theta = torch.rand(30, device=device)
-    expected = ops.bernoulli_gate(theta, seed=0, step=0)
-    with torch.autocast(device, torch.bfloat16):
-        gate = ops.bernoulli_gate(theta, seed=0, step=0)
-    assert gate.dtype == torch.float32
-    assert torch.equal(gate, expected)
-
-
-def test_documentation_runs():
-    result = doctest.testmod(sys.modules["fastprune.ops.bernoulli_gate"])
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -1,8 +1,6 @@
 """group_prox_: values, invariants, and how it lives with torch."""
 
 import copy
-import doctest
-import sys
 
 import pytest
 import torch
@@ -369,9 +367,3 @@ def test_compile_breaks_the_graph_and_stays_correct():
     with pytest.raises(torch._dynamo.exc.Unsupported):
         whole(torch.ones(2))
     assert (weight == 1).all()
-
-
-def test_documentation_runs():
-    result = doctest.testmod(sys.modules["fastprune.ops.group_prox"])
-    assert result.attempted > 0
-    assert result.failed == 0

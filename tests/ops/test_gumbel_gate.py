@@ -1,8 +1,6 @@
 """gumbel_gate: values, distributions, gradients, and how it lives with torch."""
 
-import doctest
 import math
-import sys
 
 import pytest
 import torch
@@ -283,19 +281,3 @@ def test_exports_with_the_step_as_an_input(strict):
     for number in (0, 5):
         expected = ops.gumbel_gate(logits, seed=3, step=number, noise="logistic")
         assert torch.equal(exported(logits, torch.tensor(number)), expected)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_autocast_changes_nothing(device):
-    logits = some_logits(30).to(device)
-    expected = ops.gumbel_gate(logits, seed=0, step=0, hard=False)
-    with torch.autocast(device, torch.bfloat16):
-        gate = ops.gumbel_gate(logits, seed=0, step=0, hard=False)
-    assert gate.dtype == torch.float32
-    assert torch.equal(gate, expected)
-
-
-def test_documentation_runs():
-    result = doctest.testmod(sys.modules["fastprune.ops.gumbel_gate"])
-    assert result.attempted > 0
-    assert result.failed == 0

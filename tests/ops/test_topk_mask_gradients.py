@@ -126,24 +126,6 @@ def test_the_mask_may_be_changed_in_place(device, inputs):
 
 
 @FORWARD_MODE
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f, x: torch.func.grad(lambda s: f(s).sum())(x),
-        lambda f, x: torch.func.vjp(f, x)[0],
-        lambda f, x: torch.func.jvp(f, (x,), (x,)),
-        lambda f, x: torch.func.vmap(f)(x[None]),
-        lambda f, x: torch.func.jacrev(f)(x),
-    ],
-    ids=["grad", "vjp", "jvp", "vmap", "jacrev"],
-)
-def test_transforms_of_torch_func_are_refused(device, inputs, transform):
-    scores, *rest = inputs
-    with pytest.raises(RuntimeError, match=r"topk_mask: got a call under a transform of torch.func .*, needs plain"):
-        transform(lambda s: ops.topk_mask(s, *rest), scores.detach())
-
-
-@FORWARD_MODE
 def test_forward_mode_is_refused(device, inputs):
     scores, *rest = inputs
     with torch.autograd.forward_ad.dual_level():
