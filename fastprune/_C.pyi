@@ -28,22 +28,12 @@ def topk_mask(
     mask: SupportsDLPack,
     num_threads: int = 0,
 ) -> None: ...
-def emulated_topk_mask(
-    scores: SupportsDLPack,
-    keep: SupportsDLPack,
-    offsets: SupportsDLPack,
-    window: SupportsDLPack | None,
-    mask: SupportsDLPack,
-    num_threads: int = 8,
-    warp_size: int = 4,
-    capacity: int = 8192,
-) -> None: ...
 
 depthwise_taps: int
 
 def masked_conv_instructions() -> list[str]: ...
-def packed_conv_size(algorithm: str, instructions: str, weight_size: Sequence[int]) -> int: ...
-def pack_masked_conv(
+def masked_conv_packed_size(algorithm: str, instructions: str, weight_size: Sequence[int]) -> int: ...
+def masked_conv_pack(
     algorithm: str,
     instructions: str,
     weight: SupportsDLPack,
@@ -80,15 +70,6 @@ def bernoulli_gate(
     slope: SupportsDLPack,
     num_threads: int = 0,
 ) -> None: ...
-def emulated_bernoulli_gate(
-    theta: SupportsDLPack,
-    seed: int,
-    step: int | SupportsDLPack,
-    gate: SupportsDLPack,
-    slope: SupportsDLPack,
-    num_threads: int = 4,
-    num_blocks: int = 3,
-) -> None: ...
 def gumbel_gate(
     logits: SupportsDLPack,
     seed: int,
@@ -101,19 +82,6 @@ def gumbel_gate(
     slope: SupportsDLPack,
     num_threads: int = 0,
 ) -> None: ...
-def emulated_gumbel_gate(
-    logits: SupportsDLPack,
-    seed: int,
-    step: int | SupportsDLPack,
-    temperature: float,
-    base: float,
-    hard: bool,
-    noise: Literal["gumbel", "logistic", "none"],
-    gate: SupportsDLPack,
-    slope: SupportsDLPack,
-    num_threads: int = 4,
-    num_blocks: int = 3,
-) -> None: ...
 def philox4x32(counter: list[int], key: list[int]) -> list[int]: ...
 def natural_log(x: float) -> float: ...
 def exponential(x: float) -> float: ...
@@ -121,13 +89,6 @@ def instruction_set() -> Literal["baseline", "avx2", "avx512"]: ...
 def limit_instruction_set(highest: Literal["baseline", "avx2", "avx512"]) -> bool: ...
 def group_prox(
     table: UnitTable, threshold: SupportsDLPack | None, norms: SupportsDLPack, num_threads: int = 0
-) -> None: ...
-def emulated_group_prox(
-    table: UnitTable,
-    threshold: SupportsDLPack | None,
-    norms: SupportsDLPack,
-    num_threads: int = 8,
-    warp_size: int = 4,
 ) -> None: ...
 def masked_act(
     x: SupportsDLPack,
@@ -138,17 +99,6 @@ def masked_act(
     y: SupportsDLPack | None,
     saved: SupportsDLPack | None,
     num_threads: int = 0,
-) -> None: ...
-def emulated_masked_act(
-    x: SupportsDLPack,
-    scale: SupportsDLPack | None,
-    shift: SupportsDLPack | None,
-    mask: SupportsDLPack | None,
-    activation: str,
-    y: SupportsDLPack | None,
-    saved: SupportsDLPack | None,
-    num_threads: int = 8,
-    warp_size: int = 4,
 ) -> None: ...
 def masked_act_backward(
     dy: SupportsDLPack,
@@ -167,23 +117,6 @@ def masked_act_backward(
     partials: SupportsDLPack | None,
     num_threads: int = 0,
 ) -> None: ...
-def emulated_masked_act_backward(
-    dy: SupportsDLPack,
-    saved: SupportsDLPack,
-    x: SupportsDLPack | None,
-    mask: SupportsDLPack | None,
-    scale: SupportsDLPack | None,
-    centre: SupportsDLPack | None,
-    slope: SupportsDLPack | None,
-    offset: SupportsDLPack | None,
-    activation: str,
-    dx: SupportsDLPack | None,
-    dmask: SupportsDLPack | None,
-    dshift: SupportsDLPack | None,
-    dscale: SupportsDLPack | None,
-    num_threads: int = 8,
-    warp_size: int = 4,
-) -> None: ...
 def masked_act_partials(
     dy: SupportsDLPack, saved: SupportsDLPack, x: SupportsDLPack | None, dx: SupportsDLPack | None
 ) -> int: ...
@@ -193,13 +126,6 @@ def channel_moments(
     variance: SupportsDLPack,
     partials: SupportsDLPack | None,
     num_threads: int = 0,
-) -> None: ...
-def emulated_channel_moments(
-    x: SupportsDLPack,
-    mean: SupportsDLPack,
-    variance: SupportsDLPack,
-    num_threads: int = 8,
-    warp_size: int = 4,
 ) -> None: ...
 def channel_moments_partials(x: SupportsDLPack) -> int: ...
 def fused_conv_candidates() -> list[dict[str, Any]]: ...

@@ -30,21 +30,21 @@ def prune_in_steps(
     out: str | Path | None = None,
     **arguments: Any,
 ) -> Iterator[PruningResult]:
-    """Prune towards a budget in equal steps. Whatever is done to a step's model, the next one goes on from there.
+    """Prune towards a budget in equal steps. Each step starts from the last step's model, with all that was done to it.
 
     Args:
         model: the trained network; it is not changed.
-        example_inputs: as ``prune`` takes them.
-        steps: how many; after step i of n, the part i/n of what the budget takes away is gone.
-        budget: of the last step. Every step counts the channels that are left as they cost in ``model``.
-        limits: of the widths, relative to ``model`` in every step.
+        example_inputs: as for ``prune``.
+        steps: number of steps; step i of n reaches i/n of the way from the full cost to the budget.
+        budget: the budget of the last step. In every step channels count as much as they cost in ``model``.
+        limits: limits of the widths, relative to ``model`` in every step.
         out: directory for the runs ``step-1``, ``step-2``, …; None = nothing is written.
-        **arguments: the others of ``prune`` (method, data, its options, …).
+        **arguments: the other arguments of ``prune`` (method, data, options, …).
 
     Yields:
-        The result of each step. Its ``model`` is the network to train before the next one is asked for; its ``plan``
-        leads from the first ``model`` to it, its ``graph`` is that of the network before the step. A step that an
-        earlier one has reached already (with coarse widths) is left out.
+        The result of each step. Train its ``model`` before you ask for the next step. Its ``plan`` leads from the first
+        ``model`` to this one, its ``graph`` is that of the network before the step. A step is left out if an earlier
+        one has reached its cost already (with coarse widths).
 
     Raises:
         ValueError: if there are no steps, or for arguments that ``prune`` refuses.
@@ -60,7 +60,7 @@ def prune_in_steps(
     if steps < 1:
         raise ValueError(f"steps {steps}: at least 1 is needed")
     if arguments.get("resume") or arguments.get("after") is not None:
-        raise ValueError("resume and after belong to single calls of prune")
+        raise ValueError("resume and after belong to single calls of prune: leave them out")
     home = device_of(model)
     device = choose_device(arguments.get("device") or str(home))
     goal = Goal.make(budget, arguments.pop("conditions", None), limits, device)

@@ -86,7 +86,7 @@ def test_choices_are_described() -> None:
         ),
         (KernelBenchSettings, {"only": ("conv",)}, "only 'conv': must be one of 'gates'"),
         (SearchBenchSettings, {"seconds": 0.0}, "seconds 0.0: must be above 0"),
-        (GCPConfig, {"penalties": ()}, "penalties: at least one value is needed"),
+        (GCPConfig, {"penalties": ()}, "penalties: give at least one value"),
         (GCPConfig, {"learning_rates": (-1.0,)}, "learning_rates -1.0: must be at least 0"),
     ],
 )

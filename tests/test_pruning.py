@@ -1,4 +1,4 @@
-"""``fastprune.prune``: the result, and what stays as it was when something is wrong."""
+"""``fastprune.prune``: the result, and what stays unchanged after an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def loader() -> DataLoader[Any]:
 
 
 class Stub(Method):
-    """Keeps the first half of each group, or fails where it is told to."""
+    """A method that keeps the first part of each group, or fails in a chosen place."""
 
     name = "stub"
 
@@ -95,7 +95,7 @@ def assert_unchanged(model: nn.Module, before: tuple[Mapping[str, Tensor], dict[
 
 def test_result_of_a_search(tiny: nn.Module, tmp_path: Path) -> None:
     tiny.train()
-    tiny.stem.eval()  # a mixture, as of frozen batch norms
+    tiny.stem.eval()  # as with frozen batch norms
     tiny.head.bias.requires_grad_(False)
     before = state_of(tiny)
     out = tmp_path / "run"
@@ -137,13 +137,13 @@ def test_nothing_is_written_without_out(tiny: nn.Module, tmp_path: Path, monkeyp
 
 
 def test_a_loader_without_a_held_out_part_is_enough(tiny: nn.Module) -> None:
-    """No accuracy is measured on the way then; the default asks for one every 10 epochs."""
+    """Then no accuracy is measured during the search; the default asks for one every 10 epochs."""
     options = {**SHORT, "evaluate_every": 1}
     result = fp.prune(tiny, EXAMPLE, method="dmc", budget="flops=0.5", data=loader(), **options)
     assert "proxy_accuracy" not in result.metrics["search"]
 
 
-def test_a_class_and_a_budget_object(tiny: nn.Module) -> None:
+def test_a_method_class_and_a_budget_object(tiny: nn.Module) -> None:
     result = fp.prune(tiny, EXAMPLE, method=NoSearch, budget=Budget("flops", 0.5))
     assert result.metrics["search"] == {"answer": 42.0}
     assert result.plan.keep["conv1"] == list(range(5))  # 0.4 of 12
@@ -199,7 +199,7 @@ def test_a_wrong_example_is_a_trace_error(tiny: nn.Module, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("place", ["setup", "step", "plan"])
-def test_a_failing_method_takes_its_fresh_directory_along(place: str, tiny: nn.Module, tmp_path: Path) -> None:
+def test_a_failing_method_removes_its_new_directory(place: str, tiny: nn.Module, tmp_path: Path) -> None:
     method, before = (NoSearch if place == "plan" else Stub), state_of(tiny)
     with pytest.raises(RuntimeError, match=f"failed in {place}"):
         fp.prune(tiny, EXAMPLE, method=method, data=loader(), out=tmp_path / "run", fail=place)
@@ -214,8 +214,8 @@ def test_an_empty_directory_of_the_user_stays(tiny: nn.Module, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])
-def test_a_search_outlives_a_plan_that_fails(log_every: int, tiny: nn.Module, tmp_path: Path) -> None:
-    """With checkpoints in place the work is not thrown away, whether or not a line was logged yet."""
+def test_a_search_survives_a_failing_plan(log_every: int, tiny: nn.Module, tmp_path: Path) -> None:
+    """Its checkpoints stay, with or without a line in the log."""
     out, loop = tmp_path / "run", LoopOptions(log_every=log_every, checkpoint_steps=1)
     with pytest.raises(RuntimeError, match="failed in plan"):
         fp.prune(tiny, EXAMPLE, method=Stub, data=loader(), out=out, loop=loop, fail="plan")
@@ -231,7 +231,7 @@ def test_resume_gives_the_same_bytes(tiny: nn.Module, tmp_path: Path) -> None:
     fp.prune(tiny, EXAMPLE, data=loader(), out=tmp_path / "whole", **arguments)
 
     class Cut:
-        """A loader that breaks in the second epoch's third batch."""
+        """A loader that fails at the third batch of the second epoch."""
 
         def __init__(self) -> None:
             self.passes = -1  # the first look is for the shape

@@ -1,4 +1,4 @@
-"""Pruning in steps: plans for compact networks add up to plans for the full one."""
+"""Pruning in steps: plans for compact networks combine into plans for the full network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in (
 
 
 @pytest.mark.parametrize("name", ["resnet18", *LARGE])
-def test_two_plans_are_one(name: str) -> None:
+def test_two_plans_combine_into_one(name: str) -> None:
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}
     model = getattr(torchvision.models, name)(**options).eval()
@@ -61,7 +61,7 @@ def test_a_plan_for_another_network_is_refused(tiny: nn.Module) -> None:
 
 
 def test_a_plan_that_parts_units_is_refused() -> None:
-    """The stream of a residual network cut in one of its layers only."""
+    """The stream of a residual network is cut in one of its layers only."""
     model = torchvision.models.resnet18()
     graph = fp.trace(model, EXAMPLE)
     plan = random_plan(graph, 0)
@@ -74,7 +74,7 @@ def test_a_plan_that_parts_units_is_refused() -> None:
         plan.then(broken)
 
 
-def test_steps_end_at_the_budget_and_use_what_was_trained() -> None:
+def test_steps_end_at_the_budget_and_use_the_trained_weights() -> None:
     torch.manual_seed(0)
     model = fp.models.create("resnet20").eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -93,13 +93,13 @@ def test_steps_end_at_the_budget_and_use_what_was_trained() -> None:
     assert bool((second <= first).all())
     compact = fp.apply(results[-1].plan, model)
     assert [p.shape for p in compact.parameters()] == [p.shape for p in results[-1].model.parameters()]
-    # Had the weights been the first ones all the time, other channels would have gone.
+    # With the first weights in every step, other channels would have gone.
     at_once = fp.prune(model, EXAMPLE, budget="flops=0.4", method="l1", ranking="global")
     assert not torch.equal(at_once.plan.mask, third)
 
 
 @pytest.mark.slow
-def test_limits_of_steps_are_those_of_the_first_network() -> None:
+def test_limits_of_steps_are_relative_to_the_first_network() -> None:
     model = fp.models.create("resnet20")
     limits = fp.Limits(round_to=2, keep_ratios={"layer1": (0.75, 1.0), "layer3.0.conv1": (0.0, 0.5)})
     for result in fp.prune_in_steps(model, EXAMPLE, steps=3, budget="flops=0.4", method="l1", limits=limits):
@@ -136,7 +136,7 @@ def test_a_run_is_pruned_further(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_run_without_data_is_pruned_further(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its classes are those of its weights; what is compared are the network before and after this run."""
+    """Its weights give the number of classes; the network before this run is compared with the one after it."""
     torch.manual_seed(0)
     fp.models.save_weights(fp.models.create("resnet20", num_classes=7), tmp_path / "seven.safetensors")
     weights = f"--weights {tmp_path}/seven.safetensors --input 3x16x16"
@@ -186,7 +186,7 @@ def test_a_second_plan_may_prune_what_the_first_left_alone() -> None:
 
 
 @pytest.mark.slow
-def test_steps_that_are_reached_already_are_left_out() -> None:
+def test_steps_whose_cost_is_reached_already_are_left_out() -> None:
     model = fp.models.create("resnet20")
     results = list(
         fp.prune_in_steps(model, EXAMPLE, steps=20, budget="flops=0.65", method="l1", limits=fp.Limits(round_to=16))
@@ -196,7 +196,7 @@ def test_steps_that_are_reached_already_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("budget", ["eq8=0.4", pytest.param("auth=0.6", marks=pytest.mark.slow)])
-def test_counts_of_steps_are_those_of_the_first_network(budget: str) -> None:
+def test_steps_count_costs_in_the_first_network(budget: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(),
         nn.Conv2d(16, 64, 1), nn.BatchNorm2d(64), nn.ReLU(),
@@ -211,7 +211,7 @@ def test_counts_of_steps_are_those_of_the_first_network(budget: str) -> None:
 
 
 class Split(nn.Module):
-    """One layer that makes the channels of two groups."""
+    """A network in which one layer makes the channels of two groups."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class Split(nn.Module):
         return self.b(x), self.c(y)
 
 
-def test_limits_of_steps_where_a_layer_makes_several_groups() -> None:
+def test_limits_of_steps_if_a_layer_makes_several_groups() -> None:
     torch.manual_seed(0)
     limits = fp.Limits(keep_ratios={"a": (0.5, 1.0)})
     model = Split()

@@ -1,4 +1,4 @@
-"""The contract test must pass what keeps the contract, and fail what breaks any clause of it."""
+"""``check_method`` passes methods that keep the contract, and fails those that break any clause of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Options:
 
 
 class Searching(ScoreMethod):
-    """A method with a search, state and a random choice, that keeps the contract; the broken ones derive from it."""
+    """A method with a search, state and random choices that keeps the contract; broken ones derive from it."""
 
     name = "searching"
     needs_data = True
@@ -35,7 +35,7 @@ class Searching(ScoreMethod):
 
     def phases(self, task: Task) -> Iterator[Phase]:
         def step(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-            # A sum whose order matters, random numbers from the task's generator, and the images of every rank.
+            # The order of the sum matters; it has random numbers of the task's generator and the images of every rank.
             drawn = torch.rand(len(self.sums), generator=task.rng)
             mean = task.distributed.mean_(images.mean())
             self.sums = self.sums * 0.7 + drawn * mean
@@ -57,7 +57,7 @@ class Searching(ScoreMethod):
 
 
 class _WithDefaults(L1):
-    """Plans by another method's scores."""
+    """A method that plans by another method's scores."""
 
     def __init__(self, owner: Searching) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class _WithDefaults(L1):
         return self.owner.scores(task)
 
 
-def test_what_keeps_the_contract_passes():
+def test_methods_that_keep_the_contract_pass():
     check_method(Searching, epochs=1)
     check_method(Searching)
     check_method(L1)
 
 
-def test_unknown_options_are_the_callers_mistake():
+def test_unknown_options_are_no_breach_of_contract():
     with pytest.raises(ValueError, match="has no option 'epoch'"):
         check_method(Searching, epoch=1)
 
@@ -259,7 +259,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize(("clause", "method"), [(c, m) for c, methods in BREAKS.items() for m in methods])
-def test_what_breaks_a_clause_fails_by_its_name(clause, method):
+def test_a_broken_clause_is_named(clause, method):
     with pytest.raises(ContractError, match=rf"breaks the contract \({clause}\)") as caught:
         check_method(method)
     assert caught.value.clause == clause
@@ -270,7 +270,7 @@ def test_a_plan_that_cannot_be_applied_fails(monkeypatch):
     class WrongSlices(L1):
         def plan(self, task: Task) -> PruningPlan:
             plan = super().plan(task)
-            # One reader of the first group forgets that its input shrinks.
+            # The plan lacks one reader of the first group.
             slices = tuple(s for s in plan.slices if not (s.role == "in" and s.tensor.startswith("expand")))
             return PruningPlan(plan.mask, plan.groups, slices, plan.inputs, plan.macs, plan.params)
 

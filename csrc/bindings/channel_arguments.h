@@ -1,9 +1,8 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What the bindings of per-channel kernels share: checks of all arguments of a call, then dispatch by dtype and device.
+// The tensor arguments of per-channel kernels: their checks, and the dispatch by dtype.
 #pragma once
 
-#include <omp.h>
 #include <pybind11/pybind11.h>
 
 #include <optional>
@@ -12,14 +11,13 @@
 
 #include "channel_views.h"
 #include "checks.h"
-#include "fastprune/build.h"
 #include "fastprune/half.h"
 
 namespace fastprune {
 
 using Optional = std::optional<Tensor>;
 
-/// The tensor arguments of one call: [N, C, *spatial] ones, which share a layout, and vectors over the channels.
+/// The tensor arguments of one call: images [N, C, *spatial], which share a layout, and vectors over the channels.
 class ChannelArguments {
    public:
     using Place = std::optional<size_t>;
@@ -29,10 +27,11 @@ class ChannelArguments {
         return views_.size() - 1;
     }
     Place add(const char* name, const Optional& tensor) { return tensor ? add(name, *tensor) : std::nullopt; }
+    void add_vector(const char* name, const Tensor& vector) { vectors_.push_back({name, vector}); }
     void add_vector(const char* name, const Optional& vector) {
-        if (vector) vectors_.push_back({name, *vector});
+        if (vector) add_vector(name, *vector);
     }
-    /// Everything but overlap. float64 vectors beside float64 tensors, else float32.
+    /// Checks everything but overlap. Vectors are float64 for float64 images, otherwise float32.
     void check() {
         dtype_ =
             check::strided_tensor(views_.front(), {DType::float32, DType::float64, DType::float16, DType::bfloat16});
@@ -47,14 +46,14 @@ class ChannelArguments {
             check::same_device(vector, views_.front());
         }
     }
-    /// `output` may be the very memory of one of the first `num_inputs` views, and overlaps nothing else before it.
+    /// Checks that `output` is the memory of one of the first `num_inputs` views, or overlaps no view before it.
     void check_output(Place output, size_t num_inputs) const {
         if (!output) return;
         check::writable(views_[*output]);
         for (size_t i = 0; i < *output; ++i) check::disjoint_views(views_, shared_, *output, i, i < num_inputs);
         for (const Argument& vector : vectors_) check::disjoint_vector(views_, shared_, *output, vector, false);
     }
-    /// The vectors from number `first` on are outputs.
+    /// Checks the vectors from number `first` on as outputs.
     void check_output_vectors(size_t first) const {
         for (size_t o = first; o < vectors_.size(); ++o) {
             check::writable(vectors_[o]);
@@ -62,14 +61,12 @@ class ChannelArguments {
             for (size_t i = 0; i < views_.size(); ++i) check::disjoint_vector(views_, shared_, i, vectors_[o], true);
         }
     }
-    /// Scratch memory on CUDA: `count` float64 elements that share memory with nothing else.
+    /// Checks scratch memory on CUDA: `count` float64 elements that overlap nothing else.
     void check_partials(const Optional& partials, int64_t count) const {
         if (count == 0) return;
-        if (!partials) {
-            throw pybind11::value_error("partials: got None, needs " + std::to_string(count) + " float64 elements");
-        }
+        if (!partials) check::refuse("partials", "None", std::to_string(count) + " float64 elements");
         const Argument scratch{"partials", *partials};
-        check::vector(scratch, DType::float64, count, "as the function of the partials tells");
+        check::vector(scratch, DType::float64, count, "the number that the partials function returns");
         check::writable(scratch);
         check::same_device(scratch, views_.front());
         for (const Argument& vector : vectors_) check::disjoint(scratch, vector);
@@ -106,38 +103,6 @@ void dispatch_storage(DType dtype, const Body& body) {
         case DType::float16: return body.template operator()<float16>();
         case DType::bfloat16: return body.template operator()<bfloat16>();
         case DType::int64: return;
-    }
-}
-
-inline int threads_of(int num_threads) { return num_threads > 0 ? num_threads : omp_get_max_threads(); }
-
-/// Runs on_cuda(stream) or on_cpu() without the GIL, and raises what they report.
-template <class OnCpu, class OnCuda>
-void run(const Argument& first, const OnCpu& on_cpu, [[maybe_unused]] const OnCuda& on_cuda) {
-    Status status;
-    if (first.tensor.on_cpu()) {
-        const pybind11::gil_scoped_release release;
-        status = on_cpu();
-    } else if constexpr (build::has_cuda) {
-        void* stream = first.tensor.current_stream();
-        const pybind11::gil_scoped_release release;
-        status = on_cuda(stream);
-    } else {
-        throw pybind11::value_error(
-            std::string(first.name) +
-            ": got a CUDA tensor, needs one on the CPU: this build of fastprune has no CUDA kernels");
-    }
-    check::status(status);
-}
-
-inline void check_block(const Argument& first, int num_threads, int warp_size) {
-    if (!first.tensor.on_cpu()) {
-        throw pybind11::value_error(std::string(first.name) +
-                                    ": got a CUDA tensor, needs one on the CPU: this is the emulation");
-    }
-    const auto power_of_two = [](int value) { return value > 0 && (value & (value - 1)) == 0; };
-    if (!power_of_two(warp_size) || num_threads <= 0 || num_threads > 1024 || num_threads % warp_size != 0) {
-        throw pybind11::value_error("warp_size: needs a power of two that divides num_threads, which is at most 1024");
     }
 }
 

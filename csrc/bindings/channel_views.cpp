@@ -18,19 +18,13 @@ std::string describe_strides(const Tensor& tensor) {
     return text + "]";
 }
 
-std::string describe_shape(const Tensor& tensor) {
-    std::string text = "shape [";
-    for (int d = 0; d < tensor.ndim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
-    return text + "]";
-}
-
 int64_t plane_size(const Tensor& tensor) {
     int64_t size = 1;
     for (int d = 2; d < tensor.ndim(); ++d) size *= tensor.size(d);
     return size;
 }
 
-/// The outer stride as planes: everything behind the batch is contiguous.
+/// Returns the outer stride as planes, if everything from the channel on is contiguous.
 std::optional<int64_t> planes_stride(const Tensor& tensor) {
     int64_t expected = 1;
     for (int d = tensor.ndim() - 1; d >= 1; --d) {
@@ -52,7 +46,7 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 
 using StrideOf = std::optional<int64_t> (*)(const Tensor&);
 
-/// The index of the first tensor that does not fit; all of them if none.
+/// Returns the index of the first tensor without a stride, or the number of tensors.
 size_t collect(const std::vector<Argument>& arguments, StrideOf stride_of, std::vector<int64_t>& strides) {
     strides.clear();
     for (const Argument& argument : arguments) {
@@ -74,7 +68,7 @@ Extent extent_of(const Tensor& tensor, const ChannelLayout& layout, int64_t oute
     return {begin, begin + elements * (tensor.dtype().bits / 8)};
 }
 
-/// Rows of one stride that never meet, because they are different columns of one matrix.
+/// Whether two views are different columns of one matrix, whose rows never overlap.
 bool interleaved(const Extent& a, const Extent& b, int64_t row_bytes, int64_t stride_bytes) {
     const int64_t apart = ((b.begin - a.begin) % stride_bytes + stride_bytes) % stride_bytes;
     return apart >= row_bytes && apart + row_bytes <= stride_bytes;
@@ -104,13 +98,12 @@ std::optional<int64_t> rows_stride(const Tensor& tensor) {
 ChannelViews channel_views(const std::vector<Argument>& arguments) {
     const Argument& first = arguments.front();
     if (first.tensor.ndim() < 2) {
-        throw py::value_error(std::string(first.name) + ": got " + describe_shape(first.tensor) +
-                              ", needs [N, C] or [N, C, *spatial]");
+        check::refuse(first.name, describe_shape(first.tensor), "[N, C] or [N, C, *spatial]");
     }
     for (const Argument& argument : arguments) {
         if (!same_shape(argument.tensor, first.tensor)) {
-            throw py::value_error(std::string(argument.name) + ": got " + describe_shape(argument.tensor) + ", needs " +
-                                  describe_shape(first.tensor) + " as " + first.name);
+            check::refuse(argument.name, describe_shape(argument.tensor),
+                          describe_shape(first.tensor) + " as " + first.name);
         }
     }
     const int64_t batch = first.tensor.size(0), channels = first.tensor.size(1), inner = plane_size(first.tensor);
@@ -124,10 +117,9 @@ ChannelViews channel_views(const std::vector<Argument>& arguments) {
         const size_t as_rows = collect(arguments, rows_stride, views.outer_strides);
         if (as_rows < arguments.size()) {
             const Argument& misfit = arguments[std::max(as_planes, as_rows)];
-            throw py::value_error(std::string(misfit.name) + ": got " + describe_strides(misfit.tensor) + " for " +
-                                  describe_shape(misfit.tensor) +
-                                  ", needs contiguous or channels_last memory, or some neighbouring channels of such" +
-                                  (&misfit == &first ? "" : std::string(", in the format of ") + first.name));
+            check::refuse(misfit.name, describe_strides(misfit.tensor) + " for " + describe_shape(misfit.tensor),
+                          "contiguous or channels_last memory, or some neighbouring channels of such" +
+                              (&misfit == &first ? "" : std::string(", in the format of ") + first.name));
         }
         views.layout = {batch * inner, channels, 1};
     }
@@ -153,8 +145,8 @@ void disjoint_views(const std::vector<Argument>& arguments, const ChannelViews& 
     if (a.end <= b.begin || b.end <= a.begin) return;
     const int64_t size = output.dtype().bits / 8, row = views.layout.channels * views.layout.inner;
     if (same_stride && interleaved(a, b, row * size, stride * size)) return;
-    throw py::value_error(std::string(arguments[o].name) + ": got memory that overlaps " + arguments[i].name +
-                          ", needs memory of its own" + (may_be_same ? " or exactly the same" : ""));
+    refuse(arguments[o].name, std::string("memory that overlaps ") + arguments[i].name,
+           std::string("memory of its own") + (may_be_same ? " or exactly the same" : ""));
 }
 
 void disjoint_vector(const std::vector<Argument>& arguments, const ChannelViews& views, size_t v,
@@ -166,7 +158,7 @@ void disjoint_vector(const std::vector<Argument>& arguments, const ChannelViews&
     if (a.end <= begin || begin + vector.tensor.num_bytes() <= a.begin) return;
     const auto& [output, input] =
         vector_is_output ? std::pair(vector.name, view.name) : std::pair(view.name, vector.name);
-    throw py::value_error(std::string(output) + ": got memory that overlaps " + input + ", needs memory of its own");
+    refuse(output, std::string("memory that overlaps ") + input, "memory of its own");
 }
 
 }  // namespace check

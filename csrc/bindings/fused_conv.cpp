@@ -17,13 +17,9 @@ namespace py = pybind11;
 namespace fastprune {
 namespace {
 
-using Pair = std::array<int64_t, 2>;  // vertical, horizontal
+using check::refuse;
 
 constexpr int64_t largest_step = 1 << 15;  // of strides, paddings and dilations: products of two stay small
-
-[[noreturn]] void refuse(const char* name, const std::string& got, const std::string& needs) {
-    throw py::value_error(std::string(name) + ": got " + got + ", needs " + needs);
-}
 
 std::string text(const std::initializer_list<int64_t>& sizes) {
     std::string list;
@@ -104,13 +100,6 @@ Image check_image(const char* name, const Tensor& tensor) {
     return image;
 }
 
-void check_pair(const char* name, const Pair& pair, int64_t least) {
-    for (const int64_t value : pair) {
-        if (value < least || value > largest_step)
-            refuse(name, std::to_string(value), "integers in [" + text({least, largest_step}).substr(1));
-    }
-}
-
 void check_same_type(const char* name, const Tensor& tensor, ConvType type) {
     if (*type_of(tensor) != type) {
         throw py::type_error(std::string(name) + ": got dtype " + name_of(*type_of(tensor)) + ", needs " +
@@ -137,7 +126,7 @@ Image check_output(const char* name, const Tensor& tensor, const Image& x, const
     return output;
 }
 
-/// What is known from the tensors' shapes and memory: everything but scale, shift, mask and activation.
+/// Checks and returns what shapes and memory determine: everything but scale, shift, mask and activation.
 FusedConvArgs check_convolution(const Tensor& x_tensor, const Tensor& weight_tensor, const Tensor& y_tensor,
                                 const std::optional<Tensor>& saved_tensor, const Pair& stride, const Pair& padding,
                                 const Pair& dilation) {
@@ -149,9 +138,9 @@ FusedConvArgs check_convolution(const Tensor& x_tensor, const Tensor& weight_ten
     if (x.c == 0 || x.h == 0 || x.w == 0) refuse("x", "no channel or no pixel", "at least one");
     if (weight.c != x.c)
         refuse("weight", std::to_string(weight.c) + " input channels", std::to_string(x.c) + ", as many as x has");
-    check_pair("stride", stride, 1);
-    check_pair("padding", padding, 0);
-    check_pair("dilation", dilation, 1);
+    check::pair("stride", stride, 1, largest_step);
+    check::pair("padding", padding, 0, largest_step);
+    check::pair("dilation", dilation, 1, largest_step);
     const Pair size = {conv_output_size(x.h, weight.h, stride[0], padding[0], dilation[0]),
                        conv_output_size(x.w, weight.w, stride[1], padding[1], dilation[1])};
     if (weight.h < 1 || weight.w < 1 || size[0] < 1 || size[1] < 1) {
@@ -184,18 +173,6 @@ FusedConvArgs check_convolution(const Tensor& x_tensor, const Tensor& weight_ten
     return args;
 }
 
-Activation check_activation(const std::string& name) {
-    const std::pair<const char*, Activation> known[] = {{"identity", Activation::identity},
-                                                        {"relu", Activation::relu},
-                                                        {"relu6", Activation::relu6},
-                                                        {"silu", Activation::silu},
-                                                        {"hardswish", Activation::hardswish}};
-    for (const auto& [text, activation] : known) {
-        if (name == text) return activation;
-    }
-    refuse("activation", "'" + name + "'", "identity, relu, relu6, silu or hardswish");
-}
-
 int num_candidates() {
     if constexpr (build::has_cuda) return cuda::fused_conv_candidates();
     return 0;
@@ -203,15 +180,15 @@ int num_candidates() {
 
 void check_candidate(int64_t candidate) {
     if (num_candidates() == 0)
-        throw py::value_error("candidate: got " + std::to_string(candidate) +
-                              ", needs a build of fastprune with CUTLASS; this one has no CUTLASS kernels");
+        refuse("candidate", std::to_string(candidate),
+               "a build of fastprune with CUTLASS; this one has no CUTLASS kernels");
     if (candidate < 0 || candidate >= num_candidates())
         refuse("candidate", std::to_string(candidate), "an index below " + std::to_string(num_candidates()));
 }
 
 bool supports(const FusedConvArgs& args, int candidate) {
     if constexpr (build::has_cuda) {
-        // Nothing to compute is not a question of alignment, and CUTLASS divides by sizes.
+        // An empty convolution needs no alignment, and CUTLASS would divide by its sizes.
         const bool empty = args.n == 0 || args.k == 0;
         return empty || cuda::fused_conv_candidate(candidate).supports(args);
     }
@@ -235,7 +212,7 @@ std::optional<size_t> fused_conv_workspace(const Tensor& x, const Tensor& weight
     return workspace_bytes(args, index);
 }
 
-/// y and saved, which nothing may overlap.
+/// The outputs, y and saved. No other argument may overlap them.
 struct Outputs {
     Image y;
     std::optional<Image> saved;
@@ -261,8 +238,7 @@ const float* check_channels(const char* name, const std::optional<Tensor>& vecto
 
 void* check_workspace(const std::optional<Tensor>& workspace, const Tensor& x, size_t bytes) {
     if (bytes == 0) return nullptr;
-    if (!workspace || !workspace->problem().empty())
-        throw py::value_error("workspace: got none, needs " + std::to_string(bytes) + " bytes");
+    if (!workspace || !workspace->problem().empty()) refuse("workspace", "none", std::to_string(bytes) + " bytes");
     check::same_device({"workspace", *workspace}, {"x", x});
     check::writable({"workspace", *workspace});
     const bool fits = workspace->contiguous() && workspace->num_bytes() >= static_cast<int64_t>(bytes) &&
@@ -283,7 +259,7 @@ void fused_conv(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     args.scale = check_channels("scale", scale, x, outputs, args.k);
     args.shift = check_channels("shift", shift, x, outputs, args.k);
     args.mask = check_channels("mask", mask, x, outputs, args.k);
-    args.activation = check_activation(activation);
+    args.activation = check::activation(activation);
     check_candidate(candidate);
     if constexpr (build::has_cuda) {
         const auto index = static_cast<int>(candidate);

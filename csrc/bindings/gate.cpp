@@ -1,6 +1,8 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 #include "gate.h"
 
+#include <cmath>
+#include <sstream>
 #include <string>
 
 namespace py = pybind11;
@@ -10,11 +12,11 @@ namespace {
 
 std::string type_name_of(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-[[noreturn]] void raise_out_of_range(const char* name, const std::string& got) {
-    throw py::value_error(std::string(name) + ": got " + got + ", needs a whole number from 0 to 2^63 - 1");
+[[noreturn]] void refuse_count(const char* name, const std::string& got) {
+    check::refuse(name, got, "a whole number from 0 to 2^63 - 1");
 }
 
-/// Seeds and steps. A bool is an int for Python, but hardly meant as one.
+/// Returns a seed or a step. Refuses bools, which are ints for Python, but hardly meant as such.
 int64_t count_of(const char* name, py::handle object, const char* needs = "an int") {
     if (!PyLong_Check(object.ptr()) || PyBool_Check(object.ptr())) {
         throw py::type_error(std::string(name) + ": got an object of type " + type_name_of(object) + ", needs " +
@@ -22,8 +24,33 @@ int64_t count_of(const char* name, py::handle object, const char* needs = "an in
     }
     int overflow = 0;
     const int64_t value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
-    if (overflow != 0 || value < 0) raise_out_of_range(name, py::str(object));
+    if (overflow != 0 || value < 0) refuse_count(name, py::str(object));
     return value;
+}
+
+/// Returns a number. Python's own error would not name the argument.
+double real_number(const char* name, py::handle object) {
+    const double value = PyFloat_AsDouble(object.ptr());
+    if (value == -1 && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        throw py::type_error(std::string(name) + ": got an object of type " + type_name_of(object) +
+                             ", needs a number");
+    }
+    return value;
+}
+
+std::string text_of(double number) {
+    std::ostringstream text;
+    text << number;
+    return text.str();
+}
+
+Noise noise_of(py::handle object) {
+    const std::string got = py::isinstance<py::str>(object) ? std::string(py::repr(object)) : type_name_of(object);
+    if (got == "'gumbel'") return Noise::gumbel;
+    if (got == "'logistic'") return Noise::logistic;
+    if (got == "'none'") return Noise::none;
+    check::refuse("noise", got, "'gumbel', 'logistic' or 'none'");
 }
 
 }  // namespace
@@ -51,8 +78,8 @@ void GateCall::take_step(py::handle step) {
     const Argument argument{"step", step_tensor_};
     check::tensor(argument, {DType::int64});
     if (step_tensor_.ndim() != 0) {
-        throw py::value_error("step: got a tensor of " + std::to_string(step_tensor_.ndim()) +
-                              " dimensions, needs an int or a tensor without dimensions");
+        check::refuse("step", "a tensor of " + std::to_string(step_tensor_.ndim()) + " dimensions",
+                      "an int or a tensor without dimensions");
     }
     check::same_device(argument, input_);
     if (step_tensor_.on_cuda()) {
@@ -63,37 +90,17 @@ void GateCall::take_step(py::handle step) {
 }
 
 void GateCall::check_step() const {
-    if (draw_.step < 0) raise_out_of_range("step", std::to_string(draw_.step));
+    if (draw_.step < 0) refuse_count("step", std::to_string(draw_.step));
 }
 
-void GateCall::refuse_cuda() const {
-    throw py::value_error(std::string(input_.name) +
-                          ": got a CUDA tensor, needs one on the CPU: this build of fastprune has no CUDA kernels");
-}
-
-void GateCall::check_emulation() const {
-    if (!input_.tensor.on_cpu()) {
-        throw py::value_error(std::string(input_.name) +
-                              ": got a CUDA tensor, needs one on the CPU: this is the emulation");
+GumbelOptions gumbel_options(py::handle temperature, py::handle base, bool hard, py::handle noise) {
+    const GumbelOptions options{real_number("temperature", temperature), real_number("base", base), hard,
+                                noise_of(noise)};
+    if (!(options.temperature > 0 && std::isnormal(options.temperature) && std::isnormal(1 / options.temperature))) {
+        check::refuse("temperature", text_of(options.temperature), "a positive number");
     }
+    if (!std::isfinite(options.base)) check::refuse("base", text_of(options.base), "a finite number");
+    return options;
 }
 
-namespace check {
-
-double real_number(const char* name, py::handle object) {
-    const double value = PyFloat_AsDouble(object.ptr());
-    if (value == -1 && PyErr_Occurred() != nullptr) {
-        PyErr_Clear();
-        throw py::type_error(std::string(name) + ": got an object of type " + type_name_of(object) +
-                             ", needs a number");
-    }
-    return value;
-}
-
-void launch_shape(int num_threads, int num_blocks) {
-    if (num_threads <= 0 || num_threads > 1024) throw py::value_error("num_threads: needs a number from 1 to 1024");
-    if (num_blocks <= 0 || num_blocks > 1024) throw py::value_error("num_blocks: needs a number from 1 to 1024");
-}
-
-}  // namespace check
 }  // namespace fastprune

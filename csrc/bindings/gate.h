@@ -1,14 +1,14 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What the stochastic gates have in common before their kernels run: checks, then dispatch by dtype and device.
+// The arguments of stochastic gates: their checks, and the dispatch by dtype and device.
 #pragma once
 
-#include <omp.h>
 #include <pybind11/pybind11.h>
 
 #include "checks.h"
-#include "fastprune/build.h"
 #include "fastprune/gate.h"
+#include "fastprune/gumbel_gate.h"
+#include "run.h"
 
 namespace fastprune {
 
@@ -19,40 +19,32 @@ class GateCall {
     GateCall(const Argument& input, pybind11::handle seed, pybind11::handle step, const Tensor& gate,
              const Tensor& slope);
 
-    /// on_cpu(args, threads) or on_cuda(args, device, stream), whichever the input asks for.
+    /// Runs on_cpu(args, threads) or on_cuda(args, device, stream), whichever the input asks for.
     template <class OnCpu, class OnCuda>
     void run(int num_threads, const OnCpu& on_cpu, const OnCuda& on_cuda) const {
-        if (!input_.tensor.on_cuda()) {
-            check_step();
-            dispatch(
-                [&](const auto& args) { return on_cpu(args, num_threads > 0 ? num_threads : omp_get_max_threads()); });
-        } else if constexpr (build::has_cuda) {
-            void* stream = input_.tensor.current_stream();
-            dispatch([&](const auto& args) { return on_cuda(args, input_.tensor.device().id, stream); });
-        } else {
-            refuse_cuda();
-        }
+        if (!input_.tensor.on_cuda()) check_step();
+        dispatch([&](const auto& args) {
+            fastprune::run(
+                input_, num_threads, [&](int threads) { return on_cpu(args, threads); },
+                [&](auto device, void* stream) { return on_cuda(args, device, stream); });
+        });
     }
 
-    /// emulated(args), where the step is read as on a device.
+    /// Runs emulated(args), with the step where a device would find it.
     template <class Emulated>
     void emulate(const Emulated& emulated) const {
-        check_emulation();
+        check::on_cpu(input_, ": this is the emulation");
         dispatch([&](auto args) {
             args.draw.step_at = step_tensor_.data_as<const int64_t>();  // null for an int
-            return emulated(args);
+            const pybind11::gil_scoped_release release;
+            emulated(args);
         });
     }
 
    private:
-    template <class Run>
-    void dispatch(const Run& run) const {
-        Status status;
-        {
-            const pybind11::gil_scoped_release release;
-            status = dtype_ == DType::float32 ? run(arguments<float>()) : run(arguments<double>());
-        }
-        check::status(status);
+    template <class Body>
+    void dispatch(const Body& body) const {
+        dtype_ == DType::float32 ? body(arguments<float>()) : body(arguments<double>());
     }
     template <class Real>
     GateArgs<Real> arguments() const {
@@ -61,8 +53,6 @@ class GateCall {
     }
     void take_step(pybind11::handle step);
     void check_step() const;
-    [[noreturn]] void refuse_cuda() const;
-    void check_emulation() const;
 
     const Argument input_;
     const Tensor &gate_, &slope_;
@@ -71,13 +61,7 @@ class GateCall {
     Tensor step_tensor_;
 };
 
-namespace check {
+/// Checks and returns the options of gumbel_gate.
+GumbelOptions gumbel_options(pybind11::handle temperature, pybind11::handle base, bool hard, pybind11::handle noise);
 
-/// A number; Python's own message would not name the argument.
-double real_number(const char* name, pybind11::handle object);
-
-/// The number of threads and blocks of an emulated launch.
-void launch_shape(int num_threads, int num_blocks);
-
-}  // namespace check
 }  // namespace fastprune

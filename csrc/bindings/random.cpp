@@ -1,7 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What the noise of the gates is made of, one value at a time: for tests against published and correctly rounded
-// values.
+// The parts of the gates' noise, one value at a time: for tests against published and correctly rounded values.
 #include "bind.h"
 
 #include <pybind11/stl.h>

@@ -8,7 +8,7 @@ namespace {
 
 constexpr uint32_t dlpack_major = 1;
 
-/// The exchange table of the object's type, or null. One attribute look-up on the type; no cache to go stale.
+/// Returns the exchange table of the object's type, or null. Looks it up every time: a cache could go stale.
 const dlpack::ExchangeApi* exchange_api_of(py::handle object) {
     static PyObject* const name = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
     py::object capsule =
@@ -32,7 +32,7 @@ std::string first_line_of(const py::error_already_set& error) {
 }
 
 /// torch negates lazily: a tensor with the negative bit holds the opposite of its values, and its exchange table does
-/// not tell. torch.ops never hands one to a kernel; a direct caller can.
+/// not say so. torch.ops never passes one to a kernel; a direct caller can.
 bool has_negative_bit(py::handle object) {
     static PyObject* const name = PyUnicode_InternFromString("is_neg");
     const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), name));
@@ -60,6 +60,7 @@ Tensor Tensor::borrow(py::handle object) {
     if (tensor.problem_.empty() && tensor.view_.data == nullptr && tensor.numel() > 0) {
         tensor.problem_ = "a " + type_name_of(object) + " without memory";
     }
+    if (!tensor.problem_.empty()) tensor.view_ = {};  // a producer that fails may have filled half of it
     return tensor;
 }
 

@@ -13,8 +13,8 @@ namespace fastprune {
 
 class Tensor {
    public:
-    /// Never throws and never fails: what cannot be borrowed has a `problem`, which the checks report together with the
-    /// name of the argument (pybind11's own message would not name it).
+    /// Never throws: an object that cannot be borrowed gives a tensor with a `problem` and without dimensions. The
+    /// checks report it together with the name of the argument, which pybind11's own message would not contain.
     static Tensor borrow(pybind11::handle object);
 
     const std::string& problem() const { return problem_; }
@@ -37,11 +37,11 @@ class Tensor {
         return static_cast<T*>(data());
     }
 
-    /// How the object lends its memory, for callers who ask it again and again; null: through capsules.
+    /// The table through which the object lends its memory, for callers who borrow it often; null: it uses capsules.
     const dlpack::ExchangeApi* exchange_api() const { return api_; }
     const dlpack::Tensor& view() const { return view_; }
 
-    /// The stream that the producer's framework is working on now; the legacy default stream if it does not tell.
+    /// Returns the current stream of the producer's framework, or the legacy default stream if it has none to tell.
     void* current_stream() const;
 
    private:

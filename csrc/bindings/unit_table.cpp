@@ -46,9 +46,10 @@ UnitSlice block_of(const std::string& name, const Tensor& tensor, int dim) {
     bool passed = false;
     for (const int d : order) {
         if (tensor.numel() > 0 && tensor.size(d) != 1 && tensor.stride(d) != expected) {
-            throw py::value_error(name + ": got a tensor whose elements overlap or leave gaps (stride " +
-                                  std::to_string(tensor.stride(d)) + " in dimension " + std::to_string(d) +
-                                  "), needs dense memory in any order of the dimensions");
+            check::refuse(name,
+                          "a tensor whose elements overlap or leave gaps (stride " + std::to_string(tensor.stride(d)) +
+                              " in dimension " + std::to_string(d) + ")",
+                          "dense memory in any order of the dimensions");
         }
         expected *= tensor.size(d);
         if (d == dim) {
@@ -65,10 +66,10 @@ UnitSlice block_of(const std::string& name, const Tensor& tensor, int dim) {
 UnitTable::UnitTable(const py::sequence& slices, int64_t num_units, const std::optional<PlanLimits>& limits)
     : num_units_(num_units) {
     if (num_units < 0 || num_units > max_table_units) {
-        throw py::value_error("num_units: got " + std::to_string(num_units) + ", needs a number in [0, 2^31)");
+        check::refuse("num_units", std::to_string(num_units), "a number in [0, 2^31)");
     }
     if (py::len(slices) == 0) {
-        throw py::value_error("slices: got none, needs at least one tensor, which tells the dtype and the device");
+        check::refuse("slices", "none", "at least one tensor, which tells the dtype and the device");
     }
     std::vector<UnitSlice> blocks;
     std::vector<py::object> kept;  // the units, until the plan is made
@@ -110,20 +111,20 @@ UnitSlice UnitTable::add_slice(size_t index, py::handle slice, std::vector<py::o
     int overflow = 0;
     const long long asked = PyLong_AsLongLongAndOverflow(dim_object.ptr(), &overflow);
     if (overflow != 0 || asked < -tensor.ndim() || asked >= tensor.ndim()) {
-        throw py::value_error(name + ": got dim " + std::string(py::str(dim_object)) +
-                              ", needs a dimension of a tensor that has " + std::to_string(tensor.ndim()));
+        check::refuse(name, "dim " + std::string(py::str(dim_object)),
+                      "a dimension of a tensor that has " + std::to_string(tensor.ndim()));
     }
     const int dim = static_cast<int>(asked < 0 ? asked + tensor.ndim() : asked);
 
     const Tensor units = Tensor::borrow(units_object);
     const std::string units_name = name + " units";
     check::vector({units_name.c_str(), units}, DType::int64, tensor.size(dim), "one unit for each position of dim");
-    if (!units.on_cpu()) throw py::value_error(units_name + ": got a CUDA tensor, needs one on the CPU");
+    check::on_cpu({units_name.c_str(), units});
     for (int64_t i = 0; i < units.size(0); ++i) {
         const int64_t unit = units.data_as<const int64_t>()[i];
         if (unit < -1 || unit >= num_units_) {
-            throw py::value_error(units_name + "[" + std::to_string(i) + "]: got " + std::to_string(unit) +
-                                  ", needs a unit in [0, " + std::to_string(num_units_) + "), or -1 for none");
+            check::refuse(units_name + "[" + std::to_string(i) + "]", std::to_string(unit),
+                          "a unit in [0, " + std::to_string(num_units_) + "), or -1 for none");
         }
     }
     UnitSlice block = block_of(name, tensor, dim);
@@ -142,16 +143,15 @@ void UnitTable::check_overlaps() {
     for (size_t i = 1; i < intervals_.size(); ++i) {
         if (intervals_[i].begin >= intervals_[i - 1].end) continue;
         const auto [first, second] = std::minmax(intervals_[i - 1].slice, intervals_[i].slice);
-        throw py::value_error(
-            name_of(second) + ": got memory that overlaps " + name_of(first) +
-            ", needs memory of its own: an element that belongs to two units cannot be scaled for both");
+        check::refuse(name_of(second), "memory that overlaps " + name_of(first),
+                      "memory of its own: an element that belongs to two units cannot be scaled for both");
     }
 }
 
 bool UnitTable::Slice::unmoved() const {
     dlpack::Tensor now;
     Tensor borrowed;
-    if (api != nullptr) {  // 160 tensors at every step: no look-up of the type's attribute, no question for its bits
+    if (api != nullptr) {  // there may be 160 tensors at every step: skip the look-ups of Tensor::borrow
         if (api->borrow_from_object(object.ptr(), &now) != 0) {
             PyErr_Clear();
             return false;
@@ -188,8 +188,7 @@ void UnitTable::check_disjoint(const Argument& argument) const {
         std::upper_bound(intervals_.begin(), intervals_.end(), begin,
                          [](const char* value, const Interval& interval) { return value < interval.end; });
     if (next == intervals_.end() || next->begin >= end) return;
-    throw py::value_error(std::string(argument.name) + ": got memory that overlaps " + name_of(next->slice) +
-                          ", needs memory of its own");
+    check::refuse(argument.name, "memory that overlaps " + name_of(next->slice), "memory of its own");
 }
 
 int64_t UnitTable::num_device_words() const {
@@ -200,7 +199,7 @@ int64_t UnitTable::num_device_words() const {
 void UnitTable::write_device_words(const Tensor& words) const {
     check::vector({"words", words}, DType::int64, num_device_words(), "num_device_words");
     check::writable({"words", words});
-    if (!words.on_cpu()) throw py::value_error("words: got a CUDA tensor, needs one on the CPU");
+    check::on_cpu({"words", words});
     const std::vector<int64_t> packed = plan_.pack();
     auto* rest = std::copy(packed.begin(), packed.end(), words.data_as<int64_t>());
     std::fill(rest, words.data_as<int64_t>() + words.size(0), int64_t{0});
@@ -211,14 +210,14 @@ void UnitTable::attach(const py::object& object) {
     check::vector({"words", words}, DType::int64, num_device_words(), "num_device_words");
     const Tensor first = first_tensor();
     check::same_device({"words", words}, {"slices[0]", first});
-    if (!words.on_cuda()) throw py::value_error("words: got a tensor on the CPU, needs one on CUDA");
+    if (!words.on_cuda()) check::refuse("words", "a tensor on the CPU", "one on CUDA");
     device_words_ = object;
     device_base_ = words.data_as<int64_t>();
 }
 
 UnitTable::Workspace UnitTable::workspace() {
     if (!on_cuda_) return {plan_.view(), partial_sums_.data(), factors_.data(), arrived_.data()};
-    if (device_base_ == nullptr) throw py::value_error("table: got one without attached words, needs them on CUDA");
+    if (device_base_ == nullptr) check::refuse("table", "one without attached words", "them on CUDA");
     const UnitPlan& counts = plan_.counts;
     auto* partial_sums = reinterpret_cast<double*>(device_base_ + plan_words_);
     auto* factors = partial_sums + counts.num_slots;

@@ -1,6 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// Tensors together with the units that their elements belong to: what Python holds on to between the steps.
+// Tensors together with the units that their elements belong to: what Python keeps between the steps.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -29,19 +29,19 @@ class UnitTable {
     /// One access at a time: calls share the scratch memory.
     std::mutex& mutex() { return mutex_; }
 
-    /// Raises unless every tensor still lies where it lay.
+    /// Raises if the memory of a tensor has moved.
     void check_tensors() const;
     Tensor first_tensor() const { return Tensor::borrow(slices_[0].object); }
     /// Raises if `argument` overlaps one of the tensors.
     void check_disjoint(const Argument& argument) const;
 
-    /// The words that a device needs: the plan, and zeroed scratch behind it.
+    /// How many words a device needs: the plan, followed by zeroed scratch memory.
     int64_t num_device_words() const;
     void write_device_words(const Tensor& words) const;
-    /// `words` is what write_device_words wrote, copied to the device; kept alive.
+    /// Keeps `words`: those that write_device_words wrote, copied to the device.
     void attach(const pybind11::object& words);
 
-    /// What a kernel needs for a call: on the device of the tensors.
+    /// The memory that a kernel needs for a call, on the device of the tensors.
     struct Workspace {
         UnitPlan plan;
         double* partial_sums;

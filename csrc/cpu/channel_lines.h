@@ -34,16 +34,16 @@ struct LineTile {
     int64_t outer, channel, inner;  // the first element
     int64_t channels;
     int64_t repeat;  // neighbouring elements of a line that belong to one channel
-    int64_t rows;    // how often a line has these channels, each time of another index `outer`
-    bool joined;     // a line is one stretch of memory; else each of its rows is
+    int64_t rows;    // how many rows of these channels a line has, each with its own index `outer`
+    bool joined;     // a line is one stretch of memory; otherwise each of its rows is one
     int64_t lines;   // full ones
-    int64_t rest;    // width of one more line, may be 0
-    bool gapless;    // lines follow each other; else each begins at another index `outer`
+    int64_t rest;    // width of the last, shorter line; may be 0
+    bool gapless;    // lines follow each other; otherwise each begins at its own index `outer`
     int64_t chunk;   // index of the partial sums
 
     int64_t width() const { return channels * repeat * rows; }
     int64_t all_lines() const { return lines + (rest > 0); }
-    /// Elements from one row to the next in a tensor of this outer stride; where lines are gapless, from one line.
+    /// Elements from one row to the next in a tensor of this outer stride; between gapless lines, to the next line.
     int64_t pitch(int64_t outer_stride) const { return gapless ? repeat : outer_stride; }
 };
 
@@ -66,13 +66,13 @@ FASTPRUNE_INLINE void for_each_stretch(const LineTile& tile, int64_t begin, int6
     }
 }
 
-/// How many rows make a line: several short ones. A function of the layout alone, as sums are cut by it.
+/// How many rows make a line: several if they are short. Depends on the layout alone, since it cuts the sums.
 inline int64_t rows_of_line(const ChannelLayout& layout) {
     const bool brief = layout.inner == 1 && layout.channels > 0 && layout.channels < short_row;
     return brief ? std::max<int64_t>(1, short_row / 2 / layout.channels) * row_group : 1;
 }
 
-/// Whether there is nothing between the rows of any of these views.
+/// Whether the rows of every view follow each other without a gap.
 template <class... Views>
 bool are_gapless(const ChannelLayout& layout, const Views&... views) {
     return ((views.data == nullptr || views.outer_stride == layout.channels * layout.inner) && ...);
@@ -124,7 +124,7 @@ void for_each_tile(const ChannelLayout& layout, int64_t rows, bool gapless, int 
     });
 }
 
-/// Where a tile of a view begins.
+/// The first element of a tile of a view.
 template <class T>
 T* first_of(const ChannelView<T>& view, const LineTile& tile, const ChannelLayout& layout) {
     if (view.data == nullptr) return nullptr;
@@ -147,7 +147,7 @@ void fill_line(Real* line, const Real* vector, Real neutral, const LineTile& til
     }
 }
 
-/// The sum of values[0, count), which are overwritten: pairwise, hence as exact as it gets, and vectorised.
+/// Returns the sum of values[0, count) and overwrites them. Adds pairwise: exact, and vectorised.
 template <class Real>
 Real fold(Real* values, int64_t count) {
     while (count > 1) {
@@ -176,7 +176,7 @@ FASTPRUNE_INLINE void add_rows(const Real* sums, int64_t rows, int64_t channels,
     for (int64_t c = 0; c < channels; ++c) partial[c] += totals[c];
 }
 
-/// Adds the sums of a line to the partial sums [chunks, channels], and sets them back to 0. Nothing if those are null.
+/// Adds the sums of a line to the partial sums [chunks, channels], and sets them back to 0. Does nothing for null.
 template <class Real>
 FASTPRUNE_INLINE void flush_line(Real* sums, const LineTile& tile, const ChannelLayout& layout, double* partials) {
     if (partials == nullptr) return;
@@ -193,7 +193,7 @@ FASTPRUNE_INLINE void flush_line(Real* sums, const LineTile& tile, const Channel
     std::fill_n(sums, tile.width(), Real{0});
 }
 
-/// totals[c] = the partial sums [chunks, channels] of channel c, added up in the order of the chunks.
+/// Adds up the partial sums [chunks, channels] of every channel, in the order of the chunks.
 template <class Real>
 void combine_chunks(const double* partials, const ChannelLayout& layout, int64_t count, Real* totals) {
     for (int64_t first = 0; first < layout.channels; first += tile_width) {

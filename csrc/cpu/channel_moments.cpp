@@ -1,6 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// channel_moments on the CPU: one pass, with double sums for every element of a line.
+// channel_moments on the CPU: one pass, with sums in double for every element of a line.
 #include "fastprune/channel_moments.h"
 
 #include <vector>

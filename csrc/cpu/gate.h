@@ -1,8 +1,8 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// Stochastic gates on the CPU, a chunk of units at a time: random bits, noise and gates in three loops through the L1
-// cache. In one loop the steps of a unit form a chain so long that the processor sees no second one to overlap it with:
-// gumbel_gate took a quarter longer.
+// Stochastic gates on the CPU, a chunk of units at a time: three loops compute random bits, noise and gates in the L1
+// cache. In a single loop the steps of one unit form a chain so long that the processor cannot overlap it with the next
+// one: gumbel_gate took a quarter longer.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ namespace fastprune::cpu {
 
 inline constexpr int64_t chunk_units = 1024;
 
-/// The first NaN of `values`, or -1.
+/// Returns the index of the first NaN, or -1.
 template <class Real>
 int64_t find_nan(const Real* values, int64_t size) {
     constexpr int64_t stretch = 1024;  // looked at without a branch, so that it vectorises
@@ -39,7 +39,7 @@ inline void draw_bits(const Draw& draw, int64_t first_quad, int64_t quads, uint3
     }
 }
 
-/// The chunk of `size` units from unit `begin` on.
+/// Computes the chunk of `size` units from unit `begin` on.
 template <class Real, class Formula>
 void draw_chunk(const GateArgs<Real>& args, const Formula& formula, int64_t begin, int64_t size) {
     double noise[chunk_units];
@@ -61,7 +61,7 @@ void draw_chunk(const GateArgs<Real>& args, const Formula& formula, int64_t begi
     }
 }
 
-/// gate, slope = formula(input, noise) of every unit. A thread has at least `grain` units.
+/// Computes gate, slope = formula(input, noise) for every unit. A thread takes at least `grain` units.
 template <class Real, class Formula>
 void draw_gates(const GateArgs<Real>& args, const Formula& formula, int64_t grain, int num_threads) {
     const int64_t chunks = args.num_units / chunk_units + (args.num_units % chunk_units != 0);

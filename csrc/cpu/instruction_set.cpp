@@ -1,5 +1,5 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
-#include "instruction_set.h"
+#include "fastprune/instruction_set.h"
 
 #include <atomic>
 

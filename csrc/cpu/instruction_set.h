@@ -1,24 +1,13 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// Loops compiled for wider vectors than every x86-64 has, chosen when they run: the module itself stays fit for any
-// machine. Contraction is off in all of them, so that the instruction set changes the speed and not one bit.
+// Loops compiled for every instruction set.
 #pragma once
+
+#include "fastprune/instruction_set.h"
 
 #define FASTPRUNE_INLINE inline __attribute__((always_inline))
 
 namespace fastprune::cpu {
-
-/// avx2 comes with FMA, avx512 is F, DQ, BW and VL.
-enum class InstructionSet { baseline, avx2, avx512 };
-
-/// Whether this machine has it, whatever limit_instruction_set allows.
-bool has_instruction_set(InstructionSet set);
-
-/// The widest that this machine has, or what limit_instruction_set allows.
-InstructionSet instruction_set();
-
-/// For tests of the narrower ones. Returns whether this machine has it; if not, nothing changes.
-bool limit_instruction_set(InstructionSet highest);
 
 #if defined(__x86_64__) && defined(__GNUC__)
 // flatten: what the body calls is compiled into it, for the same instruction set.
@@ -32,8 +21,8 @@ template <class Body>
 }
 #endif
 
-/// Calls body(), compiled for the instruction set of this machine. Worth it around loops of arithmetic: gumbel_gate
-/// takes a third of the time with AVX-512 and half with AVX2.
+/// Calls body(), compiled for the instruction set that instruction_set() returns. Worth it around loops of arithmetic:
+/// gumbel_gate takes a third of the time with AVX-512 and half with AVX2.
 template <class Body>
 void run_vectorised(const Body& body) {
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -1,7 +1,7 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// The forward pass of masked_act on the CPU. Bound by memory: what counts is that every variant of the loop is
-// vectorised, half precision and exponentials included.
+// The forward pass of masked_act on the CPU. It is bound by memory as long as every variant of the loop is vectorised,
+// half precision and exponentials included.
 #include "fastprune/masked_act.h"
 
 #include "channel_lines.h"

@@ -12,10 +12,10 @@
 namespace fastprune::cpu {
 namespace {
 
-/// So many terms are added in float before a double takes them, half of them where it takes those of several rows.
+/// How many terms are added in float before their sum is added to a double; half as many for lines of several rows.
 constexpr int64_t lines_per_stretch = 32;
 
-/// Which sums a loop makes: the variants that the compiler sees. Those with `all` also read x.
+/// Which sums a loop computes. Loops with `all` also read x.
 enum class Sums { none, mask, all };
 
 template <class Real>
@@ -127,7 +127,9 @@ void run_backward(const MaskedActBackwardArgs<Storage>& args, const Partials& pa
     using Value = Real<Storage>;
     const Sums wanted = wanted_sums(args);
     const BackwardLines<Storage> process = backward_lines_for(args, wanted);
-    const auto& x = args.x.data != nullptr ? args.x : args.saved;  // where only dshift is wanted: read for nothing
+    const auto& x = args.x.data != nullptr
+                        ? args.x
+                        : args.saved;  // null where dshift is the only sum; the loop then reads `saved` in vain
     const bool gapless = are_gapless(args.layout, args.dy, args.saved, x, args.dx);
     for_each_tile(args.layout, rows_of_line(args.layout), gapless, num_threads, [&](const LineTile& tile) {
         Coefficients<Value> coefficients;

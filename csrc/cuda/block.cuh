@@ -1,7 +1,7 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What a device body may ask of the thread block that runs it. A body is a template over this interface and names no
-// CUDA built-in, so that emulated/block.h can run the very same code on host threads, in tests without a GPU.
+// The interface between a device body and the thread block that runs it. A body is a template over this interface and
+// uses no CUDA built-in, so that emulated/block.h can run the same code on host threads, in tests without a GPU.
 #pragma once
 
 #include <cstdint>

@@ -62,7 +62,7 @@ struct ChannelTasks {
     }
 };
 
-/// What one thread does in one task: `count` vectors, the k-th at (outer + k outer_step, channel, inner + k
+/// The work of one thread in one task: `count` vectors, the k-th at (outer + k outer_step, channel, inner + k
 /// inner_step).
 struct Run {
     int64_t outer, channel, inner;

@@ -37,16 +37,16 @@ class LatencyBenchSettings:
 
     model: str = option("torchvision:resnet50", "resnet20, torchvision:NAME, timm:NAME or package.module:factory")
     weights: str | None = option(None, "file of trained weights (.safetensors, .pt, .pth); random weights without it")
-    input: str | None = option(None, "size of one image, CxHxW; the model's usual size without it")
-    batch: int = option(1, "images in a forward pass", minimum=1)
+    input: str | None = option(None, "size of one image, CxHxW; by default the model's usual size")
+    batch: int = option(1, "images per pass", minimum=1)
     plans: int = option(5, "number of random plans", minimum=1)
-    repeats: int = option(30, "passes of each network, in turn", minimum=1)
+    repeats: int = option(30, "passes of each network, in turns", minimum=1)
     device: str = option("cpu", "device to measure on: auto, cpu, cuda or cuda:N")
-    channels_last: bool = option(False, "NHWC memory layout of weights and images", flag=SWITCH)
+    channels_last: bool = option(False, "store weights and images in channels_last", flag=SWITCH)
     processor_time: bool = option(False, PROCESSOR_TIME, flag=SWITCH)
-    no_cache: bool = option(False, "measure every layer anew, and keep nothing", flag=SWITCH)
+    no_cache: bool = option(False, "measure every layer anew and store nothing", flag=SWITCH)
     seed: int = option(0, "seed of the plans", minimum=0, maximum=LARGEST_SEED)
-    json: str | None = option(None, "file to write the numbers to as well")
+    json: str | None = option(None, "file for the numbers")
 
     def __post_init__(self) -> None:
         check(self)

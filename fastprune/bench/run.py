@@ -31,15 +31,15 @@ class BenchSettings:
     """The options of all benchmarks."""
 
     device: str = option("cpu", "device to measure on: auto, cpu, cuda or cuda:N")
-    quick: bool = option(False, "time a few rounds of a small case, to see that it runs; not to compare", flag=SWITCH)
+    quick: bool = option(False, "run a few rounds of a small case as a check; the numbers mean little", flag=SWITCH)
     seconds: float | None = option(
-        None, "begin no case after a benchmark has taken this many seconds; name the cases left out", above=0.0
+        None, "begin no further case of a benchmark after this time, and name the cases left out", above=0.0
     )
     compile_seconds: float | None = option(
-        None, "once torch.compile has taken this many seconds, time the later cases without it", above=0.0
+        None, "drop torch.compile from later cases after this time of compiling", above=0.0
     )
     seed: int = option(0, "seed of the inputs", minimum=0, maximum=LARGEST_SEED)
-    json: str | None = option(None, "file to write the numbers to as well")
+    json: str | None = option(None, "file for the numbers")
 
     def __post_init__(self) -> None:
         check(self)
@@ -50,7 +50,7 @@ class BenchSettings:
 class KernelBenchSettings(BenchSettings):
     """Time the kernels."""
 
-    only: tuple[str, ...] = option((), "kernels to time; all without it", choices=KERNELS, flag=SEVERAL)
+    only: tuple[str, ...] = option((), "kernels to time; default: all", choices=KERNELS, flag=SEVERAL)
 
 
 @dataclass
@@ -62,7 +62,7 @@ class StepBenchSettings(BenchSettings):
 class SearchBenchSettings(BenchSettings):
     """Time the search steps of DMC and DDNP."""
 
-    only: tuple[str, ...] = option((), "methods to time; all without it", choices=METHODS, flag=SEVERAL)
+    only: tuple[str, ...] = option((), "methods to time; default: all", choices=METHODS, flag=SEVERAL)
     processor_time: bool = option(False, PROCESSOR_TIME, flag=SWITCH)
 
     def __post_init__(self) -> None:

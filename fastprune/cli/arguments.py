@@ -34,22 +34,22 @@ def read_invocation(arguments: Sequence[str]) -> Invocation:
     Raises:
         ValueError: for a command that does not exist, or a file that cannot be read.
     """
-    command = command_in(arguments)
+    command = find_command(arguments)
     if command is None or not COMMANDS[command].takes_method:
         return Invocation(command)
-    path = None if "--resume" in arguments else value_of(arguments, "--recipe")
+    path = None if "--resume" in arguments else find_value(arguments, "--recipe")
     if path is None:
-        return Invocation(command, method_in(arguments, PruneSettings.method))
+        return Invocation(command, find_method(arguments, PruneSettings.method))
     from fastprune.cli.recipes import read_recipe  # imports torch
 
     recipe = read_recipe(path)
-    method = method_in(arguments, recipe.method)
+    method = find_method(arguments, recipe.method)
     if method != recipe.method:
         raise ValueError(f"--recipe {path} is for method {recipe.method!r}, not {method!r}; leave out --method")
     return Invocation(command, method, recipe.settings)
 
 
-def command_in(arguments: Sequence[str]) -> str | None:
+def find_command(arguments: Sequence[str]) -> str | None:
     """Return the command that the arguments begin with, of one word or two; None if they begin with an option.
 
     Raises:
@@ -59,14 +59,14 @@ def command_in(arguments: Sequence[str]) -> str | None:
     if not words or words[0].startswith("-"):
         return None
     if words[0] not in FAMILIES:
-        return checked(words[0], list(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS)))
+        return require_command(words[0], list(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS)))
     members = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if len(words) == 1:
         raise ValueError(f"{words[0]} needs one more word: give one of {', '.join(members)}")
-    return None if words[1].startswith("-") else checked(" ".join(words), members)  # None: the help of a family
+    return None if words[1].startswith("-") else require_command(" ".join(words), members)  # None: the help of a family
 
 
-def checked(name: str, known: Sequence[str]) -> str:
+def require_command(name: str, known: Sequence[str]) -> str:
     """Return a command's name; refuse one that does not exist."""
     if name not in COMMANDS:
         hint = did_you_mean(name, known) or f"give one of {', '.join(known)}"
@@ -74,11 +74,12 @@ def checked(name: str, known: Sequence[str]) -> str:
     return name
 
 
-def method_in(arguments: Sequence[str], default: str) -> str:
+def find_method(arguments: Sequence[str], default: str) -> str:
     """Return the method that the arguments or the file of ``--config`` name."""
-    config = value_of(arguments, "--config")
+    config = find_value(arguments, "--config")
     settings = read_settings(config, "--config") if config is not None else {}
-    method = value_of(arguments, "--method") or settings.get("method", default)
+    named = find_value(arguments, "--method")
+    method = settings.get("method", default) if named is None else named
     if not isinstance(method, str):
         raise ValueError(f"--config {config}: method {method!r}: the name of one method is needed")
     own = settings.get(method, {})
@@ -87,7 +88,7 @@ def method_in(arguments: Sequence[str], default: str) -> str:
     return method
 
 
-def value_of(arguments: Sequence[str], name: str) -> str | None:
+def find_value(arguments: Sequence[str], name: str) -> str | None:
     """Return the last value of an option that is written ``--name value`` or ``--name=value``."""
     value = None
     for index, argument in enumerate(arguments):
@@ -98,7 +99,7 @@ def value_of(arguments: Sequence[str], name: str) -> str | None:
     return value
 
 
-def names_in(arguments: Sequence[str]) -> list[str]:
+def list_names(arguments: Sequence[str]) -> list[str]:
     """Return the names of the options that were written on the command line."""
     return [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
 
@@ -109,8 +110,8 @@ def refuse_unknown(arguments: Sequence[str], invocation: Invocation) -> None:
     Raises:
         ValueError: for an unknown option; suggests another one.
     """
-    known = set(option_names(invocation))
-    for name in names_in(arguments):
+    known = set(list_options(invocation))
+    for name in list_names(arguments):
         if name and name not in known:
             raise ValueError(unknown_option(name, invocation, resume="--resume" in arguments))
 
@@ -120,14 +121,14 @@ def unknown_option(name: str, invocation: Invocation, *, resume: bool = False) -
     if resume:
         return f"--resume takes its settings from the run's directory; leave out --{name}"
     program = " ".join(filter(None, ["fastprune", invocation.command]))
-    hint = did_you_mean(name, option_names(invocation), show="--{}".format) or f"see {program} --help"
+    hint = did_you_mean(name, list_options(invocation), show="--{}".format) or f"see {program} --help"
     method, (owner, dot, _) = invocation.method, name.partition(".")
     if method is not None and dot and owner != method:
         hint = f"the method is {method!r}; --method {owner} has options of that name"
     return f"there is no option --{name}: {hint}"
 
 
-def option_names(invocation: Invocation) -> Iterator[str]:
+def list_options(invocation: Invocation) -> Iterator[str]:
     """Yield the names of all options, without their dashes."""
     yield "help"
     if invocation.command is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 
 from fastprune import models
 from fastprune.cli.settings import DemoSettings, pick
-from fastprune.data import load_data
+from fastprune.data import SourceData, load_data
 from fastprune.engine import (
     LoopOptions,
     RunDirectory,
@@ -29,12 +29,12 @@ from fastprune.engine import (
 )
 from fastprune.engine.device import Placement
 from fastprune.engine.run import plain
-from fastprune.pruning import prune
+from fastprune.pruning import PruningResult, prune
 from fastprune.report import tables
 
 BASELINE = TrainConfig(epochs=12, batch_size=64, lr=0.1, schedule="cosine", evaluate_every=0)
-# The gates begin wide open, at 1, and Adam moves them by about the learning rate a step: 0.01 over these 840 steps
-# lets every gate cross ½, where it closes, and come back.
+# The gates begin wide open, at 1, and Adam moves them by about the learning rate per step: with 0.01, these 840 steps
+# are enough for every gate to cross ½, where it closes, and to come back.
 SEARCH: dict[str, Any] = {"epochs": 40, "batch_size": 64, "learning_rate": 0.01, "evaluate_every": 0}
 FINETUNE = TrainConfig(epochs=10, batch_size=64, lr=0.05, schedule="cosine", evaluate_every=0)
 
@@ -53,7 +53,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     """Train ResNet-20 on scikit-learn's digits, prune it with DMC to half of its MACs, fine-tune it.
 
     Args:
-        settings: where to write, the seed, the device.
+        settings: directory, seed and device.
 
     Returns:
         ``{"run": directory, "seconds": …, "stages": [{"stage", "accuracy", "macs", "params", "latency_ms"}, …]}`` with
@@ -61,17 +61,17 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
         for a batch of 64.
 
     Raises:
-        RunError: where ``settings.out`` exists already.
+        RunError: if ``settings.out`` exists already.
     """
     with one_thread():
         return show_pruning(settings)
 
 
 def show_pruning(settings: DemoSettings) -> dict[str, Any]:
-    """As ``demo``, with as many threads as torch has."""
+    """Do what ``demo`` does, with all threads of torch."""
     begun = time.monotonic()
     out = Path(settings.out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
-    if out.exists():  # said before the first training, not after it
+    if out.exists():  # refused before the first training, not after it
         raise RunError(f"{str(out)!r} exists already: give another --out")
     data = load_data("digits", seed=settings.seed)
     device = choose_device(settings.device)
@@ -90,6 +90,16 @@ def show_pruning(settings: DemoSettings) -> dict[str, Any]:
     run = RunDirectory.open(out)
     train(result.model, data, FINETUNE, run=run, seed=settings.seed, device=device, options=quiet, stage="finetune")
     networks: dict[str, nn.Module] = {"trained": model, "pruned": pruned, "fine-tuned": result.model}
+    stages = measure_stages(networks, result, data, device)
+    outcome = {"run": str(out), "seconds": time.monotonic() - begun, "stages": stages}
+    run.log({"stage": "result", **outcome})
+    return outcome
+
+
+def measure_stages(
+    networks: Mapping[str, nn.Module], result: PruningResult, data: SourceData, device: torch.device
+) -> list[dict[str, Any]]:
+    """Measure accuracy, size and latency of the network after each stage."""
     accuracies = {
         stage: evaluate(network.to(device), data, placement=Placement(device))["accuracy"]
         for stage, network in networks.items()
@@ -102,15 +112,15 @@ def show_pruning(settings: DemoSettings) -> dict[str, Any]:
             "stage": stage, "accuracy": accuracies[stage], "macs": result.metrics["macs"][size],
             "params": result.metrics["params"][size], "latency_ms": latencies[stage],
         })  # fmt: skip
-    outcome = {"run": str(out), "seconds": time.monotonic() - begun, "stages": stages}
-    run.log({"stage": "result", **outcome})
-    return outcome
+    return stages
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread. These layers take microseconds: a second thread gains next to nothing on idle cores,
-    and on busy ones every layer waits for it.
+    """Let torch use one thread.
+
+    The layers take microseconds: a second thread gains next to nothing on idle cores, and on busy cores every layer
+    waits for it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from fastprune.cli.networks import build_model, check_fit, compact_of, data_of, measure, size_of
+from fastprune.cli.networks import build_compact, build_model, check_fit, count_size, measure, open_run_data
 from fastprune.cli.runs import print_results
-from fastprune.cli.settings import EvaluateSettings, NetworkSettings, needed, pick
+from fastprune.cli.settings import EvaluateSettings, NetworkSettings, pick, require
 from fastprune.data import SourceData, load_data
 from fastprune.engine import RunDirectory
 from fastprune.host.distributed import Distributed
@@ -19,7 +19,7 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
     settings = pick(EvaluateSettings, values)
     peers = Distributed.from_environment()
     if settings.run is None:
-        needed(model=settings.model, data=settings.data)
+        require(model=settings.model, data=settings.data)
         data = load_data(str(settings.data))
         networks, name = {"model": build_model(settings, data)}, settings.model
     else:
@@ -28,20 +28,20 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
             raise ValueError(f"--run {settings.run} has a network of its own: leave out --{own[0]}, or --run")
         run = RunDirectory.open(settings.run, peers)
         origin = pick(NetworkSettings, run.config)
-        data, name = data_of(origin, settings.data), origin.model
-        networks = networks_of(run, origin, data)
+        data, name = open_run_data(origin, settings.data), origin.model
+        networks = build_networks(run, origin, data)
     for network in networks.values():
         check_fit(network, name, data.shape)
     results = measure(networks, data, settings.device, peers)
     for key, network in networks.items():
-        results[key] |= size_of(network, data.shape)
+        results[key] |= count_size(network, data.shape)
     print_results(results, values["json"], peers, None)
     return 0
 
 
-def networks_of(run: RunDirectory, origin: NetworkSettings, data: SourceData) -> dict[str, nn.Module]:
+def build_networks(run: RunDirectory, origin: NetworkSettings, data: SourceData) -> dict[str, nn.Module]:
     """Build the networks of a run: the one it trained, or the full and the compact one of a pruning."""
     if run.config.get("command") == "train":
         origin.weights = str(run.model_path)
         return {"model": build_model(origin, data)}
-    return {"baseline": build_model(origin, data), "compact": compact_of(run, origin, data)}
+    return {"baseline": build_model(origin, data), "compact": build_compact(run, origin, data)}

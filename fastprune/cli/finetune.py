@@ -11,9 +11,16 @@ from typing import Any
 import torch
 import yaml
 
-from fastprune.cli.networks import check_fit, check_recipe, compact_of, data_of, measure
-from fastprune.cli.runs import FINETUNE_CONFIG, config_of, fine_tuning_of, only_resumed, print_results, read_yaml
-from fastprune.cli.settings import FinetuneConfig, FinetuneSettings, NetworkSettings, needed, pick
+from fastprune.cli.networks import build_compact, check_fit, check_recipe, measure, open_run_data
+from fastprune.cli.runs import (
+    FINETUNE_CONFIG,
+    make_config,
+    print_results,
+    read_fine_tuning,
+    read_yaml,
+    refuse_beside_resume,
+)
+from fastprune.cli.settings import FinetuneConfig, FinetuneSettings, NetworkSettings, pick, require
 from fastprune.engine import RunDirectory, choose_device, train
 from fastprune.engine.run import plain, took_steps
 from fastprune.host import atomic
@@ -23,17 +30,17 @@ from fastprune.host.distributed import Distributed
 def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     """Train the compact network of a run; its weights replace the run's at the end."""
     settings = pick(FinetuneSettings, values)
-    needed(run=settings.run)
+    require(run=settings.run)
     peers = Distributed.from_environment()
     run = RunDirectory.open(settings.run, peers)
-    settings, config = chosen(run, settings, values, given)
+    settings, config = choose_settings(run, settings, values, given)
     check_recipe(config, choose_device(settings.device))
     origin = pick(NetworkSettings, run.config)
-    data = data_of(origin, settings.data)
+    data = open_run_data(origin, settings.data)
     torch.manual_seed(settings.seed)
-    compact = compact_of(run, origin, data, trained=not config.from_scratch)
+    compact = build_compact(run, origin, data, trained=not config.from_scratch)
     check_fit(compact, origin.model, data.shape, training=True)
-    with recipe_on_disk(run, config_of(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
+    with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
         train(
             compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
             resume=values["resume"], stage="finetune",
@@ -44,15 +51,15 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     return 0
 
 
-def chosen(
+def choose_settings(
     run: RunDirectory, settings: FinetuneSettings, values: dict[str, Any], given: set[str]
 ) -> tuple[FinetuneSettings, FinetuneConfig]:
     """Return the settings and the recipe: as given and as the run's own recipe says, or those of a resumed one."""
-    config = pick(FinetuneConfig, {**values, **fine_tuning_of(run, given)})
+    config = pick(FinetuneConfig, {**values, **read_fine_tuning(run, given)})
     if not values["resume"]:
         return settings, config
     file = run.path / FINETUNE_CONFIG
-    only_resumed(given, "run", file)
+    refuse_beside_resume(given, "run", file)
     begun = read_yaml(file)
     anew = {name: values[name] for name in ("run", *({"device"} & given))}
     return pick(FinetuneSettings, {**begun, **anew}), pick(FinetuneConfig, begun)

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from fastprune.cli.networks import build_model, check_fit, example_of, input_shape
+from fastprune.cli.networks import build_model, check_fit, input_shape, make_example
 from fastprune.cli.settings import InspectSettings, pick
 from fastprune.graph import ChannelGraph, trace
 from fastprune.report.graph_tables import print_graph
@@ -20,7 +20,7 @@ def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     check_fit(model, settings.model, shape)
     begun = time.monotonic()
     graph = trace(
-        model, example_of(shape), rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact
+        model, make_example(shape), rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact
     )
     seconds = time.monotonic() - begun
     if values["json"]:

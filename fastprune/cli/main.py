@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastprune.cli.arguments import names_in, read_invocation, refuse_unknown
+from fastprune.cli.arguments import list_names, read_invocation, refuse_unknown
 from fastprune.cli.commands import COMMANDS
 from fastprune.cli.parser import parse
 from fastprune.host.errors import Interrupted, UserError
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not {"-h", "--help"} & set(given):
             refuse_unknown(given, invocation)
         command, settings = str(invocation.command), parse(given, invocation)
-        return COMMANDS[command].load_run()(settings, set(names_in(given)))
+        return COMMANDS[command].load_run()(settings, set(list_names(given)))
     except Interrupted as stopped:
         print(f"fastprune: {stopped}{how_to_go_on(command, settings)}", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import models
-from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, needed
+from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, require
 from fastprune.data import SourceData, load_data
 from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate
 from fastprune.graph import trace
@@ -24,7 +24,7 @@ def open_data(spec: str, settings: RunSettings) -> SourceData:
     return load_data(spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size)
 
 
-def data_of(origin: NetworkSettings, other: str | None) -> SourceData:
+def open_run_data(origin: NetworkSettings, other: str | None) -> SourceData:
     """Load the data set of an earlier run, or another one in its place."""
     spec = other or origin.data
     if not spec:
@@ -52,7 +52,7 @@ def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, 
     return (3, 32, 32) if settings.model in models.available() else (3, 224, 224)
 
 
-def example_of(shape: tuple[int, int, int]) -> Tensor:
+def make_example(shape: tuple[int, int, int]) -> Tensor:
     """Return a random batch of one image."""
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
@@ -65,13 +65,13 @@ def build_model(settings: ModelSettings, data: SourceData | None, *, classes_of:
         data: the data set, which gives the numbers of channels and classes; None = the weights give the classes.
         classes_of: a weights file that gives the number of classes if there are neither data nor weights.
     """
-    needed(model=settings.model)
+    require(model=settings.model)
     channels = input_shape(settings, data)[0]
     if data is not None:
         classes: int | None = data.num_classes
     else:
         weights = settings.weights or classes_of
-        classes = classes_in(weights) if weights is not None else None
+        classes = count_classes(weights) if weights is not None else None
     # Every factory makes networks for 3 channels; only some can be asked for another number.
     in_channels = None if channels == 3 else channels
     try:
@@ -80,13 +80,13 @@ def build_model(settings: ModelSettings, data: SourceData | None, *, classes_of:
         raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
 
 
-def classes_in(weights: str) -> int | None:
+def count_classes(weights: str) -> int | None:
     """Return the number of classes of the last linear layer in a weights file."""
     matrices = [tensor for tensor in models.read_weights(weights).values() if tensor.dim() == 2]
     return matrices[-1].shape[0] if matrices else None
 
 
-def compact_of(
+def build_compact(
     run: RunDirectory, origin: NetworkSettings, data: SourceData | None, *, trained: bool = True
 ) -> nn.Module:
     """Build the compact network of a pruning run.
@@ -149,7 +149,7 @@ def measure(
     }
 
 
-def size_of(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
+def count_size(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
     """Count MACs and parameters on the network itself."""
-    cost = trace(model, example_of(shape)).cost()
+    cost = trace(model, make_example(shape)).cost()
     return {"macs": round(float(cost.macs)), "params": round(float(cost.params))}

@@ -40,7 +40,8 @@ def parse(arguments: Sequence[str], invocation: Invocation) -> dict[str, Any]:
         raise ValueError(explain(error, invocation)) from error
     for word in (invocation.command or "").split():
         parsed = parsed[word]
-    settings: dict[str, Any] = parsed.as_dict()
+    # Without metadata: the path of a file with a method's options is no option of the method.
+    settings: dict[str, Any] = parsed.clone(with_meta=False).as_dict()
     return settings
 
 

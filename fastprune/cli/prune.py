@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastprune.cli.networks import build_model, check_fit, compact_of, example_of, input_shape, measure, open_data
+from fastprune.cli.networks import build_compact, build_model, check_fit, input_shape, make_example, measure, open_data
 from fastprune.cli.recipes import read_recipe
-from fastprune.cli.runs import FINETUNE_CONFIG, config_of, inherited, print_results, resumed
-from fastprune.cli.settings import PruneSettings, needed, pick
+from fastprune.cli.runs import FINETUNE_CONFIG, inherit_settings, make_config, print_results, read_begun_settings
+from fastprune.cli.settings import PruneSettings, pick, require
 from fastprune.data import SourceData
 from fastprune.engine import RunDirectory
 from fastprune.graph.plan import PruningPlan
@@ -29,21 +29,21 @@ from fastprune.report.graph_tables import print_difference
 def run_prune(values: dict[str, Any], given: set[str]) -> int:
     """Prune a trained network."""
     if values["resume"]:
-        values = resumed_search(values, given)
-    settings = pick(PruneSettings, inherited(values, given))
-    needed(model=settings.model, out=settings.out)
+        values = read_search_settings(values, given)
+    settings = pick(PruneSettings, inherit_settings(values, given))
+    require(model=settings.model, out=settings.out)
     method = registry.load(settings.method)
     options = method_options(method, values.get(settings.method))
     if method.needs_data and not settings.data:
         raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
     Budget.parse(settings.budget)
-    limits, conditions = limits_of(settings), conditions_of(settings)
+    limits, conditions = make_limits(settings), make_conditions(settings)
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
     peers = Distributed.from_environment()
     subject = load_subject(settings, peers)
     result = prune(
         subject.model,
-        example_of(subject.shape),
+        make_example(subject.shape),
         method=method,
         budget=settings.budget,
         data=subject.data,
@@ -59,16 +59,16 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         conditions=conditions,
         after=subject.before,
         exact=not settings.inexact,
-        run_config=config_of(settings, "prune", {} if recipe is None else recipe.sections),
+        run_config=make_config(settings, "prune", {} if recipe is None else recipe.sections),
         **options,
     )
     tell(settings, subject, result, peers, as_json=values["json"])
     return 0
 
 
-def resumed_search(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+def read_search_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """Return the settings of a search that is resumed; refuse one whose network has been fine-tuned since."""
-    values = resumed(values, given, "prune")
+    values = read_begun_settings(values, given, "prune")
     if (Path(values["out"]) / FINETUNE_CONFIG).exists():
         raise ValueError(
             f"{values['out']!r} is pruned, and its weights have been fine-tuned since: "
@@ -89,12 +89,12 @@ def method_options(method: type[Method], values: Any) -> dict[str, Any]:
     return options
 
 
-def limits_of(settings: PruneSettings) -> Limits:
+def make_limits(settings: PruneSettings) -> Limits:
     """Return the limits of the widths."""
     return Limits.parse(settings.keep_ratio, min_keep=settings.min_keep, round_to=settings.round_to)
 
 
-def conditions_of(settings: PruneSettings) -> Conditions:
+def make_conditions(settings: PruneSettings) -> Conditions:
     """Return the conditions under which a latency counts."""
     dtype: Any = settings.latency_dtype
     return Conditions(settings.latency_device, settings.latency_batch, dtype, settings.latency_channels_last)
@@ -126,7 +126,7 @@ def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
         model = build_model(settings, data)
     else:
         base = RunDirectory.open(settings.from_run, peers)
-        model, before = compact_of(base, settings, data), PruningPlan.load(base.plan_path)
+        model, before = build_compact(base, settings, data), PruningPlan.load(base.plan_path)
     check_fit(model, settings.model, shape)
     return Subject(model, shape, data, before)
 

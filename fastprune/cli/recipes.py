@@ -59,12 +59,12 @@ def read_recipe(path: str) -> Recipe:
     """
     values = read_settings(path, "--recipe")
     try:
-        return recipe_of(path, values)
+        return make_recipe(path, values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--recipe {path}: {error}") from error
 
 
-def recipe_of(path: str, values: Mapping[str, Any]) -> Recipe:
+def make_recipe(path: str, values: Mapping[str, Any]) -> Recipe:
     """Make a recipe from the values in a file, and check them."""
     missing = [name for name in NEEDED if name not in values]
     if missing:

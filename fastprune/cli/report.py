@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastprune.cli.settings import ReportSettings, needed, pick
+from fastprune.cli.settings import ReportSettings, pick, require
 from fastprune.engine import RunDirectory
 from fastprune.report.log import read_runs
 from fastprune.report.page import summary, write_report
@@ -15,11 +15,11 @@ from fastprune.report.page import summary, write_report
 def run_report(values: dict[str, Any], given: set[str]) -> int:
     """Draw the searches and widths of pruning runs, as a page with figures."""
     settings = pick(ReportSettings, values)
-    needed(run=settings.run)
+    require(run=settings.run)
     places = settings.run or ()
     runs = read_runs(places)
     if len(runs) > 1:
-        needed(out=settings.out)
+        require(out=settings.out)
     folder = Path(settings.out) if settings.out else RunDirectory.open(places[0]).report_path
     contents = summary(write_report(runs, folder))
     if values["json"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fastprune.cli.settings import needed
+from fastprune.cli.settings import require
 from fastprune.engine import RunDirectory
 from fastprune.host.distributed import Distributed
 from fastprune.report import tables
@@ -19,25 +19,25 @@ from fastprune.report import tables
 FINETUNE_CONFIG = "finetune.yaml"  # in the run's directory, beside its config.yaml
 
 
-def resumed(settings: Mapping[str, Any], given: set[str], command: str) -> dict[str, Any]:
+def read_begun_settings(settings: Mapping[str, Any], given: set[str], command: str) -> dict[str, Any]:
     """Return the settings that a run was begun with; only its place and its device can be given anew."""
-    needed(out=settings["out"])
+    require(out=settings["out"])
     run = RunDirectory.open(settings["out"])
-    only_resumed(given, "out", run.path / "config.yaml")
+    refuse_beside_resume(given, "out", run.path / "config.yaml")
     if run.config.get("command") != command:
         raise ValueError(f"{settings['out']!r} is a run of 'fastprune {run.config.get('command')}', not of '{command}'")
     anew = {name: settings[name] for name in ("out", "resume", "json", *({"device"} & given))}
     return {**run.config, **anew}
 
 
-def only_resumed(given: set[str], place: str, file: Path) -> None:
+def refuse_beside_resume(given: set[str], place: str, file: Path) -> None:
     """Refuse options beside ``--resume`` that ``file`` has already."""
     extra = sorted(given - {place, "resume", "json", "device"})
     if extra:
         raise ValueError(f"--resume takes its settings from {file}; leave out --{extra[0]}")
 
 
-def inherited(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+def inherit_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """Return the settings of ``prune``; with ``--from_run`` network, input and data are those of the earlier run."""
     if values.get("from_run") is None or values["resume"]:
         return values
@@ -54,7 +54,7 @@ def inherited(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     return {**values, **{name: earlier.get(name) for name in ("model", "weights", *(names - given))}}
 
 
-def fine_tuning_of(run: RunDirectory, given: set[str]) -> dict[str, Any]:
+def read_fine_tuning(run: RunDirectory, given: set[str]) -> dict[str, Any]:
     """Return what the recipe of a run says of its fine-tuning, without the options in ``given``."""
     section = run.config.get("finetune", {})
     if not isinstance(section, dict):
@@ -75,7 +75,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def config_of(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+def make_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of ``config.yaml``: the settings, with files by their absolute paths."""
     values = asdict(settings)
     for name in ("out", "run"):

@@ -169,7 +169,7 @@ def pick(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ValueError(str(error)) from error
 
 
-def needed(**values: Any) -> None:
+def require(**values: Any) -> None:
     """Refuse a command that lacks an option."""
     missing = [f"--{name}" for name, value in values.items() if not value]
     if missing:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from fastprune.cli.networks import build_model, check_fit, check_recipe, measure, open_data
-from fastprune.cli.runs import config_of, print_results, resumed
-from fastprune.cli.settings import NetworkSettings, needed, pick
+from fastprune.cli.runs import make_config, print_results, read_begun_settings
+from fastprune.cli.settings import NetworkSettings, pick, require
 from fastprune.engine import TrainConfig, choose_device, train
 from fastprune.engine.run import plain, run_directory
 from fastprune.host.distributed import Distributed
@@ -19,16 +19,16 @@ from fastprune.host.distributed import Distributed
 def run_train(values: dict[str, Any], given: set[str]) -> int:
     """Train a network from scratch, or from weights."""
     if values["resume"]:
-        values = resumed(values, given, "train")
+        values = read_begun_settings(values, given, "train")
     settings, config = pick(NetworkSettings, values), pick(TrainConfig, values)
-    needed(model=settings.model, data=settings.data, out=settings.out)
+    require(model=settings.model, data=settings.data, out=settings.out)
     check_recipe(config, choose_device(settings.device))
     peers = Distributed.from_environment()
     data = open_data(str(settings.data), settings)
     torch.manual_seed(settings.seed)
     model = build_model(settings, data)
     check_fit(model, settings.model, data.shape, training=True)
-    file = config_of(settings, "train", plain(asdict(config)))
+    file = make_config(settings, "train", plain(asdict(config)))
     with run_directory(settings.out, file, peers, resume=values["resume"]) as run:
         train(
             model,

@@ -1,4 +1,4 @@
-"""Labelled images: data sets, how they are split, and their batches."""
+"""Labelled images: data sets, their parts, and their batches."""
 
 from fastprune.data.batches import BatchRequest, Split
 from fastprune.data.data import Data, SourceData

@@ -22,13 +22,13 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
     Args:
         path: the ``.gz`` file.
-        dimensions: how many the file must have: 3 for images, 1 for labels.
+        dimensions: number of dimensions that the file must have: 3 for images, 1 for labels.
 
     Returns:
         uint8 tensor of the shape that the file states.
 
     Raises:
-        ValueError: where the file is missing, cut off, or holds something else.
+        ValueError: if the file is missing, cut off, or holds something else.
     """
     try:
         content = gzip.decompress(path.read_bytes())
@@ -62,7 +62,7 @@ def read_mnist(root: Path, part: str) -> tuple[Tensor, Tensor]:
         Images [N, 1, H, W], uint8, and labels [N], int64.
 
     Raises:
-        ValueError: as ``read_idx``, or where images and labels do not go together.
+        ValueError: as ``read_idx``, or if the numbers of images and labels differ.
     """
     images = read_idx(root / f"{part}-images-idx3-ubyte.gz", 3)
     labels = read_idx(root / f"{part}-labels-idx1-ubyte.gz", 1)
@@ -85,8 +85,8 @@ def read_cifar10(root: Path, part: str) -> tuple[Tensor, Tensor]:
         Images [N, 3, 32, 32], uint8, and labels [N], int64.
 
     Raises:
-        ValueError: where a file is missing, cut off or damaged, or the folder holds the Python version, which is made
-            of pickles.
+        ValueError: if a file is missing, cut off or damaged, or the folder holds the Python version, which is made of
+            pickles.
     """
     if (root / "cifar-10-batches-bin").is_dir():
         root = root / "cifar-10-batches-bin"
@@ -95,11 +95,11 @@ def read_cifar10(root: Path, part: str) -> tuple[Tensor, Tensor]:
     if missing:
         if (root / "cifar-10-batches-py").is_dir() or (root / "data_batch_1").is_file():
             raise ValueError(
-                f"{str(root)!r} holds the Python version of CIFAR-10, which is made of pickles and is not read; unpack "
-                "the binary version, cifar-10-binary.tar.gz, instead"
+                f"{str(root)!r} holds the Python version of CIFAR-10, which is made of pickles and is not read; give "
+                "the binary version, cifar-10-binary.tar.gz, unpacked"
             )
         raise ValueError(
-            f"{str(root)!r} has no {missing[0]}: give the folder into which cifar-10-binary.tar.gz was unpacked"
+            f"{str(root)!r} has no {missing[0]}: give the folder with the content of cifar-10-binary.tar.gz"
         )
     images, labels = [], []
     for name in names:

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches: of small images as they are read, and of any, with their labels, in a training."""
+"""Augmentation of whole batches: shifts and flips of small images, and cutout and mixup during a training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastprune.data.batches import Noise
 
 @dataclass(frozen=True)
 class ShiftAndFlip:
-    """Random crop out of the zero-padded image, then a horizontal mirror with probability ½.
+    """A random crop of the zero-padded image, then a horizontal flip with probability ½.
 
     Args:
         padding: pixels of zeros around the image; each shift from -padding to padding is equally likely.
-        flip: whether mirror images keep their class (digits do not).
+        flip: whether to flip; mirror images of digits, for one, do not keep their class.
     """
 
     padding: int
@@ -36,7 +36,7 @@ class ShiftAndFlip:
         """
         count, channels, height, width = images.shape
         span = np.uint64(2 * self.padding + 1)
-        # 20 bits for each shift, so that the bias of the modulo stays below 1e-5; disjoint bits for each draw.
+        # 20 bits per shift keep the bias of the modulo below 1e-5; every draw has its own bits.
         down = torch.from_numpy(((noise & np.uint64(0xFFFFF)) % span).astype(np.int64)).to(images.device)
         right = torch.from_numpy((((noise >> np.uint64(20)) & np.uint64(0xFFFFF)) % span).astype(np.int64))
         columns = torch.arange(width).expand(count, width)
@@ -55,12 +55,15 @@ class ShiftAndFlip:
 
 
 def cutout(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
-    """Images with a square of zeros, which is the mean of normalised ones (DeVries and Taylor, 2017).
+    """Set a square of each image to zero, the mean of normalised images (DeVries and Taylor, 2017).
 
     Args:
-        images: [N, C, H, W].
-        side: of the squares, in pixels. Their centres are anywhere in the image, so that parts of them may lie outside.
-        rng: where the centres come from.
+        images: [N, C, H, W]; not changed.
+        side: side of the squares in pixels. Their centres are anywhere in the image, so parts of them may lie outside.
+        rng: source of the centres.
+
+    Returns:
+        Images [N, C, H, W].
     """
     height, width = images.shape[2:]
 
@@ -76,14 +79,14 @@ def cutout(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
 def mixup(
     images: Tensor, labels: Tensor, classes: int, alpha: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Each image blended with another of the batch, and targets blended alike (Zhang et al., ICLR 2018).
+    """Blend each image with another of the batch, and their targets alike (Zhang et al., ICLR 2018).
 
     Args:
         images: [N, C, H, W].
         labels: [N].
-        classes: K.
+        classes: number of classes K.
         alpha: α of the distribution Beta(α, α) of the share, which is one number for the batch.
-        rng: where share and partners come from.
+        rng: source of share and partners.
 
     Returns:
         Images [N, C, H, W] and the probabilities of classes [N, K].

@@ -1,7 +1,7 @@
-"""Which samples each step sees, and with which random numbers: pure functions of (seed, epoch, sample).
+"""The samples of each step and their random numbers: pure functions of (seed, epoch, sample).
 
-Nothing here draws from a stateful generator, so a resumed run, a run on more processes and a run with other workers see
-the same samples with the same augmentation, and starting in the middle of an epoch costs nothing.
+Nothing here draws from a stateful generator. So a resumed run, a run on more processes and a run with other workers see
+the same samples with the same augmentation, and a start in the middle of an epoch costs nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Split = Literal["train", "held_out", "test"]
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """Which batches of a data set to read: those of one epoch, or the rest of them.
+    """A request for the batches of one epoch of a data set, or for the rest of them.
 
     Args:
         split: "train" comes shuffled, "held_out" and "test" in their own order.
@@ -47,7 +47,7 @@ class BatchRequest:
 
 
 def hashed(seed: int, *keys: int | Indices | Noise) -> Noise:
-    """64 random bits per element of the broadcast ``keys``, equal wherever (seed, keys) are equal.
+    """Return 64 random bits per element of the broadcast ``keys``: equal bits for equal (seed, keys).
 
     SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014), once per key.
 
@@ -70,8 +70,13 @@ def hashed(seed: int, *keys: int | Indices | Noise) -> Noise:
     return np.asarray(state, dtype=np.uint64)
 
 
+def torch_seed(seed: int, *keys: int) -> int:
+    """Return a seed for torch's generators, fixed by (seed, keys); it has 63 bits."""
+    return int(hashed(seed, *keys) >> np.uint64(1))
+
+
 def permutation(size: int, seed: int, *keys: int) -> Indices:
-    """A random order of ``range(size)``, fixed by (seed, keys)."""
+    """Return a random order of ``range(size)``, fixed by (seed, keys)."""
     return np.argsort(hashed(seed, *keys, np.arange(size)), kind="stable").astype(np.int64)
 
 
@@ -79,15 +84,15 @@ def permutation(size: int, seed: int, *keys: int) -> Indices:
 class BatchPlan:
     """The batches of one epoch on one rank.
 
-    All ranks together see every batch exactly as a single process would. A batch of n samples gives rank r of W the
-    samples from r·n // W to (r + 1)·n // W, so shares differ by at most one.
+    All ranks together see every batch as a single process would. Rank r of W gets the samples from r·n // W to
+    (r + 1)·n // W of a batch of n, so shares differ by at most one.
 
     Args:
         order: the samples of the epoch, in order, over all ranks.
         batch_size: samples per batch over all ranks.
         distributed: this process among its peers.
         complete: False for training: a last batch with fewer samples than ranks is left out, so that every rank takes
-            part in every step. True for evaluation: every sample is seen once, and a rank may have one batch fewer.
+            part in every step. True for evaluation: every sample is seen once, and a rank may have one batch less.
     """
 
     order: Indices
@@ -99,8 +104,8 @@ class BatchPlan:
         ranks = self.distributed.world_size
         if self.batch_size < ranks:
             raise ValueError(
-                f"batch_size {self.batch_size}: it counts the samples of all {ranks} processes together and must give "
-                "each of them at least one"
+                f"batch_size {self.batch_size}: it counts the samples of all {ranks} processes together; each of them "
+                "needs at least one"
             )
         if len(self.order) < ranks and not self.complete:
             raise ValueError(f"{len(self.order)} samples are too few for {ranks} processes: each needs at least one")
@@ -111,12 +116,12 @@ class BatchPlan:
         return whole + (rest >= needed)
 
     def __getitem__(self, index: int) -> Indices:
-        """This rank's samples of batch ``index``."""
+        """Return this rank's samples of batch ``index``."""
         batch = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         return batch[share_of(len(batch), self.distributed)]
 
 
 def share_of(size: int, peers: Distributed) -> slice:
-    """The samples of this rank in a batch of ``size``; shares differ by at most one."""
+    """Return this rank's part of a batch of ``size`` samples."""
     rank, ranks = peers.rank, peers.world_size
     return slice(rank * size // ranks, (rank + 1) * size // ranks)

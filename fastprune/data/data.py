@@ -22,6 +22,8 @@ _HOLD_OUT, _SUBSET, _ORDER, _AUGMENT = range(4)
 class Data(ABC):
     """Labelled images, as the engine reads them.
 
+    A subclass has the attributes, ``num_classes``, ``size``, ``steps`` and ``read``.
+
     Attributes:
         name: what the user typed.
         shape: (C, H, W) of one image.
@@ -38,7 +40,7 @@ class Data(ABC):
 
     @abstractmethod
     def size(self, split: Split) -> int:
-        """Number of samples in ``split``; 0 where there is no such part."""
+        """Return the number of samples in ``split``; 0 if there is no such part."""
 
     @abstractmethod
     def steps(
@@ -49,7 +51,7 @@ class Data(ABC):
         samples: int | None = None,
         distributed: Distributed | None = None,
     ) -> int:
-        """How many batches ``batches`` gives in one epoch of training."""
+        """Return the number of batches in one epoch of training."""
 
     def batches(
         self,
@@ -73,15 +75,15 @@ class Data(ABC):
         return self.read(BatchRequest(split, batch_size, seed, epoch, start, samples, augment, complete, peers))
 
     def read(self, request: BatchRequest) -> Iterator[Batch]:
-        """Read the batches that ``batches`` is asked for.
+        """Read the batches of ``request``. A subclass overrides this, or ``batches`` with all its arguments.
 
         Raises:
-            NotImplementedError: in a subclass that overrides neither this nor ``batches``.
+            NotImplementedError: if a subclass overrides neither.
         """
         raise NotImplementedError(f"{type(self).__name__} has no way to read batches: implement read(request)")
 
     def to(self, device: torch.device) -> Data:
-        """The same data, kept on ``device`` where it is small enough to be kept in memory at all."""
+        """Return the same data with its tensors on ``device``, if it is kept in memory."""
         return self
 
 
@@ -117,7 +119,7 @@ class SourceData(Data):
         return self._num_classes
 
     def size(self, split: Split) -> int:
-        """Number of samples in ``split``; 0 where there is no such part."""
+        """Return the number of samples in ``split``."""
         return len(self._parts[split])
 
     def steps(
@@ -128,7 +130,7 @@ class SourceData(Data):
         samples: int | None = None,
         distributed: Distributed | None = None,
     ) -> int:
-        """How many batches ``batches`` gives in one epoch of training."""
+        """Return the number of batches in one epoch of training."""
         total = self.size(split) if samples is None else min(samples, self.size(split))
         return len(BatchPlan(np.arange(total), batch_size, distributed or Distributed()))
 
@@ -149,7 +151,7 @@ class SourceData(Data):
         return (self._test if request.split == "test" else self._train).read(draws)
 
     def to(self, device: torch.device) -> SourceData:
-        """The same data with its tensors on ``device``."""
+        """Return the same data with its tensors on ``device``."""
         return SourceData(
             self.name,
             self.shape,
@@ -161,18 +163,18 @@ class SourceData(Data):
 
 
 def held_out_part(size: int, seed: int, amount: int | float | None) -> Indices:
-    """A random part of a training set of ``size``, fixed by ``seed``.
+    """Draw a random part of a training set, fixed by ``seed``.
 
     Args:
-        size: of the training set.
-        seed: of the run.
+        size: samples of the training set.
+        seed: seed of the run.
         amount: a number of samples (int) or a fraction in [0, 1) (float); None = 10 %, at most 5000.
 
     Returns:
         Positions in the training set.
 
     Raises:
-        ValueError: where nothing would be left to train on.
+        ValueError: if nothing would be left to train on.
     """
     if amount is None:
         count = min(int(size * HELD_OUT_SHARE), HELD_OUT_MOST)

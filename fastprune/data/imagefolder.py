@@ -16,8 +16,8 @@ STD = (0.229, 0.224, 0.225)
 def read_imagefolder(root: Path, image_size: int, workers: int) -> tuple[DatasetSource, DatasetSource, int]:
     """Open ``root/train/CLASS/*.jpg`` and ``root/val/CLASS/*.jpg``.
 
-    Training with augmentation takes a random crop of 8 to 100 % of the picture and mirrors half of them; everything
-    else sees the centre of the picture, its shorter side first scaled to 8/7 of the crop (256 for 224).
+    Training with augmentation takes a random crop of 8 to 100 % of the picture and flips half of them. Otherwise the
+    shorter side is scaled to 8/7 of the crop (256 for 224), and the crop is at the centre.
 
     Args:
         root: the folder above ``train`` and ``val``.
@@ -28,7 +28,7 @@ def read_imagefolder(root: Path, image_size: int, workers: int) -> tuple[Dataset
         Training set, test set and the number of classes.
 
     Raises:
-        ValueError: where torchvision or a folder is missing, a class is empty, or the two parts differ in classes.
+        ValueError: if torchvision or a folder is missing, a class is empty, or the two parts differ in classes.
     """
     try:
         datasets: Any = importlib.import_module("torchvision.datasets")
@@ -46,7 +46,7 @@ def read_imagefolder(root: Path, image_size: int, workers: int) -> tuple[Dataset
     for part in ("train", "val"):
         folder = root / part
         if not folder.is_dir():
-            raise ValueError(f"{str(root)!r} has no folder {part!r}: pictures go to {part}/CLASS/*.jpg")
+            raise ValueError(f"{str(root)!r} has no folder {part!r}: put the pictures into {part}/CLASS/*.jpg")
         try:
             parts[part] = datasets.ImageFolder(str(folder))
         except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""From what a user types to a data set."""
+"""Data sets by the names that users type."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def load_data(
 
     Args:
         spec: one of ``SPECS``.
-        seed: of the run: it chooses the held-out part. The test set never depends on it.
-        held_out: how much of the training set is held out; see ``held_out_part``.
-        image_size: side of the images in pixels, where it is to differ from the data set's own (224 for imagefolder).
+        seed: seed of the run, which chooses the held-out part. The test set never depends on it.
+        held_out: amount of the training set that is held out; see ``held_out_part``.
+        image_size: side of the images in pixels; None = the data set's own (224 for imagefolder).
         workers: processes that read pictures; None = one per core that this process may use, at most 8.
 
     Returns:
@@ -100,9 +100,9 @@ def _in_memory(
 ) -> SourceData:
     resize: Callable[[Tensor], Tensor] = lambda images: images  # noqa: E731
     if image_size is not None:
-        resize = lambda images: _resized(images, image_size, white)  # noqa: E731
+        resize = lambda images: _resize(images, image_size, white)  # noqa: E731
     images, labels = resize(train[0]), train[1]
-    # Mean and standard deviation of the training images, channel by channel, in float64.
+    # Mean and standard deviation of each channel of the training images, in float64.
     pixels = images.double().transpose(0, 1).flatten(1)
     mean, std = pixels.mean(1).float(), pixels.std(1).float()
     shape = (images.shape[1], images.shape[2], images.shape[3])
@@ -116,7 +116,7 @@ def _in_memory(
     )
 
 
-def _resized(images: Tensor, size: int, white: float) -> Tensor:
+def _resize(images: Tensor, size: int, white: float) -> Tensor:
     scaled = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
     return scaled.round().clamp(0, white).to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Where samples come from: tensors in memory, or a dataset that reads one sample at a time in worker processes."""
+"""Sources of samples: tensors in memory, or a dataset that reads one sample at a time in worker processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Batch = tuple[Tensor, Tensor]
 """Images [N, C, H, W], float32, normalised; labels [N], int64."""
 
 Draw = tuple[Indices, Noise | None]
-"""Which samples a batch takes, and one word of random bits for each; None = no augmentation."""
+"""The samples of a batch, and one word of random bits for each; None = no augmentation."""
 
 
 class Source(ABC):
@@ -29,10 +29,10 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, draws: Sequence[Draw]) -> Iterator[Batch]:
-        """The batches that ``draws`` lists, in order."""
+        """Read the batches that ``draws`` lists, in order."""
 
     def to(self, device: torch.device) -> Source:
-        """The same source with its data on ``device``, where that saves copies; else unchanged."""
+        """Return the same source with its data on ``device`` if that saves copies; otherwise unchanged."""
         return self
 
 
@@ -45,7 +45,7 @@ class TensorSource(Source):
         labels: [N], int64.
         mean: [C], in units of the bytes.
         std: [C], in units of the bytes.
-        augmentation: what ``noise`` does to a batch; None for a set that is never augmented.
+        augmentation: turns images and random bits into augmented images; None for a set that is never augmented.
     """
 
     images: Tensor
@@ -58,7 +58,7 @@ class TensorSource(Source):
         return len(self.labels)
 
     def read(self, draws: Sequence[Draw]) -> Iterator[Batch]:
-        """The batches that ``draws`` lists, in order."""
+        """Read the batches that ``draws`` lists, in order."""
         mean = self.mean[:, None, None]
         std = self.std[:, None, None]
         for indices, noise in draws:
@@ -69,7 +69,7 @@ class TensorSource(Source):
             yield (images.float() - mean) / std, self.labels[chosen]
 
     def to(self, device: torch.device) -> TensorSource:
-        """The same source with its tensors on ``device``."""
+        """Return the same source with its tensors on ``device``."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "mean", "std")}
         return replace(self, **moved)
 
@@ -78,12 +78,12 @@ Transform = Callable[[object], Tensor]
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """A dataset of torch's kind behind keys (sample, random bits), so that augmentation follows the sample.
+    """A torch dataset with keys (sample, random bits), so that augmentation depends on the sample alone.
 
     Args:
-        dataset: gives (image, label); images of any kind that the transforms take.
-        plain: applied where there are no random bits.
-        augmented: applied with torch's generator seeded from the random bits.
+        dataset: the dataset of (image, label); images of any kind that the transforms take.
+        plain: transform of images without random bits.
+        augmented: transform of the others, with torch's generator seeded from the random bits.
     """
 
     def __init__(self, dataset: Dataset[tuple[object, int]], plain: Transform, augmented: Transform) -> None:
@@ -106,7 +106,7 @@ class DatasetSource(Source):
     """Samples that are read one at a time, by ``workers`` processes ahead of the training.
 
     Args:
-        samples: the dataset behind (sample, random bits) keys.
+        samples: the dataset with keys (sample, random bits).
         size: number of samples.
         workers: reading processes; 0 reads in the training process.
     """
@@ -119,7 +119,7 @@ class DatasetSource(Source):
         return self.size
 
     def read(self, draws: Sequence[Draw]) -> Iterator[Batch]:
-        """The batches that ``draws`` lists, in order."""
+        """Read the batches that ``draws`` lists, in order."""
         keys = [
             list(zip(indices.tolist(), [None] * len(indices) if noise is None else noise.tolist(), strict=True))
             for indices, noise in draws
@@ -129,5 +129,5 @@ class DatasetSource(Source):
             batch_sampler=keys,
             num_workers=min(self.workers, len(keys)),
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # torch's default one stays untouched
+            generator=torch.Generator(),  # otherwise a loader draws from torch's default one
         )

@@ -1,4 +1,4 @@
-"""Made images of any size: for timing, for trying a set-up, and for tests."""
+"""Synthetic images of any size: for timing, for trying a set-up, and for tests."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _POOL = 16  # different noise images; each sample shifts one of them by its own 
 
 @dataclass(frozen=True)
 class SyntheticSource(Source):
-    """Sample i of class i modulo ``num_classes``: the class's coarse pattern under noise, fixed by (seed, i).
+    """Synthetic samples: sample i, of class i modulo ``num_classes``, is the class's coarse pattern under noise.
 
-    Making an image costs one gather and one sum, so that a measurement of a training is not one of its data.
+    (seed, i) fixes the noise. An image costs one gather and one sum: the data hardly count when a training is timed.
 
     Args:
         shape: (C, H, W) of one image.
         num_classes: number of classes.
         first: number of the first sample, so that training and test samples differ.
         size: number of samples.
-        seed: of patterns and noise.
+        seed: seed of patterns and noise.
         patterns: [num_classes, C, ⌈H/32⌉+1, ⌈W/32⌉+1], unit normal.
         pool: [16, C, H, W], unit normal.
     """
@@ -54,7 +54,7 @@ class SyntheticSource(Source):
         return self.size
 
     def read(self, draws: Sequence[Draw]) -> Iterator[Batch]:
-        """The batches that ``draws`` lists, in order."""
+        """Make the batches that ``draws`` lists, in order."""
         device = self.pool.device
         columns = torch.arange(self.shape[2], device=device)
         for indices, _ in draws:
@@ -69,5 +69,5 @@ class SyntheticSource(Source):
             yield pattern + noise, labels
 
     def to(self, device: torch.device) -> SyntheticSource:
-        """The same source with its tensors on ``device``."""
+        """Return the same source with its tensors on ``device``."""
         return replace(self, patterns=self.patterns.to(device), pool=self.pool.to(device))

@@ -1,4 +1,4 @@
-"""A user's own loaders as data: anything that can be iterated again and again for (images, labels)."""
+"""A user's own loaders as data: anything that can be iterated repeatedly for (images, labels)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import copy
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from fastprune.data.batches import BatchRequest, Split, hashed, share_of
+from fastprune.data.batches import BatchRequest, Split, share_of, torch_seed
 from fastprune.data.data import Data
 from fastprune.data.sources import Batch
 from fastprune.host.distributed import Distributed
@@ -20,20 +19,19 @@ Loader = Iterable[tuple[Tensor, Tensor]]
 
 
 class UserData(Data):
-    """Loaders of one's own, taken as they are: their batch size, order and augmentation are not touched.
+    """A user's loaders, with their own batch size, order and augmentation.
 
-    Each pass runs with torch's generator seeded by (seed, epoch), so that a ``DataLoader`` that shuffles and augments
-    by torch's generator gives the same batches when a run is resumed; those before ``start`` are read and dropped.
-    Workers are started for each pass, also where they would persist.
-    Under N processes each takes its share of every batch, unless the loader has a ``DistributedSampler``, which has
-    divided them already.
+    Each pass runs with torch's generator seeded by (seed, epoch). So a ``DataLoader`` that shuffles and augments by
+    torch's generator gives the same batches when a run is resumed; those before ``start`` are read and dropped.
+    Workers start anew for each pass, even if they would persist. Under N processes each takes its share of every batch,
+    unless the loader has a ``DistributedSampler``, which divides the samples itself.
 
     Args:
-        train: the training batches; images [N, C, H, W], labels [N]. Not an iterator: each epoch starts anew.
-        held_out: batches from the training set that ``train`` does not hold, for methods that compare candidates.
-        test: the test batches, for ``evaluate``.
-        num_classes: number of classes, for methods that ask.
-        name: shown in reports.
+        train: training batches of images [N, C, H, W] and labels [N]. No iterator: each epoch starts anew.
+        held_out: batches of the training set that are not in ``train``, for methods that compare candidates.
+        test: test batches, for ``evaluate``.
+        num_classes: number of classes, for methods that need it.
+        name: name in reports.
 
     Raises:
         ValueError: for an iterator in place of an iterable, or an empty ``train``.
@@ -52,12 +50,12 @@ class UserData(Data):
         for split, loader in self._loaders.items():
             if isinstance(loader, Iterator):
                 raise ValueError(
-                    f"{split} data is an iterator, which can be gone through only once; give a DataLoader, a list of "
+                    f"{split} data is an iterator, which gives its batches only once; give a DataLoader, a list of "
                     "batches or another object whose __iter__ starts anew"
                 )
         first = next(iter(train), None)
         if first is None:
-            raise ValueError("train data is empty")
+            raise ValueError("train data is empty: at least one batch is needed")
         images = first[0]
         if images.dim() != 4:
             raise ValueError(f"train data gives images of shape {list(images.shape)}; [N, C, H, W] is needed")
@@ -69,11 +67,11 @@ class UserData(Data):
     def num_classes(self) -> int:
         """Number of classes."""
         if self._num_classes is None:
-            raise ValueError("the number of classes is not known: give it, UserData(loader, num_classes=…)")
+            raise ValueError("the number of classes is not known: give UserData(loader, num_classes=…)")
         return self._num_classes
 
     def size(self, split: Split) -> int:
-        """Number of samples in ``split``; 0 where there is no such part."""
+        """Return the number of samples in ``split``; 0 if there is no such part."""
         loader = self._loaders[split]
         if loader is None:
             return 0
@@ -89,7 +87,7 @@ class UserData(Data):
         samples: int | None = None,
         distributed: Distributed | None = None,
     ) -> int:
-        """How many batches ``batches`` gives in one epoch of training."""
+        """Return the number of batches in one epoch of training."""
         loader = self._loader(split)
         if samples is None and isinstance(loader, Sized):
             return len(loader)
@@ -98,8 +96,8 @@ class UserData(Data):
     def read(self, request: BatchRequest) -> Iterator[Batch]:
         """Read the batches of ``request``.
 
-        The loader decides batch size, order and augmentation. Some ``samples`` are the first ones of a pass, the same
-        pass in every epoch.
+        The loader decides batch size, order and augmentation. If ``samples`` are limited, they are the first ones of a
+        pass that is the same in every epoch.
         """
         peers = request.distributed
         loader = self._loader(request.split)
@@ -109,7 +107,7 @@ class UserData(Data):
             sampler.set_epoch(epoch)
         remaining = request.samples
         given = 0
-        for images, labels in _seeded(loader, int(hashed(request.seed, epoch) >> np.uint64(1))):
+        for images, labels in _iterate(loader, torch_seed(request.seed, epoch)):
             if remaining is not None:
                 if remaining <= 0:
                     return
@@ -127,15 +125,15 @@ class UserData(Data):
     def _loader(self, split: Split) -> Loader:
         loader = self._loaders[split]
         if loader is None:
-            raise ValueError(f"there is no {split} data: give it, UserData(loader, {split}=…)")
+            raise ValueError(f"there is no {split} data: give UserData(loader, {split}=…)")
         return loader
 
 
-def _seeded(loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass of ``loader`` with its own stream of torch's default generator, and that generator left as it was."""
+def _iterate(loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield one pass of ``loader`` with its own stream of torch's default generator, whose state stays as it was."""
     if isinstance(loader, DataLoader):
         if loader.persistent_workers:
-            # Kept workers go on with their own random numbers and serve one pass at a time: this pass has new ones.
+            # Persistent workers keep their own random numbers and serve one pass at a time: this pass gets new workers.
             fresh: DataLoader[Any] = copy.copy(loader)
             fresh._iterator = None
             loader = fresh

@@ -36,7 +36,7 @@ def save_state(path: Path, state: object) -> None:
         state: dicts (with str, int, float, bool or None keys), lists, tuples, tensors, numbers, strings, None.
 
     Raises:
-        TypeError: for anything else, naming where in the nest it is.
+        TypeError: for anything else; names its place in the nest.
     """
     tensors: dict[str, Tensor] = {}
     structure = _encode(state, tensors, "state")
@@ -46,10 +46,10 @@ def save_state(path: Path, state: object) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """Read what ``save_state`` wrote; tensors come on the CPU.
+    """Read what ``save_state`` wrote; its tensors are on the CPU.
 
     Raises:
-        CheckpointError: where the file is missing, cut off or changed.
+        CheckpointError: if the file is missing, cut off or changed.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -60,7 +60,7 @@ def load_state(path: Path) -> Any:
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
     for name, checksum in checksums.items():
         if name not in tensors or _checksum(tensors[name]) != checksum:
-            raise CheckpointError(f"checkpoint {str(path)!r} is damaged: tensor {name} is not what was written")
+            raise CheckpointError(f"checkpoint {str(path)!r} is damaged: tensor {name} differs from what was written")
     return _decode(structure, tensors)
 
 
@@ -68,7 +68,7 @@ class Checkpoints:
     """The last two checkpoints in a folder. Rank 0 writes; every rank reads the same one.
 
     Args:
-        folder: made when first written to; all ranks must see it.
+        folder: the folder, made at the first write; all ranks must see it.
         distributed: this process among its peers.
     """
 
@@ -77,7 +77,7 @@ class Checkpoints:
         self.distributed = distributed or Distributed()
 
     def save(self, step: int, state: object) -> None:
-        """Write the checkpoint of ``step`` and remove all but the last two; does nothing on ranks other than 0."""
+        """Write the checkpoint of ``step`` and remove all but the last two; do nothing on ranks other than 0."""
         if not self.distributed.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,10 +86,10 @@ class Checkpoints:
             self._path(old).unlink(missing_ok=True)
 
     def load_latest(self) -> Any | None:
-        """The state of the newest checkpoint that can be read; None where there is none at all.
+        """Return the state of the newest checkpoint that can be read; None if there is no checkpoint.
 
         Raises:
-            CheckpointError: where there are checkpoints, but none can be read.
+            CheckpointError: if there are checkpoints, but none can be read.
         """
         state, step, failure = None, -1, None
         if self.distributed.is_main:
@@ -110,7 +110,7 @@ class Checkpoints:
         return state
 
     def clear(self) -> None:
-        """Remove all checkpoints, for a run that starts anew; does nothing on ranks other than 0."""
+        """Remove all checkpoints, for a run that starts anew; do nothing on ranks other than 0."""
         if self.distributed.is_main:
             for step in self._steps():
                 self._path(step).unlink(missing_ok=True)
@@ -124,7 +124,7 @@ class Checkpoints:
 
 
 def _encode(value: object, tensors: dict[str, Tensor], where: str) -> Any:
-    """JSON for ``value``: lists stay lists, everything else that nests is an object with one tag."""
+    """Return JSON for ``value``: lists stay lists, everything else that nests becomes an object with one tag."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):

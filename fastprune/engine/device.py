@@ -16,14 +16,14 @@ from fastprune.training.options import PRECISIONS
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device that a user names.
+    """Return the device that a user names.
 
     Args:
-        name: "cpu", "cuda", "cuda:N", or "auto": CUDA where there is one. Under ``torchrun``, "auto" and "cuda" give
+        name: "cpu", "cuda", "cuda:N", or "auto": CUDA if the machine has it. Under ``torchrun``, "auto" and "cuda" give
             each process the device of its LOCAL_RANK.
 
     Returns:
-        The device; a CUDA device is made torch's current one.
+        The device; a CUDA device also becomes torch's current one.
 
     Raises:
         ValueError: for another name, or a CUDA device that this machine does not have.
@@ -36,7 +36,7 @@ def choose_device(name: str = "auto") -> torch.device:
     index = int(number or os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
-        raise ValueError(f"device {name!r}: number {index} is asked for, but this machine has {count} CUDA device(s)")
+        raise ValueError(f"device {name!r}: number {index} is needed, but this machine has {count} CUDA device(s)")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -45,8 +45,8 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed Python, NumPy and torch, and choose between cuDNN's fastest and its repeatable algorithms.
 
     Args:
-        seed: of the run.
-        deterministic: repeat the same bits on CUDA. On the CPU that is so anyway, for one number of threads.
+        seed: seed of the run.
+        deterministic: whether CUDA repeats the same bits. The CPU always does, for one number of threads.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - users' datasets draw from it
@@ -62,9 +62,9 @@ class Placement:
     """Device, precision and memory layout of a computation.
 
     Args:
-        device: where tensors live.
+        device: device of the tensors.
         precision: "float32", or "bf16" for autocast to bfloat16 (weights stay float32).
-        channels_last: NHWC memory layout, which tensor cores and oneDNN prefer.
+        channels_last: whether the memory layout is NHWC, which tensor cores and oneDNN prefer.
 
     Raises:
         ValueError: for another precision.
@@ -79,23 +79,23 @@ class Placement:
             raise ValueError(f"precision {self.precision!r}: give {' or '.join(PRECISIONS)}")
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which forward passes run."""
+        """Return the context in which forward passes run."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def images(self, images: Tensor) -> Tensor:
-        """``images`` [N, C, H, W] on the device, in the layout."""
+        """Return ``images`` [N, C, H, W] on the device, in the layout."""
         if self.channels_last:
             return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return images.to(self.device, non_blocking=True)
 
     def labels(self, labels: Tensor) -> Tensor:
-        """``labels`` [N] on the device."""
+        """Return ``labels`` [N] on the device."""
         return labels.to(self.device, non_blocking=True)
 
     def model(self, model: nn.Module) -> nn.Module:
-        """``model`` moved to the device and brought into the layout, in place."""
+        """Move ``model`` to the device and into the layout, in place, and return it."""
         model.to(self.device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)

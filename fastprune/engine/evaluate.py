@@ -25,7 +25,7 @@ class Evaluation(TypedDict):
     loss: float
     """Mean cross-entropy in nats."""
     samples: int
-    """How many samples were seen, over all ranks."""
+    """Number of samples seen, over all ranks."""
 
 
 def evaluate(
@@ -40,19 +40,19 @@ def evaluate(
     """Measure ``network`` on every sample of ``split`` once.
 
     Args:
-        network: from images [N, C, H, W] to scores [N, num_classes]. A module is put into eval mode for the duration
-            and must be on the placement's device.
+        network: maps images [N, C, H, W] to scores [N, num_classes]. A module must be on the placement's device, and
+            runs in eval mode.
         data: the data set.
-        split: which part.
-        batch_size: samples per step over all ranks together; does not change the result beyond rounding.
-        placement: device, precision and layout of the computation; the CPU in float32 where None.
+        split: the part to measure on.
+        batch_size: samples per step over all ranks together; changes the result by rounding only.
+        placement: device, precision and layout of the computation; None = the CPU in float32.
         distributed: this process among its peers; all must call.
 
     Returns:
         Accuracy, loss and number of samples, the same on every rank.
 
     Raises:
-        ValueError: where the split is empty.
+        ValueError: if the split is empty.
     """
     peers, place = distributed or Distributed(), placement or Placement()
     totals = torch.zeros(3, dtype=torch.float64, device=place.device)  # correct, summed loss, samples
@@ -72,7 +72,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a method may know of the data (the ``TaskData`` of the contract): classes, and accuracy off the test set.
+    """The data as a method sees them (the ``TaskData`` of the contract): never the test set.
 
     Args:
         data: the data set.
@@ -102,11 +102,11 @@ class HeldOut:
         return self.data.size("held_out")
 
     def steps(self, batch_size: int, samples: int | None = None) -> int:
-        """Steps of one epoch over all training samples, or over ``samples`` of them."""
+        """Return the steps of one epoch over all training samples, or over ``samples`` of them."""
         return self.data.steps("train", batch_size, samples=samples, distributed=self.distributed)
 
     def held_out_batch(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first held-out images [n, C, H, W], at most ``count``, and their labels [n]; the same on every rank."""
+        """Return the first held-out images [n, C, H, W], at most ``count``, and their labels [n], on every rank."""
         images: list[Tensor] = []
         labels: list[Tensor] = []
         missing = min(count, self.held_out)
@@ -121,14 +121,14 @@ class HeldOut:
         return torch.cat(images), torch.cat(labels)
 
     def accuracy(self, network: Callable[[Tensor], Tensor]) -> float:
-        """Top-1 accuracy in [0, 1] of ``network`` on the held-out part of the training set, over all ranks."""
-        return self._measured(network)["accuracy"]
+        """Return the top-1 accuracy in [0, 1] on the held-out part of the training set, over all ranks."""
+        return self._evaluate(network)["accuracy"]
 
     def loss(self, network: Callable[[Tensor], Tensor]) -> float:
-        """Mean cross-entropy of ``network`` on the held-out part of the training set, over all ranks."""
-        return self._measured(network)["loss"]
+        """Return the mean cross-entropy on the held-out part of the training set, over all ranks."""
+        return self._evaluate(network)["loss"]
 
-    def _measured(self, network: Callable[[Tensor], Tensor]) -> Evaluation:
+    def _evaluate(self, network: Callable[[Tensor], Tensor]) -> Evaluation:
         return evaluate(
             network,
             self.data,

@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """While open, the first SIGINT or SIGTERM is remembered instead of obeyed; the second stops the process at once.
+    """A context that remembers the first SIGINT or SIGTERM; the second one stops the process at once.
 
     Signals reach the main thread only, so in another thread this does nothing.
     """
@@ -40,6 +40,6 @@ class Interruption:
             raise KeyboardInterrupt
         self.requested = True
 
-    def agreed(self, distributed: Distributed) -> bool:
-        """Whether any rank was asked to stop; all ranks must call, and all get the same answer."""
+    def requested_anywhere(self, distributed: Distributed) -> bool:
+        """Return whether any rank was asked to stop; all ranks must call, and all get the same answer."""
         return bool(distributed.sum_(torch.tensor([int(self.requested)])).item())

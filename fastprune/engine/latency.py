@@ -1,4 +1,4 @@
-"""Wall-clock time of forward passes, several networks in turn so that a drifting machine is fair to all."""
+"""Times of forward passes, of several networks in turn, so that a drifting machine is fair to all."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def measure_latencies(
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median time of one forward pass of each network, in milliseconds.
+    """Measure the median time of one forward pass of each network, in milliseconds.
 
-    Each round times every network once, in turn. The networks run in eval mode, where they are and as they are
-    (precision, layout), on one made batch.
+    Each round times every network once, in turn. The networks run in eval mode, on their own device and in their own
+    precision and layout, on one random batch.
 
     Args:
         models: networks by name, each with all its parameters on one device.
         shape: (C, H, W) of one image.
         batch: images per pass.
         repeats: rounds that count.
-        warmup: rounds before them that do not.
-        clock: gives seconds. The processor's, for one thread, does not count what other jobs took.
+        warmup: rounds before these, which do not count.
+        clock: returns seconds. For one thread the processor's clock leaves out the time of other jobs.
 
     Returns:
-        Milliseconds per pass by name.
+        {name: milliseconds per pass}.
 
     Raises:
-        ValueError: where there is nothing to time.
+        ValueError: if there is nothing to time.
     """
     if not models or repeats < 1 or batch < 1:
         raise ValueError(f"{len(models)} networks, {repeats} repeats of batch {batch}: each must be at least 1")
@@ -61,7 +61,7 @@ def measure_latencies(
 def measure_latency(
     model: nn.Module, shape: tuple[int, int, int], *, batch: int = 1, repeats: int = 30, warmup: int = 3
 ) -> float:
-    """Median time of one forward pass in milliseconds; arguments as in ``measure_latencies``."""
+    """Measure the median time of one forward pass in milliseconds; arguments as in ``measure_latencies``."""
     return measure_latencies({"": model}, shape, batch=batch, repeats=repeats, warmup=warmup)[""]
 
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
-from fastprune.data.batches import hashed
+from fastprune.data.batches import torch_seed
 from fastprune.data.data import Data
 from fastprune.data.sources import Batch
 from fastprune.engine.checkpoint import Checkpoints
@@ -254,7 +253,7 @@ class Loop(Generic[T]):
 
     def seed_step(self) -> None:
         """Seed torch's default generators for the next step."""
-        torch.manual_seed(int(hashed(self.task.seed, self.position.total) >> np.uint64(1)))
+        torch.manual_seed(torch_seed(self.task.seed, self.position.total))
 
     def write_after_step(self, phase: Phase) -> None:
         """Write a line of the log or a checkpoint, or stop, where the step is due for it."""
@@ -315,7 +314,7 @@ class Loop(Generic[T]):
 
     def stop_if_asked(self) -> None:
         """Save and stop if any rank received a signal."""
-        if self.interruption.agreed(self.peers):
+        if self.interruption.requested_anywhere(self.peers):
             self.save()
             hint = f"; resume it from {self.directory.path}" if self.directory else ""
             raise Interrupted(f"{self.stage} was interrupted at step {self.position.total}{hint}")

@@ -1,4 +1,4 @@
-"""Running means of what the steps report, between two lines of the log."""
+"""Means of the steps' metrics between two lines of the log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Meter:
     """Sums of metrics, kept on their device so that a step never waits for them.
 
     Args:
-        device: where ``reduce`` talks to the other ranks.
+        device: device on which ``reduce`` talks to the other ranks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Meter:
         self.counts: dict[str, int] = {}
 
     def add(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Take the metrics of one step; the names must be the same on every rank."""
+        """Add the metrics of one step; the names must be the same on every rank."""
         for name, value in metrics.items():
             if isinstance(value, Tensor):
                 number = value.detach().double()
@@ -40,15 +40,15 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def reduce(self, distributed: Distributed) -> dict[str, float]:
-        """Means over steps and ranks; all ranks must call.
+        """Return the means over steps and ranks; all ranks must call.
 
         Raises:
-            NonFiniteError: on every rank, where the mean of a metric named ``…loss`` is not finite.
+            NonFiniteError: on every rank, if the mean of a metric named ``…loss`` is not finite.
         """
         if not self.sums:
             return {}
         names = sorted(self.sums)
-        # One collective for all metrics. Afterwards every rank holds the common sums, which is what a checkpoint saves.
+        # One collective for all metrics. Afterwards every rank holds the common sums, which a checkpoint saves.
         common = distributed.mean_(torch.stack([self.sums[name].to(self.device) for name in names]))
         self.sums = dict(zip(names, common.unbind(), strict=True))
         values = common.tolist()
@@ -64,7 +64,7 @@ class Meter:
         self.counts.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and counts so far."""
+        """Return sums and counts so far."""
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ class ProgressBar:
     """A bar per phase, counting steps over all its epochs.
 
     Args:
-        wanted: False shows nothing; True shows the bar where standard error is a terminal.
+        wanted: whether to show the bar, if standard error is a terminal.
     """
 
     def __init__(self, wanted: bool) -> None:
@@ -46,7 +46,7 @@ class ProgressBar:
         )
 
     def update(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Show how much of a stretch without epochs is done."""
+        """Show how much of a phase without epochs is done."""
         self.advance(metrics, 0)
         self._progress.update(self._task, completed=done, total=total, epoch=1)
 

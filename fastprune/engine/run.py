@@ -23,7 +23,7 @@ class RunError(UserError):
 
 
 class RunDirectory:
-    """The files of one run. ``create`` makes a new one, ``open`` returns to an old one; rank 0 writes.
+    """The files of one run. ``create`` makes a new directory, ``open`` returns to an old one; rank 0 writes.
 
     Args:
         path: the directory.
@@ -41,12 +41,12 @@ class RunDirectory:
         """Make a new run directory that holds ``config.yaml``; it appears complete or not at all.
 
         Args:
-            path: must not exist, or be empty.
+            path: the directory; it must be empty or not exist.
             config: plain values (dicts, lists, numbers, strings, booleans, None).
             distributed: this process among its peers.
 
         Raises:
-            RunError: on every rank, where the directory has content or cannot be made.
+            RunError: on every rank, if the directory has content or cannot be made.
         """
         peers = distributed or Distributed()
         path = Path(path).absolute()  # "." has no name of its own to put a temporary one beside
@@ -61,7 +61,7 @@ class RunDirectory:
         """Return to a run directory.
 
         Raises:
-            RunError: where ``path`` is not one.
+            RunError: if ``path`` is none.
         """
         path = Path(path)
         if not (path / "config.yaml").is_file():
@@ -70,32 +70,32 @@ class RunDirectory:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``create`` was given.
+        """The settings that ``create`` was given.
 
         Raises:
-            RunError: where ``config.yaml`` is not a mapping in YAML.
+            RunError: if ``config.yaml`` is not a mapping in YAML.
         """
         try:
             config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise RunError(f"{str(self.path / 'config.yaml')!r} is not YAML: {error}") from error
         if not isinstance(config, dict):
-            raise RunError(f"{str(self.path / 'config.yaml')!r} holds no mapping")
+            raise RunError(f"{str(self.path / 'config.yaml')!r} holds no mapping of settings")
         return config
 
     @property
     def plan_path(self) -> Path:
-        """Where the plan goes."""
+        """The file of the plan."""
         return self.path / "plan.json"
 
     @property
     def model_path(self) -> Path:
-        """Where the weights go."""
+        """The file of the weights."""
         return self.path / "model.safetensors"
 
     @property
     def report_path(self) -> Path:
-        """The folder that the report goes to."""
+        """The folder of the report."""
         return self.path / "report"
 
     @property
@@ -104,7 +104,7 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     def checkpoints_path(self, stage: str) -> Path:
-        """The checkpoints of one stage ("search", "training", …)."""
+        """Return the folder for the checkpoints of a stage ("search", "training", …)."""
         return self.path / "checkpoints" / stage
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -115,10 +115,10 @@ class RunDirectory:
                 file.write(line + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records of the log, in order; a last line that was cut off is left out.
+        """Return all records of the log, in order, without a last line that was cut off.
 
         Raises:
-            RunError: for another line that is no JSON object; says which.
+            RunError: if another line is no JSON object; says which.
         """
         if not self.metrics_path.exists():
             return []
@@ -127,7 +127,7 @@ class RunDirectory:
         return [_record(line, f"{self.metrics_path}, line {number}") for number, line in enumerate(lines, start=1)]
 
     def metrics_size(self) -> int:
-        """Length of the log in bytes, to be given to ``truncate_metrics`` later."""
+        """Return the length of the log in bytes, for ``truncate_metrics`` later."""
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
 
     def truncate_metrics(self, size: int) -> None:
@@ -147,7 +147,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _set_up(path: Path, config: Mapping[str, Any]) -> str | None:
-    """Make the directory under a temporary name and rename it; the message of what went wrong, or None."""
+    """Make the directory under a temporary name and rename it; return an error message, or None."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         return f"{str(path)!r} exists already: continue that run with --resume, or give another --out"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -176,9 +176,9 @@ def _finite(value: Any) -> Any:
 def run_directory(
     out: str | Path | None, config: Mapping[str, Any], peers: Distributed, *, resume: bool
 ) -> Iterator[RunDirectory | None]:
-    """The run's directory, new or resumed; where an error comes before any progress, a new one is taken away again.
+    """Open the directory of a run, new or resumed; an error before any progress removes a new one again.
 
-    Progress is a line in the log or a checkpoint after step 0: whoever has that can go on after the error.
+    Progress is a line in the log or a checkpoint after step 0: such a run can be resumed after the error.
     """
     if out is None:
         yield None
@@ -187,32 +187,32 @@ def run_directory(
         yield RunDirectory.open(out, peers)
         return
     path = Path(out).absolute()
-    emptied, made = path.is_dir(), [folder for folder in path.parents if not folder.exists()]
+    was_there, new_parents = path.is_dir(), [folder for folder in path.parents if not folder.exists()]
     run = RunDirectory.create(path, config, peers)
     try:
         yield run
     except Exception:
         if peers.is_main and not has_progress(run):
             shutil.rmtree(run.path)
-            if emptied:
+            if was_there:
                 run.path.mkdir()
-            for folder in made:
-                with suppress(OSError):  # somebody else has put something there meanwhile
+            for folder in new_parents:
+                with suppress(OSError):  # another process may have written there meanwhile
                     folder.rmdir()
         raise
 
 
 def has_progress(run: RunDirectory) -> bool:
-    """Whether a run holds anything that took work: a line in its log, or a checkpoint after step 0."""
+    """Return whether a run holds anything that took work: a line in its log, or a checkpoint after step 0."""
     return run.metrics_size() > 0 or took_steps(run, "*")
 
 
 def took_steps(run: RunDirectory, stage: str) -> bool:
-    """Whether a stage (a glob pattern) has a checkpoint after step 0, from which it can be resumed."""
+    """Return whether a stage (a glob pattern) has a checkpoint after step 0, from which it can be resumed."""
     found = run.path.glob(f"checkpoints/{stage}/step-*.safetensors")
     return any(int(path.stem.removeprefix("step-")) > 0 for path in found)
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with lists in place of tuples, as YAML has it."""
+    """Return ``values`` with lists in place of tuples, as YAML has them."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -24,12 +24,12 @@ from fastprune.training.options import TrainConfig
 from fastprune.training.phases import Phase
 from fastprune.training.weight_training import WeightTraining
 
-_ALTER = 4  # what random bits are for; the first ones are data.py's
+_ALTER = 4  # a key of ``hashed``; those before it are in data.py
 
 
 @dataclass
 class TrainTask:
-    """The task of a training, as the loop needs it; fields as in ``fastprune.methods.contract.Task``."""
+    """The task of a training, for the loop; fields as in ``fastprune.methods.contract.Task``."""
 
     model: nn.Module
     device: torch.device
@@ -64,7 +64,7 @@ class Trainer:
         )
 
     def phases(self, task: TrainTask) -> Iterator[Phase]:
-        """The one phase."""
+        """Yield the only phase."""
         config = self.config
         yield Phase(
             "train",
@@ -76,13 +76,13 @@ class Trainer:
         )
 
     def step(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """One step of the optimiser on this rank's share of the batch: images [N, C, H, W], labels [N]."""
-        metrics = self.weights.gradients(*self.augmented(images, labels))
+        """Take one step of the optimiser on this rank's share of the batch: images [N, C, H, W], labels [N]."""
+        metrics = self.weights.gradients(*self.augment(images, labels))
         self.weights.update()
         return metrics
 
-    def augmented(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is to learn from a batch: other images on each rank, the same ones in a resumed run."""
+    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply cutout and mixup: random numbers differ from rank to rank, and are the same in a resumed run."""
         config, task = self.config, self.task
         if not (config.cutout or config.mixup):
             return images, labels
@@ -94,7 +94,7 @@ class Trainer:
         return images, labels
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        """Accuracy and loss on the held-out part, when due."""
+        """Return accuracy and loss on the held-out part, when due."""
         every = self.config.evaluate_every
         if not every or (epoch + 1) % every or not self.data.size("held_out"):
             return {}
@@ -105,7 +105,7 @@ class Trainer:
         return {"held_out_accuracy": result["accuracy"], "held_out_loss": result["loss"]}
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state and the number of steps; the loop saves the weights."""
+        """Return the optimiser's state and the number of steps; the loop saves the weights."""
         return self.weights.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,20 +128,20 @@ def train(
 ) -> dict[str, float]:
     """Train ``model`` in place and leave it in eval mode, with the weights of the last step.
 
-    No weights are chosen by their accuracy on anything, least of all on the test set. Under N processes the gradient is
-    the mean over processes; where a batch does not divide by N, the shares differ by one sample and weigh the same.
+    No weights are chosen by their accuracy on any data. Under N processes the gradient is the mean over processes; if a
+    batch does not divide by N, the shares differ by one sample and weigh the same.
 
     Args:
-        model: the network; moved to the device.
+        model: the network; it is moved to the device.
         data: the data set.
-        config: the recipe; the defaults where None.
-        run: where log, checkpoints and, at the end, ``model.safetensors`` go; nothing is written where None.
-        seed: of order, augmentation and dropout.
+        config: the recipe; None = the defaults.
+        run: directory for log, checkpoints and, at the end, ``model.safetensors``; None = nothing is written.
+        seed: seed of order, augmentation and dropout.
         device: as in ``choose_device``.
         distributed: this process among its peers.
-        resume: continue from the newest checkpoint in ``run``, if there is one.
+        resume: whether to continue from the newest checkpoint in ``run``, if there is one.
         options: how often to write.
-        stage: names the checkpoints and the lines of the log.
+        stage: name of the checkpoints' folder, and of the stage in the log.
 
     Returns:
         The last value of every metric: loss, accuracy, lr, held_out_accuracy, held_out_loss.
@@ -161,7 +161,7 @@ def train(
     placement.model(model)
     task = TrainTask(model, device, seed, peers, torch.Generator().manual_seed(seed))
     trainer = Trainer(config, data.to(device), placement)
-    with _synchronised_batch_norm(model, config.sync_bn and peers.world_size > 1):
+    with _synchronise_batch_norm(model, config.sync_bn and peers.world_size > 1):
         trainer.setup(task)
         model.train()
         try:
@@ -185,8 +185,8 @@ def train(
 
 
 @contextmanager
-def _synchronised_batch_norm(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Exchange every batch norm for a synchronised one that shares its tensors, and put the plain ones back."""
+def _synchronise_batch_norm(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Replace every batch norm by a synchronised one that shares its tensors, and put the plain ones back."""
     plain = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     if not wanted or not plain:
         yield
@@ -196,6 +196,6 @@ def _synchronised_batch_norm(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
     finally:
         for name, module in plain.items():
-            # torch counts batches in a new tensor where it cannot add in place; the rest is shared.
+            # torch counts batches in a new tensor if it cannot add in place; the rest is shared.
             module.load_state_dict(model.get_submodule(name).state_dict())
             model.set_submodule(name, module)

@@ -88,12 +88,7 @@ class CostModel:
 
     def kept(self, mask: Tensor) -> Tensor:
         """Return the number of kept units of each group, float64 [G], of a flat mask [U]."""
-        units = int(self.offsets[-1])
-        if mask.shape != (units,):
-            raise ValueError(f"mask: a vector of {units} units is needed, got shape {tuple(mask.shape)}")
-        groups = self._tables(mask.device)[0]
-        kept = torch.zeros(len(self.offsets) - 1, dtype=torch.float64, device=mask.device)
-        return kept.index_add(0, groups, mask.to(torch.float64))
+        return count_kept(mask, self._tables(mask.device)[0], len(self.offsets) - 1)
 
     def of_widths(self, kept: Tensor) -> Cost:
         """Return the cost for numbers of kept units per group, float64 [..., G]."""
@@ -136,6 +131,23 @@ class CostModel:
             torch.tensor(factors, dtype=torch.int64).reshape(len(factors), depth),
             *torch.from_numpy(numbers.astype(np.float64).T.copy()),
         )
+
+
+def count_kept(mask: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Return the number of kept units of each group, float64 [G].
+
+    Args:
+        mask: flat mask [U], 0/1 or soft, any real or boolean dtype.
+        groups: the group of each unit, int64 [U], on the mask's device.
+        num_groups: the number G of groups.
+
+    Raises:
+        ValueError: if the mask has another shape.
+    """
+    if mask.shape != groups.shape:
+        raise ValueError(f"mask: a vector of {len(groups)} units is needed, got shape {tuple(mask.shape)}")
+    kept = torch.zeros(num_groups, dtype=torch.float64, device=mask.device)
+    return kept.index_add(0, groups, mask.to(torch.float64))
 
 
 def terms_of(

@@ -1,1 +1,1 @@
-"""What the package needs of the machine and its processes: files, cache folder, ranks."""
+"""The machine and its processes: files, cache folder, ranks, errors and suggestions for users."""

@@ -1,4 +1,4 @@
-"""Files that are complete or not there: written beside their place, flushed, then renamed."""
+"""Files that are either complete or absent: written beside their place, flushed, then renamed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 def write(path: Path, fill: Callable[[Path], None]) -> None:
     """Let ``fill`` write a file under a temporary name beside ``path``, flush it to disk and rename it to ``path``.
 
-    If anything fails, an earlier file at ``path`` is untouched and the temporary one is removed.
+    If anything fails, an earlier file at ``path`` stays untouched and the temporary one is removed.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -20,7 +20,7 @@ def write(path: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~current_umask())
+        temporary.chmod(0o666 & ~read_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -35,8 +35,8 @@ def write_text(path: Path, text: str) -> None:
     write(path, fill)
 
 
-def current_umask() -> int:
-    """The process' file mode mask (reading it means setting it)."""
+def read_umask() -> int:
+    """Return the file mode mask of the process. It cannot be read without being set."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Where measurements are kept between runs."""
+"""The folder for what is kept between runs: measurements, choices of kernels, descriptions of methods."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import platformdirs
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder of one kind of measurements: in ``$FASTPRUNE_CACHE``, else in the user's cache folder.
+    """Return the folder for one kind of content: in ``$FASTPRUNE_CACHE``, or else in the user's cache folder.
 
-    A process without a home folder keeps them among temporary files.
+    A process without a home folder uses the folder for temporary files.
     """
     named = os.environ.get("FASTPRUNE_CACHE")
     base = Path(named) if named else Path(platformdirs.user_cache_dir("fastprune", appauthor=False))

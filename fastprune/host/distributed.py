@@ -1,4 +1,4 @@
-"""One face for one process and for many: rank, world size and the collectives that the project needs."""
+"""One interface for one process and for many: rank, world size and the collectives that the project needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Distributed:
-    """Where this process stands among its peers.
+    """This process among its peers.
 
     With a world of one every collective is the identity, so callers are written once for N ranks.
 
@@ -27,10 +27,10 @@ class Distributed:
 
     @staticmethod
     def from_environment() -> Distributed:
-        """Join the process group that ``torchrun`` announces in the environment; a world of one without it.
+        """Join the process group that ``torchrun`` announces in the environment; without it, return a world of one.
 
-        NCCL carries CUDA tensors and gloo CPU tensors, so that the small facts that ranks must agree on (a stop signal,
-        the number of a checkpoint) can stay on the CPU. Joining twice is harmless.
+        NCCL carries CUDA tensors and gloo carries CPU tensors, so that small values that ranks must agree on (a stop
+        signal, the number of a checkpoint) can stay on the CPU. Joining twice is harmless.
         """
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
@@ -41,11 +41,11 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that prints and writes files."""
+        """Whether this is the one process that prints and writes files."""
         return self.rank == 0
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """Replace ``tensor`` by its mean over all ranks, in place, with the same bits on every rank."""
+        """Replace ``tensor`` by its mean over all ranks, in place; every rank gets the same bits."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
             tensor /= self.world_size
@@ -58,13 +58,13 @@ class Distributed:
         return tensor
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Replace ``tensor`` by rank 0's, in place."""
+        """Replace ``tensor`` by that of rank 0, in place."""
         if self.world_size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called this."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -74,5 +74,5 @@ class Distributed:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
             # A gloo thread drops the tensors of the last collective after it has woken us. It needs the interpreter for
-            # that, and aborts the process (seen with torch 2.15) where the interpreter is gone by then: let it run.
+            # that, and aborts the process (seen with torch 2.15) if the interpreter is gone by then: let it run.
             time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""What numbers were measured on."""
+"""The machine that numbers are measured on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def machine(device: torch.device) -> str:
-    """The name of the processor or of the GPU."""
+    """Return the name of the processor or of the GPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:

@@ -1,4 +1,4 @@
-"""What may go, and how much: budgets, limits, and the mask that fits them."""
+"""Budgets, limits of widths, and the mask that fits both."""
 
 from fastprune.planning.budget import Budget, BudgetError, Conditions
 from fastprune.planning.fitting import fit

@@ -1,4 +1,4 @@
-"""The choice of units that meets a budget from below, within the limits of the run."""
+"""The choice of units that meets a budget from below, within the limits of widths."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fastprune.planning.budget import Budget, BudgetError
 from fastprune.planning.limits import LimitError, Limits, Widths
 from fastprune.planning.resources import Meter
 
-PREFIXES = 512  # of a ranking whose costs are found at a time
-SLACK = 0.005  # part of the full cost below the limit that is not worth filling; the promise is 0.01
+PREFIXES = 512  # prefixes of a ranking whose costs are computed at a time
+SLACK = 0.005  # part of the full cost that may stay unused; the promise is TOLERANCE, 0.01
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Blocks of units, best first. A block is kept or lost as a whole, so that widths stay allowed ones.
+    """Blocks of units, best first. Units of a block stay or go together, so that all widths are allowed ones.
 
     Args:
-        of_unit: the place of each unit's block, int64 [U]; -1 = the unit stays in any case, B = it goes in any case.
-        groups: the group of each block, int64 [B].
-        sizes: the units of each block, int64 [B].
+        of_unit: place of each unit's block, int64 [U]; -1 = the unit stays in any case, B = it goes in any case.
+        groups: group of each block, int64 [B].
+        sizes: number of units of each block, int64 [B].
     """
 
     of_unit: Tensor
@@ -43,19 +43,18 @@ def fit(
     gone: Tensor | None = None,
     limits: Limits | None = None,
 ) -> Tensor:
-    """Keep the units of highest score whose network costs at most the budget, and nearly as much.
+    """Keep the units of highest score under a budget, and use nearly all of it.
 
-    The longest prefix of the ranking that fits is kept. Where it leaves more than 0.5 % of the full cost unused, the
-    next units that still fit are added. Where widths are rounded, ``round_to`` units at a time are ranked, by their
-    mean score.
+    The longest prefix of the ranking that fits is kept. If it leaves more than 0.5 % of the full cost unused, the next
+    units that still fit are added. If widths are rounded, ``round_to`` units at a time are ranked, by their mean score.
 
     Args:
         graph: the network.
-        budget: what it may cost.
+        budget: the budget.
         scores: importance of each unit [U], comparable across groups; ties go to the lower index.
         prunable: units that may go, bool [U]; None = all.
         gone: units that must go, bool [U], all of them prunable; None = none.
-        limits: of the widths; None = each group keeps one unit at least.
+        limits: limits of the widths; None = each group keeps at least one unit.
 
     Returns:
         Flat mask, bool [U].
@@ -63,7 +62,7 @@ def fit(
     Raises:
         ValueError: if there is not one score per unit, or a score is NaN.
         LimitError: if the limits contradict each other or ``prunable``.
-        BudgetError: if the budget is below what is left when everything that may go has gone; states that limit.
+        BudgetError: if the network costs more than the budget even without everything that may go; states its cost.
     """
     if scores.shape != (graph.num_units,):
         raise ValueError(f"scores: a vector of {graph.num_units} units is needed, got shape {tuple(scores.shape)}")
@@ -81,16 +80,16 @@ def fit(
         least = float(meter(ranking.of_unit < 0))
         raise BudgetError(
             f"budget '{budget}': {limit / total:.3f} of the full network is asked for, but with every prunable channel "
-            f"gone {least / total:.3f} remains{what_remains(graph, budget, ranking.of_unit < 0, limits)}; "
-            "ask for more, or let more groups be pruned"
+            f"gone {least / total:.3f} remains{describe_rest(graph, budget, ranking.of_unit < 0, limits)}; "
+            "raise the budget, or let more groups be pruned"
         )
     return fill(graph, meter, ranking, low, limit, SLACK * total)
 
 
 def longest_prefix(graph: ChannelGraph, meter: Meter, ranking: Ranking, limit: float, *, grows: bool) -> int | None:
-    """How many blocks of the ranking fit at most beside the units that stay in any case; None where these alone do not.
+    """Return the largest number of blocks that fit beside the units that stay in any case; None if these do not fit.
 
-    By bisection where the cost ``grows`` with every unit. A latency does not: 65 channels may take longer than 80.
+    Bisection finds it if the cost ``grows`` with every unit. A latency does not: 65 channels may take longer than 80.
     """
     low, high = 0, len(ranking.sizes)
     if grows:
@@ -114,14 +113,14 @@ def longest_prefix(graph: ChannelGraph, meter: Meter, ranking: Ranking, limit: f
 
 
 def rank(graph: ChannelGraph, widths: Sequence[Widths], scores: Tensor, may_go: Tensor, gone: Tensor) -> Ranking:
-    """All blocks by their mean scores; the smallest index decides between equal ones."""
+    """Rank all blocks by their mean scores; the smallest index decides between equal ones."""
     stays, goes = -1, -2
     of_unit = torch.full((graph.num_units,), goes)
     groups: list[int] = []
     sizes: list[int] = []
     means, indices = [], []
     for g, (group, allowed) in enumerate(zip(graph.groups, widths, strict=True)):
-        order, bounds = ranked(group, allowed, scores, may_go, gone)
+        order, bounds = rank_group(group, allowed, scores, may_go, gone)
         of_unit[order[: bounds[0]]] = stays
         for begin, end in pairwise(bounds):
             of_unit[order[begin:end]] = len(sizes)
@@ -139,14 +138,14 @@ def rank(graph: ChannelGraph, widths: Sequence[Widths], scores: Tensor, may_go: 
     return Ranking(place[of_unit], torch.tensor(groups)[best_first], torch.tensor(sizes)[best_first])
 
 
-def ranked(group: Group, widths: Widths, scores: Tensor, may_go: Tensor, gone: Tensor) -> tuple[Tensor, list[int]]:
-    """The units of a group, those that must stay first, then best first; and the widths that it may have."""
+def rank_group(group: Group, widths: Widths, scores: Tensor, may_go: Tensor, gone: Tensor) -> tuple[Tensor, list[int]]:
+    """Return the units of a group, those that must stay first, then best first; and the widths that it may have."""
     movable = may_go[group.units]
     fixed = widths.at_least(int((~movable).sum()))
     if fixed > widths.most:
         raise LimitError(
-            f"group {group.name!r}: {fixed} of its {group.size} units may not go, but its limits let at most "
-            f"{widths.most} stay; let the method prune them, or loosen the limits"
+            f"group {group.name!r}: {fixed} of its {group.size} units may not go, but its limits allow at most "
+            f"{widths.most} to stay; let the method prune them, or loosen the limits"
         )
     best_first = scores[group.units].argsort(descending=True, stable=True)
     rank_of_kind = movable.int() + gone[group.units].int()
@@ -159,9 +158,9 @@ def ranked(group: Group, widths: Widths, scores: Tensor, may_go: Tensor, gone: T
 
 
 def fill(graph: ChannelGraph, meter: Meter, ranking: Ranking, low: int, limit: float, slack: float) -> Tensor:
-    """The first ``low`` blocks, and the next ones that fit, until the slack is small or none does.
+    """Keep the first ``low`` blocks, and add the next ones that fit, until the slack is small or none fits.
 
-    A block can only follow those of its group that come before it in the ranking, so that the best units stay.
+    A block is added only after the blocks of its group that come before it in the ranking: the best units stay.
     """
     mask = ranking.of_unit < low
     kept = torch.zeros(len(graph.groups), dtype=torch.float64).index_add(0, graph.group_of_unit, mask.double())
@@ -180,8 +179,8 @@ def fill(graph: ChannelGraph, meter: Meter, ranking: Ranking, low: int, limit: f
     return mask
 
 
-def what_remains(graph: ChannelGraph, budget: Budget, mask: Tensor, limits: Limits) -> str:
-    """For people: what stands between a budget and the smallest network."""
+def describe_rest(graph: ChannelGraph, budget: Budget, mask: Tensor, limits: Limits) -> str:
+    """Describe the smallest network for an error message: its limits and its largest layers."""
     text = f" (limits: {limits})" if str(limits) != "none" else ""
     largest = budget.largest_layers(graph, mask)
     if largest:

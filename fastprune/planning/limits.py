@@ -1,4 +1,4 @@
-"""What every plan of a run keeps to, whatever the method: least and largest widths, and their alignment."""
+"""Limits of widths, which every plan keeps to, for any method: smallest and largest widths, and their rounding."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ ROUNDING = 1e-9  # 0.3 · 10 units are 3, not 4
 
 
 class LimitError(ValueError):
-    """Limits that contradict each other, or that a plan does not keep."""
+    """Limits that contradict each other, or that a plan breaks."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Widths that plans may have; they hold for every method, in local and in global ranking.
+    """The widths that plans may have, for every method, in local and in global ranking.
 
     Args:
-        min_keep: units that stay at least in each group.
-        round_to: the channels that the layers of a group keep are a multiple of this number, or all of them: 8 suits
-            most devices. It holds for a group of 12 channels too, which may keep 8 or 12. (Where a layer has channels
-            that always stay, they are not counted.)
+        min_keep: the smallest number of units of each group that stay.
+        round_to: layers keep a multiple of this number of channels, or all of them: 8 suits most devices. It holds for
+            a group of 12 channels too, which may keep 8 or 12. (Channels that always stay are not counted.)
         keep_ratios: {name or pattern of layers: (least, most)}, the parts of the output channels of these layers that
-            must and may stay, in [0, 1]. A module's name stands for all layers in it. Where several fit, all hold.
-        lineage: where the network came from; the parts are then those of the channels in that network.
+            must and may stay, in [0, 1]. A module's name stands for all layers in it. If several fit a layer, all hold.
+        lineage: the origin of the network; parts are then those of the channels in the first network.
 
     Raises:
         LimitError: for a number out of range.
@@ -51,7 +50,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.min_keep < 1:
-            raise LimitError(f"min_keep: at least 1 unit of each group must stay, got {self.min_keep}")
+            raise LimitError(f"min_keep {self.min_keep}: at least 1 unit of each group must stay")
         if self.round_to < 1:
             raise LimitError(f"round_to {self.round_to}: channels can be rounded to multiples of 1 or more")
         for pattern, (least, most) in self.keep_ratios.items():
@@ -62,7 +61,7 @@ class Limits:
 
     @staticmethod
     def parse(keep_ratio: Sequence[str], *, min_keep: int = 1, round_to: int = 1) -> Limits:
-        """Limits from texts ``PATTERN=LEAST:MOST``.
+        """Read limits from texts ``PATTERN=LEAST:MOST``.
 
         Raises:
             LimitError: for a text of another form; shows the form.
@@ -80,11 +79,11 @@ class Limits:
             except ValueError:
                 pattern = ""
             if not (pattern and colon):
-                raise LimitError(f"keep_ratio {text!r}: write PATTERN=LEAST:MOST, 'layer1=0.5:1' say")
+                raise LimitError(f"keep_ratio {text!r}: write PATTERN=LEAST:MOST, for example 'layer1=0.5:1'")
         return Limits(min_keep, round_to, ratios)
 
     def as_settings(self) -> dict[str, Any]:
-        """The arguments of ``parse``, as YAML has them."""
+        """Return the arguments of ``parse``, as YAML has them."""
         ratios = [f"{pattern}={least!r}:{most!r}" for pattern, (least, most) in self.keep_ratios.items()]
         return {"min_keep": self.min_keep, "round_to": self.round_to, "keep_ratio": ratios}
 
@@ -95,10 +94,10 @@ class Limits:
         return ", ".join(parts) or "none"
 
     def widths(self, graph: ChannelGraph) -> list[Widths]:
-        """The allowed widths of every group.
+        """Return the allowed widths of every group.
 
         Raises:
-            LimitError: where a group has none, or a pattern is no layer's name.
+            LimitError: if a group has none, or no layer fits a pattern.
         """
         ratios, per_unit = self._ratios(graph), channels_per_unit(graph)
         sizes = graph.offsets.diff() if self.lineage is None else self.lineage.in_first(graph).sizes
@@ -115,12 +114,12 @@ class Limits:
         if most < least:
             raise LimitError(
                 f"group {group.name!r} of {group.size} units cannot keep to its limits ({self}): "
-                f"at least {least} and at most {most} would have to stay; loosen one of them"
+                f"at least {least} and at most {most} units would have to stay; loosen one of them"
             )
         return Widths(group.size, step, least, most)
 
     def _ratios(self, graph: ChannelGraph) -> list[tuple[float, float]]:
-        """For each group the least and the largest part that may stay."""
+        """Return for each group the smallest and the largest part that may stay."""
         ratios = [(0.0, 1.0)] * len(graph.groups)
         for pattern, (least, most) in self.keep_ratios.items():
             for g in groups_of_layers(graph, pattern):
@@ -128,7 +127,7 @@ class Limits:
         return ratios
 
     def broken_by(self, graph: ChannelGraph, mask: Tensor) -> str | None:
-        """How a flat mask [U] does not keep to the limits, for people; None if it does."""
+        """Describe how a flat mask [U] breaks the limits; None if it keeps to them."""
         for group, widths in zip(graph.groups, self.widths(graph), strict=True):
             kept = int(mask[group.units].sum())
             if kept not in widths:
@@ -141,10 +140,10 @@ class Widths:
     """The numbers of units that a group may keep: multiples of a step, or all of them, within bounds.
 
     Args:
-        size: units of the group.
-        step: what widths are a multiple of.
+        size: number of units of the group.
+        step: widths are multiples of it.
         least: the smallest width, itself allowed.
-        most: the largest one.
+        most: the largest width.
     """
 
     size: int
@@ -153,11 +152,11 @@ class Widths:
     most: int
 
     def at_least(self, width: int) -> int:
-        """The smallest multiple of the step from ``width`` on; ``size`` where there is none below."""
+        """Return the smallest multiple of the step from ``width`` on; ``size`` if there is none below."""
         return min(self.size, ceil(width / self.step) * self.step)
 
     def at_most(self, width: int) -> int:
-        """The largest multiple of the step up to ``width``; ``size`` where all units are meant."""
+        """Return the largest multiple of the step up to ``width``; ``size`` if all units are meant."""
         return self.size if width >= self.size else width // self.step * self.step
 
     def __contains__(self, width: int) -> bool:
@@ -169,7 +168,7 @@ class Widths:
 
 
 def channels_per_unit(graph: ChannelGraph) -> list[int]:
-    """For each group how many output channels of its layers one unit stands for (several in a grouped convolution)."""
+    """Return for each group the output channels of its layers per unit (several in a grouped convolution)."""
     found, group_of_unit = [0] * len(graph.groups), graph.group_of_unit
     for piece in graph.slices:
         if piece.role == "out":
@@ -180,7 +179,7 @@ def channels_per_unit(graph: ChannelGraph) -> list[int]:
 
 
 def groups_of_layers(graph: ChannelGraph, pattern: str) -> list[int]:
-    """The groups of the output channels of layers that fit a name or pattern.
+    """Return the groups of the output channels of layers that fit a name or pattern.
 
     Raises:
         LimitError: if there is no such layer, or none whose channels can go.

@@ -1,4 +1,4 @@
-"""A compact network's units in terms of the network that it came from: budgets and limits stay relative to that."""
+"""The units of a compact network in the network that it came from, to which budgets and limits stay relative."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fastprune.graph.structure import index_slices
 
 @dataclass(frozen=True)
 class Lineage:
-    """How a compact network descends from another one.
+    """The descent of a compact network from a first one.
 
     Args:
-        first: the channel graph of that network.
-        plan: for it; what made the compact network.
+        first: the channel graph of the first network.
+        plan: the plan that made the compact network out of it.
     """
 
     first: ChannelGraph
     plan: PruningPlan
 
     def places(self, graph: ChannelGraph) -> Tensor:
-        """For each unit of the compact network's ``graph`` its unit in the first network, int64 [U].
+        """Return for each unit of the compact network's ``graph`` its unit in the first network, int64 [U].
 
         Raises:
-            PlanError: if the graph has units that the first one has not.
+            PlanError: if the graph has units that the first one lacks.
         """
         own = index_slices(self.plan.slices)
         places = torch.full((graph.num_units,), -1)
@@ -44,7 +44,7 @@ class Lineage:
         return places
 
     def in_first(self, graph: ChannelGraph) -> InFirst:
-        """Widths of the compact network as widths of the first one."""
+        """Return the map from widths of the compact network to widths of the first one."""
         groups = self.first.group_of_unit
         places = self.places(graph)
         number = len(self.first.groups)
@@ -59,12 +59,12 @@ class Lineage:
 
 @dataclass(frozen=True)
 class InFirst:
-    """Kept units of the first network's groups, ``mapped @ kept + fixed`` for kept units of the compact one's.
+    """Widths of the first network, ``mapped @ kept + fixed``, for kept units of the compact network's groups.
 
     Args:
         mapped: float64 [G of the first, G].
         fixed: units that stay in any case, float64 [G of the first].
-        sizes: for each group of the compact network the size that its group has in the first one, int64 [G].
+        sizes: size in the first network of each group of the compact one, int64 [G].
     """
 
     mapped: Tensor
@@ -72,5 +72,5 @@ class InFirst:
     sizes: Tensor
 
     def widths(self, kept: Tensor) -> Tensor:
-        """Float64 [..., G of the first] for kept units [..., G]; differentiable."""
+        """Return float64 [..., G of the first] for kept units [..., G]; differentiable."""
         return kept @ self.mapped.to(kept.device).T + self.fixed.to(kept.device)

@@ -1,1 +1,1 @@
-"""What people look at."""
+"""Reports for people: tables on the terminal, figures and a page."""

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastprune.graph import ChannelGraph
-from fastprune.report.tables import listed, millions, percent, show
+from fastprune.report.tables import as_text, millions, percent, show
 
 
 def print_graph(name: str, graph: ChannelGraph) -> None:
-    """A network's cost, groups and layers that cannot be pruned."""
+    """Print a network's cost, its groups, and its layers with the channels that stay."""
     cost = graph.cost()
     macs, params = (millions(float(x)) for x in (cost.macs, cost.params))
     sizes = f"{len(graph.groups)} groups, {graph.num_units:,} units, {macs} MACs, {params} parameters"
@@ -28,7 +28,7 @@ def print_graph(name: str, graph: ChannelGraph) -> None:
     ):
         table.add_column(heading, justify=side)  # type: ignore[arg-type]
     for group in graph.groups:
-        exact = [] if graph.exact else [listed(group.exact)]
+        exact = [] if graph.exact else [as_text(group.exact)]
         table.add_row(group.name, f"{group.size:,}", group.kind, percent(group.share), str(len(group.layers)), *exact)
     if graph.groups:
         show(table)
@@ -44,6 +44,6 @@ def print_graph(name: str, graph: ChannelGraph) -> None:
 
 
 def print_difference(difference: float, operators: Sequence[str]) -> None:
-    """How much a compact network differs from the masked one, and what it is that mixes channels."""
-    text = f"not exact: outputs differ by {difference:.1e} of the largest on a random input, as channels left:"
+    """Print how much a compact network differs from the masked one, and the operators that mix channels."""
+    text = f"not exact: outputs differ by {difference:.1e} (of the largest, on a random input), because channels left:"
     Console(markup=False).print(text, *operators, sep="\n  ", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""What pruning runs have written, as a report needs it: curves of their searches, widths, sizes and accuracies."""
+"""The logs of pruning runs as a report needs them: curves of searches, widths, sizes and accuracies."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastprune.planning.budget import Budget
 
 Over = Literal["epochs", "steps"]
 
-KEEP = "keep/"  # what GateSearch puts before the names of groups
+KEEP = "keep/"  # in front of the names of groups, in metrics of a GateSearch
 
 
 @dataclass(frozen=True, eq=False)
 class PruningRun:
-    """What one pruning run has written.
+    """The files of one pruning run.
 
     Args:
-        name: what the report calls it.
-        config: of ``config.yaml``.
-        records: of ``metrics.jsonl``.
-        plan: None while the search is not finished.
+        name: its name in the report.
+        config: the content of ``config.yaml``.
+        records: the lines of ``metrics.jsonl``.
+        plan: its plan; None before the search is finished.
     """
 
     name: str
@@ -40,13 +40,13 @@ class PruningRun:
         """Read a run's directory.
 
         Raises:
-            RunError: where there is no pruning run, or nothing in it yet.
-            PlanError: where its plan is broken.
+            RunError: if there is no pruning run, or nothing in it yet.
+            PlanError: if its plan is broken.
         """
         directory = RunDirectory.open(path)
         config = directory.config
         if config.get("command") != "prune":
-            raise RunError(f"{str(path)!r} is a run of 'fastprune {config.get('command')}': one of 'prune' is needed")
+            raise RunError(f"{str(path)!r} is a run of 'fastprune {config.get('command')}': a run of 'prune' is needed")
         if not (isinstance(config.get("method"), str) and isinstance(config.get("budget"), str)):
             raise RunError(f"{str(directory.path / 'config.yaml')!r} does not name a method and a budget")
         plan = PruningPlan.load(directory.plan_path) if directory.plan_path.is_file() else None
@@ -68,7 +68,7 @@ class PruningRun:
 
     @property
     def label(self) -> str:
-        """What figures call it."""
+        """Its name in figures."""
         return f"{self.method} · {self.name}"
 
     @property
@@ -79,15 +79,15 @@ class PruningRun:
 
     @cached_property
     def budget(self) -> Budget:
-        """What the search was given."""
+        """The budget of the search."""
         return Budget.parse(str(self.config["budget"]))
 
     @property
     def budget_part(self) -> float | None:
-        """The budget as a part of the full cost; None where that cannot be told from the log.
+        """The budget as a fraction of the full cost; None if the log does not say.
 
-        An absolute budget is compared with the plan, of which both the cost and its part were logged: what "full" is
-        depends on whether the network had been pruned before.
+        An absolute budget is compared with the plan, whose cost and fraction are both in the log: the full cost depends
+        on whether the network had been pruned before.
         """
         if not self.budget.absolute:
             return self.budget.value
@@ -103,22 +103,22 @@ class PruningRun:
 
     @cached_property
     def epochs(self) -> list[float]:
-        """How many epochs had been done at each line of the search, over all its phases."""
+        """The epochs done at each line of the search, over all its phases."""
         places: list[float] = []
         done, begun = 0, 0
         for _, lines in groupby(self.search, key=lambda record: record.get("phase")):
             phase = list(lines)
-            # Every line within an epoch gives less than the line at its end, which gives the length of the epochs.
+            # A line within an epoch gives less than the line at its end, which gives the length of the epochs.
             length = max((line["step"] - begun) / (line["epoch"] + 1) for line in phase) or 1
             places += [done + (line["step"] - begun) / length for line in phase]
             done, begun = done + phase[-1]["epoch"] + 1, phase[-1]["step"]
         return places
 
     def curve(self, metric: str, over: Over = "epochs") -> dict[float, float]:
-        """A metric of the search by epochs done or by steps; nan where it was not finite.
+        """Return a metric of the search by epochs done or by steps; nan if it was not finite.
 
         Raises:
-            RunError: where the log has something else than a number.
+            RunError: if the log has something other than a number.
         """
         points: dict[float, float] = {}
         for place, record in zip(self.epochs, self.search, strict=True):
@@ -131,18 +131,18 @@ class PruningRun:
 
     @property
     def kept(self) -> dict[str, dict[float, float]]:
-        """{group with gates: {epochs done: part of its channels that stay}}, in the order of the network."""
+        """{group with gates: {epochs done: fraction of its channels that stay}}, in the order of the network."""
         names = dict.fromkeys(key for record in self.search for key in record if key.startswith(KEEP))
         return {name.removeprefix(KEEP): self.curve(name) for name in names}
 
     def last(self, stage: str, method: str | None = None) -> Mapping[str, Any]:
-        """The newest line of a stage, and of a method; empty where there is none."""
+        """Return the newest line of a stage, and of a method; empty if there is none."""
         found = [r for r in self.records if r.get("stage") == stage and method in (None, r.get("method"))]
         return found[-1] if found else {}
 
 
 Metric = Callable[[PruningRun], str]
-"""The name of a metric in the log of a run."""
+"""Returns the name of a metric in the log of a run."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,12 @@ class Line:
     """One curve of a figure.
 
     Args:
-        number: of the run among all runs of the report (the first one of those that differ in the seed only).
-        label: what the figure calls it.
-        x: ascending.
-        y: the metric; the mean over the runs.
-        low: smallest values of the runs; None for a single run.
-        high: largest values.
+        number: place of the run among all runs of the report; of the first run if several differ in the seed only.
+        label: its text in the legend.
+        x: epochs or steps, ascending.
+        y: the metric, or its mean over the runs.
+        low: the smallest values of the runs; None for a single run.
+        high: the largest values of the runs.
     """
 
     number: int
@@ -167,10 +167,10 @@ class Line:
 
 
 def read_runs(paths: Sequence[str]) -> list[PruningRun]:
-    """The runs, by names that tell them apart: those of their directories, with parents where these are the same.
+    """Read runs; the names of their directories, with as many parents as are needed, tell them apart.
 
     Raises:
-        ValueError: where a run is given twice.
+        ValueError: if a run is given twice.
         RunError, PlanError: see ``PruningRun.read``.
     """
     parts = [Path(path).resolve().parts for path in paths]
@@ -182,8 +182,8 @@ def read_runs(paths: Sequence[str]) -> list[PruningRun]:
     return [PruningRun.read(path, name) for path, name in zip(paths, names, strict=True)]
 
 
-def seeds_of(runs: Sequence[PruningRun]) -> list[list[PruningRun]]:
-    """The runs, with those together that differ in the seed only."""
+def group_by_seed(runs: Sequence[PruningRun]) -> list[list[PruningRun]]:
+    """Group runs that differ in the seed only."""
     families: list[list[PruningRun]] = []
     for run in runs:
         for family in families:
@@ -202,22 +202,22 @@ def _same_but_seed(one: PruningRun, other: PruningRun) -> bool:
 
 
 def lines(runs: Sequence[PruningRun], metric_of: Metric, over: Over = "epochs") -> list[Line]:
-    """The curves of a metric, one for all runs that differ in the seed only; runs that did not log it are left out."""
+    """Return the curves of a metric, one per group of seeds, without runs that did not log it."""
     found = []
-    for family in seeds_of(runs):
+    for family in group_by_seed(runs):
         curves = {run.name: run.curve(metric_of(run), over) for run in family}
         curves = {name: curve for name, curve in curves.items() if curve}
         if curves:
-            found.append(_line(runs.index(family[0]), family[0].method, curves))
+            found.append(_make_line(runs.index(family[0]), family[0].method, curves))
     return found
 
 
-def _line(number: int, method: str, curves: Mapping[str, Mapping[float, float]]) -> Line:
+def _make_line(number: int, method: str, curves: Mapping[str, Mapping[float, float]]) -> Line:
     first, *others = curves.values()
     if not others:
         return Line(number, f"{method} · {next(iter(curves))}", list(first), list(first.values()))
     names = ", ".join(curves) if len(curves) <= 4 else f"{next(iter(curves))} and {len(others)} other seeds"
-    # A run that was stopped early has fewer points than the others: a mean of other runs would jump where it ends.
+    # A run that stopped early has fewer points: a mean over the other runs alone would jump where it ends.
     x = [place for place in first if all(place in curve for curve in others)]
     values = [[curve[place] for curve in curves.values()] for place in x]
     means = [sum(v) / len(v) for v in values]
@@ -226,7 +226,7 @@ def _line(number: int, method: str, curves: Mapping[str, Mapping[float, float]])
 
 
 def number(record: Mapping[str, Any], *keys: str) -> float | None:
-    """The number at nested keys of a line of the log; None where there is none."""
+    """Return the number at nested keys of a line of the log; None if there is none."""
     value: Any = record
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None

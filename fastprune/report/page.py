@@ -1,4 +1,4 @@
-"""The report of pruning runs: a folder with figures and a static page that shows them beside the runs' numbers."""
+"""The report of pruning runs: a folder with figures, and a static page with the figures and the runs' numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastprune.graph.plan import PruningPlan
 from fastprune.host import atomic
 from fastprune.report.log import Metric, Over, PruningRun, lines, number
-from fastprune.report.tables import listed, millions, percent
+from fastprune.report.tables import as_text, millions, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,10 +26,10 @@ class Picture:
     """One figure of the report.
 
     Args:
-        name: of its files.
+        name: the name of its files.
         caption: what it shows.
-        draw: makes it; None where no run has what it needs.
-        note: why it, or some run in it, is left out; "" where all are there.
+        draw: a function that draws it; None if no run has the data.
+        note: why it, or some run in it, is left out; "" if none is.
     """
 
     name: str
@@ -42,13 +42,13 @@ def write_report(runs: Sequence[PruningRun], folder: Path) -> list[Picture]:
     """Write the figures (PNG and SVG) and ``index.html`` into a folder, over those of an earlier report.
 
     Returns:
-        What was drawn, and what was left out.
+        All figures, those that were left out too.
 
     Raises:
         ValueError: without matplotlib; says how to get it.
     """
-    plots = drawing()
-    found = list(pictures(runs, plots))  # says what is wrong in the logs before anything is written
+    plots = import_plots()
+    found = list(pictures(runs, plots))  # refuses wrong logs before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     with plots.style():
         for picture in found:
@@ -58,8 +58,8 @@ def write_report(runs: Sequence[PruningRun], folder: Path) -> list[Picture]:
     return found
 
 
-def drawing() -> Any:
-    """The module that draws."""
+def import_plots() -> Any:
+    """Import the module that draws."""
     try:
         return importlib.import_module("fastprune.report.plots")
     except ImportError as error:
@@ -67,7 +67,7 @@ def drawing() -> Any:
 
 
 def pictures(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
-    """All figures of a report, drawn or not."""
+    """Yield all figures of a report, drawn or not."""
 
     def curves(
         name: str, caption: str, metric: str | Metric, y_label: str, over: Over = "epochs", **looks: Any
@@ -76,7 +76,7 @@ def pictures(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
         drawn = lines(runs, metric_of, over)
         absent = [run for run in runs if not run.curve(metric_of(run))]
         draw = partial(plots.curves, drawn, f"{over} of the search", y_label, **looks) if drawn else None
-        return Picture(name, caption, draw, missing(absent, "logged no such metric"))
+        return Picture(name, caption, draw, missing_text(absent, "logged no such metric"))
 
     budgets = {f"budget {run.budget}": run.budget_part for run in runs}
     yield curves(
@@ -91,18 +91,18 @@ def pictures(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
     )  # fmt: skip
     yield curves(
         "resource_ratio",
-        "Cost of the network during the search, as a part of the full one; dashed: the budget.",
-        lambda run: f"{run.budget.resource}_ratio", "cost (part of the full network's)", percent=True,
+        "Cost of the network during the search, as a fraction of the full cost; dashed: the budget.",
+        lambda run: f"{run.budget.resource}_ratio", "cost (fraction of the full network's)", percent=True,
         dashed={text: part for text, part in budgets.items() if part is not None},
     )  # fmt: skip
     yield curves(
         "randomness",
-        "Gate randomness s = mean |θ − ½|: at ½ all gates are decided, at 0 each is a coin.",
+        "Gate randomness s = mean |θ − ½|: at ½ all gates are decided, at 0 each is a coin toss.",
         "randomness", "s = mean |θ − ½|", over="steps",
     )  # fmt: skip
     yield curves(
         "alignment_gap",
-        "Alignment gap: held-out accuracy with all channels, less that without those that are to go.",
+        "Alignment gap: held-out accuracy with all channels, minus that without the channels to be pruned.",
         "alignment_gap", "accuracy lost at the cut", percent=True,
     )  # fmt: skip
     yield from heat_maps(runs, plots)
@@ -110,22 +110,22 @@ def pictures(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
 
 
 def heat_maps(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
-    """Widths over epochs, one figure for each run."""
+    """Yield the widths over epochs, one figure for each run."""
     for nth, run in enumerate(runs, start=1):
         name = "keep_over_epochs" if len(runs) == 1 else f"keep_over_epochs_{nth}"
         caption = f"Channels that the hard gates keep in each layer after each epoch: {run.label}."
         kept = run.kept
         draw = partial(plots.heat_map, run.label, kept) if kept else None
-        yield Picture(name, caption, draw, missing([] if kept else [run], "logged no widths"))
+        yield Picture(name, caption, draw, missing_text([] if kept else [run], "logged no widths"))
 
 
 def bars(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
-    """Final widths, one figure for all runs of the same network."""
+    """Yield the final widths, one figure for all runs of the same network."""
     networks: dict[tuple[tuple[str, int], ...], dict[int, PruningPlan]] = {}
     for place, run in enumerate(runs):
         if run.plan is not None:
             networks.setdefault(tuple(run.plan.groups.items()), {})[place] = run.plan
-    note = missing([run for run in runs if run.plan is None], "has no plan yet")
+    note = missing_text([run for run in runs if run.plan is None], "has no plan yet")
     caption = "Widths of the plan: channels that stay in each layer, of all that could go."
     if not networks:
         yield Picture("widths", caption, None, note)
@@ -135,8 +135,8 @@ def bars(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
         yield Picture(name, caption, partial(plots.widths, dict(layers), kept, list(plans)), note if nth == 1 else "")
 
 
-def missing(runs: Sequence[PruningRun], reason: str) -> str:
-    """A sentence on the runs that a figure lacks."""
+def missing_text(runs: Sequence[PruningRun], reason: str) -> str:
+    """Return a sentence on the runs that a figure lacks."""
     return f"Left out: {', '.join(run.label for run in runs)} ({reason})." if runs else ""
 
 
@@ -157,7 +157,7 @@ figcaption, .note { color: #555; max-width: 46rem; }
 
 
 def page(runs: Sequence[PruningRun], found: Sequence[Picture]) -> str:
-    """``index.html``."""
+    """Return the content of ``index.html``."""
     names = ", ".join(run.name for run in runs)
     left_out = [picture for picture in found if picture.draw is None]
     parts = [
@@ -175,7 +175,7 @@ def page(runs: Sequence[PruningRun], found: Sequence[Picture]) -> str:
 
 
 def figure(picture: Picture) -> str:
-    """One figure of the page."""
+    """Return one figure of the page."""
     caption = escape(picture.caption)
     text = " ".join(filter(None, [caption, escape(picture.note)]))
     files = f'<a href="{picture.name}.png">PNG</a>, <a href="{picture.name}.svg">SVG</a>'
@@ -184,7 +184,7 @@ def figure(picture: Picture) -> str:
 
 
 def table(runs: Sequence[PruningRun]) -> str:
-    """The runs' numbers and options, one column for each run."""
+    """Return a table of the runs' numbers and options, one column for each run."""
     columns = [{"Run": run_facts(run), "Result": results(run), "Options": options(run)} for run in runs]
     heads = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     rows = []
@@ -199,14 +199,14 @@ def table(runs: Sequence[PruningRun]) -> str:
 
 
 def run_facts(run: PruningRun) -> dict[str, str]:
-    """What was asked for."""
+    """Return the settings of a run."""
     facts = {"method": run.method, "budget": run.config["budget"]}
     facts |= {name: run.config.get(name) for name in ("model", "weights", "from_run", "data", "seed", "precision")}
-    return {name.replace("_", " "): listed(value) for name, value in facts.items() if value is not None}
+    return {name.replace("_", " "): as_text(value) for name, value in facts.items() if value is not None}
 
 
 def results(run: PruningRun) -> dict[str, str]:
-    """What came out: sizes from the plan, accuracies from the lines "result" of the log."""
+    """Return the results: sizes from the plan, accuracies from the lines "result" of the log."""
     pruned, tuned, done = run.last("result", run.method), run.last("result", "finetune"), run.last("plan")
     accuracies = {
         "test accuracy before": number(pruned, "baseline", "accuracy"),
@@ -215,7 +215,7 @@ def results(run: PruningRun) -> dict[str, str]:
     }
     facts = {name: percent(value) for name, value in accuracies.items() if value is not None}
     if run.plan is not None:
-        facts |= {"MACs": before_and_after(*run.plan.macs), "parameters": before_and_after(*run.plan.params)}
+        facts |= {"MACs": change_text(*run.plan.macs), "parameters": change_text(*run.plan.params)}
     full, planned, seconds = number(done, "ms", "full"), number(done, "ms", "planned"), number(done, "seconds")
     if full is not None and planned is not None:
         facts["latency (modelled)"] = f"{full:.2f} ms → {planned:.2f} ms"
@@ -224,18 +224,18 @@ def results(run: PruningRun) -> dict[str, str]:
     return facts or {"plan": "not finished"}
 
 
-def before_and_after(full: int, planned: int) -> str:
-    """Two sizes, and what part the second one is of the first."""
+def change_text(full: int, planned: int) -> str:
+    """Return two sizes, and the second as a percentage of the first."""
     return f"{millions(full)} → {millions(planned)} ({percent(planned / full)})"
 
 
 def options(run: PruningRun) -> dict[str, str]:
-    """The method's options."""
-    return {name.replace("_", " "): listed(value) for name, value in run.options.items()}
+    """Return the options of the run's method."""
+    return {name.replace("_", " "): as_text(value) for name, value in run.options.items()}
 
 
 def summary(found: Sequence[Picture]) -> Mapping[str, Any]:
-    """What was drawn and what was not, as JSON values."""
+    """Return which figures were drawn and which were left out, as JSON values."""
     return {
         "figures": [picture.name for picture in found if picture.draw is not None],
         "left_out": {picture.name: picture.note for picture in found if picture.draw is None},

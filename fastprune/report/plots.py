@@ -1,4 +1,4 @@
-"""Drawing: curves, heat maps of widths over epochs, and bars of final widths. Needs matplotlib."""
+"""Figures: curves, heat maps of widths over epochs, and bars of final widths. They need matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from fastprune.host import atomic
 from fastprune.report.log import Line
 
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart; its yellow is too light for lines.
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart; their yellow is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")  # for more runs than colours
 GREY = "#E3E3E3"
@@ -40,7 +40,7 @@ STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The house's look, whatever the user's matplotlibrc says; to be open while figures are made and saved."""
+    """Use the style of reports, whatever the user's matplotlibrc says, while figures are drawn and saved."""
     with matplotlib.style.context(["default", STYLE]):
         yield
 
@@ -48,13 +48,13 @@ def style() -> Iterator[None]:
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write ``name.png`` and ``name.svg``."""
     for kind in ("png", "svg"):
-        # Without the date of making.
+        # Without a date the same figure is the same file.
         fill = partial(figure.savefig, format=kind, metadata={"Date": None} if kind == "svg" else {})
         atomic.write(folder / f"{name}.{kind}", fill)
 
 
 def look(number: int) -> tuple[str, str]:
-    """Colour and dashes of the run with a number."""
+    """Return the colour and the dashes of the run with this number."""
     return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
@@ -66,14 +66,14 @@ def curves(
     percent: bool = False,
     dashed: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Curves over epochs or steps, with bands where there are several seeds.
+    """Draw curves over epochs or steps, with bands over several seeds.
 
     Args:
-        lines: one for each run, or for each family of seeds.
-        x_label: what is on the abscissa, with its unit.
-        y_label: what is on the ordinate, with its unit.
-        percent: whether the values are fractions that read as percentages.
-        dashed: horizontal lines by what they mean.
+        lines: one line for each run, or for each group of seeds.
+        x_label: label of the x-axis, with its unit.
+        y_label: label of the y-axis, with its unit.
+        percent: whether the values are fractions to show as percentages.
+        dashed: {text in the legend: height of a horizontal line}.
     """
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -96,11 +96,11 @@ def curves(
 
 
 def heat_map(title: str, kept: Mapping[str, Mapping[float, float]]) -> Figure:
-    """The part of each layer's channels that is open, over epochs.
+    """Draw the fraction of each layer's channels that is open, over epochs.
 
     Args:
         title: the run's label.
-        kept: {layer: {epochs done: part in [0, 1]}}.
+        kept: {layer: {epochs done: fraction in [0, 1]}}.
     """
     epochs = sorted({epoch for curve in kept.values() for epoch in curve})
     values = [[curve.get(epoch, float("nan")) for epoch in epochs] for curve in kept.values()]
@@ -120,12 +120,12 @@ def heat_map(title: str, kept: Mapping[str, Mapping[float, float]]) -> Figure:
 
 
 def widths(layers: Mapping[str, int], runs: Mapping[str, Sequence[int]], numbers: Sequence[int]) -> Figure:
-    """Bars of the channels that stay in each layer, several runs side by side, in front of all channels.
+    """Draw bars of the channels that stay in each layer, several runs side by side, in front of all channels.
 
     Args:
         layers: {layer: number of its channels}.
         runs: {run: channels that stay, by layer}.
-        numbers: of these runs among all runs of the report.
+        numbers: places of these runs among all runs of the report.
     """
     bar = 0.8 / len(runs)
     row = max(0.2, 0.13 * len(runs) + 0.06)  # inches

@@ -13,22 +13,22 @@ from fastprune.methods.plugins import MethodInfo
 
 
 def millions(value: float) -> str:
-    """A count in millions, with two digits behind the point."""
+    """Return a count in millions, with two decimals."""
     return f"{value / 1e6:,.2f} M"
 
 
 def percent(value: float) -> str:
-    """A fraction as a percentage."""
+    """Return a fraction as a percentage."""
     return f"{100 * value:.2f} %"
 
 
 def show(table: Table) -> None:
-    """Print a table on standard output, its texts as they are (a layer's name may look like rich's markup)."""
+    """Print a table on standard output, without markup: a layer's name may look like rich's."""
     Console(markup=False).print(table)
 
 
 def print_methods(methods: Iterable[MethodInfo]) -> None:
-    """Print a line for each method; what does not fit is cut off, and ``print_method`` shows it."""
+    """Print one line for each method, cut off at the width of the terminal; ``print_method`` shows the rest."""
     table = Table()
     table.add_column("method", no_wrap=True)
     table.add_column("paper, or what it does")  # this column gives way where the terminal is narrow
@@ -41,13 +41,13 @@ def print_methods(methods: Iterable[MethodInfo]) -> None:
 
 
 def print_method(info: MethodInfo) -> None:
-    """Print everything that is known of a method, with its options."""
+    """Print what is known of a method, with its options."""
     console = Console(markup=False, highlight=False)
     console.print(f"{info.name}: {info.summary}")
     for what, text in {
         "paper": info.paper or "none",
         "package": f"{info.package} {info.version}",
-        "searches on data": listed(info.needs_data),
+        "searches on data": as_text(info.needs_data),
     }.items():
         console.print(f"{what}: {text}")
     table = Table()
@@ -55,7 +55,7 @@ def print_method(info: MethodInfo) -> None:
         table.add_column(heading)
     for option in info.options:
         choices = f" ({option.type})" if "'" in option.type else ""
-        table.add_row(option.name, listed(option.default), option.help + choices)
+        table.add_row(option.name, as_text(option.default), option.help + choices)
     show(table)
 
 
@@ -65,27 +65,27 @@ def print_broken(reasons: Mapping[str, str]) -> None:
         Console(stderr=True, markup=False).print(f"method {name!r} is left out: {reason}", style="red", soft_wrap=True)
 
 
-def listed(value: Any) -> str:
-    """A value as people read it."""
+def as_text(value: Any) -> str:
+    """Return a value as people read it."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def print_checks(checks: Mapping[str, Any]) -> None:
-    """What ``doctor`` found."""
+    """Print the findings of ``doctor``."""
     table = Table()
-    table.add_column("what")
+    table.add_column("check")
     table.add_column("finding")
     for name, value in checks.items():
         if isinstance(value, Mapping):
-            value = "\n".join(f"{key}: {listed(item)}" for key, item in value.items()) or "none"
-        table.add_row(name.replace("_", " "), listed(value))
+            value = "\n".join(f"{key}: {as_text(item)}" for key, item in value.items()) or "none"
+        table.add_row(name.replace("_", " "), as_text(value))
     show(table)
 
 
 def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Networks side by side."""
+    """Print the results of networks, one row each."""
     table = Table()
     table.add_column("network")
     present = [name for name in COLUMNS if any(name in row for row in results.values())]
@@ -97,7 +97,7 @@ def print_results(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def print_demo(result: Mapping[str, Any]) -> None:
-    """The demonstration's stages."""
+    """Print the stages of the demonstration."""
     print_results({stage["stage"]: stage for stage in result["stages"]})
     Console().print(f"{result['seconds']:.0f} s; run directory: {result['run']}", soft_wrap=True, highlight=False)
 
@@ -106,7 +106,7 @@ COLUMNS: dict[str, tuple[str, Any]] = {
     "accuracy": ("accuracy", percent),
     "macs": ("MACs", millions),
     "params": ("parameters", millions),
-    "ms": ("latency as modelled", lambda value: f"{value:.2f} ms"),
+    "ms": ("modelled latency", lambda value: f"{value:.2f} ms"),
     "measured_ms": ("latency", lambda value: f"{value:.2f} ms"),
     "latency_ms": ("CPU latency (batch 64)", lambda value: f"{value:.2f} ms"),
 }

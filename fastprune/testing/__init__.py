@@ -6,7 +6,7 @@
         check_method(MyMethod, epochs=2)
 
 It runs the method through the real engine on a small network (a residual block, a depthwise convolution with
-squeeze-and-excitation, a linear classifier) and made images, and takes seconds on a CPU.
+squeeze-and-excitation, a linear classifier) and synthetic images, and takes seconds on a CPU.
 """
 
 from fastprune.testing.contract import check_method

@@ -26,8 +26,8 @@ from fastprune.methods.contract import Method
 from fastprune.methods.registry import class_fault, configure
 from fastprune.planning.budget import Budget, BudgetError
 from fastprune.planning.limits import Limits
-from fastprune.testing.trial import ContractError, Killed, Trial, different, same
-from fastprune.training.phases import Phase, Rounds
+from fastprune.testing.trial import ContractError, Killed, Trial, describe_difference, same
+from fastprune.training.phases import Phase, Rounds, SideSteps
 
 BUDGETS = (Budget("flops", 0.5), Budget("params", 0.6), Budget("flops", 1.2e6))
 LIMITS = Limits(min_keep=3, round_to=4, keep_ratios={"*": (0.3, 1.0)})
@@ -38,18 +38,19 @@ def check_method(method_class: type[Method], *, distributed: bool = False, **opt
     """Check that a method keeps the contract of ``fastprune.methods.Method``.
 
     Budgets (a fraction and an absolute number of MACs, a fraction of the parameters) are met from below, to within 1 %
-    of the full network; one out of reach is refused with ``BudgetError``. The run's limits (least widths, rounding)
-    hold. The plan can be applied exactly (float64, 1e-9). Weights, buffers, gradients and flags are as before unless
-    ``trains_weights``. The same seed gives the same plan, also after a kill and a resume from a checkpoint. The
-    configuration survives JSON and YAML.
+    of the full network; one out of reach is refused with ``BudgetError``. The run's limits (smallest widths, rounding)
+    hold. The plan can be applied exactly (float64, 1e-9). Weights, buffers, gradients and flags stay the same, unless
+    the method declares ``trains_weights``. The same seed gives the same plan, also after a kill and a resume from a
+    checkpoint. The configuration survives JSON and YAML.
 
     Args:
         method_class: the method.
-        distributed: also run it in two processes, which must agree (some seconds more; the class must be importable).
+        distributed: whether to run it in two processes too, which must agree. This takes some seconds more, and the
+            class must be importable.
         **options: fields of its ``Config``; choose small numbers of epochs and samples.
 
     Raises:
-        ContractError: names the clause that is broken.
+        ContractError: if a clause is broken; names it.
         ValueError, TypeError: for options that the method does not have.
     """
     check_class(method_class)
@@ -58,9 +59,9 @@ def check_method(method_class: type[Method], *, distributed: bool = False, **opt
     check_state(method_class, config)
     check_phases(method_class, config)
     first = Trial(method_class, config, BUDGETS[0])
-    plan, steps = first.watched()
+    plan, steps = first.run_checked()
     for budget in BUDGETS[1:]:
-        Trial(method_class, config, budget).watched()
+        Trial(method_class, config, budget).run_checked()
     check_limits(method_class, config)
     check_refusal(method_class, config)
     check_seed(method_class, config, plan)
@@ -69,44 +70,40 @@ def check_method(method_class: type[Method], *, distributed: bool = False, **opt
         check_distributed(method_class, config)
 
 
-def declared(phase: Phase | Rounds) -> tuple[Any, ...]:
-    """What of a phase can be compared."""
-    if isinstance(phase, Rounds):
-        return (phase.name,)
-    beside = phase.beside
-    return (
-        *(phase.name, phase.epochs, phase.samples, phase.batch_size, phase.augment),
-        *((beside.every, beside.samples, beside.batch_size, beside.augment) if beside else ()),
-    )
+def describe_phase(phase: Phase | Rounds | SideSteps) -> dict[str, Any]:
+    """Return the fields of a phase that can be compared: all but its functions."""
+    fields = {field.name: getattr(phase, field.name) for field in dataclasses.fields(phase)}
+    plain = {name: value for name, value in fields.items() if not callable(value)}
+    return {name: describe_phase(value) if isinstance(value, SideSteps) else value for name, value in plain.items()}
 
 
 def check_class(method_class: type[Method]) -> None:
-    """The class has a name, a paper and a Config that the registry accepts."""
+    """Check that the registry accepts the class: its name, paper and Config."""
     fault = class_fault(method_class)
     if fault is not None:
         raise ContractError(str(getattr(method_class, "name", method_class)), "class", fault)
 
 
 def check_config(method_class: type[Method], config: Any) -> None:
-    """Every option is explained, and the options survive JSON and YAML."""
+    """Check that every option is explained, and that the options survive JSON and YAML."""
     for field in dataclasses.fields(config):
         if not field.metadata.get("help"):
             raise ContractError(method_class.name, "config", f'option {field.name!r} has no metadata["help"]')
-    round_trips: dict[str, Callable[[Any], Any]] = {
+    formats: dict[str, Callable[[Any], Any]] = {
         "JSON": lambda values: json.loads(json.dumps(values)),
         "YAML": lambda values: yaml.safe_load(yaml.safe_dump(values)),
     }
-    for form, there_and_back in round_trips.items():
+    for form, write_and_read in formats.items():
         try:
-            again = configure(method_class, there_and_back(dataclasses.asdict(config)))
+            again = configure(method_class, write_and_read(dataclasses.asdict(config)))
         except Exception as error:
             raise ContractError(method_class.name, "config", f"Config does not survive {form}: {error}") from error
         if again != config:
-            raise ContractError(method_class.name, "config", f"Config comes back from {form} as {again}, was {config}")
+            raise ContractError(method_class.name, "config", f"Config {config} comes back from {form} as {again}")
 
 
 def check_state(method_class: type[Method], config: Any) -> None:
-    """The state can be written, and a fresh method that has loaded it has the same state."""
+    """Check that the state can be written, and that a fresh method that loads it has the same state."""
     trial, fresh = (Trial(method_class, config, BUDGETS[0]) for _ in range(2))
     trial.method.setup(trial.task)
     fresh.method.setup(fresh.task)
@@ -122,10 +119,10 @@ def check_state(method_class: type[Method], config: Any) -> None:
 
 
 def check_phases(method_class: type[Method], config: Any) -> None:
-    """The phases are the same on every call, and declared to need data."""
+    """Check that the phases are the same on every call, and that ``needs_data`` is declared."""
     trial = Trial(method_class, config, BUDGETS[0])
     trial.method.setup(trial.task)
-    first, second = (list(map(declared, trial.method.phases(trial.task))) for _ in range(2))
+    first, second = (list(map(describe_phase, trial.method.phases(trial.task))) for _ in range(2))
     if first != second:
         raise trial.fail("phases", f"phases() differs from call to call: {first}, then {second}")
     if first and not method_class.needs_data:
@@ -133,14 +130,14 @@ def check_phases(method_class: type[Method], config: Any) -> None:
 
 
 def check_limits(method_class: type[Method], config: Any) -> None:
-    """Least widths and their rounding hold."""
+    """Check that smallest widths and their rounding hold."""
     trial = Trial(method_class, config, Budget("flops", 0.65), limits=LIMITS)
     trial.run()
     trial.check_limits(trial.plan())
 
 
 def check_refusal(method_class: type[Method], config: Any) -> None:
-    """A budget out of reach is refused."""
+    """Check that a budget out of reach is refused."""
     trial = Trial(method_class, config, Budget("params", 0.002))
     try:
         trial.run()
@@ -151,7 +148,7 @@ def check_refusal(method_class: type[Method], config: Any) -> None:
 
 
 def check_seed(method_class: type[Method], config: Any, plan: PruningPlan) -> None:
-    """The same seed gives the same plan, whatever the process drew before."""
+    """Check that the same seed gives the same plan, whatever the process drew before."""
     trial = Trial(method_class, config, BUDGETS[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(987)
@@ -160,11 +157,11 @@ def check_seed(method_class: type[Method], config: Any, plan: PruningPlan) -> No
         trial.run()
         again = trial.plan()
     if not torch.equal(plan.mask, again.mask):
-        raise trial.fail("seed", f"the same seed gave two plans, {different(plan, again)}")
+        raise trial.fail("seed", f"the same seed gave two plans, {describe_difference(plan, again)}")
 
 
 def check_resume(first: Trial, plan: PruningPlan, steps: int) -> None:
-    """A run that is killed after any step, or after the last one, ends in the same state and plan once resumed."""
+    """Check that a run killed after a step, or before ``plan``, and resumed ends in the same state and plan."""
     for stop_after in (*sorted({1, steps // 2, steps - 1} & set(range(1, steps))), None):
         when = f"killed after step {stop_after} of {steps}" if stop_after else "killed before plan()"
         with tempfile.TemporaryDirectory() as folder:
@@ -177,17 +174,17 @@ def check_resume(first: Trial, plan: PruningPlan, steps: int) -> None:
                 raise first.fail("resume", f"{when} and resumed, the method ends in another state")
             again = resumed.plan()
             if not same(dict(first.task.model.state_dict()), dict(resumed.task.model.state_dict())):
-                raise first.fail("resume", f"{when} and resumed, the weights end as others")
+                raise first.fail("resume", f"{when} and resumed, the method ends with other weights")
         if not torch.equal(plan.mask, again.mask):
-            raise first.fail("resume", f"{when} and resumed, the plan differs {different(plan, again)}")
+            raise first.fail("resume", f"{when} and resumed, the plan differs {describe_difference(plan, again)}")
 
 
 def check_distributed(method_class: type[Method], config: Any) -> None:
-    """Two processes end with the same plan."""
+    """Check that two processes end with the same plan and weights."""
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.get_context("spawn")
         processes = [
-            context.Process(target=one_of_two, args=(rank, folder, method_class, dataclasses.asdict(config)))
+            context.Process(target=run_one_of_two, args=(rank, folder, method_class, dataclasses.asdict(config)))
             for rank in range(2)
         ]
         try:
@@ -208,14 +205,14 @@ def check_distributed(method_class: type[Method], config: Any) -> None:
             raise ContractError(method_class.name, "distributed", "a process ended without a plan, or hung")
         first, second = map(PruningPlan.load, plans)
         if not torch.equal(first.mask, second.mask):
-            message = f"two processes ended with two plans, {different(first, second)}"
+            message = f"two processes ended with two plans, {describe_difference(first, second)}"
             raise ContractError(method_class.name, "distributed", message)
         if not same(*(load_state(Path(folder) / f"model-{rank}") for rank in range(2))):
             raise ContractError(method_class.name, "distributed", "two processes ended with two networks")
 
 
-def one_of_two(rank: int, folder: str, method_class: type[Method], options: dict[str, Any]) -> None:
-    """Run the method as one of two processes and write its plan, or what went wrong."""
+def run_one_of_two(rank: int, folder: str, method_class: type[Method], options: dict[str, Any]) -> None:
+    """Run the method as one of two processes and write its plan, or the error."""
     try:
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)

@@ -1,4 +1,4 @@
-"""The small network and the made images on which the contract is tested."""
+"""The small network and the synthetic images on which the contract is tested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPE, NUM_CLASSES = (3, 16, 16), 10
 
 
 class ContractNetwork(nn.Module):
-    """Every kind of coupling in little space, with channels so cheap that 1 % of the cost is more than one of them."""
+    """A small network with every kind of coupling, in which one channel costs less than 1 % of the whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ContractNetwork(nn.Module):
 
 
 def network() -> ContractNetwork:
-    """The test network with fixed random weights and statistics, in eval mode; one parameter is frozen on purpose."""
+    """Make the test network with fixed random weights and statistics, in eval mode; one parameter is frozen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = ContractNetwork()
@@ -64,12 +64,12 @@ def network() -> ContractNetwork:
 
 @lru_cache(maxsize=1)
 def traced() -> ChannelGraph:
-    """The channel graph of the test network."""
+    """Return the channel graph of the test network."""
     return trace(network(), torch.zeros(2, *SHAPE))
 
 
 def sample_data() -> SourceData:
-    """160 made images, 32 of them held out."""
+    """Make 160 synthetic training images, 32 of them held out."""
     train, test = (
         SyntheticSource.make(SHAPE, NUM_CLASSES, first, size, seed=3) for first, size in ((0, 160), (160, 32))
     )

@@ -1,4 +1,4 @@
-"""One run of a method through the real engine, watched."""
+"""One run of a method through the real engine, with checks of its outcome."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ContractError(AssertionError):
 
     Args:
         method: the method's name.
-        clause: which part of the contract: "class", "config", "phases", "budget", "refusal", "exact", "weights",
-            "flags", "seed", "state", "resume", "results" or "distributed".
-        message: what was found, and what is needed.
+        clause: the broken part of the contract: "class", "config", "phases", "budget", "limits", "refusal", "exact",
+            "weights", "flags", "seed", "state", "resume", "results" or "distributed".
+        message: the fault, and what is needed.
     """
 
     def __init__(self, method: str, clause: str, message: str) -> None:
@@ -41,18 +41,19 @@ class ContractError(AssertionError):
 
 
 class Killed(Exception):  # noqa: N818 - stands for a signal, not for an error
-    """What a killed process would not live to see."""
+    """The end of a run, in place of the death of its process."""
 
 
 @dataclasses.dataclass
 class Trial:
-    """One run of a method on a network of its own.
+    """One run of a method on its own copy of the test network.
 
     Args:
         method_class: the method.
-        config: of the method.
-        budget: of the plan.
+        config: the method's configuration.
+        budget: the budget of the plan.
         distributed: this process among its peers.
+        limits: the limits of the plan's widths.
     """
 
     method_class: type[Method]
@@ -76,19 +77,19 @@ class Trial:
         self.method = self.method_class(self.config)
 
     def fail(self, clause: str, message: str) -> ContractError:
-        """The error to raise."""
+        """Return the error of a broken clause."""
         return ContractError(self.method_class.name, clause, message)
 
     def run(self, run: RunDirectory | None = None, *, resume: bool = False, stop_after: int | None = None) -> int:
-        """Set up and run the phases; the number of steps. ``Killed`` is raised after step ``stop_after``."""
+        """Set up and run the phases; return the number of steps. ``Killed`` is raised after step ``stop_after``."""
         self.method.setup(self.task)
-        counted = Counted(self.method, stop_after)
+        counter = StepCounter(self.method, stop_after)
         options = LoopOptions(log_every=1, checkpoint_steps=2, progress=False)
-        run_phases(counted, self.task, self.data, run=run, resume=resume, options=options)
-        return counted.steps
+        run_phases(counter, self.task, self.data, run=run, resume=resume, options=options)
+        return counter.steps
 
     def plan(self) -> PruningPlan:
-        """The plan, if it is one for this network."""
+        """Return the method's plan, which must be for this network."""
         plan = self.method.plan(self.task)
         if not isinstance(plan, PruningPlan):
             raise self.fail("budget", f"plan() returned a {type(plan).__name__}, not a PruningPlan")
@@ -96,8 +97,8 @@ class Trial:
             raise self.fail("budget", "plan() returned a plan for another network")
         return plan
 
-    def watched(self) -> tuple[PruningPlan, int]:
-        """The plan and the number of steps, with everything checked that one run can show."""
+    def run_checked(self) -> tuple[PruningPlan, int]:
+        """Run, check everything that one run can show, and return the plan and the number of steps."""
         before = photograph(self.task.model)
         steps = self.run()
         plan = self.plan()
@@ -108,7 +109,7 @@ class Trial:
         return plan, steps
 
     def check_untouched(self, before: Photograph) -> None:
-        """Weights, gradients and flags are as they were."""
+        """Check that weights, gradients and flags are the same as before."""
         after = photograph(self.task.model)
         if not self.method_class.trains_weights:
             changed = [n for n, t in before.tensors.items() if not torch.equal(t, after.tensors[n])]
@@ -123,7 +124,7 @@ class Trial:
                 raise self.fail("flags", f"{what} of {', '.join(changed[:4])} was not put back")
 
     def check_budget(self, plan: PruningPlan) -> None:
-        """The budget is met from below, and nearly used up."""
+        """Check that the budget is met from below, and nearly used up."""
         graph = self.task.graph
         total, limit = float(self.budget.cost(graph)), self.budget.limit(graph)
         cost = float(self.budget.cost(graph, plan.mask))
@@ -135,16 +136,16 @@ class Trial:
             )
 
     def check_limits(self, plan: PruningPlan) -> None:
-        """The widths are allowed ones, and the budget is met none the less."""
+        """Check that all widths are allowed, and that the budget is met."""
         graph = self.task.graph
         broken = self.limits.broken_by(graph, plan.mask)
         if broken is not None:
-            raise self.fail("limits", f"{broken}; take fastprune.planning.fitting.fit(…, limits=task.limits)")
+            raise self.fail("limits", f"{broken}; use fastprune.planning.fitting.fit(…, limits=task.limits)")
         if float(self.budget.cost(graph, plan.mask)) > self.budget.limit(graph):
             raise self.fail("limits", f"with {self.limits} the plan costs more than the budget {self.budget}")
 
     def check_exact(self, plan: PruningPlan) -> None:
-        """The compact network computes what the masked one computes, and costs what the plan says."""
+        """Check that the compact network computes the same as the masked one, and has the parameters of the plan."""
         try:
             compact = cut(plan, self.task.model).model
             verify(plan, self.task.model, compact, dtype=torch.float64)
@@ -155,15 +156,21 @@ class Trial:
             raise self.fail("exact", f"the compact network has {params} parameters, the plan says {plan.params[1]}")
 
     def check_results(self) -> None:
-        """What is reported are numbers."""
+        """Check that all results are numbers."""
         for name, value in dict(self.method.results()).items():
             if not isinstance(name, str) or not isinstance(value, (int, float, Tensor)):
                 raise self.fail("results", f"results() gives {name!r}: {value!r}, where a number is needed")
 
 
 @dataclasses.dataclass
-class Counted:
-    """A method whose steps are counted, and which dies after some of them."""
+class StepCounter:
+    """A method with a counter of its steps, and an end after some of them.
+
+    Args:
+        method: the method.
+        stop_after: the number of steps after which ``Killed`` is raised; None = never.
+        steps: the number of steps so far.
+    """
 
     method: Method
     stop_after: int | None
@@ -171,20 +178,20 @@ class Counted:
 
     @property
     def trains_weights(self) -> bool:
-        """The method's own."""
+        """Whether the method trains weights."""
         return self.method.trains_weights
 
     def phases(self, task: Task) -> Iterator[Phase | Rounds]:
-        """The method's phases, with counting steps and rounds."""
+        """Yield the method's phases, with steps and rounds that count."""
         for phase in self.method.phases(task):
             if isinstance(phase, Rounds):
-                yield dataclasses.replace(phase, round=self.counting(phase.round))
+                yield dataclasses.replace(phase, round=self.count(phase.round))
                 continue
-            beside = phase.beside and dataclasses.replace(phase.beside, step=self.counting(phase.beside.step))
-            yield dataclasses.replace(phase, step=self.counting(phase.step), beside=beside)
+            beside = phase.beside and dataclasses.replace(phase.beside, step=self.count(phase.beside.step))
+            yield dataclasses.replace(phase, step=self.count(phase.step), beside=beside)
 
-    def counting(self, step: Callable[..., Metrics]) -> Callable[..., Metrics]:
-        """``step``, counted."""
+    def count(self, step: Callable[..., Metrics]) -> Callable[..., Metrics]:
+        """Return ``step`` with the counter behind it."""
 
         def counted(*batch: Tensor) -> Metrics:
             metrics = step(*batch)
@@ -196,21 +203,21 @@ class Counted:
         return counted
 
     def state_dict(self) -> dict[str, Any]:
-        """The method's."""
+        """Return the method's state."""
         return self.method.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The method's."""
+        """Restore the method's state."""
         self.method.load_state_dict(state)
 
 
 @dataclasses.dataclass(frozen=True)
 class Photograph:
-    """What a search must leave as it is.
+    """The state of a model that a search must not change.
 
     Args:
         tensors: copies of parameters and buffers.
-        gradients: parameters that hold a gradient.
+        gradients: names of the parameters that hold a gradient.
         requires_grad: flag of each parameter.
         training: mode of each module.
     """
@@ -222,7 +229,7 @@ class Photograph:
 
 
 def photograph(model: nn.Module) -> Photograph:
-    """The state of ``model`` now."""
+    """Return the present state of ``model``."""
     parameters = dict(model.named_parameters())
     return Photograph(
         tensors={name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
@@ -233,7 +240,7 @@ def photograph(model: nn.Module) -> Photograph:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nests of plain values and tensors are equal, bit for bit."""
+    """Return whether two nests of plain values and tensors are equal, bit for bit."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -243,6 +250,6 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def different(a: PruningPlan, b: PruningPlan) -> str:
-    """In how many channels two plans differ."""
+def describe_difference(a: PruningPlan, b: PruningPlan) -> str:
+    """Return the number of channels in which two plans differ, as text."""
     return f"in {int((a.mask != b.mask).sum())} of {len(a.mask)} channels"

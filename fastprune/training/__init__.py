@@ -1,1 +1,1 @@
-"""Steps of training: the phases of a method, the optimiser, the learning rate."""
+"""Parts of a training: the phases of a method, the optimiser, the learning rate."""

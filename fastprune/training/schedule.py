@@ -19,18 +19,18 @@ def learning_rate(
     gamma: float = 0.1,
     warmup_epochs: float = 0.0,
 ) -> float:
-    """The learning rate of step ``step``.
+    """Return the learning rate of step ``step``.
 
     During the warm-up it rises linearly to ``lr``, which the last step of the warm-up reaches. After it, "milestones"
     multiplies by ``gamma`` from each milestone on; "cosine" and "linear" fall to zero over the steps that are left.
 
     Args:
-        step: from 0.
+        step: number of the step, from 0.
         steps_per_epoch: steps of one epoch.
-        epochs: of the whole training.
+        epochs: epochs of the whole training.
         lr: the largest value.
         schedule: "milestones", "cosine", "linear" or "constant".
-        milestones: epochs, or fractions of ``epochs`` where below 1.
+        milestones: epochs, or fractions of ``epochs`` if below 1.
         gamma: factor at each milestone.
         warmup_epochs: length of the warm-up, in epochs.
 

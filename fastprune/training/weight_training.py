@@ -1,4 +1,4 @@
-"""Steps that train weights: the optimiser, its schedule, gradients over all processes. Whose steps they are is open."""
+"""Steps that train weights, in trainings and methods: the optimiser, its schedule, gradients over all processes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary heads (Szegedy et al., CVPR
 
 
 class WeightTraining:
-    """A model's weights on their way: ``gradients`` and ``update``, with whatever belongs between and after them.
+    """The training of a model's weights, one update at a time: ``gradients``, then ``update``.
 
     Args:
-        model: trained in place, in the mode that it is in.
-        options: how.
-        steps_per_epoch: for the schedule.
-        device: where the model is.
+        model: the model, trained in place and in its present mode.
+        options: the options of the training.
+        steps_per_epoch: steps of one epoch, for the schedule.
+        device: device of the model.
         peers: this process among its peers; gradients are means over all of them.
-        several_passes: whether the gradients of an update come from several passes of the caller's, who asks for their
-            means over all processes with ``average_gradients``.
+        several_passes: whether the gradients of an update come from several passes; the caller then averages them over
+            all processes with ``average_gradients``.
 
     Raises:
         ValueError: for a model without a parameter that requires gradients.
@@ -59,20 +59,20 @@ class WeightTraining:
         plain = [] if options.decay_norm_and_bias else [parameter for parameter in trained if parameter.dim() <= 1]
         decayed = trained if options.decay_norm_and_bias else [p for p in trained if p.dim() > 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = optimizer_of([group for group in groups if group["params"]], options)
+        self.optimizer = make_optimizer([group for group in groups if group["params"]], options)
 
     @property
     def learning_rate(self) -> float:
-        """That of the next update."""
+        """The learning rate of the next update."""
         return self.learning_rate_of(self.steps)
 
     @property
     def remaining_rates(self) -> float:
-        """The sum of the learning rates of all updates that are still to come."""
+        """The sum of the learning rates of all updates that are left."""
         return sum(map(self.learning_rate_of, range(self.steps, self.options.epochs * self.steps_per_epoch)))
 
     def learning_rate_of(self, step: int) -> float:
-        """The learning rate of an update, counted from 0."""
+        """Return the learning rate of an update, counted from 0."""
         options = self.options
         return learning_rate(
             step,
@@ -86,7 +86,7 @@ class WeightTraining:
         )
 
     def gradients(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """Forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N] or targets [N, K].
+        """Run forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N] or targets [N, K].
 
         Returns:
             The metrics to log: loss, accuracy, lr.
@@ -100,7 +100,7 @@ class WeightTraining:
         return {"loss": loss.detach(), "accuracy": accuracy, "lr": self.learning_rate}
 
     def average_gradients(self) -> None:
-        """Replace the gradients that there are by their means over all processes."""
+        """Replace the present gradients by their means over all processes."""
         if self.peers.world_size > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             flat = self.peers.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -108,7 +108,7 @@ class WeightTraining:
                 gradient.copy_(part.view_as(gradient))
 
     def update(self) -> None:
-        """One step of the optimiser along the gradients that there are."""
+        """Take one step of the optimiser along the present gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if self.options.clip_gradient:
@@ -125,10 +125,10 @@ class WeightTraining:
         """Give all ranks rank 0's values."""
         for tensor in tensors:
             self.peers.broadcast_(tensor.detach())
-            increment_version(tensor)  # collectives do not, and networks that hold on to values look at it
+            increment_version(tensor)  # collectives do not, and networks that keep values look at it
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state and the number of steps; not the weights."""
+        """Return the optimiser's state and the number of steps; not the weights."""
         return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -138,16 +138,16 @@ class WeightTraining:
 
 
 def classification_loss(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The loss of a network's outputs, those of auxiliary heads among them.
+    """Return the loss of a network's outputs, including those of auxiliary heads.
 
     Args:
-        outputs: scores [N, classes], or a tuple of such from the main head and others, as torchvision's GoogLeNet and
-            Inception return it in training mode; a head may be None.
+        outputs: scores [N, classes], or a tuple of them from the main head and others, as torchvision's GoogLeNet and
+            Inception return in training mode; a head may be None.
         labels: [N], or probabilities of the first K classes [N, K].
         label_smoothing: share of the target that is spread over all classes.
 
     Returns:
-        The mean cross-entropy in nats, of auxiliary heads with a weight of 0.3, and the main head's scores.
+        The mean cross-entropy in nats, with a weight of 0.3 for auxiliary heads, and the main head's scores.
 
     Raises:
         ValueError: for probabilities of more classes than there are scores.
@@ -165,8 +165,8 @@ def classification_loss(outputs: Any, labels: Tensor, label_smoothing: float = 0
     return loss, scores
 
 
-def optimizer_of(groups: list[dict[str, Any]], options: WeightOptions) -> torch.optim.Optimizer:
-    """The optimiser of ``options`` for groups of parameters."""
+def make_optimizer(groups: list[dict[str, Any]], options: WeightOptions) -> torch.optim.Optimizer:
+    """Make the optimiser of ``options`` for groups of parameters."""
     if options.optimizer == "adamw":
         betas = (options.momentum, 0.999)
         return torch.optim.AdamW(groups, lr=options.lr, betas=betas, weight_decay=options.weight_decay)

@@ -1,4 +1,4 @@
-"""The command line, as a demanding new user has it."""
+"""The command line, as a demanding new user sees it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from fastprune import models
 from fastprune.cli import commands, settings
-from fastprune.cli.arguments import Invocation, option_names
+from fastprune.cli.arguments import Invocation, list_options
 from fastprune.cli.main import main
 from fastprune.cli.parser import build_command_parser
 from fastprune.engine import RunDirectory
@@ -31,7 +31,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a training ``t``, a pruning ``p`` of it, and files that are wrong; tests copy what they change."""
+    """Return a folder with a training ``t``, its pruning ``p``, and wrong files; tests copy what they change."""
     folder = tmp_path_factory.mktemp("runs")
     assert main(shlex.split(f"train --model resnet20 --data {DATA} --epochs 1 --batch_size 32 --out {folder}/t")) == 0
     weights = f"--weights {folder}/t/model.safetensors"
@@ -83,7 +83,7 @@ TRAIN = f"train --model resnet20 --data {DATA} --epochs 1"
 L1 = "prune --model resnet20 --method l1 --out new/run"
 
 BAD = [
-    # The parser's own complaints, in words that a user knows.
+    # The parser's complaints, in a user's words.
     ("nonsense", "there is no command 'nonsense': give one of train, methods, "),
     ("prun --model resnet20", "there is no command 'prun': did you mean 'prune'?"),
     ("--nope", "there is no option --nope"),
@@ -133,7 +133,7 @@ BAD = [
     ("demo --out p", "'p' exists already: give another --out"),
     ("demo --out new --seed -3", "seed -3: must be at least 0"),
     # bench
-    ("bench", "bench needs one more word: give one of bench kernels, bench step, "),
+    ("bench", "bench needs one more word: give one of bench kernels, bench step, bench search, bench latency"),
     ("bench stap", "there is no command 'bench stap': did you mean 'bench step'?"),
     ("bench kernels --only nope", "only 'nope': must be one of 'gates', 'group_prox', "),
     ("bench kernels --onyl topk_mask", "there is no option --onyl: did you mean --only?"),
@@ -273,7 +273,7 @@ def test_every_flag_has_its_own_help(capsys: pytest.CaptureFixture[str], monkeyp
             assert action.help, f"{command} {action.option_strings}"
         # The names that are told apart before there is a parser are the parser's.
         known = [name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")]
-        assert sorted(option_names(invocation)) == sorted(known)
+        assert sorted(list_options(invocation)) == sorted(known)
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as stop:
         main(["prune", "--help"])
@@ -283,12 +283,12 @@ def test_every_flag_has_its_own_help(capsys: pytest.CaptureFixture[str], monkeyp
     assert "--dmc.epochs EPOCHS   passes over the samples (type: int, default: 300)" in shown
 
 
-def test_the_whole_way(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_evaluate_and_finetune(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     line = f"prune --model resnet20 --data {DATA} --weights t/model.safetensors --method l2 --out {run} --json"
     assert main(shlex.split(line)) == 0
     pruned = json.loads(capsys.readouterr().out)
-    # What is printed is what is on disk, and what the compact network itself measures.
+    # The printed numbers are those on disk, and those that the compact network itself measures.
     plan = json.loads((run / "plan.json").read_text())
     assert pruned["compact"]["macs"] == plan["macs"]["planned"] <= 0.5 * plan["macs"]["full"]
     assert pruned["baseline"]["params"] == plan["params"]["full"] == 269332
@@ -305,7 +305,7 @@ def test_the_whole_way(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     counted = sum(t.numel() for name, t in weights.items() if "running" not in name and "num_batches" not in name)
     assert counted == evaluated["compact"]["params"]
 
-    # A search that is taken up again would put the weights before the fine-tuning in the place of these.
+    # A resumed search would replace the fine-tuned weights by those before the fine-tuning.
     before = contents(run)
     assert main(shlex.split(f"prune --resume --out {run}")) == 2
     assert "have been fine-tuned since: go on with fastprune finetune" in capsys.readouterr().err
@@ -313,20 +313,28 @@ def test_the_whole_way(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-def test_no_data_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_data_there_is_no_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     line = f"prune --model resnet20 --method uniform --input 3x16x16 --out {run} --json"
     assert main(shlex.split(line)) == 0
     pruned = json.loads(capsys.readouterr().out)
     assert pruned["baseline"] == {"macs": 10138240, "params": 269722}
-    # The run names no data, so it may be measured on images of another size than it was told.
+    # The run names no data, so it may be measured on images of another size than that of --input.
     assert main(shlex.split(f"evaluate --run {run} --data synthetic:3x8x8:10:128 --json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert 0 <= found["compact"]["accuracy"] <= 1
     assert found["baseline"]["macs"] == 2535040  # 8x8: the convolutions' quarter, and the linear layer
 
 
-def test_yaml_settings_and_flags_over_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_with_options_of_the_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "options.yaml").write_text("{epochs: 1, samples: 32}")
+    line = f"{DMC.partition(' --dmc')[0]} --dmc {tmp_path}/options.yaml --dmc.samples 16 --out {tmp_path}/run"
+    assert main(shlex.split(line)) == 0
+    options = RunDirectory.open(tmp_path / "run").config["dmc"]
+    assert (options["epochs"], options["samples"], options["batch_size"]) == (1, 16, 256)
+
+
+def test_flags_win_over_a_yaml_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").write_text(
         "model: resnet20\nmethod: l1\nbudget: flops=0.3\nround_to: 4\nl1: {groups: interior}\n"
     )
@@ -369,7 +377,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def stopped(line: str, folder: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Run a command with slow steps, and stop it by a signal once it has a checkpoint after step 0."""
+    """Run a command with slow steps, and stop it with a signal once it has a checkpoint after step 0."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_STEPS, *shlex.split(line)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
@@ -389,7 +397,7 @@ def stopped(line: str, folder: Path, number: signal.Signals) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same runs as below, never interrupted."""
+    """Return a folder with the same runs as below, never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     assert main(shlex.split(f"{DMC} --dmc.epochs 4 --out {folder}/p")) == 0
     return folder
@@ -470,7 +478,7 @@ def test_every_command_resumes_after_every_signal(
     same_files(expected, run)
 
 
-def test_a_killed_start_can_be_resumed(whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_resumes(whole: Path, tmp_path: Path) -> None:
     """Killed before its first checkpoint, a run is its config.yaml alone."""
     run = tmp_path / "p"
     run.mkdir()

@@ -19,7 +19,7 @@ def run(line: str, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, fl
 
 
 @pytest.mark.slow
-def test_the_whole_way_with_a_rewritten_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_evaluate_and_finetune_a_rewritten_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     pruned = run(f"prune {NETWORK} --method l1 --budget flops=0.4 --out {out}", capsys)
     assert json.loads((out / "plan.json").read_text(encoding="utf-8"))["code"] == "rewritten"

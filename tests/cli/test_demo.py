@@ -1,4 +1,4 @@
-"""The demonstration: what it promises on its own page."""
+"""The demonstration keeps its promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The papers' rows as files, and how a run takes its settings from one."""
+"""The papers' rows as files, and runs that take their settings from one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EVERYWHERE = {f"gcp-{name}-imagenet" for name in ("resnet18", "resnet50d", "resn
     *("sp-resnet56-cifar10", "sp-resnet50-imagenet", "sp-resnet50-imagenet-1g"),
     *(f"sp-mobilenet{name}" for name in ("v1-imagenet", "v1-imagenet-41m", "v2-imagenet", "v2-imagenet-43m")),
 }
-"""They prune all channels, so that their budgets are parts of the whole network and there is no p."""
+"""These prune all channels: their budgets are fractions of the whole network, and there is no p."""
 
 
 def path_of(name: str) -> str:
@@ -61,17 +61,17 @@ def path_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_says_everything_and_nothing_wrong(name: str) -> None:
+def test_a_recipe_is_complete_and_right(name: str) -> None:
     recipe = read_recipe(path_of(name))
     method, architecture, dataset, *_ = name.split("-")
     assert recipe.method == method
     assert re.sub(r"_100$|[\W_]|torchvision|timm|cifar", "", recipe.settings["model"]) == architecture
     assert recipe.settings.get("image_size", 32) == (224 if dataset == "imagenet" else 32)
-    # The budget of the whole network is what the paper's row leaves.
+    # The budget is the fraction of the whole network that the paper's row leaves.
     reduction = recipe.sections["paper"]["flops_reduction"]
     assert Budget.parse(recipe.settings["budget"]).value == pytest.approx(1 - reduction / 100)
     check_recipe(pick(FinetuneConfig, recipe.sections["finetune"]), torch.device("cpu"))
-    # Every recipe is listed, with the p that its own comment has.
+    # Every recipe is listed, with the p in its own comment.
     comment = re.search(r"gates p = ([\d.]+)$", Path(path_of(name)).read_text(encoding="utf-8"), re.MULTILINE)
     (line,) = (
         row for row in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines() if f"`{name}.yaml`" in row
@@ -115,7 +115,7 @@ def test_p_of_the_papers(model: str) -> None:
 
 
 def test_a_row_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The recipe's values arrive in both stages, and what is written on the command line wins."""
+    """The recipe's values arrive in both stages, and the command line wins over them."""
     run = tmp_path / "run"
     models.save_weights(models.create("resnet20", num_classes=4), tmp_path / "w.safetensors")
     recipe = path_of("dmc-resnet56-cifar10")

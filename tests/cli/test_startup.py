@@ -1,4 +1,4 @@
-"""What the command line imports before it does anything. (``bench/startup.py`` measures how long that takes.)"""
+"""Modules that the command line imports before it does anything. (``bench/startup.py`` measures the time.)"""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder with descriptions of the methods, as any earlier call leaves it."""
+    """Return a cache folder with descriptions of the methods, as any earlier call leaves it."""
     folder = tmp_path_factory.mktemp("cache")
     run("methods", folder)
     return folder
 
 
 def run(line: str, cache: Path) -> tuple[int, set[str], str]:
-    """The exit code of a command, the modules that it has imported, and what it has printed before."""
+    """Return the exit code of a command, the modules that it imported, and what it printed."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *line.split()], capture_output=True, text=True, check=True,
         env={**os.environ, "FASTPRUNE_CACHE": str(cache)},

@@ -1,4 +1,4 @@
-"""What a training does to its batches."""
+"""Cutout and mixup."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_most_squares_are_whole() -> None:
     assert abs(float((gone == 256).double().mean()) - (17 / 32) ** 2) < 0.03
 
 
-def test_mixup_blends_the_loss_as_the_images() -> None:
+def test_mixup_blends_the_loss_like_the_images() -> None:
     images, labels = torch.randn(16, 3, 5, 5), torch.randint(7, (16,))
     blended, targets = mixup(images, labels, 7, 0.4, np.random.default_rng(5))
     rng = np.random.default_rng(5)
@@ -54,7 +54,7 @@ def test_shares_follow_the_beta_distribution() -> None:
     rng = np.random.default_rng(0)
     images, labels = torch.randn(2, 1, 1, 1), torch.tensor([0, 1])
     shares = torch.stack([mixup(images, labels, 2, 0.2, rng)[1][0, 0] for _ in range(2000)])
-    # Half of the draws have an image as its own partner. Beta(α, α) has the variance 1 / (4 (2α + 1)).
+    # In half of the draws an image is its own partner. Beta(α, α) has the variance 1 / (4 (2α + 1)).
     drawn = shares[shares < 1]
     assert abs(float(drawn.mean()) - 0.5) < 0.03
     assert abs(float(drawn.var()) - 1 / (4 * 1.4)) < 0.02

@@ -24,8 +24,8 @@ def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
     return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-def test_hash_is_fixed_for_ever() -> None:
-    # A change of these values would change every resumed run.
+def test_hash_depends_on_seed_and_keys_alone() -> None:
+    # Other values would change every resumed run.
     assert hashed(0, np.arange(3)).tolist() == hashed(0, np.arange(5)).tolist()[:3]
     assert len(set(hashed(7, 1, np.arange(100_000)).tolist())) == 100_000
     bits = hashed(3, np.arange(20_000))
@@ -69,7 +69,7 @@ def test_ranks_together_see_what_one_process_sees(ranks: int, batch_size: int) -
         assert all(len(batches[step][1]) for batches in many)
 
 
-def test_last_batch_is_dropped_only_where_a_rank_would_be_empty() -> None:
+def test_last_batch_is_dropped_only_if_a_rank_would_be_empty() -> None:
     order = np.arange(10)
     assert len(BatchPlan(order, 4, Distributed(0, 2))) == 3
     assert len(BatchPlan(order, 4, Distributed(0, 3))) == 2
@@ -125,7 +125,7 @@ def _crop(image: Tensor, down: int, right: int) -> Tensor:
 
 
 class Jittered(TensorDataset):
-    """Augments by torch's default generator, as torchvision's transforms do."""
+    """A data set with augmentation by torch's default generator, as torchvision's transforms use it."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = super().__getitem__(index)
@@ -145,7 +145,7 @@ WORKERS = [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True
 def test_user_loader_resumes(workers: dict[str, object], generator: bool) -> None:
     data = UserData(loader(**workers, generator=torch.Generator() if generator else None))
     whole = list(data.batches("train", 99, seed=1, epoch=3))
-    torch.rand(5)  # whatever happens to the global generator in between
+    torch.rand(5)  # other draws from the global generator do not matter
     rest = list(data.batches("train", 99, seed=1, epoch=3, start=2))
     assert len(whole) == 4 == data.steps("train", 99)
     assert len(rest) == 2
@@ -154,8 +154,8 @@ def test_user_loader_resumes(workers: dict[str, object], generator: bool) -> Non
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_pass_in_the_midst_of_another_one(workers: dict[str, object]) -> None:
-    """Each of the two gives what it gives alone, the inner one the same samples in every epoch."""
+def test_a_pass_during_another_pass(workers: dict[str, object]) -> None:
+    """Both give the same batches as alone; the inner one gives the same samples in every epoch."""
     data = UserData(loader(**workers))
     whole = list(data.batches("train", 99, seed=1, epoch=2))
     few = list(data.batches("train", 99, seed=1, epoch=0, samples=9))

@@ -1,4 +1,4 @@
-"""One thread per process: these networks are small, and threads that wait for a busy core cost more than they give."""
+"""One thread per process: for networks this small, threads that wait for a busy core cost more than they gain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: bits survive, damage is noticed, the one before is used."""
+"""Checkpoints: bits survive, damage is noticed, and the previous checkpoint is used."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_optimiser_state(tmp_path: Path, kind: type[torch.optim.Optimizer]) -> N
     assert equal(load_state(tmp_path / "x.safetensors"), optimizer.state_dict())
 
 
-def test_what_cannot_be_held_is_named(tmp_path: Path) -> None:
+def test_unsupported_values_are_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\] is a set"):
         save_state(tmp_path / "x", {"a": [1, {2}]})
     with pytest.raises(TypeError, match="key of type tuple"):
@@ -57,7 +57,7 @@ def test_what_cannot_be_held_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_last_two_are_kept(tmp_path: Path) -> None:
+def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.load_latest() is None
     for step in (1, 20, 3, 100):
@@ -69,7 +69,9 @@ def test_the_last_two_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])
-def test_damage_falls_back_to_the_one_before(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_falls_back_to_the_previous_checkpoint(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
         checkpoints.save(step, {"step": step, "weights": torch.full((1000,), float(step))})

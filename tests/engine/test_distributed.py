@@ -21,7 +21,7 @@ CONFIG = TrainConfig(epochs=2, batch_size=16, lr=0.05, evaluate_every=1)
 
 
 class Net(nn.Module):
-    """Without batch norm, whose statistics differ between shares, one process and two do the same sums."""
+    """A network; without batch norm, whose statistics differ between shares, one process and two compute the same."""
 
     def __init__(self, norm: bool) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def make_net(norm: bool, seed: int = 0) -> Net:
 
 
 def work(folder: str) -> None:
-    """What each of the processes does; torchrun starts this file as a script."""
+    """Do the work of one process; torchrun starts this file as a script."""
     peers = Distributed.from_environment()
     rank = peers.rank
     data = load_data("synthetic:1x6x6:3:71", held_out=7)  # 64 to train on, 17 in the test set
@@ -47,7 +47,7 @@ def work(folder: str) -> None:
     plain = make_net(norm=False, seed=rank)  # rank 0's weights win
     train(plain, data, CONFIG, device="cpu", distributed=peers)
     results["plain"] = plain.state_dict()
-    several = make_net(norm=True, seed=rank)  # as methods train that ask for the mean of gradients themselves
+    several = make_net(norm=True, seed=rank)  # as in methods that average gradients themselves
     several.norm.get_buffer("running_mean").fill_(rank + 1)
     options = {"steps_per_epoch": 1, "device": torch.device("cpu"), "peers": peers}
     training = WeightTraining(several, CONFIG, several_passes=True, **options)
@@ -64,7 +64,7 @@ def work(folder: str) -> None:
     results["normed"] = normed.state_dict()
     results["metrics"] = metrics
     results["evaluation"] = evaluate(normed, data, batch_size=8, distributed=peers)
-    # Both ranks go back to the checkpoint before the last, since the last is damaged, and come to the same end.
+    # The last checkpoint is damaged: both ranks continue from the one before, and end with the same weights.
     newest = max((run.path / "checkpoints" / "training").iterdir())
     peers.barrier()
     if peers.is_main:
@@ -79,7 +79,7 @@ def work(folder: str) -> None:
     except RunError as error:
         results["refused"] = str(error)
     torch.save(results, f"{folder}/{rank}.pt")
-    peers.barrier()  # no rank tears down its connections while the other still uses them
+    peers.barrier()  # no rank closes its connections while the other still uses them
     Distributed.leave()
 
 

@@ -1,4 +1,4 @@
-"""The loop: killed anywhere and resumed, it ends with the same bits; it stops on signals and on losses gone wrong."""
+"""The loop: a run killed anywhere and resumed ends with the same bits; signals and infinite losses stop it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ DATA = load_data("synthetic:1x4x4:3:40", held_out=0)
 
 
 class KilledError(Exception):
-    """Stands for a power cut."""
+    """A power cut."""
 
 
 class Walker:
-    """A worker whose state depends on the batches, the task's generator, torch's generator and the order of it all."""
+    """A worker whose state depends on the batches, the task's generator, torch's generator and their order."""
 
     def __init__(self, kill_at: int = -1, kind: str = "raise") -> None:
         self.state = torch.zeros(16)
@@ -151,7 +151,7 @@ def test_starting_anew_forgets_old_checkpoints(tmp_path: Path) -> None:
     assert worker.calls > 0
 
 
-def test_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+def test_interruption_says_how_to_resume(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", {})
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match=r"search was interrupted at step 5; resume it from .*run"):
@@ -181,8 +181,8 @@ def test_phases_need_data() -> None:
         run_phases(Walker(), make_task(), None)
 
 
-def test_side_steps_go_through_samples_of_their_own(whole: tuple[Walker, RunDirectory, dict[str, float]]) -> None:
-    """9 steps with one beside every 2nd: 4 of them, over batches of 4, 4 and 2 of the same 10 samples."""
+def test_side_steps_read_their_own_samples(whole: tuple[Walker, RunDirectory, dict[str, float]]) -> None:
+    """9 steps with a side step after every 2nd: 4 side steps, over batches of 4, 4 and 2 of the same 10 samples."""
     seen = whole[0].seen
     assert [len(images) for images in seen] == [4, 4, 2, 4]
     first = {bytes(image.numpy()) for images in seen[:3] for image in images}
@@ -207,7 +207,7 @@ def test_a_worker_without_phases_needs_no_data(tmp_path: Path) -> None:
 
 
 class Searcher(Walker):
-    """A worker with rounds between two phases; there are more of them than it says at first."""
+    """A worker with rounds between two phases; their number grows during the run."""
 
     def __init__(self, kill_at: int = -1, kind: str = "raise") -> None:
         super().__init__(kill_at, kind)

@@ -1,4 +1,4 @@
-"""Run directories: refused where there is one, complete or absent, and a log that can be cut back."""
+"""Run directories: existing ones are refused, new ones are complete or absent, and the log can be cut back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_failed_set_up_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_run(tmp_path: Path) -> None:
+def test_other_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run directory"):
         RunDirectory.open(tmp_path)
     (tmp_path / "config.yaml").write_text("[1, 2")

@@ -26,7 +26,7 @@ from fastprune.engine import (
     measure_latency,
     train,
 )
-from fastprune.engine.training import _synchronised_batch_norm
+from fastprune.engine.training import _synchronise_batch_norm
 from fastprune.host.distributed import Distributed
 from fastprune.training.schedule import learning_rate
 
@@ -34,7 +34,7 @@ DATA = load_data("synthetic:1x8x8:4:90")
 
 
 class Net(nn.Module):
-    """Small, with everything that has state or draws: batch norm, dropout, an unused branch in eval mode."""
+    """A small network with state and random draws: batch norm, dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class PowerCutError(Exception):
 
 
 @pytest.mark.parametrize("steps", [1, 6, 13, 23])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])  # bf16: with everything else that draws
+@pytest.mark.parametrize("precision", ["float32", "bf16"])  # bf16: with all other random draws
 def test_kill_and_resume_gives_the_same_weights(
     tmp_path: Path, steps: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,8 +121,8 @@ def test_resnet20_learns_the_digits() -> None:
     assert metrics["held_out_accuracy"] >= 0.95
 
 
-def test_mixup_of_fewer_classes_than_the_network_knows() -> None:
-    """As without it: the data's classes are the network's first ones."""
+def test_mixup_of_fewer_classes_than_the_network_has() -> None:
+    """As without mixup, the data's classes are the network's first ones."""
     model = make_net()
     model.fc = nn.Linear(8, 9)
     metrics = train(model, DATA, TrainConfig(epochs=1, batch_size=30, mixup=0.2, label_smoothing=0.1), device="cpu")
@@ -159,7 +159,7 @@ def test_one_step_is_adamw() -> None:
     assert torch.allclose(net[1].bias, bias - 0.01 * bias.grad.sign(), atol=1e-5)
 
 
-def test_nesterov_is_of_sgd() -> None:
+def test_nesterov_needs_sgd_with_momentum() -> None:
     for options in ({"momentum": 0.0}, {"optimizer": "adamw"}):
         with pytest.raises(ValueError, match="nesterov: it needs optimizer 'sgd' and a momentum above 0"):
             TrainConfig(nesterov=True, **options)
@@ -215,10 +215,10 @@ def test_sync_bn_needs_cuda() -> None:
         train(make_net(), DATA, TrainConfig(sync_bn=True), device="cpu")
 
 
-def test_synchronised_batch_norm_is_undone() -> None:
+def test_synchronise_batch_norm_is_undone() -> None:
     net = make_net()
     plain = net.body[1]
-    with _synchronised_batch_norm(net, True):
+    with _synchronise_batch_norm(net, True):
         assert isinstance(net.body[1], nn.SyncBatchNorm)
         net.body[1].running_mean.fill_(2)
         net.body[1].num_batches_tracked = torch.tensor(7)
@@ -257,7 +257,7 @@ def test_held_out_accuracy_for_methods() -> None:
 
 @pytest.mark.parametrize("batch_size", [2, 256])
 def test_held_out_images_for_methods(batch_size: int) -> None:
-    """The first ones, however they are read; the same on every rank."""
+    """The first ones for any batch size, the same on every rank."""
     whole = next(DATA.batches("held_out", 9, complete=True))
     held_out = HeldOut(DATA, Placement(), Distributed(), batch_size)
     for count in (1, 5, 9, 2048):

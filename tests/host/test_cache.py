@@ -1,4 +1,4 @@
-"""Where measurements are kept."""
+"""The cache folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_cache_folder(variables: dict[str, str], folder: str, monkeypatch: pytes
     assert cache_folder("autotune") == Path(folder)
 
 
-def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_a_home_folder_uses_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FASTPRUNE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *args, **options: "~/.cache/fastprune")

@@ -42,14 +42,14 @@ def test_built_in_methods_come_through_the_entry_points():
     assert load("l1") is L1
 
 
-def test_unknown_name_tells_the_near_ones():
+def test_an_unknown_name_suggests_near_ones():
     with pytest.raises(ValueError, match=r"no pruning method is called 'l11': did you mean .*'l1'"):
         load("l11")
     with pytest.raises(ValueError, match=r"'zzz': there are .*dmc"):
         load("zzz")
 
 
-def test_nothing_installed_says_so(monkeypatch):
+def test_an_empty_registry_says_how_to_install(monkeypatch):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: ())
     with pytest.raises(ValueError, match="install fastprune as a package"):
         load("dmc")
@@ -176,7 +176,7 @@ def test_configure_reads_values_and_text(given, expected):
         ({"widths": 3}, TypeError, "is needed, got int"),
     ],
 )
-def test_configure_refuses(given, error, message):
+def test_configure_refuses_wrong_values(given, error, message):
     with pytest.raises(error, match=message):
         configure(Optioned, given)
 

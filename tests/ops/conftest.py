@@ -1,9 +1,17 @@
-"""Cases for the operators on ragged channel groups and on tables of units."""
+"""Cases for the operators on ragged channel groups and on tables of units; the emulated device bodies."""
 
+import fcntl
+import importlib.util
+import os
 import random
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import pytest
@@ -11,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
-from fastprune import ops, reference
+from fastprune import _C, ops, reference
 
 
 @dataclass(frozen=True)
@@ -222,3 +230,61 @@ def make_prox_case() -> MakeProxCase:
         return ProxCase(slices, threshold)
 
     return make
+
+
+def build_emulated() -> Path:
+    """Build the target _emulated of CMakeLists.txt, unless it is up to date, and return the module's path.
+
+    One process at a time: the workers of pytest-xdist wait for the first, and find nothing left to do.
+
+    Raises:
+        RuntimeError: The build failed; with the whole output of the tools.
+    """
+    sources = Path(__file__).parents[2]
+    folder = sources / "build" / "emulated"
+    needs = f"a C++20 compiler, and cmake, ninja and pybind11 for {sys.executable} (pip install '.[test]')"
+    programs = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+    def run(*command: str | Path) -> None:
+        try:
+            subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=os.environ | {"PATH": programs},
+            )  # fmt: skip
+        except subprocess.CalledProcessError as error:
+            text = " ".join(map(str, command))
+            raise RuntimeError(f"csrc/emulated: got a failing build, needs {needs}\n{text}\n{error.stdout}") from None
+        except FileNotFoundError as error:
+            raise RuntimeError(f"csrc/emulated: got no {error.filename}, needs {needs}") from error
+
+    try:
+        import pybind11
+    except ImportError as error:
+        raise RuntimeError(f"csrc/emulated: got no pybind11, needs {needs}") from error
+    configure = [
+        *("cmake", "--fresh", "-S", sources, "-B", folder, "-G", "Ninja", "-DFASTPRUNE_CUDA=OFF"),
+        *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        configured = folder / "configured"  # by which command
+        if not configured.exists() or configured.read_text() != str(configure):
+            run(*configure)
+            configured.write_text(str(configure))
+        run("cmake", "--build", folder, "--target", "_emulated")
+    (module,) = folder.glob("_emulated*.so")
+    return module
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ModuleType:
+    """The device bodies on host threads, built now, or before by whoever names the module in FASTPRUNE_EMULATED."""
+    path = os.environ.get("FASTPRUNE_EMULATED") or build_emulated()
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.sanitizers.split() == _C.build_info()["sanitizers"]
+    return module

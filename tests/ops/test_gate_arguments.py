@@ -2,6 +2,7 @@
 
 import gc
 import random
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -86,16 +87,15 @@ def arrays(name: str) -> dict[str, object]:
     return arguments | {"gate": np.full(6, -7, np.float32), "slope": np.full(6, -7, np.float32)}
 
 
-def kernels(name: str) -> list:
-    if name == "theta":
-        return [_C.bernoulli_gate, _C.emulated_bernoulli_gate]
-    return [_C.gumbel_gate, _C.emulated_gumbel_gate]
+@pytest.fixture
+def kernels(name: str, emulated: ModuleType) -> list:
+    return [getattr(module, {"theta": "bernoulli_gate", "logits": "gumbel_gate"}[name]) for module in (_C, emulated)]
 
 
-def test_the_kernel_takes_numpy_arrays(name):
+def test_the_kernel_takes_numpy_arrays(name, kernels):
     arguments = arrays(name) | {"step": np.array(2)}
     references = {key: len(gc.get_referrers(arguments[key])) for key in (name, "step", "gate")}
-    for kernel in kernels(name):
+    for kernel in kernels:
         kernel(**arguments)
         np.testing.assert_array_equal(arguments["gate"], GATES[name](INPUT, seed=1, step=2).numpy())
     # nothing stays borrowed
@@ -145,9 +145,9 @@ STEP_IN_GATE = np.zeros(4, np.int64)
         ({"INPUT": torch.empty(6, device="meta")}, TypeError, "{}: got a Tensor that does not lend its memory"),
     ],
 )
-def test_the_kernel_checks_memory(name, change, error, message):
+def test_the_kernel_checks_memory(name, kernels, change, error, message):
     change = {name if key == "INPUT" else key: value for key, value in change.items()}
-    for kernel in kernels(name):
+    for kernel in kernels:
         with pytest.raises(error, match=message.format(name)):
             kernel(**(arrays(name) | change))
 
@@ -164,10 +164,10 @@ def test_the_kernel_checks_numbers():
 
 
 @pytest.mark.parametrize("change", [{"INPUT": nan_at(5)}, {"step": torch.tensor(-1)}])
-def test_a_refused_call_writes_nothing(name, change):
+def test_a_refused_call_writes_nothing(name, kernels, change):
     arguments = arrays(name) | {name if key == "INPUT" else key: value for key, value in change.items()}
     with pytest.raises(ValueError, match="got"):
-        kernels(name)[0](**arguments)
+        kernels[0](**arguments)
     assert (arguments["gate"] == -7).all()
     assert (arguments["slope"] == -7).all()
 
@@ -186,10 +186,10 @@ class Misbehaving:
 
 @pytest.mark.parametrize("answer", [None, 3, "capsule", RuntimeError("no"), BufferError("no")])
 @pytest.mark.parametrize("argument", ["INPUT", "step", "gate"])
-def test_a_broken_producer_is_named(name, argument, answer):
+def test_a_broken_producer_is_named(name, kernels, argument, answer):
     argument = name if argument == "INPUT" else argument
     with pytest.raises(TypeError, match=rf"{argument}: got an? .*Misbehaving"):
-        kernels(name)[0](**(arrays(name) | {argument: Misbehaving(answer)}))
+        kernels[0](**(arrays(name) | {argument: Misbehaving(answer)}))
 
 
 def malformed(choose: random.Random) -> object:
@@ -212,7 +212,7 @@ def malformed(choose: random.Random) -> object:
     )
 
 
-def fuzz(name: str, rounds: int) -> None:
+def fuzz(name: str, kernels: list, rounds: int) -> None:
     choose = random.Random(0)
     torch.manual_seed(0)
     refusals = 0
@@ -220,7 +220,7 @@ def fuzz(name: str, rounds: int) -> None:
         good = arrays(name)
         names = [key for key in good if key != "hard"]
         arguments = good | {key: malformed(choose) for key in choose.sample(names, choose.randint(1, 3))}
-        for kernel in kernels(name):
+        for kernel in kernels:
             try:
                 kernel(**arguments)
             except (TypeError, ValueError) as error:
@@ -229,10 +229,10 @@ def fuzz(name: str, rounds: int) -> None:
     assert refusals > rounds
 
 
-def test_malformed_arguments_never_crash(name):
-    fuzz(name, 300)
+def test_malformed_arguments_never_crash(name, kernels):
+    fuzz(name, kernels, 300)
 
 
 @pytest.mark.slow
-def test_many_malformed_arguments_never_crash(name):
-    fuzz(name, 25_000)
+def test_many_malformed_arguments_never_crash(name, kernels):
+    fuzz(name, kernels, 25_000)

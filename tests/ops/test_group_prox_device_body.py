@@ -21,12 +21,12 @@ BLOCKS = [(1, 1), (4, 2), (8, 4), (6, 2)]
 seeds = st.integers(0, 2**32)
 
 
-def run(kernel, case, limits, threshold=True, **block):
+def run(module, case, limits, threshold=True, **block):
     """A copy of the case after the step, and the norms before."""
     after = case.copy()
-    table = _C.UnitTable(after.slices, after.num_units, limits)
+    table = module.UnitTable(after.slices, after.num_units, limits)
     norms = torch.full_like(after.threshold, -7)  # every element has to be written
-    kernel(table, after.threshold if threshold else None, norms, **block)
+    module.group_prox(table, after.threshold if threshold else None, norms, **block)
     return after, norms
 
 
@@ -36,16 +36,14 @@ def run(kernel, case, limits, threshold=True, **block):
     seeds, st.integers(1, 30), st.sampled_from([torch.float32, torch.float64]), st.sampled_from(LIMITS),
     st.sampled_from(BLOCKS),
 )  # fmt: skip
-def test_values_of_random_tables(make_prox_case, seed, num_units, dtype, limits, threads):
+def test_values_of_random_tables(emulated, make_prox_case, seed, num_units, dtype, limits, threads):
     case = make_prox_case(seed, num_units, dtype)
     if sum(tensor.numel() for tensor in case.tensors) > 20_000 and limits[3] < 100:
         limits = LIMITS[0]  # tiles of single elements take a second for each ten thousand
     num_threads, warp_size = threads
-    after, norms = run(_C.emulated_group_prox, case, limits, num_threads=num_threads, warp_size=warp_size)
+    after, norms = run(emulated, case, limits, num_threads=num_threads, warp_size=warp_size)
     case.check(after, norms)
-    untouched, norms_alone = run(
-        _C.emulated_group_prox, case, limits, False, num_threads=num_threads, warp_size=warp_size
-    )
+    untouched, norms_alone = run(emulated, case, limits, False, num_threads=num_threads, warp_size=warp_size)
     assert torch.equal(norms, norms_alone)
     assert all(torch.equal(a, b) for a, b in zip(untouched.tensors, case.tensors, strict=True))
 
@@ -54,13 +52,13 @@ def test_values_of_random_tables(make_prox_case, seed, num_units, dtype, limits,
 @given(seeds, st.integers(1, 30), st.sampled_from([torch.float32, torch.float64]), st.sampled_from(LIMITS))
 def test_the_cpu_kernel_agrees_under_every_limit(make_prox_case, seed, num_units, dtype, limits):
     case = make_prox_case(seed, num_units, dtype)
-    after, norms = run(_C.group_prox, case, limits, num_threads=2)
+    after, norms = run(_C, case, limits, num_threads=2)
     case.check(after, norms)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", BLOCKS)
-def test_units_shared_by_many_tiles(make_prox_case, threads):
+def test_units_shared_by_many_tiles(emulated, make_prox_case, threads):
     torch.manual_seed(0)
     slices = [
         (torch.randn(60, 30), 1, torch.arange(30)),  # columns, in tiles of several rows
@@ -72,17 +70,17 @@ def test_units_shared_by_many_tiles(make_prox_case, threads):
     case = type(make_prox_case(0))(slices, norms * torch.rand(30) * 2)
     num_threads, warp_size = threads
     block = {"num_threads": num_threads, "warp_size": warp_size}
-    results = [run(_C.emulated_group_prox, case, (1, 1, 8, 64, 1, 1), **block) for _ in range(2)]
+    results = [run(emulated, case, (1, 1, 8, 64, 1, 1), **block) for _ in range(2)]
     case.check(*results[0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][0].tensors, results[1][0].tensors, strict=True))
 
 
-def test_a_table_can_be_used_again():
+def test_a_table_can_be_used_again(emulated):
     weight = torch.full((8, 100), 10.0)
-    table = _C.UnitTable([(weight, 1, torch.arange(100))], 100, (1, 1, 16, 32, 1, 1))
+    table = emulated.UnitTable([(weight, 1, torch.arange(100))], 100, (1, 1, 16, 32, 1, 1))
     norms = torch.empty(100)
     for step in range(3):
-        _C.emulated_group_prox(table, torch.full((100,), 8**0.5), norms, num_threads=4, warp_size=2)
+        emulated.group_prox(table, torch.full((100,), 8**0.5), norms, num_threads=4, warp_size=2)
         torch.testing.assert_close(norms, torch.full((100,), (10.0 - step) * 8**0.5))
     torch.testing.assert_close(weight, torch.full((8, 100), 7.0))
 
@@ -90,14 +88,14 @@ def test_a_table_can_be_used_again():
 @pytest.mark.parametrize("limits", LIMITS[:2])
 @pytest.mark.parametrize("bad", [-1.0, torch.nan])
 @pytest.mark.parametrize(("shape", "dim"), [((5,), 0), ((5, 7), 0), ((7, 5), 1), ((5, 300), 0)])
-def test_a_bad_threshold_leaves_its_unit_alone_and_tells(limits, bad, shape, dim):
+def test_a_bad_threshold_leaves_its_unit_alone_and_tells(emulated, limits, bad, shape, dim):
     torch.manual_seed(1)
     weight = torch.randn(shape)
     before, expected = weight.clone(), weight.clone()
     threshold = torch.tensor([0.1, 0.2, bad, 0.0, torch.inf])
-    table = _C.UnitTable([(weight, dim, torch.arange(5))], 5, limits)
+    table = emulated.UnitTable([(weight, dim, torch.arange(5))], 5, limits)
     norms = torch.empty(5)
-    _C.emulated_group_prox(table, threshold, norms, num_threads=4, warp_size=2)
+    emulated.group_prox(table, threshold, norms, num_threads=4, warp_size=2)
     good = threshold.nan_to_num(nan=0).clamp(min=0)
     expected_norms = ops.group_prox_(ops.UnitTable([(expected, dim, torch.arange(5))], 5), good)
     torch.testing.assert_close(weight, expected)
@@ -106,16 +104,16 @@ def test_a_bad_threshold_leaves_its_unit_alone_and_tells(limits, bad, shape, dim
     torch.testing.assert_close(norms[[0, 1, 3, 4]], expected_norms[[0, 1, 3, 4]])
 
 
-def test_nan_and_infinite_units():
+def test_nan_and_infinite_units(emulated):
     weight = torch.ones(5, 6)
     weight[0, 3], weight[1, 2], weight[2, 1] = torch.nan, torch.inf, -torch.inf
     before = weight.clone()
     for limits in LIMITS:
         weight.copy_(before)
-        table = _C.UnitTable([(weight, 0, torch.arange(5))], 5, limits)
+        table = emulated.UnitTable([(weight, 0, torch.arange(5))], 5, limits)
         norms = torch.empty(5)
         threshold = torch.tensor([torch.inf, 1.0, torch.inf, 6**0.5 / 2, 0.0])
-        _C.emulated_group_prox(table, threshold, norms, num_threads=4, warp_size=2)
+        emulated.group_prox(table, threshold, norms, num_threads=4, warp_size=2)
         assert torch.equal(weight[:2].view(torch.int32), before[:2].view(torch.int32))
         assert torch.equal(weight[2].view(torch.int32), torch.zeros(6, dtype=torch.int32))
         torch.testing.assert_close(weight[3], torch.full((6,), 0.5))
@@ -125,6 +123,6 @@ def test_nan_and_infinite_units():
 
 
 @pytest.mark.parametrize("block", [{"num_threads": 0}, {"num_threads": 6, "warp_size": 4}, {"warp_size": 3}])
-def test_impossible_blocks_are_refused(make_prox_case, block):
+def test_impossible_blocks_are_refused(emulated, make_prox_case, block):
     with pytest.raises(ValueError, match="needs a power of two"):
-        run(_C.emulated_group_prox, make_prox_case(0), None, **block)
+        run(emulated, make_prox_case(0), None, **block)

@@ -1,11 +1,11 @@
-"""Budgets: what they may say, and that they are met from below."""
+"""Budgets: their texts, and that they are met from below."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 import fastprune as fp
 from fastprune.planning.budget import Budget, BudgetError
@@ -73,7 +73,12 @@ def test_conditions_are_checked(field: str, value: object) -> None:
         fp.Conditions(**{field: value})  # type: ignore[arg-type]
 
 
-def test_the_message_of_the_style_guide() -> None:
+def test_an_unknown_resource_is_refused() -> None:
+    with pytest.raises(BudgetError, match="the resource 'joules' is none of flops, params, latency, eq8, auth"):
+        Budget("joules", 0.5)  # type: ignore[arg-type]
+
+
+def test_a_refused_fraction_says_what_is_allowed() -> None:
     with pytest.raises(BudgetError, match=r"budget 'flops=1\.5': the fraction to keep must be in \(0, 1\]"):
         Budget.parse("flops=1.5")
 
@@ -96,14 +101,10 @@ def test_budgets_are_met_from_below_within_one_percent(graph: fp.ChannelGraph, t
     assert all(bool(mask[group.units].any()) for group in graph.groups)
 
 
-def kept_scores(scores: Tensor, mask: Tensor) -> tuple[float, float]:
-    return float(scores[mask].min()), float(scores[~mask].max())
-
-
 def test_the_best_units_stay(graph: fp.ChannelGraph) -> None:
     scores = torch.randn(graph.num_units, generator=torch.Generator().manual_seed(0))
     mask = fit(graph, Budget("flops", 0.5), scores)
-    # Beside the prefix of the ranking only the few units that fill the last half percent may stay.
+    # Besides the prefix of the ranking, only the few units that fill the last half percent may stay.
     threshold = scores[~mask].max()
     assert int((mask & (scores < threshold)).sum()) <= 0.01 * graph.num_units
 
@@ -116,7 +117,7 @@ def test_units_that_may_not_go_stay(graph: fp.ChannelGraph) -> None:
 
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_units_that_are_gone_do_not_come_back(graph: fp.ChannelGraph, round_to: int) -> None:
-    """Though there is room for them, and whatever their scores are."""
+    """Even if there is room for them, and for any scores."""
     limits = fp.Limits(round_to=round_to)
     scores = torch.randn(graph.num_units, generator=torch.Generator().manual_seed(0))
     gone = ~fit(graph, Budget("flops", 0.5), -scores, limits=limits)
@@ -132,7 +133,7 @@ def test_min_keep_holds(graph: fp.ChannelGraph) -> None:
     assert min(int(mask[group.units].sum()) for group in graph.groups) == 5
 
 
-def test_a_budget_out_of_reach_says_what_is(graph: fp.ChannelGraph) -> None:
+def test_a_budget_out_of_reach_says_what_remains(graph: fp.ChannelGraph) -> None:
     with pytest.raises(
         BudgetError,
         match=r"0\.001 of the full network is asked for.* 0\.\d+ remains .limits: min_keep 8., most of it in conv1",

@@ -1,4 +1,4 @@
-"""Budgets of latency. Time is a made function of shapes where values matter: nothing depends on noise."""
+"""Budgets of latency. Where values matter, time is a fixed function of shapes: nothing depends on noise."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from fastprune.planning.fitting import fit, longest_prefix, rank
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
-def made(calls: Sequence[Call]) -> list[float]:
-    """Seconds that grow with the sizes of everything that an operator reads."""
+def fixed_times(calls: Sequence[Call]) -> list[float]:
+    """Return seconds that grow with the sizes of all inputs of an operator."""
     return [1e-6 * (1 + sum(torch.Size(shape).numel() for shape in call.shapes) / 1e3) for call in calls]
 
 
 @pytest.fixture(autouse=True)
-def made_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fix_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Stopwatch, "__init__", with_made_times(Stopwatch.__init__))
+    monkeypatch.setattr(Stopwatch, "__init__", with_fixed_times(Stopwatch.__init__))
     monkeypatch.setattr(latency, "module_call_ms", lambda: 0.001)
 
 
-def with_made_times(initialise: Any) -> Any:
+def with_fixed_times(initialise: Any) -> Any:
     def init(self: Stopwatch, device: torch.device, footprint: int, timer: Any = None) -> None:
-        initialise(self, device, footprint, timer or made)
+        initialise(self, device, footprint, timer or fixed_times)
 
     return init
 
@@ -84,7 +84,7 @@ def test_conditions_are_passed_on(model: torch.nn.Module) -> None:
     assert (found.batch, found.dtype, found.channels_last) == (4, torch.bfloat16, True)
 
 
-def test_gate_training_takes_a_latency() -> None:
+def test_gate_training_under_a_budget_of_latency() -> None:
     method = registry.load("dmc")
     torch.manual_seed(0)
     data = [(torch.randn(8, 3, 16, 16), torch.randint(4, (8,))) for _ in range(2)]
@@ -158,7 +158,7 @@ def test_one_process_has_nothing_to_agree_on(model: torch.nn.Module) -> None:
 
 
 class Jagged:
-    """A meter that does not grow with every unit: odd widths take as long as the next four units would."""
+    """A meter that does not grow with every unit: an odd width costs as much as four units more."""
 
     def __init__(self, graph: fp.ChannelGraph) -> None:
         self.model = graph.cost_model
@@ -186,10 +186,12 @@ def test_the_longest_prefix_is_found_where_times_do_not_grow(model: torch.nn.Mod
 def test_conditions_without_a_latency_are_refused(model: torch.nn.Module) -> None:
     with pytest.raises(ValueError, match=r"latency budgets only; got 'flops=0\.5'"):
         fp.prune(model, EXAMPLE, method="l1", budget="flops=0.5", conditions=fp.Conditions(batch=8))
+    with pytest.raises(ValueError, match="latency budgets only"):
+        next(fp.prune_in_steps(model, EXAMPLE, steps=2, method="l1", conditions=fp.Conditions(batch=8)))
 
 
 @pytest.mark.slow
-def test_steps_take_the_times_of_the_first_network(model: torch.nn.Module) -> None:
+def test_steps_use_the_times_of_the_first_network(model: torch.nn.Module) -> None:
     results = list(fp.prune_in_steps(model, EXAMPLE, steps=3, budget="latency=0.7", method="l1", device="auto"))
     own = fp.trace(model, EXAMPLE).latency()
     left = float(own(results[-1].plan.mask)) / float(own(torch.ones(352)))

@@ -91,12 +91,12 @@ def test_ratios_hold_for_the_layers_named(resnet: fp.ChannelGraph) -> None:
     assert min(kept.values()) >= 0.1
 
 
-def test_a_least_part_is_rounded_up_and_a_largest_down() -> None:
+def test_a_smallest_part_is_rounded_up_and_a_largest_part_down() -> None:
     graph = fp.trace(nn.Sequential(nn.Conv2d(3, 10, 1), nn.Conv2d(10, 2, 1)), torch.zeros(1, 3, 4, 4))
     (allowed,) = Limits(keep_ratios={"0": (0.31, 0.79)}).widths(graph)
     assert (allowed.least, allowed.most) == (4, 7)
     (allowed,) = Limits(keep_ratios={"0": (0.3, 0.7)}).widths(graph)
-    assert (allowed.least, allowed.most) == (3, 7)  # 0.3 · 10 is 3 in spite of floating point
+    assert (allowed.least, allowed.most) == (3, 7)  # 0.3 · 10 counts as 3, despite floating point
     (allowed,) = Limits(round_to=4, keep_ratios={"0": (0.31, 0.95)}).widths(graph)
     assert (allowed.least, allowed.most) == (4, 8)
 
@@ -131,7 +131,7 @@ def test_contradictions_name_the_group(graph: fp.ChannelGraph) -> None:
         Limits(min_keep=5, keep_ratios={"2": (0.0, 0.5)}).widths(graph)
 
 
-def test_patterns_of_no_layer(resnet: fp.ChannelGraph) -> None:
+def test_patterns_need_a_layer_with_channels_that_can_go(resnet: fp.ChannelGraph) -> None:
     with pytest.raises(LimitError, match=r"'layer1.0.conv3': no layer has such a name; did you mean 'layer1.0.conv"):
         Limits(keep_ratios={"layer1.0.conv3": (0.5, 1.0)}).widths(resnet)
     with pytest.raises(LimitError, match="'fc': none of its layers has channels that can go"):

@@ -1,4 +1,4 @@
-"""Pruning runs as directories, made up."""
+"""Made-up directories of pruning runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WriteRun = Callable[..., Path]
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
-    """A function that writes a run of two layers, of 4 and 6 channels, with any settings, lines of the log and plan."""
+    """Return a function that writes a run of two layers, of 4 and 6 channels, with given settings, log and plan."""
 
     def write(name: str, records: list[dict[str, Any]], kept: tuple[int, int] | None = (2, 3), **settings: Any) -> Path:
         folder = tmp_path / name

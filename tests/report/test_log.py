@@ -1,4 +1,4 @@
-"""What a report reads: places in epochs, curves, bands over seeds, budgets; and what it refuses."""
+"""Logs as a report reads them: epochs, curves, bands over seeds, budgets, and logs that it refuses."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def test_names_tell_runs_apart(write_run: WriteRun, monkeypatch: pytest.MonkeyPa
         ("auth=500K", {"macs": {"planned": 400e3}, "search": {"auth_of_plan": 0.4}}, None),
     ],
 )
-def test_budget_as_a_part_of_the_full_cost(
+def test_budget_as_a_fraction_of_the_full_cost(
     budget: str, plan: dict[str, Any], part: float | None, write_run: WriteRun
 ) -> None:
     run = PruningRun.read(write_run("a", [{"stage": "plan", **plan}], budget=budget))
     assert run.budget_part == (None if part is None else pytest.approx(part))
 
 
-def test_newest_lines(write_run: WriteRun) -> None:
+def test_the_newest_line_counts(write_run: WriteRun) -> None:
     results = [
         {"stage": "result", "method": "dmc", "compact": {"accuracy": 0.5}},
         {"stage": "result", "method": "finetune", "compact": {"accuracy": 0.8}},
@@ -120,7 +120,11 @@ def broken(run: Path, file: str, content: bytes) -> None:
     ("change", "error", "message"),
     [
         (lambda run: os.remove(run / "config.yaml"), RunError, "is not a run directory"),
-        (lambda run: broken(run, "config.yaml", b"command: train"), RunError, "is a run of 'fastprune train': one of"),
+        (
+            lambda run: broken(run, "config.yaml", b"command: train"),
+            RunError,
+            "is a run of 'fastprune train': a run of",
+        ),
         (lambda run: broken(run, "config.yaml", b"command: prune\nmethod: [1]"), RunError, "does not name a method"),
         (lambda run: broken(run, "metrics.jsonl", b'{"a": 1}\n{"b": \n{}\n'), RunError, r"jsonl, line 2: .* no JSON"),
         (lambda run: broken(run, "metrics.jsonl", b"\xff\n"), RunError, r"jsonl, line 1: .* no JSON"),
@@ -129,7 +133,7 @@ def broken(run: Path, file: str, content: bytes) -> None:
         (lambda run: broken(run, "plan.json", b"[]"), PlanError, "not a pruning plan"),
     ],
 )
-def test_what_is_no_run_to_report(
+def test_wrong_runs_are_refused(
     change: Callable[[Path], None], error: type[Exception], message: str, write_run: WriteRun
 ) -> None:
     run = write_run("a", LINES)
@@ -139,7 +143,7 @@ def test_what_is_no_run_to_report(
         PruningRun.read(run)
 
 
-def test_nothing_yet(write_run: WriteRun) -> None:
+def test_a_run_without_log_and_plan_is_refused(write_run: WriteRun) -> None:
     with pytest.raises(RunError, match="holds nothing to report yet"):
         PruningRun.read(write_run("a", [], kept=None))
     assert PruningRun.read(write_run("b", [])).epochs == []  # a method without a search

@@ -1,4 +1,4 @@
-"""What is drawn and written: the data in the figures, the files, the page, and the command."""
+"""The report: the data in its figures, its files, its page, and the command."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_widths() -> None:
     assert [bar.get_width() for bar in behind] == [4, 6]
     assert [bar.get_width() for bar in first] == [2, 6]
     assert [bar.get_width() for bar in second] == [1, 3]
-    # Side by side, inside the bar of all channels, and in the colours that the curves of these runs have.
+    # Side by side, inside the bar of all channels, in the colours of these runs' curves.
     for all_channels, upper, lower in zip(behind, first, second, strict=True):
         edges = [upper.get_y(), upper.get_y() + upper.get_height(), lower.get_y(), lower.get_y() + lower.get_height()]
         assert edges == sorted(edges)
@@ -212,7 +212,7 @@ def report(line: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]
     return code, *capfd.readouterr()
 
 
-def test_a_real_search(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_report_of_a_real_search(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     data = "--model resnet20 --data synthetic:3x8x8:4:64 --budget flops=0.6 --device cpu"
     options = "--dmc.epochs 2 --dmc.samples 16 --dmc.batch_size 8 --dmc.evaluate_every 1"
@@ -238,7 +238,7 @@ def test_a_real_search(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     [
         ("", "--run is needed"),
         ("--run nowhere", "'nowhere' is not a run directory"),
-        ("--run trained", "'trained' is a run of 'fastprune train': one of 'prune' is needed"),
+        ("--run trained", "'trained' is a run of 'fastprune train': a run of 'prune' is needed"),
         ("--run good good2", "--out is needed"),
         ("--run good --run good2", "--out is needed"),
         ("--run good good --out new", "--run good: this run is given twice"),

@@ -15,7 +15,7 @@
 namespace fastprune::cpu {
 
 /// How many rows of a weight are packed next to each other: two vectors.
-constexpr int panel_width(Instructions instructions) { return instructions == Instructions::avx512 ? 32 : 16; }
+constexpr int panel_width(InstructionSet instructions) { return instructions == InstructionSet::avx512 ? 32 : 16; }
 
 #if FASTPRUNE_X86
 namespace avx2 {

@@ -15,7 +15,7 @@ namespace fastprune::cpu::avx2 {
 #include "direct.inc"
 #include "winograd.inc"
 
-static_assert(panel == panel_width(Instructions::avx2));
+static_assert(panel == panel_width(InstructionSet::avx2));
 
 }  // namespace fastprune::cpu::avx2
 #endif

@@ -15,7 +15,7 @@ namespace fastprune::cpu::avx512 {
 #include "direct.inc"
 #include "winograd.inc"
 
-static_assert(panel == panel_width(Instructions::avx512));
+static_assert(panel == panel_width(InstructionSet::avx512));
 
 }  // namespace fastprune::cpu::avx512
 #endif

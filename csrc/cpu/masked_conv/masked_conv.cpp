@@ -1,11 +1,12 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
+//
+// masked_conv on the CPU: what the algorithms support, and the choice of their code.
 #include "fastprune/masked_conv.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <new>
 
-#include "../instruction_set.h"
 #include "../parallel.h"
 #include "algorithms.h"
 
@@ -23,10 +24,6 @@ int threads_worth(ConvAlgorithm algorithm, const MaskedConvArgs& args, int num_t
 
 }  // namespace
 
-bool has_instructions(Instructions instructions) {
-    return has_instruction_set(instructions == Instructions::avx512 ? InstructionSet::avx512 : InstructionSet::avx2);
-}
-
 bool masked_conv_supports(ConvAlgorithm algorithm, const ConvGeometry& g) {
     if (algorithm == ConvAlgorithm::direct) return true;
     if (algorithm == ConvAlgorithm::depthwise) return g.kernel[0] <= depthwise_taps / g.kernel[1];
@@ -41,7 +38,7 @@ void masked_conv(const ConvKernel& kernel, const MaskedConvArgs& args, int num_t
     }
     const int threads = threads_worth(kernel.algorithm, args, num_threads);
 #if FASTPRUNE_X86
-    const bool wide = kernel.instructions == Instructions::avx512;
+    const bool wide = kernel.instructions == InstructionSet::avx512;
     const auto done = [&] {
         switch (kernel.algorithm) {
             case ConvAlgorithm::winograd: return wide ? avx512::winograd(args, threads) : avx2::winograd(args, threads);

@@ -1,7 +1,7 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
 // Weights in the order in which masked_conv reads them: direct [panel][tap][channel][row of the panel], winograd
-// [product][panel][channel][row of the panel]. Rows behind the last are zeros.
+// [product][panel][channel][row of the panel]. Rows after the last one are zeros.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int winograd_products = 16;
 
-/// Where a weight lies, and what it is multiplied with.
+/// A weight in memory, and the scale of its rows.
 struct Source {
     int64_t rows, channels;
     const float* weight;
@@ -81,7 +81,7 @@ void transform_kernels(const float (&g)[9][width], float (&products)[winograd_pr
 template <int width>
 void pack_winograd(const Source& source, int64_t p, int64_t panels, float* packed) {
     for (int64_t c = 0; c < source.channels; ++c) {
-        // Arrays of their own: that the places in `packed` do not overlap is more than the compiler can know.
+        // Local arrays: the compiler cannot know that the places in `packed` do not overlap.
         float g[9][width], products[winograd_products][width];
         gather<width>(source, p * width, c, g[0], width);
         transform_kernels(g, products);
@@ -107,21 +107,22 @@ void pack(ConvAlgorithm algorithm, const Source& source, float* packed, int num_
 
 }  // namespace
 
-int64_t packed_conv_size(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels) {
+int64_t masked_conv_packed_size(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows,
+                                int64_t channels) {
     const int64_t width = panel_width(kernel.instructions);
     const bool winograd = kernel.algorithm == ConvAlgorithm::winograd;
     const int64_t products = winograd ? winograd_products : geometry.kernel[0] * geometry.kernel[1];
     return (rows + width - 1) / width * width * channels * products;
 }
 
-void pack_masked_conv(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels,
+void masked_conv_pack(const ConvKernel& kernel, const ConvGeometry& geometry, int64_t rows, int64_t channels,
                       const float* weight, const int64_t* strides, const float* scale, float* packed, int num_threads) {
     const Source source = source_of(geometry, rows, channels, weight, strides, scale);
     const int threads = threads_for(rows * channels, 1 << 14, num_threads);
-    if (kernel.instructions == Instructions::avx512) {
-        pack<panel_width(Instructions::avx512)>(kernel.algorithm, source, packed, threads);
+    if (kernel.instructions == InstructionSet::avx512) {
+        pack<panel_width(InstructionSet::avx512)>(kernel.algorithm, source, packed, threads);
     } else {
-        pack<panel_width(Instructions::avx2)>(kernel.algorithm, source, packed, threads);
+        pack<panel_width(InstructionSet::avx2)>(kernel.algorithm, source, packed, threads);
     }
 }
 

@@ -1,6 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What happens to an accumulator on its way to memory, for CUTLASS's kernels of the 2.x kind: z = scale * sum + shift,
+// The epilogue of CUTLASS's kernels of the 2.x kind, which turns accumulators into results: z = scale * sum + shift,
 // r = activation(z), y = mask * r, with one scale, shift and mask per output channel.
 //
 // CUTLASS's own epilogue hands its functor values without their coordinates, and its epilogue with a broadcast takes

@@ -12,67 +12,16 @@
 
 #include <cstdint>
 
-#include "fastprune/half.h"
+#include "fastprune/elementary.h"
 #include "fastprune/portable.h"
 
 namespace fastprune {
 
 enum class Activation : int32_t { identity, relu, relu6, silu, hardswish };
 
-/// What a backward pass needs of the forward pass: r = act(z) itself where r' is a function of r, else z.
+/// Whether a backward pass needs z rather than r = act(z): where r' is no function of r.
 FASTPRUNE_HD constexpr bool saves_input(Activation activation) {
     return activation == Activation::silu || activation == Activation::hardswish;
-}
-
-template <class Real>
-struct ExpConstants;
-template <>
-struct ExpConstants<float> {
-    using Integer = int32_t;
-    static constexpr int significand_bits = 23, bias = 127, degree = 7;
-    static constexpr float lowest = -87.0f;
-    static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-};
-template <>
-struct ExpConstants<double> {
-    using Integer = int64_t;
-    static constexpr int significand_bits = 52, bias = 1023, degree = 13;
-    static constexpr double lowest = -708.0;
-    static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
-    static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
-};
-
-template <int k>
-inline constexpr double inverse_factorial = inverse_factorial<k - 1> / k;
-template <>
-inline constexpr double inverse_factorial<0> = 1;
-
-/// The terms of exp(t) from t^k / k! on, over t^k.
-template <class Real, int k, int degree>
-FASTPRUNE_HD Real exp_series(Real t) {
-    constexpr Real coefficient = static_cast<Real>(inverse_factorial<k>);
-    if constexpr (k == degree) {
-        return coefficient;
-    } else {
-        return coefficient + t * exp_series<Real, k + 1, degree>(t);
-    }
-}
-
-/// exp(x) for x <= 0, 0 where it is nearly subnormal. Ours, since no compiler vectorises std::exp under IEEE rules, and
-/// so that CPU and CUDA agree on every bit: x = n ln 2 + t, |t| <= ln(2) / 2, and Taylor's series for exp(t), whose
-/// remainder is a tenth of a rounding error.
-template <class Real>
-FASTPRUNE_HD Real exp_of_negative(Real x) {
-    using Constants = ExpConstants<Real>;
-    using Integer = typename Constants::Integer;
-    const Real round = Constants::round;
-    const Real shifted = x * static_cast<Real>(1.44269504088896340736) + round;
-    const Real n = shifted - round;
-    const Real t = (x - n * Constants::ln2_high) - n * Constants::ln2_low;
-    const Integer exponent = bits_as<Integer>(shifted) - bits_as<Integer>(round) + Constants::bias;
-    const Real power = bits_as<Real>(static_cast<Integer>(exponent << Constants::significand_bits));
-    return x < Constants::lowest ? Real{0} : exp_series<Real, 0, Constants::degree>(t) * power;
 }
 
 template <class Real>
@@ -96,7 +45,7 @@ FASTPRUNE_HD Real activate(Activation activation, Real z) {
     return z >= 3 ? z : part;  // not z * 6 / 6, which may overflow
 }
 
-/// What a backward pass makes of the saved value (see saves_input).
+/// What a backward pass computes from the saved value (see saves_input).
 template <class Real>
 struct Activated {
     Real value;       // r

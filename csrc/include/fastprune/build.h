@@ -1,6 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What the build decided. The FASTPRUNE_* macros come from CMakeLists.txt, and only this header reads them.
+// The choices of the build. The FASTPRUNE_* macros come from CMakeLists.txt, and only this header reads them.
 #pragma once
 
 namespace fastprune::build {

@@ -1,6 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What the stochastic gates have in common: which noise a call draws, and what it writes.
+// The common part of stochastic gates: which noise a call draws, and what it writes.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "fastprune/portable.h"
 
@@ -26,14 +25,6 @@ struct float16 {
 struct bfloat16 {
     uint16_t bits;  // the upper half of a float
 };
-
-template <class To, class From>
-FASTPRUNE_HD To bits_as(const From& from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    memcpy(&to, &from, sizeof(To));
-    return to;
-}
 
 /// What a storage type is computed in.
 template <class Storage>

@@ -1,6 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// masked_act: what stands between a convolution and the next one, forward and backward, each in one pass.
+// masked_act: everything between two convolutions, forward and backward, each in one pass.
 //
 //     forward    z = x scale_c + shift_c,  r = act(z),  y = r mask_c
 //     backward   dz = dy mask_c act'(z),   dx = dz scale_c [+ (x - centre_c) slope_c + offset_c]

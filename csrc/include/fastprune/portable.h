@@ -4,6 +4,8 @@
 // asking.
 #pragma once
 
+#include <cstring>
+
 #if defined(__CUDACC__)
 #define FASTPRUNE_HD __host__ __device__ __forceinline__
 #define FASTPRUNE_DEVICE __device__ __forceinline__
@@ -14,3 +16,15 @@
 #define FASTPRUNE_DEVICE inline
 #define FASTPRUNE_UNROLL
 #endif
+
+namespace fastprune {
+
+template <class To, class From>
+FASTPRUNE_HD To bits_as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+}  // namespace fastprune

@@ -1,6 +1,6 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What the proximal operator does to one unit, once the sum of its squares is known.
+// The effect of the proximal operator on one unit whose sum of squares is known.
 #pragma once
 
 #include <cmath>

@@ -1,7 +1,7 @@
 // Copyright 2026 the fastprune authors. SPDX-License-Identifier: Apache-2.0
 //
-// What every kernel returns: success, the argument value that it refuses, or the failure of the device.
-// Kernels know no exceptions of Python; the bindings turn a Status into one.
+// The result of every kernel: success, the argument value that it refuses, or the failure of the device. Kernels know
+// nothing of Python; the bindings turn a Status into an exception.
 #pragma once
 
 #include <cstdint>

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fastprune.graph.cost import count_kept
 from fastprune.graph.latency.interpolation import Interpolation
 from fastprune.graph.latency.operations import Measured
 
@@ -67,12 +68,7 @@ class LatencyModel:
         Raises:
             ValueError: if the mask has another shape.
         """
-        units = int(self.offsets[-1])
-        if mask.shape != (units,):
-            raise ValueError(f"mask: a vector of {units} units is needed, got shape {tuple(mask.shape)}")
-        groups = self._interpolation(mask.device).groups
-        kept = torch.zeros(len(self.offsets) - 1, dtype=torch.float64, device=mask.device)
-        return self.of_widths(kept.index_add(0, groups, mask.to(torch.float64)))
+        return self.of_widths(count_kept(mask, self._interpolation(mask.device).groups, len(self.offsets) - 1))
 
     def of_widths(self, kept: Tensor) -> Tensor:
         """Return milliseconds [...] for numbers of kept units per group, float64 [..., G].

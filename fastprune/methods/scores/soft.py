@@ -25,11 +25,13 @@ class SoftConfig(TrainedConfig):
     """Options of soft filter pruning; the defaults are the paper's for trained networks on CIFAR-10 (§4.1)."""
 
     epochs: int = option(200, "passes over the training set", minimum=0)
-    lr: float = option(0.01, "largest learning rate; the paper has 0.1 for training from scratch")
-    weight_decay: float = option(5e-4, "L2 penalty")
+    lr: float = option(0.01, "largest learning rate; the paper has 0.1 for training from scratch", minimum=0.0)
+    weight_decay: float = option(5e-4, "L2 penalty", minimum=0.0)
     nesterov: bool = option(True, "use Nesterov's momentum")
-    milestones: tuple[float, ...] = option((0.3, 0.6, 0.8), "epochs of the drops, or fractions of all if below 1")
-    gamma: float = option(0.2, "factor of the learning rate at each drop")
+    milestones: tuple[float, ...] = option(
+        (0.3, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1", minimum=0.0
+    )
+    gamma: float = option(0.2, "factor of the learning rate at each drop", above=0.0)
     ranking: Literal["local", "global"] = option(
         "local", "local: keep the same fraction of every group, as in the paper; global: all channels compete"
     )

@@ -108,8 +108,8 @@ def pack(
     instructions = best_instructions() if instructions is None else instructions
     if instructions is None:
         raise ValueError("instructions: got a processor without AVX2 and FMA, needs one with them; use the library")
-    data = weight.new_empty(_C.packed_conv_size(algorithm, instructions, size))
-    _C.pack_masked_conv(algorithm, instructions, weight, scale, transposed, data, torch.get_num_threads())
+    data = weight.new_empty(_C.masked_conv_packed_size(algorithm, instructions, size))
+    _C.masked_conv_pack(algorithm, instructions, weight, scale, transposed, data, torch.get_num_threads())
     return PackedWeight(data, size, geometry, algorithm, instructions)
 
 

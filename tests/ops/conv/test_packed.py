@@ -186,8 +186,8 @@ def pack(
 ) -> Tensor:
     rows, channels, *kernel = weight.shape
     size = (channels, rows, *kernel) if transposed else (rows, channels, *kernel)
-    packed = torch.full((_C.packed_conv_size(algorithm, instructions, size),), torch.nan)
-    _C.pack_masked_conv(algorithm, instructions, weight, scale, transposed, packed, 1)
+    packed = torch.full((_C.masked_conv_packed_size(algorithm, instructions, size),), torch.nan)
+    _C.masked_conv_pack(algorithm, instructions, weight, scale, transposed, packed, 1)
     assert not packed.isnan().any()  # every element is written, zeros behind the last row, too
     return packed
 
@@ -370,8 +370,8 @@ def test_packing_takes_any_strides(algorithm, instructions, layout, transposed):
     }[layout]()
     size = (21, 37, 3, 3) if transposed else (37, 21, 3, 3)
     for threads in (1, 3):
-        packed = torch.empty(_C.packed_conv_size(algorithm, instructions, size))
-        _C.pack_masked_conv(algorithm, instructions, stored, None, transposed, packed, threads)
+        packed = torch.empty(_C.masked_conv_packed_size(algorithm, instructions, size))
+        _C.masked_conv_pack(algorithm, instructions, stored, None, transposed, packed, threads)
         assert torch.equal(packed, expected)
 
 
@@ -473,7 +473,7 @@ def test_nothing_is_touched_outside_of_the_arguments(algorithm, instructions, at
         )}  # fmt: skip
         size = tuple(call.weight.shape)
         scale = Page(torch.ones(case.rows), at_end=at_end)
-        _C.pack_masked_conv(
+        _C.masked_conv_pack(
             algorithm, instructions, lent["weight"].floats.view(size), scale.floats, False, lent["packed"].floats, 1
         )
         assert torch.equal(lent["packed"].floats, packed)

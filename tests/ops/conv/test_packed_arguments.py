@@ -30,7 +30,7 @@ def pixels(*size: int, pitch: int | None = None) -> torch.Tensor:
 def good(algorithm: str = "direct") -> dict[str, object]:
     """The arguments of a call that succeeds: 3 of 4 channels of x, 5 of 6 rows, 3x3, 8x7 pixels."""
     instructions = INSTRUCTIONS[0]
-    packed = torch.zeros(_C.packed_conv_size(algorithm, instructions, (6, 4, 3, 3)))
+    packed = torch.zeros(_C.masked_conv_packed_size(algorithm, instructions, (6, 4, 3, 3)))
     return {
         "algorithm": algorithm, "instructions": instructions, "x": pixels(2, 3, 8, 7), "packed": packed,
         "weight_size": (6, 4, 3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "shift": torch.zeros(5),
@@ -42,7 +42,7 @@ def good(algorithm: str = "direct") -> dict[str, object]:
 def good_depthwise() -> dict[str, object]:
     """The arguments of a depthwise call that succeeds: 3 channels of x, 5 of 6 rows, 3x3, 8x7 pixels."""
     size = (6, 1, 3, 3)
-    packed = torch.zeros(_C.packed_conv_size("depthwise", INSTRUCTIONS[0], size))
+    packed = torch.zeros(_C.masked_conv_packed_size("depthwise", INSTRUCTIONS[0], size))
     return good() | {"algorithm": "depthwise", "packed": packed, "weight_size": size}
 
 
@@ -64,15 +64,15 @@ REFUSALS = [
     ({"algorithm": "winograd", "stride": (1, 2)}, "algorithm: got 'winograd', needs 'direct' for all but 3x3 kernels"),
     ({"algorithm": "winograd", "dilation": (2, 1)}, "algorithm: got 'winograd', needs 'direct'"),
     ({"algorithm": "winograd", "weight_size": (6, 4, 3, 1)}, "algorithm: got 'winograd', needs 'direct'"),
-    ({"algorithm": "winograd"}, r"packed: got shape \[\d+\], needs shape \[\d+\] \(packed_conv_size of the weight\)"),
+    ({"algorithm": "winograd"}, r"packed: got shape \[\d+\], needs shape \[\d+\] \(masked_conv_packed_size of"),
     ({"algorithm": "depthwise"}, r"algorithm: got 'depthwise', needs 'direct' for all but \[K, 1, R, S\] weights"),
     ({"algorithm": "depthwise", "weight_size": (6, 1, 43, 3)}, "algorithm: got 'depthwise', .* up to 128 taps"),
-    ({"stride": (0, 1)}, r"stride: got 0, needs at least 1 and less than 2\^31"),
-    ({"stride": (1, 2**31)}, "stride: got 2147483648, needs at least 1"),
-    ({"padding": (-1, 0)}, "padding: got -1, needs at least 0"),
+    ({"stride": (0, 1)}, r"stride: got 0, needs integers in \[1, 2147483647\]"),
+    ({"stride": (1, 2**31)}, "stride: got 2147483648, needs integers"),
+    ({"padding": (-1, 0)}, r"padding: got -1, needs integers in \[0, 2147483647\]"),
     ({"padding": (0, 3)}, "padding: got 3, needs less than 3, what the dilated kernel spans"),
-    ({"padding": (0, 2**63 - 1)}, "padding: got 9223372036854775807, needs at least 0 and less"),
-    ({"dilation": (1, -3)}, "dilation: got -3, needs at least 1"),
+    ({"padding": (0, 2**63 - 1)}, "padding: got 9223372036854775807, needs integers"),
+    ({"dilation": (1, -3)}, "dilation: got -3, needs integers"),
     ({"weight_size": (6, 4, 3, 0)}, r"weight_size: got 0 as one of its sizes, needs sizes of at least 1"),
     ({"weight_size": (2**16, 2**15, 1, 1)}, r"weight_size: got 32768 as one .* product below 2\^31"),
     ({"weight_size": (2**62, 2**62, 2**62, 2**62)}, "weight_size: got 4611686018427387904 as one"),
@@ -130,6 +130,17 @@ def test_refusals(change, message):
     assert all(map(torch.equal, before, after))
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize.*:DeprecationWarning")
+@pytest.mark.parametrize("name", ["x", "packed", "shift", "mask", "residual", "y", "saved", "previous", "dmask"])
+def test_a_tensor_that_lends_no_memory_is_refused(name):
+    """Torch fails to lend a quantized tensor after it has written half of the description."""
+    arguments = good_backward() if name in ("previous", "dmask") else good()
+    quantized = torch.quantize_per_tensor(torch.zeros(2, 5, 8, 7), 0.1, 0, torch.quint8)
+    with pytest.raises(TypeError, match=f"^{name}: got a Tensor that does not lend its memory"):
+        _C.masked_conv(**(arguments | {name: quantized} | ({"y": None} if name == "saved" else {})))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -158,7 +169,7 @@ WEIGHT = torch.zeros(6, 4, 3, 3)
 
 
 def pack_arguments() -> dict[str, object]:
-    length = _C.packed_conv_size("direct", INSTRUCTIONS[0], (6, 4, 3, 3))
+    length = _C.masked_conv_packed_size("direct", INSTRUCTIONS[0], (6, 4, 3, 3))
     return {
         "algorithm": "direct", "instructions": INSTRUCTIONS[0], "weight": WEIGHT, "scale": torch.ones(6),
         "transposed": False, "packed": torch.zeros(length), "num_threads": 1,
@@ -184,7 +195,7 @@ def pack_arguments() -> dict[str, object]:
 )
 def test_packing_refuses(change, message):
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
-        _C.pack_masked_conv(**(pack_arguments() | change))
+        _C.masked_conv_pack(**(pack_arguments() | change))
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -194,23 +205,23 @@ def test_a_weight_packed_onto_itself_is_refused(flipped):
     weight = memory[:216].reshape(6, 4, 3, 3)
     weight = weight[::-1, :, :, ::-1] if flipped else weight
     with pytest.raises(ValueError, match="packed: got memory that overlaps weight"):
-        _C.pack_masked_conv(**(arguments | {"weight": weight, "packed": memory[100:]}))
+        _C.masked_conv_pack(**(arguments | {"weight": weight, "packed": memory[100:]}))
     scale = memory[:6]
     with pytest.raises(ValueError, match="packed: got memory that overlaps scale"):
-        _C.pack_masked_conv(**(arguments | {"scale": scale, "packed": memory[:-100]}))
+        _C.masked_conv_pack(**(arguments | {"scale": scale, "packed": memory[:-100]}))
 
 
 @pytest.mark.parametrize("size", [(0, 1, 1, 1), (2**31, 1, 1, 1), (2**30, 2, 1, 1), (-1, -1, 1, 1)])
 def test_the_size_of_what_cannot_be_packed_is_refused(size):
     with pytest.raises(ValueError, match=r"weight_size: got -?[0-9]+ as one of its sizes"):
-        _C.packed_conv_size("direct", INSTRUCTIONS[0], size)
+        _C.masked_conv_packed_size("direct", INSTRUCTIONS[0], size)
 
 
 def test_the_kernel_takes_numpy_arrays():
     random_ = np.random.default_rng(0)
     weight, x = random_.normal(size=(5, 3, 2, 2)).astype("f"), random_.normal(size=(1, 6, 7, 3)).astype("f")
-    packed = np.empty(_C.packed_conv_size("direct", INSTRUCTIONS[0], weight.shape), np.float32)
-    _C.pack_masked_conv("direct", INSTRUCTIONS[0], weight, None, False, packed)
+    packed = np.empty(_C.masked_conv_packed_size("direct", INSTRUCTIONS[0], weight.shape), np.float32)
+    _C.masked_conv_pack("direct", INSTRUCTIONS[0], weight, None, False, packed)
     y = np.zeros((1, 5, 6, 5), np.float32)
     _C.masked_conv(
         "direct", INSTRUCTIONS[0], x.transpose(0, 3, 1, 2), packed, weight.shape, (1, 1), (0, 0), (1, 1), None, None,
@@ -337,7 +348,7 @@ def refusals(rounds: int) -> tuple[list[str], int]:
     calls += [
         (_C.masked_conv, good_depthwise()),
         (_C.masked_conv, good_backward()),
-        (_C.pack_masked_conv, pack_arguments()),
+        (_C.masked_conv_pack, pack_arguments()),
     ]
     for round_ in range(rounds):
         kernel, arguments = calls[round_ % len(calls)]
