@@ -87,7 +87,7 @@ def test_autocast_changes_nothing(example: Example, device: str) -> None:
     ],
     ids=["grad", "vjp", "jvp", "vmap", "jacrev"],
 )
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own use of it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch uses it itself
 def test_transforms_of_torch_func_are_refused(
     example: Example, transform: Callable[[Callable[[Tensor], Tensor], Tensor], object]
 ) -> None:

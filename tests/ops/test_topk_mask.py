@@ -1,4 +1,4 @@
-"""topk_mask: values, invariants, gradients, and how it lives with torch."""
+"""topk_mask: values, invariants, and its behaviour under torch."""
 
 from itertools import pairwise
 
@@ -115,7 +115,7 @@ def test_opcheck(make_topk_case, device, with_window, dtype):
     torch.library.opcheck(torch.ops.fastprune._topk_mask.default, case.args)
 
 
-def test_strided_inputs_are_taken_as_they_are(make_topk_case):
+def test_strided_inputs_give_the_same_result(make_topk_case):
     case = make_topk_case([30, 10], seed=9)
     strided = torch.stack([case.scores, case.scores], dim=1)[:, 0]
     negated = torch.complex(torch.zeros(40), -case.scores).conj().imag
