@@ -1,6 +1,6 @@
-"""A small call of every operator, for whoever goes through all of them: ``fastprune doctor`` and the tests.
+"""A small call of every operator, for ``fastprune doctor`` and for the tests that all operators have to pass.
 
-A new operator needs an entry here; its tests against the reference, under transforms and of its documentation follow.
+With an entry here a new operator is compared with its reference, compiled, exported and tested under transforms.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What holds for every operator, tested on its example: a new operator is tested here as soon as it has one."""
+"""Properties of every operator, tested on its example; a new operator is tested here as soon as it has one."""
 
 from __future__ import annotations
 
