@@ -41,7 +41,7 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that prints and writes files."""
+        """True in the one process that prints and writes files."""
         return self.rank == 0
 
     def mean_(self, tensor: Tensor) -> Tensor:

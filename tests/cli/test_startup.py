@@ -33,10 +33,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(line: str, cache: Path) -> tuple[int, set[str], str]:
-    """Return the exit code of a command, the modules that it imported, and what it printed."""
+    """Return the exit code of a command, the modules that it imported, and what it printed.
+
+    It runs in the cache folder: in a checkout it would find ./fastprune, which has no _C, before the installed package.
+    """
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *line.split()], capture_output=True, text=True, check=True,
-        env={**os.environ, "FASTPRUNE_CACHE": str(cache)},
+        env={**os.environ, "FASTPRUNE_CACHE": str(cache)}, cwd=cache,
     )  # fmt: skip
     *errors, last = done.stderr.splitlines()
     code, modules = json.loads(last)
