@@ -1,4 +1,4 @@
-"""Fused operators: the torch face of the kernels in ``fastprune._C``.
+"""Fused operators: torch functions on the kernels of ``fastprune._C``.
 
 Each has a namesake in :mod:`fastprune.reference`: the same function in plain torch.
 """

@@ -29,12 +29,13 @@ def check_vector(name: str, value: Tensor, x: Tensor, length: int) -> Tensor:
         ValueError: It has another shape, or is on another device.
     """
     check_tensor(name, value, x)
-    if value.dtype not in (x.dtype, vector_dtype(x)):
-        names = " or ".join(dict.fromkeys((dtype_name(x.dtype), dtype_name(vector_dtype(x)))))
+    dtype = vector_dtype(x)
+    if value.dtype not in (dtype, x.dtype):
+        names = " or ".join(dict.fromkeys((dtype_name(x.dtype), dtype_name(dtype))))
         raise TypeError(f"{name}: got dtype {dtype_name(value.dtype)}, needs {names}")
-    if list(value.shape) != [length]:
+    if value.shape != (length,):
         raise ValueError(f"{name}: got shape {list(value.shape)}, needs [{length}] (one number for each channel)")
-    return value.to(vector_dtype(x))
+    return value if value.dtype == dtype else value.to(dtype)  # to() costs a microsecond even where it does nothing
 
 
 def check_tensor(name: str, value: object, x: Tensor | None = None) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastprune.ops.arguments import vector_dtype
 from fastprune.ops.layout import as_views
 from fastprune.ops.library import _C, register
 
@@ -18,15 +19,15 @@ def _kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.size(1), dtype=real), x.new_empty(x.size(1), dtype=real)
+    dtype = vector_dtype(x)
+    return x.new_empty(x.size(1), dtype=dtype), x.new_empty(x.size(1), dtype=dtype)
 
 
 register("_channel_moments(Tensor x) -> (Tensor, Tensor)", _kernel, _fake)
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over everything but the channel, in one pass. No gradient of its own.
+    """Compute mean and biased variance over everything but the channel, in one pass; without a gradient.
 
     Args:
         x: ``[N, C, *spatial]``, float16, bfloat16, float32 or float64, with at least one value for each channel.

@@ -12,40 +12,40 @@ from fastprune.ops.library import _C
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
-def _outside_of_graphs(function: _Function) -> _Function:
-    """Runs ``function`` eagerly within ``torch.compile``, 0.2 us a call.
+def _break_graphs(function: _Function) -> _Function:
+    """Make ``function`` run eagerly within ``torch.compile``, which costs 0.2 us a call.
 
     An operator whose schema lists the tensors as mutable would need no graph break, but 34 us a call for the 160
-    tensors of a ResNet-50, three times what it takes to see that none of them has moved.
+    tensors of a ResNet-50, three times as long as checking that none of them has moved.
     """
     reason = "the tensors of a UnitTable are read and changed behind the back of torch.compile"
     return cast("_Function", torch.compiler.disable(function, reason=reason))
 
 
 class UnitTable:
-    """Tensors together with the units that their elements belong to.
+    """Tensors and the units that their elements belong to.
 
-    A unit is what pruning removes as a whole, and its parts lie in several tensors: a channel owns a row of the
-    convolution that makes it, an element of the batch norm's weight and bias, a column of the convolutions that read
-    it. Each slice assigns the positions along one dimension of one tensor to units.
+    Pruning removes a unit as a whole. Its parts lie in several tensors: a channel owns a row of the convolution that
+    computes it, an element of the batch norm's weight and bias, a column of the convolutions that read it. Each slice
+    assigns the positions along one dimension of one tensor to units.
 
-    The table is compiled once and holds on to the tensors. A step that follows costs little besides memory traffic, but
-    it needs the tensors where they were: after ``tensor.data = ...``, ``module.to(...)`` or ``resize_`` every call
-    raises, and a new table has to be built. Changes of values in place, as by optimisers and ``load_state_dict``, are
-    fine.
+    The table is compiled once and keeps the tensors alive. A step costs little besides memory traffic, but the tensors
+    must not move: after ``tensor.data = ...``, ``module.to(...)`` or ``resize_`` every call raises, and a new table has
+    to be built. Values may change in place, as by optimisers and ``load_state_dict``.
 
     Args:
         slices: ``(tensor, dim, units)`` each. ``tensor`` is float32 or float64, all of one dtype and on one device, in
             dense memory (contiguous, channels_last, transposed, ...). ``units`` is ``[tensor.size(dim)]`` int64: the
-            unit of each position along ``dim``, or -1 for a position that no unit owns. Units may repeat, as after a
+            unit of each position along ``dim``, or -1 for a position that no unit owns. Units may repeat, as behind a
             flattened feature map.
-        num_units: ``U``. A unit that no slice mentions has norm 0.
+        num_units: Number of units, ``U``. A unit that no slice mentions has norm 0.
 
     Raises:
-        TypeError: A tensor of another dtype (keep half-precision weights in float32 masters), or no tuple of three.
-        ValueError: A unit out of range, a ``dim`` that the tensor does not have, ``units`` of another length; tensors
-            on several devices, with gaps or expanded. Also tensors that share memory, such as one tensor along two of
-            its dimensions: its elements would belong to two units, whose factors cannot both be applied.
+        TypeError: A tensor has another dtype (keep float32 masters of half-precision weights), or a slice is not a
+            tuple of three.
+        ValueError: A unit is out of range, the tensor has no dimension ``dim``, ``units`` has another length; tensors
+            are on several devices, have gaps or are expanded. Also if tensors share memory, such as one tensor along
+            two of its dimensions: its elements would belong to two units, whose factors cannot both be applied.
 
     Example:
         >>> import torch
@@ -57,15 +57,15 @@ class UnitTable:
     """
 
     def __init__(self, slices: Sequence[tuple[Tensor, int, Tensor]], num_units: int) -> None:
-        self._table = _C.UnitTable([_units_on_the_cpu(slice_) for slice_ in slices], num_units)
+        self._table = _C.UnitTable([_move_units_to_cpu(slice_) for slice_ in slices], num_units)
         tensors = [tensor for tensor, _, _ in slices]
         self.num_units = num_units
-        """``U``."""
+        """Number of units, ``U``."""
         self.num_slices = len(tensors)
         self.dtype = tensors[0].dtype
         self.device = tensors[0].device
         self.sizes = torch.empty(num_units, dtype=torch.int64)
-        """How many elements each unit owns, ``[U]`` int64, on the CPU."""
+        """Number of elements of each unit, ``[U]`` int64, on the CPU."""
         self._table.write_sizes(self.sizes)
         # Tensors made under inference_mode have no version, since autograd never saves them.
         self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
@@ -81,61 +81,60 @@ class UnitTable:
             f"{self.dtype}, {self.device})"
         )
 
-    @_outside_of_graphs
+    @_break_graphs
     def norms(self) -> Tensor:
-        """The Euclidean norm of every unit, ``[U]`` in the dtype and on the device of the table.
+        """Compute the Euclidean norm of every unit, ``[U]`` in the dtype and on the device of the table.
 
-        Squares are summed in double. Not differentiable: the result has no gradient, whatever the tensors require.
-        In float64 squares leave the range beyond 1e154 (the norm is inf) and below 1e-154 (they count as 0), as those
-        of :func:`torch.linalg.vector_norm` do; units of one element are exact everywhere.
+        Squares are summed in double. The result has no gradient, even if the tensors require one. In float64 squares
+        leave the range beyond 1e154 (the norm is inf) and below 1e-154 (they count as 0), as in
+        :func:`torch.linalg.vector_norm`; units of one element are always exact.
         """
         norms = torch.empty(self.num_units, dtype=self.dtype, device=self.device)
         _C.group_prox(self._table, None, norms, torch.get_num_threads())
         return norms
 
 
-def _units_on_the_cpu(slice_: tuple[Tensor, int, Tensor]) -> tuple[Tensor, int, Tensor]:
+def _move_units_to_cpu(slice_: tuple[Tensor, int, Tensor]) -> tuple[Tensor, int, Tensor]:
     if isinstance(slice_, tuple) and len(slice_) == 3 and isinstance(slice_[2], Tensor) and slice_[2].is_cuda:
         return slice_[0], slice_[1], slice_[2].cpu()
     return slice_
 
 
-@_outside_of_graphs
+@_break_graphs
 def group_prox_(table: UnitTable, threshold: Tensor) -> Tensor:
-    r"""Shrinks the norm of every unit by its threshold, in place.
+    r"""Shrink the norm of every unit by its threshold, in place.
 
     With :math:`w_u` all elements of unit :math:`u`, across tensors,
 
     .. math:: w_u \leftarrow w_u \max\left(0, 1 - \frac{\tau_u}{\lVert w_u \rVert_2}\right)
         = \arg\min_w \tfrac{1}{2} \lVert w - w_u \rVert_2^2 + \tau_u \lVert w \rVert_2,
 
-    which is the step that proximal gradient descent takes for a group lasso: :math:`\tau_u` = learning rate times the
-    weight of the unit's penalty. A unit of one element gets the soft threshold :math:`\mathrm{sign}(w) \max(|w| -
+    the step of proximal gradient descent for a group lasso, where :math:`\tau_u` is the learning rate times the weight
+    of the unit's penalty. A unit of one element gets the soft threshold :math:`\mathrm{sign}(w) \max(|w| -
     \tau, 0)`, rounded once.
 
-    A unit with :math:`\tau_u = 0` keeps its bits. One with :math:`0 < \tau_u \ge \lVert w_u \rVert` (``inf``, too)
-    becomes +0.0. One whose norm is NaN, or ``inf`` under a finite threshold, is left alone, and the norm that is
-    returned tells. The result is deterministic.
+    A unit with :math:`\tau_u = 0` keeps its bits. One with :math:`0 < \tau_u \ge \lVert w_u \rVert` (also ``inf``)
+    becomes +0.0. One whose norm is NaN, or ``inf`` under a finite threshold, does not change; the returned norm shows
+    it. The result is deterministic.
 
-    Like an optimiser's step it works on tensors that require gradients without recording anything; autograd notices
-    if a saved tensor was changed. Under ``torch.compile`` it breaks the graph and runs eagerly (``fullgraph=True``
-    refuses it): the tensors are no arguments of the call, so that a compiler could not know that they change.
-    :func:`torch.cuda.graph` captures it; the table has to outlive the graph. One call at a time: calls on two streams
-    need two tables.
+    Like an optimiser's step it changes tensors that require gradients and records nothing; autograd notices if a saved
+    tensor was changed. Under ``torch.compile`` it breaks the graph and runs eagerly (``fullgraph=True`` refuses it):
+    the tensors are not arguments of the call, so a compiler could not know that they change. :func:`torch.cuda.graph`
+    captures it; the table has to outlive the graph. Make one call at a time: calls on two streams need two tables.
 
     Args:
         table: The tensors and their units.
         threshold: :math:`\tau`, ``[U]`` and at least 0, ``inf`` allowed; dtype and device of the table.
 
     Returns:
-        The norms before, ``[U]``, as :meth:`UnitTable.norms` would have given them.
+        The norms before the step, ``[U]``, as :meth:`UnitTable.norms` computes them.
 
     Raises:
-        TypeError: A threshold of another dtype.
-        ValueError: A threshold of another shape or device, or one that overlaps a tensor of the table; a tensor that
-            has moved since the table was built. On the CPU also a negative or NaN threshold. On CUDA values cannot be
-            refused without waiting for the device: there such a unit is left alone, and its norm is NaN. Nothing has
-            been written when an error is raised.
+        TypeError: The threshold has another dtype.
+        ValueError: The threshold has another shape, is on another device or overlaps a tensor of the table; a tensor
+            has moved since the table was built. On the CPU also if a threshold is negative or NaN. On CUDA values
+            cannot be refused without waiting for the device: there such a unit does not change, and its norm is NaN.
+            If an error is raised, nothing has been written.
 
     Source: the proximal operator of the group norm in closed form (Yuan and Lin, 2006; Parikh and Boyd, "Proximal
     Algorithms", 2014, section 6.5.1).

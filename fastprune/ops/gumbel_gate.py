@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastprune.ops.arguments import HALVES
 from fastprune.ops.library import _C, refuse_transforms, register
 from fastprune.ops.seed_and_step import split_step
 
@@ -46,11 +47,11 @@ register(
 
 
 class _GumbelGate(torch.autograd.Function):
-    """The derivative of the soft gate, whether hard or not.
+    """The derivative of the soft gate, also for hard gates.
 
-    The kernel writes the derivative beside the gate, one vector as y would be, and backward is one multiplication. It
-    is more exact than y(1 - y) of a saved y, too: with base 3 most y are next to 1, where 1 - y of a float has few bits
-    left or none.
+    The kernel writes the derivative beside the gate. It is one vector, as y would be, and backward is one
+    multiplication. It is also more exact than y(1 - y) of a saved y: with base 3 most y are next to 1, where 1 - y of a
+    float has few bits left or none.
     """
 
     @staticmethod
@@ -77,7 +78,7 @@ def gumbel_gate(
     hard: bool = True,
     noise: Noise = "gumbel",
 ) -> Tensor:
-    r"""Relaxed gates, the sigmoids of noisy logits, in one kernel.
+    r"""Draw relaxed gates, the sigmoids of noisy logits, in one kernel.
 
     .. math:: y = \sigma\left(\frac{z + b + \epsilon}{T}\right), \quad \text{gate} = 1[y \ge \tfrac{1}{2}]
         \text{ if hard, else } y,
@@ -92,10 +93,10 @@ def gumbel_gate(
     ``none``       0                            1 if :math:`z + b \ge 0`, else 0
     =============  ===========================  ====================================
 
-    where :math:`u = (n + 1/2) 2^{-32}` and n is uniform on 32 bits. One Gumbel sample is what the releases of DDNP and
-    SANP add; logistic noise makes the exact relaxed Bernoulli gate; ``none`` is for the final mask.
+    where :math:`u = (n + 1/2) 2^{-32}` and n is uniform on 32 bits. The releases of DDNP and SANP add one Gumbel
+    sample; logistic noise makes the exact relaxed Bernoulli gate; ``none`` is for the final mask.
 
-    The noise is a function of (seed, step, i) alone, with i counted in row-major order: Philox4x32-10 with the seed as
+    The noise is a function of (seed, step, i) only, with i counted in row-major order: Philox4x32-10 with the seed as
     key and (step, i) as counter. The same call therefore gives the same bits on the CPU and on CUDA, on every rank and
     for every number of threads, and the gates of a prefix of ``logits`` are the prefix of its gates. Another step is
     another draw; two calls with the same seed and step draw the same noise, as does :func:`bernoulli_gate`.
@@ -106,25 +107,28 @@ def gumbel_gate(
     Args:
         logits: :math:`z`, any shape, float32 or float64 (float16 and bfloat16 are computed in float32). ``inf`` is
             allowed.
-        seed: Of the run, in [0, 2^63).
-        step: Counts the draws, in [0, 2^63). A tensor without dimensions, int64 and on the device of ``logits``, is
-            read where it is: a captured CUDA graph then draws anew whenever the tensor has changed, and a program from
-            ``torch.export`` takes it as an input. Neither recompiles for every step under ``torch.compile``: an int
-            does so once, when it is seen to change. (As an attribute of a module it does so every time: torch takes
-            such ints for constants. Keep the step in a buffer there.)
-        temperature: :math:`T > 0`. A constant for ``torch.compile``: every value makes a program of its own.
-        base: :math:`b`, added to every logit: how far open the gates begin.
-        hard: Whether gates are 0 or 1, or soft.
-        noise: See above.
+        seed: Seed of the run, in [0, 2^63).
+        step: Number of the draw, in [0, 2^63): an int, or an int64 tensor without dimensions on the device of
+            ``logits``. The kernel reads a tensor where it is: a captured CUDA graph draws anew whenever it has changed,
+            and a program from ``torch.export`` takes it as an input. Under ``torch.compile`` a tensor never recompiles,
+            an int once, when it first changes (as an attribute of a module every time, since torch takes such ints for
+            constants: keep the step in a buffer there).
+        temperature: :math:`T > 0`. A constant for ``torch.compile``: every value compiles its own program.
+        base: :math:`b`, added to every logit; it decides how far open the gates begin.
+        hard: Whether gates are 0 or 1; if not, they are soft.
+        noise: ``"gumbel"``, ``"logistic"`` or ``"none"``.
 
     Returns:
-        The gates, in [0, 1], shape, dtype and device of ``logits``, contiguous; computed in double and rounded once.
+        The gates, in [0, 1], with the shape, dtype and device of ``logits``, contiguous; computed in double and rounded
+        once.
 
     Raises:
-        TypeError: An argument of another type or dtype.
-        ValueError: A seed, step, temperature or base out of range, another ``noise``, a ``step`` of another shape or on
-            another device; on the CPU also NaN in ``logits``. On CUDA values cannot be refused without waiting for the
-            device: there the gate of a NaN is NaN, and so are all gates for a negative step in a tensor.
+        TypeError: An argument has another type or dtype.
+        ValueError: The seed, step, temperature or base is out of range, ``noise`` is another one, ``step`` has another
+            shape or is on another device; on the CPU also NaN in ``logits``. On CUDA values cannot be refused without
+            waiting for the device: there the gate of a NaN is NaN, and so are all gates if the step is a negative
+            tensor.
+        RuntimeError: The call is under ``torch.func`` (``vmap``, ``grad`` and their like).
 
     Source: the releases of DDNP (Gao et al., ECCV 2022) and SANP; logistic noise: Maddison et al. (ICLR 2017); Philox:
     Salmon et al. (SC 2011).
@@ -141,7 +145,7 @@ def gumbel_gate(
         tensor([0., 0., 1., 1.])
     """
     refuse_transforms("gumbel_gate")
-    if logits.dtype in (torch.float16, torch.bfloat16):
+    if logits.dtype in HALVES:
         options = {"temperature": temperature, "base": base, "hard": hard, "noise": noise}
         return gumbel_gate(logits.float(), seed=seed, step=step, **options).to(logits.dtype)  # type: ignore[arg-type]
     gate: Tensor = _GumbelGate.apply(logits, seed, *split_step(seed, step), temperature, base, hard, noise)

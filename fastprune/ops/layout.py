@@ -1,4 +1,4 @@
-"""How the tensors ``[N, C, *spatial]`` lie in memory that kernels take without copying.
+"""The memory layouts of tensors ``[N, C, *spatial]`` that the kernels read without a copy.
 
 "Planes" are contiguous samples, "rows" are pixels whose channels are neighbours (channels_last). Either may be a view
 of some neighbouring channels of a wider tensor.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def has_rows(x: Tensor) -> bool:
-    """Whether channels are neighbours: ``channels_last`` for any rank, some channels of a wider tensor included."""
+    """Return whether channels are neighbours: channels_last of any rank, or some channels of a wider such tensor."""
     if x.size(1) != 1 and x.stride(1) != 1:  # a single channel has no neighbour
         return False
     expected = None
@@ -30,7 +30,7 @@ def has_rows(x: Tensor) -> bool:
 
 
 def has_planes(x: Tensor) -> bool:
-    """Whether every sample is contiguous, some channels of a wider tensor included."""
+    """Return whether every sample is contiguous, or some channels of a wider tensor of which this is true."""
     if x.is_contiguous():  # nearly always; the loop costs microseconds
         return True
     expected = 1
@@ -42,7 +42,7 @@ def has_planes(x: Tensor) -> bool:
 
 
 def empty_rows(size: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    """Uninitialised channels_last memory ``[N, C, *spatial]``, of any rank."""
+    """Return uninitialised channels_last memory ``[N, C, *spatial]``, of any rank."""
     channels, space = size[1], math.prod(size[2:])
     strides = [space * channels, 1]
     for extent in size[2:]:
@@ -52,18 +52,18 @@ def empty_rows(size: Sequence[int], dtype: torch.dtype = torch.float32, device: 
 
 
 def empty_like_views(x: Tensor) -> Tensor:
-    """Uninitialised memory of the shape and memory format of ``x``, without the gaps of a view."""
+    """Return uninitialised memory of the shape and memory format of ``x``, without the gaps of a view."""
     if has_planes(x) or not has_rows(x):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     return empty_rows(x.shape, x.dtype, x.device)
 
 
 def as_views(x: Tensor, *others: Tensor | None) -> list[Tensor]:
-    """The tensors as kernels take them: as they are where they fit ``x``, else copied into its memory format."""
+    """Return the tensors in the memory format of ``x``, as the kernels need it; copy only those in another one."""
     tensors = [tensor for tensor in (x, *others) if tensor is not None]
     if has_planes(x) or not has_rows(x):
         return [tensor if has_planes(tensor) else tensor.contiguous() for tensor in tensors]
-    # copy_, since contiguous() knows channels_last for ranks 4 and 5 alone.
+    # copy_, since contiguous() knows channels_last for ranks 4 and 5 only.
     return [
         tensor if has_rows(tensor) else empty_rows(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
         for tensor in tensors
@@ -71,5 +71,5 @@ def as_views(x: Tensor, *others: Tensor | None) -> list[Tensor]:
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """channels_last where the channels of x, or of the wider tensor that it is a view of, lie next to each other."""
+    """Return channels_last if the channels of x, or of the wider tensor that it is a view of, are neighbours."""
     return torch.channels_last if x.stride(1) == 1 and not x.is_contiguous() else torch.contiguous_format

@@ -17,13 +17,13 @@ LIBRARY = torch.library.Library("fastprune", "DEF")
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines an operator of the library ``fastprune``.
+    """Define an operator of the library ``fastprune``.
 
     Args:
         schema: As for ``torch.library.Library.define``; the name starts with an underscore, since users call the
             function of :mod:`fastprune.ops` that wraps it.
-        kernel: What runs on the CPU and on CUDA. ``fastprune._C`` checks the arguments and picks the device.
-        fake: The same on tensors without data: shapes and dtypes of the results.
+        kernel: Runs on the CPU and on CUDA. ``fastprune._C`` checks the arguments and picks the device.
+        fake: Makes the results for tensors without data, with their shapes and dtypes.
     """
     LIBRARY.define(schema)
     name = schema[: schema.index("(")]
@@ -33,12 +33,12 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 def refuse_transforms(name: str) -> None:
-    """Say what to do under vmap, torch.func.grad and their like, where torch would tell the user to change our code.
+    """Refuse vmap, torch.func.grad and their like, and say what to do; torch would tell the user to change our code.
 
     The form of autograd.Function that they need costs 12 us more a call.
 
     Raises:
-        RuntimeError: Inside such a transform.
+        RuntimeError: The call is inside of such a transform.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(

@@ -1,13 +1,16 @@
-"""What stands between two convolutions: scale, shift, activation and mask of every channel, forward and backward.
+"""The passes between two convolutions: scale, shift, activation and mask of every channel, forward and backward.
 
-Private: :func:`fastprune.ops.masked_bn_act` and the fused convolution are made of these two. Tensors are
-``[N, C, *spatial]``, contiguous or channels_last, and may be views of some neighbouring channels of a wider tensor:
-``x[:, :k]`` is taken as it is. Vectors are ``[C]``, float64 beside float64 tensors, else float32.
+Private: parts of :func:`fastprune.ops.masked_bn_act` and the convolutions. Tensors are ``[N, C, *spatial]``, contiguous
+or channels_last, and may be views of some neighbouring channels of a wider tensor: ``x[:, :k]`` is not copied. Vectors
+are ``[C]``, float64 beside float64 tensors, else float32.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastprune.ops.arguments import vector_dtype
 from fastprune.ops.layout import as_views, empty_like_views
 from fastprune.ops.library import _C, register
 
@@ -23,7 +26,7 @@ def _forward(
     return y, x.new_empty(0) if saved is None else saved
 
 
-def _forward_fake(
+def _fake_forward(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None, activation: str, want_saved: bool
 ) -> tuple[Tensor, Tensor]:
     return empty_like_views(x), empty_like_views(x) if want_saved else x.new_empty(0)
@@ -33,15 +36,14 @@ register(
     "_masked_act(Tensor x, Tensor? scale, Tensor? shift, Tensor? mask, str activation, bool want_saved)"
     " -> (Tensor, Tensor)",
     _forward,
-    _forward_fake,
+    _fake_forward,
 )
 
 
-def _gradients(saved: Tensor, wants: list[bool]) -> list[Tensor]:
-    """Uninitialised ``dx``, ``dmask``, ``dshift`` and ``dscale``; empty where not wanted."""
+def _make_gradients(saved: Tensor, wants: list[bool]) -> list[Tensor]:
+    """Return uninitialised ``dx``, ``dmask``, ``dshift`` and ``dscale``; empty where not wanted."""
     dx = empty_like_views(saved) if wants[0] else saved.new_empty(0)
-    real = torch.float64 if saved.dtype == torch.float64 else torch.float32
-    return [dx, *(saved.new_empty(saved.size(1) if want else 0, dtype=real) for want in wants[1:])]
+    return [dx, *(saved.new_empty(saved.size(1) if want else 0, dtype=vector_dtype(saved)) for want in wants[1:])]
 
 
 def _backward(
@@ -61,7 +63,7 @@ def _backward(
     mask, scale, centre, slope, offset = (
         None if vector is None else vector.contiguous() for vector in (mask, scale, centre, slope, offset)
     )
-    results = _gradients(saved, wants)
+    results = _make_gradients(saved, wants)
     outputs = [result if want else None for want, result in zip(wants, results, strict=True)]
     partials = None
     if dy.is_cuda and any(wants[1:]):
@@ -69,45 +71,22 @@ def _backward(
         partials = torch.empty(count, dtype=torch.float64, device=dy.device)
     dx, dmask, dshift, dscale = outputs
     _C.masked_act_backward(
-        dy,
-        saved,
-        x,
-        mask,
-        scale,
-        centre,
-        slope,
-        offset,
-        activation,
-        dx,
-        dmask,
-        dshift,
-        dscale,
-        partials,
+        dy, saved, x, mask, scale, centre, slope, offset, activation, dx, dmask, dshift, dscale, partials,
         torch.get_num_threads(),
-    )
+    )  # fmt: skip
     return results
 
 
-def _backward_fake(
-    dy: Tensor,
-    saved: Tensor,
-    x: Tensor | None,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    centre: Tensor | None,
-    slope: Tensor | None,
-    offset: Tensor | None,
-    activation: str,
-    wants: list[bool],
-) -> list[Tensor]:
-    return _gradients(saved, wants)
+def _fake_backward(dy: Tensor, saved: Tensor, *rest: Any) -> list[Tensor]:
+    wants = rest[-1]
+    return _make_gradients(saved, wants)
 
 
 register(
     "_masked_act_backward(Tensor dy, Tensor saved, Tensor? x, Tensor? mask, Tensor? scale, Tensor? centre,"
     " Tensor? slope, Tensor? offset, str activation, bool[] wants) -> Tensor[]",
     _backward,
-    _backward_fake,
+    _fake_backward,
 )
 
 
@@ -120,7 +99,7 @@ def masked_act(
     activation: str = "relu",
     want_saved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``act(x * scale + shift) * mask`` and what :func:`masked_act_backward` needs of it. No gradient of its own.
+    """Compute ``act(x * scale + shift) * mask``, and what :func:`masked_act_backward` needs; without a gradient.
 
     Args:
         x: ``[N, C, *spatial]``, float16, bfloat16, float32 or float64.
@@ -128,11 +107,11 @@ def masked_act(
         shift: ``[C]``; ``None``: 0.
         mask: ``[C]``; ``None``: 1.
         activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
-        want_saved: Whether there will be a backward pass.
+        want_saved: Whether to compute the second result.
 
     Returns:
-        ``y``, and ``saved`` (empty if not wanted): the activation from before the mask for identity, relu and relu6,
-        ``x * scale + shift`` for silu and hardswish. Both in the memory format of ``x``.
+        ``y``, and ``saved`` (empty if not wanted): the activation before the mask for identity, relu and relu6,
+        ``x * scale + shift`` for silu and hardswish. Both have the memory format of ``x``.
     """
     y, saved = torch.ops.fastprune._masked_act(x, scale, shift, mask, activation, want_saved)
     return y, saved
@@ -177,25 +156,25 @@ def masked_act_backward(
     want_dshift: bool = False,
     want_dscale: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of :func:`masked_act`, in one pass over ``dy`` and ``saved`` (and ``x`` where it is needed).
+    """Compute the gradients of :func:`masked_act`, in one pass over ``dy`` and ``saved`` (and ``x`` if needed).
 
     With ``dz = dy * mask * act'(z)``: ``dx = dz * scale + (x - centre) * slope + offset``, ``dmask`` = sum of
     ``dy * r``, also where the mask is 0, ``dshift`` = sum of ``dz``, ``dscale`` = sum of ``dz * (x - centre)``.
 
     Args:
         dy: ``[N, C, *spatial]``, gradient of ``y``.
-        saved: What the forward pass saved; ``dx`` gets its memory format.
-        mask: As in the forward pass, ``[C]``.
-        scale: As in the forward pass, ``[C]``.
+        saved: Second result of the forward pass; ``dx`` gets its memory format.
+        mask: ``[C]``, as in the forward pass.
+        scale: ``[C]``, as in the forward pass.
         activation: As in the forward pass.
-        x: As in the forward pass, for ``want_dscale`` and for ``slope``.
-        centre: ``[C]``, what ``dscale`` and ``slope`` subtract from ``x``; ``None``: 0.
+        x: As in the forward pass; needed for ``dscale`` and for ``slope``.
+        centre: ``[C]``, subtracted from ``x`` in ``dscale`` and with ``slope``; ``None``: 0.
         slope: ``[C]``, together with ``offset``: the gradient through batch statistics.
         offset: ``[C]``.
-        want_dx: Whether to compute ``dx``, and so on.
-        want_dmask: ...
-        want_dshift: ...
-        want_dscale: ...
+        want_dx: Whether to compute ``dx``.
+        want_dmask: Whether to compute ``dmask``.
+        want_dshift: Whether to compute ``dshift``.
+        want_dscale: Whether to compute ``dscale``.
 
     Returns:
         ``(dx, dmask, dshift, dscale)``, ``None`` where not wanted. Sums are float32, float64 beside float64 tensors.

@@ -7,20 +7,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprune.ops.activations import check_activation
+from fastprune.ops.arguments import check_floats, check_vector, vector_dtype
 from fastprune.ops.channel_moments import channel_moments
 from fastprune.ops.library import refuse_transforms
 from fastprune.ops.masked_act import masked_act, masked_act_backward, masked_act_in_place
 
 BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""weight, bias, running_mean, running_var."""
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Weight, bias, running mean and running variance, ``[C]`` each."""
 
 
-def _coefficients(
+def _compute_coefficients(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``scale`` and ``shift`` of ``z = x * scale + shift``, and 1 / the standard deviation."""
+    """Compute ``scale`` and ``shift`` of ``z = x * scale + shift``, and 1 / the standard deviation."""
     inverse_deviation = (variance + eps).rsqrt()
     scale = inverse_deviation if weight is None else weight * inverse_deviation
     shift = -mean * scale if bias is None else bias - mean * scale
@@ -41,7 +40,7 @@ class _MaskedBNAct(torch.autograd.Function):
         eps: float,
         training: bool,
     ) -> Tensor:
-        scale, shift, inverse_deviation = _coefficients(weight, bias, mean, variance, eps)
+        scale, shift, inverse_deviation = _compute_coefficients(weight, bias, mean, variance, eps)
         y, saved = masked_act(x, scale, shift, mask, activation=activation, want_saved=True)
         ctx.activation, ctx.training = activation, training
         # The input is needed for the gradient of the weight and through batch statistics, not for that of the mask.
@@ -88,48 +87,37 @@ class _MaskedBNAct(torch.autograd.Function):
         return dx, dweight, dshift if want_dbias else None, None, None, dmask, None, None, None
 
 
-def _as_real(name: str, vector: Tensor | None, x: Tensor) -> Tensor | None:
-    """A vector over the channels of ``x`` in the dtype that its kernels compute in; refuses what is none."""
-    if vector is None:
-        return None
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if vector.dtype == real and vector.shape == x.shape[1:2]:
-        return vector
-    if vector.dtype not in (real, x.dtype):
-        allowed = str(real) if real == x.dtype else f"{real} or {x.dtype}"
-        raise TypeError(f"{name}: got {vector.dtype}, needs {allowed} beside an x of {x.dtype}")
-    if vector.shape != x.shape[1:2]:
-        raise ValueError(f"{name}: got shape {list(vector.shape)}, needs [{x.size(1)}], one for each channel of x")
-    return vector.to(real)
+def _check_vector(name: str, vector: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if vector is None else check_vector(name, vector, x, x.size(1))
 
 
 def _update_running(running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, momentum: float) -> None:
-    """In torch's own in-place operators, which compilers know how to functionalise."""
+    """Update them with torch's own in-place operators, which compilers know how to functionalise."""
     with torch.no_grad():
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         running_var.mul_(1 - momentum).add_(variance, alpha=momentum)
 
 
-def _statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float | None
+def _frozen_statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> tuple[Tensor, Tensor]:
+    if running_mean is None or running_var is None:
+        raise ValueError("bn: got no running statistics, needs them unless training=True")
+    mean = check_vector("running_mean", running_mean, x, x.size(1))
+    return mean, check_vector("running_var", running_var, x, x.size(1))
+
+
+def _batch_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The mean and the variance to normalise with; updates the running ones in training."""
-    if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError("bn: got no running statistics, needs them unless training=True")
-        mean, variance = _as_real("running_mean", running_mean, x), _as_real("running_var", running_var, x)
-        assert mean is not None
-        assert variance is not None
-        return mean, variance
+    """Compute mean and variance of the batch, and update the running ones."""
     if momentum is None:
         raise ValueError("momentum: got None, needs a number; for a cumulative average pass 1 / num_batches_tracked")
     if (running_mean is None) != (running_var is None):
         raise ValueError("bn: got one of running_mean and running_var, needs both or neither")
-    _as_real("running_mean", running_mean, x)
-    _as_real("running_var", running_var, x)
+    _check_vector("running_mean", running_mean, x)
+    _check_vector("running_var", running_var, x)
     if x.numel() == 0:  # nothing to learn from, and nothing to normalise
-        real = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return x.new_zeros(x.size(1), dtype=real), x.new_ones(x.size(1), dtype=real)
+        dtype = vector_dtype(x)
+        return x.new_zeros(x.size(1), dtype=dtype), x.new_ones(x.size(1), dtype=dtype)
     count = x.numel() // x.size(1)
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
@@ -142,19 +130,19 @@ def _statistics(
 def batch_norm_in_place(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, *, activation: str, eps: float
 ) -> Tensor:
-    """``act(bn(x))`` with the statistics of the batch, in the memory of x, which is not to be used again.
+    """Compute ``act(bn(x))`` with the statistics of the batch in the memory of x, which must not be used again.
 
-    Private, and unchecked; autograd knows nothing of it.
+    Private, and without checks. Autograd does not see this.
 
     Args:
         x: ``[N, C, *spatial]``, more than one value for each channel.
         weight: ``[C]``, float64 beside a float64 x, else float32, as is ``bias``.
         bias: ``[C]``.
         activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
-        eps: Added to the variance.
+        eps: Number added to the variance.
     """
     mean, variance = channel_moments(x)
-    scale, shift, _ = _coefficients(weight, bias, mean, variance, eps)
+    scale, shift, _ = _compute_coefficients(weight, bias, mean, variance, eps)
     return masked_act_in_place(x, scale, shift, activation=activation)
 
 
@@ -168,39 +156,39 @@ def masked_bn_act(
     training: bool = False,
     momentum: float | None = 0.1,
 ) -> Tensor:
-    r"""Batch norm, activation and channel mask in one pass over ``x``.
+    r"""Compute batch norm, activation and channel mask in one pass over ``x``.
 
     .. math:: y = m_c \, r, \qquad
         r = \operatorname{act}\left(\frac{x - \mu_c}{\sqrt{\sigma^2_c + \epsilon}} w_c + b_c\right)
 
-    The backward pass reads the gradient and one tensor of the size of ``y`` once and gives the gradients of ``x``,
+    The backward pass reads the gradient and one tensor of the size of ``y`` once. It computes the gradients of ``x``,
     ``mask`` and, if they require one, of weight and bias (which also read ``x``). That of the mask is straight-through:
-    :math:`\partial L / \partial m_c = \sum \partial L / \partial y \cdot r`, for closed channels, too.
+    :math:`\partial L / \partial m_c = \sum \partial L / \partial y \cdot r`, also for closed channels.
 
     With ``training=True`` the statistics are those of the batch (biased variance, summed in float64), the gradient of
-    ``x`` goes through them, and ``running_mean`` and ``running_var`` (unbiased) are updated in place, for closed
-    channels, too. Everything is deterministic.
+    ``x`` goes through them, and ``running_mean`` and ``running_var`` (unbiased) are updated in place, also for closed
+    channels. Everything is deterministic.
 
     Args:
         x: ``[N, C, *spatial]`` of any rank from 2, float16, bfloat16, float32 or float64. Contiguous and channels_last
-            tensors, and some neighbouring channels of such, are taken as they are; others are copied.
+            tensors, and some neighbouring channels of such tensors, are read in place; others are copied.
         bn: ``(weight, bias, running_mean, running_var)``, each ``[C]``. ``weight`` and ``bias`` may be ``None`` (1 and
-            0), in training also both running statistics (not kept).
-        mask: ``[C]``; ``None``: 1 everywhere. All vectors, ``bn``'s included: of the dtype of ``x``, or float32 beside
-            float16 and bfloat16, as under autocast. They are computed with in float32 (float64 beside float64).
+            0), in training also both running statistics (not updated).
+        mask: ``[C]``; ``None``: 1 everywhere. Vectors, also those of ``bn``, have the dtype of ``x``, or float32 beside
+            float16 and bfloat16, as under autocast. Kernels compute with them in float32 (float64 beside float64).
         activation: ``"identity"`` (or ``None``), ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``.
-        eps: Added to the variance.
+        eps: Number added to the variance.
         training: Whether to normalise with the statistics of the batch.
-        momentum: Weight of the batch in the running statistics. Cumulative averages (torch's ``None``) are the
-            caller's: pass ``1 / num_batches_tracked``.
+        momentum: Weight of the batch in the running statistics. For a cumulative average (torch's ``None``) pass
+            ``1 / num_batches_tracked``.
 
     Returns:
-        ``y``, in dtype and memory format of ``x``.
+        ``y``, with the dtype and memory format of ``x``.
 
     Raises:
-        TypeError: A dtype that is not listed above.
-        ValueError: Shapes or devices that do not fit; an unknown activation; running statistics that are missing;
-            ``momentum=None`` in training; a single value per channel in training.
+        TypeError: A tensor has a dtype that is not listed above.
+        ValueError: Shapes or devices do not fit; the activation is unknown; running statistics are missing; in
+            training, ``momentum`` is ``None`` or a channel has a single value.
 
     Source: straight-through mask gradient: DMC (Gao et al., CVPR 2020), section 3.
 
@@ -215,16 +203,15 @@ def masked_bn_act(
     """
     refuse_transforms("masked_bn_act")
     activation = check_activation(activation)
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: got {x.dtype}, needs float16, bfloat16, float32 or float64")
+    check_floats("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: got shape {list(x.shape)}, needs [N, C] or [N, C, *spatial]")
-    weight, bias = _as_real("weight", bn[0], x), _as_real("bias", bn[1], x)
-    mask = _as_real("mask", mask, x)
-    mean, variance = _statistics(x, bn[2], bn[3], training, momentum)
+    weight, bias = _check_vector("weight", bn[0], x), _check_vector("bias", bn[1], x)
+    mask = _check_vector("mask", mask, x)
+    mean, variance = _batch_statistics(x, *bn[2:], momentum) if training else _frozen_statistics(x, *bn[2:])
     inputs = (x, weight, bias, mask)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         y: Tensor = _MaskedBNAct.apply(x, weight, bias, mean, variance, mask, activation, eps, training)
         return y
-    scale, shift, _ = _coefficients(weight, bias, mean, variance, eps)
+    scale, shift, _ = _compute_coefficients(weight, bias, mean, variance, eps)
     return masked_act(x, scale, shift, mask, activation=activation)[0]

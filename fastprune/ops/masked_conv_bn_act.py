@@ -49,46 +49,49 @@ def masked_conv_bn_act(
     open_in: int | None = None,
     open_out: int | None = None,
 ) -> Tensor:
-    r"""``mask * act(bn(conv(x)) + residual)`` with frozen statistics, in one operator.
+    r"""Compute ``mask * act(bn(conv(x)) + residual)`` with frozen statistics, in one operator.
 
     .. math:: y_k = m_k \; \mathrm{act}\left(\gamma_k \frac{(W * x)_k + b_k - \mu_k}{\sqrt{\sigma_k^2 + \epsilon}}
         + \beta_k + s_k\right)
 
-    Gradients go to whatever requires one. That of the mask is :math:`\sum r_k \, \partial L / \partial y_k` over
-    batch and pixels, with :math:`r` the activation before the mask: a closed channel (:math:`m_k = 0`) receives it,
-    too, as straight-through estimators need.
+    Every tensor that requires a gradient receives one. That of the mask is
+    :math:`\sum r_k \, \partial L / \partial y_k` over batch and pixels, with :math:`r` the activation before the
+    mask: a closed channel (:math:`m_k = 0`) receives it as well, as straight-through estimators need. NaN goes through
+    every activation.
 
-    **Skipping.** Where the caller knows that all channels behind the first ``open_in`` (``open_out``) are closed, they
-    are neither read nor, with nobody asking for gradients, computed: forward reduces over open inputs, the gradient
-    of ``x`` over open outputs. It stays the gradient of the whole convolution: closed inputs receive theirs.
+    **Skipping.** If all channels behind the first ``open_in`` (``open_out``) are closed, they are not read and, unless
+    something requires a gradient, not computed: forward sums over open inputs, the gradient of ``x`` over open outputs.
+    It is still the gradient of the whole convolution: closed inputs receive theirs.
 
     Args:
-        x: ``[N, C, H, W]``, float32, float64, bfloat16 or float16; channels_last is the faster layout, and kept.
+        x: ``[N, C, H, W]``, float32, float64, bfloat16 or float16; channels_last is faster.
         weight: ``[K, C / groups, R, S]``, dtype and device of ``x``.
         bn: ``(weight, bias, running_mean, running_var)``, each ``[K]``, the first two possibly None; or None for a
-            convolution without batch norm. As batch norm in eval mode: statistics are read, never updated.
+            convolution without batch norm. As batch norm in eval mode, it reads the statistics and does not update
+            them.
         mask: ``[K]``; None: all ones.
-        bias: That of the convolution, ``[K]``.
-        residual: What is added before the activation, shaped like the result.
+        bias: Bias of the convolution, ``[K]``.
+        residual: ``[N, K, P, Q]``, added before the activation; dtype of ``x``.
         stride: Pixels, one number or (vertical, horizontal), as are padding and dilation.
         padding: Zeros on each side.
         dilation: Distance of the kernel's taps.
-        groups: Of the convolution.
+        groups: Number of groups of channels.
         activation: ``"identity"`` (or None), ``"relu"``, ``"relu6"``, ``"silu"`` or ``"hardswish"``.
-        eps: That of the batch norm.
-        open_in: How many channels of ``x``, counted from the first, may be open; the rest counts as zero.
-        open_out: How many channels of the result may be open; the mask of the rest counts as zero.
+        eps: Number added to the variance of the batch norm.
+        open_in: How many channels of ``x``, counted from the first, may be open; the others count as zero.
+        open_out: How many channels of the result may be open; the mask of the others counts as zero.
 
     Returns:
         ``[N, K, P, Q]``, dtype and layout of ``x``.
 
     Raises:
-        TypeError: A tensor of another dtype than ``x``, or no floating-point one. The vectors ``[K]`` may also be
-            float32 where ``x`` has half precision.
-        ValueError: Shapes, devices, an activation or a count that do not fit.
+        TypeError: A tensor has another dtype than ``x``, or is not a dense floating-point tensor. The vectors ``[K]``
+            may also be float32 if ``x`` has half precision.
+        ValueError: A shape, a device, an activation or a count does not fit.
+        RuntimeError: The call is under ``torch.func`` (``vmap``, ``grad`` and their like).
 
-    Source: DMC (Gao et al., CVPR 2020), §3.2, and DDNP (Gao et al., ECCV 2022), §3.4, for where the mask sits and
-    what gradient it gets.
+    Source: DMC (Gao et al., CVPR 2020), §3.2, and DDNP (Gao et al., ECCV 2022), §3.4, for the place of the mask and its
+    gradient.
 
     Example:
         >>> import torch

@@ -1,23 +1,23 @@
-"""Which noise a stochastic operator draws: (seed, step), checked.
+"""The pair (seed, step) that decides which noise a stochastic operator draws.
 
 Noise is a function of (seed, step, unit), so nothing is stored, nothing depends on what the process drew before, and
-every rank and device draws the same. Two calls with the same seed and step draw the same noise: who calls twice in a
-step counts the calls.
+every rank and device draws the same. Two calls with the same seed and step draw the same noise: callers that draw twice
+in a step have to count the calls.
 """
 
 import torch
 from torch import Tensor
 
 LIMIT = 2**63
-"""Seeds and steps are below: they travel as int64."""
+"""Seeds and steps are below this: they are passed as int64."""
 
 
 def split_step(seed: int, step: int | Tensor) -> tuple[int, Tensor | None]:
-    """The step as the operators take it: an int, and a tensor that counts instead if there is one.
+    """Split the step into an int, and a tensor that replaces it if the step is one.
 
     Raises:
-        TypeError: The seed or the step is of another type.
-        ValueError: One is outside of [0, 2^63).
+        TypeError: The seed or the step has another type.
+        ValueError: One of them is outside of [0, 2^63).
     """
     _check("seed", seed, "an int")
     if isinstance(step, Tensor):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprune.ops.arguments import HALVES
 from fastprune.ops.library import _C, refuse_transforms, register
 
 
@@ -14,7 +15,7 @@ def _kernel(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | None
     if offsets.device != scores.device and offsets.device.type == "cpu":
         offsets = offsets.to(scores.device)
     mask = torch.empty_like(scores)
-    # Always told: torch's setting is the one that users know, and 1 in the workers of a DataLoader.
+    # The number of threads is torch's, which users know, and which is 1 in the workers of a DataLoader.
     _C.topk_mask(scores, keep, offsets, window, mask, torch.get_num_threads())
     return mask
 
@@ -41,9 +42,9 @@ class _TopkMask(torch.autograd.Function):
 
 
 def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | None = None) -> Tensor:
-    r"""The soft (or hard) top-k mask of every channel group, in one kernel.
+    r"""Compute the soft (or hard) top-k mask of every channel group, in one kernel.
 
-    In a group of :math:`C` channels with keep fraction :math:`k`, the channel whose score ranks :math:`i`-th
+    In a group of :math:`C` channels with keep fraction :math:`k`, the channel whose score has rank :math:`i`
     (:math:`i = 1 \dots C`, ties to the lowest index) gets
 
     .. math:: S\left(\frac{Ck - (i - 1/2)}{\gamma}\right), \quad S(t) = -2t^3 + \tfrac{3}{2}t + \tfrac{1}{2}
@@ -54,14 +55,14 @@ def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | No
     on the CPU and on CUDA.
 
     The gradient is straight-through: ``scores`` receives the gradient of the mask unchanged; ``keep``, ``offsets`` and
-    ``window`` receive none. Gradients of gradients follow; transforms of ``torch.func`` are refused.
+    ``window`` receive none. The gradient can be differentiated again.
 
     Args:
         scores: Importance of every unit, ``[U]``, float32 or float64 (float16 and bfloat16 are computed in float32).
             ``inf`` is allowed, and ``-0.0`` ties with ``0.0``.
         keep: Fraction of each group to keep, ``[G]`` in [0, 1], dtype and device of ``scores``.
-        offsets: Where each group starts, ``[G + 1]`` int64, ascending from 0 to ``U``. On the device of ``scores``;
-            from the CPU it is copied there, which a CUDA graph cannot capture.
+        offsets: Start of each group, ``[G + 1]`` int64, ascending from 0 to ``U``, on the device of ``scores``. From
+            the CPU it is copied there, which a CUDA graph cannot capture.
         window: Width of the soft transition in channels, ``[G]`` and at least 0, dtype and device of ``scores``.
             ``None``: hard masks.
 
@@ -69,11 +70,11 @@ def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | No
         The mask, ``[U]``, in [0, 1], dtype and device of ``scores``.
 
     Raises:
-        TypeError: An argument of another dtype.
-        ValueError: Shapes or devices that do not fit; on the CPU also NaN scores, ``keep`` outside of [0, 1], a
-            negative ``window`` and malformed ``offsets``. On CUDA values cannot be refused without waiting for the
-            device: there a group with such a value gets a mask of NaN, and malformed ``offsets`` give NaN everywhere.
-        RuntimeError: Under ``torch.func`` (``vmap``, ``grad`` and their like).
+        TypeError: An argument has another dtype.
+        ValueError: Shapes or devices do not fit; on the CPU also if a score is NaN, ``keep`` is outside of [0, 1],
+            ``window`` is negative or ``offsets`` do not ascend. On CUDA values cannot be refused without waiting for
+            the device: there a group with such a value gets a mask of NaN, and bad ``offsets`` give NaN everywhere.
+        RuntimeError: The call is under ``torch.func`` (``vmap``, ``grad`` and their like).
 
     Source: DDNP (Gao et al., ECCV 2022), eq. 7, mirrored as in its Fig. 2, with half-integer ranks so that the mask
     sums to :math:`Ck`.
@@ -88,12 +89,11 @@ def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | No
         >>> ops.topk_mask(scores, torch.tensor([0.5, 1.0]), offsets, window=torch.tensor([2.0, 2.0]))
         tensor([1.0000, 0.0000, 0.1562, 0.8438, 1.0000, 1.0000])
     """
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        # Exact and order-preserving, so that ranks stay what they are; one rounding at the end.
+    refuse_transforms("topk_mask")
+    if scores.dtype in HALVES:  # widening is exact and keeps the order; the result is rounded once
         wide_window = None if window is None else window.float()
         return topk_mask(scores.float(), keep.float(), offsets, wide_window).to(scores.dtype)
-    refuse_transforms("topk_mask")
-    # They receive no gradient, so they must not make the mask ask for one: backward() would run and do nothing.
+    # Without a gradient for them, the mask must not require one: backward() would run and do nothing.
     keep = keep.detach() if keep.requires_grad else keep
     window = window.detach() if window is not None and window.requires_grad else window
     mask: Tensor = _TopkMask.apply(scores, keep, offsets, window)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastprune.reference.philox import random_bits
-from fastprune.reference.topk_mask import straight_through
+from fastprune.reference.straight_through import straight_through
 
 
 def bernoulli_gate(theta: Tensor, *, seed: int, step: int | Tensor) -> Tensor:

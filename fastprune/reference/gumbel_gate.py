@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastprune.reference.philox import random_bits
-from fastprune.reference.topk_mask import straight_through
+from fastprune.reference.straight_through import straight_through
 
 
 def gumbel_gate(

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastprune.reference.masked_bn_act import ACTIVATIONS
-from fastprune.reference.topk_mask import straight_through
+from fastprune.reference.straight_through import straight_through
 
 
 def masked_conv_bn_act(

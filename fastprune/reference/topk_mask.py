@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastprune.reference.straight_through import straight_through
+
 
 def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | None = None) -> Tensor:
     """``mask_i = S((C k - (i - 1/2)) / g)`` for the channel of rank i in a group of C channels.
@@ -16,13 +18,11 @@ def topk_mask(scores: Tensor, keep: Tensor, offsets: Tensor, window: Tensor | No
     Source: DDNP (Gao et al., ECCV 2022), eq. 7.
     """
     mask = torch.empty_like(scores)
-    bounds = offsets.tolist()
-    for group, (begin, end) in enumerate(pairwise(bounds)):
-        with torch.no_grad():
+    with torch.no_grad():
+        for group, (begin, end) in enumerate(pairwise(offsets.tolist())):
             asked = scores.new_zeros(()) if window is None else window[group]
-            values = values_by_rank(end - begin, keep[group], asked)
-            order = torch.argsort(scores[begin:end], descending=True, stable=True)
-            mask[begin:end][order] = values
+            order = scores[begin:end].argsort(descending=True, stable=True)
+            mask[begin:end][order] = values_by_rank(end - begin, keep[group], asked)
     return straight_through(mask, scores)
 
 
@@ -35,20 +35,3 @@ def values_by_rank(size: int, keep: Tensor, window: Tensor) -> Tensor:
         return (distance > 0).to(keep.dtype)
     t = (distance / width).clamp(-0.5, 0.5)  # before the cubic, which turns back outside
     return -2 * t**3 + 1.5 * t + 0.5
-
-
-def straight_through(mask: Tensor, scores: Tensor) -> Tensor:
-    """Return the values of ``mask``; its gradient goes to ``scores``."""
-    result: Tensor = _StraightThrough.apply(mask, scores)
-    return result
-
-
-class _StraightThrough(torch.autograd.Function):
-    # The usual mask + scores - scores.detach() would be NaN for infinite scores and round away bits of the mask.
-    @staticmethod
-    def forward(ctx: object, mask: Tensor, scores: Tensor) -> Tensor:
-        return mask
-
-    @staticmethod
-    def backward(ctx: object, *grad_outputs: Tensor) -> tuple[None, Tensor]:
-        return None, grad_outputs[0]

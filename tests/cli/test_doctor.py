@@ -9,8 +9,9 @@ import torch
 
 from fastprune import ops, reference
 from fastprune.cli import doctor as module
-from fastprune.cli.doctor import Case, cases, doctor, find_fault, try_kernels
+from fastprune.cli.doctor import doctor, find_fault, try_kernels
 from fastprune.cli.main import main
+from fastprune.ops.examples import Example, examples
 
 
 def test_a_healthy_installation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,23 +25,23 @@ def test_a_healthy_installation(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_operator_is_compared() -> None:
-    assert {case.operator for case in cases()} == set(ops.__all__) - {"UnitTable"}  # group_prox_ takes one
+    assert {example.operator for example in examples()} == set(ops.__all__) - {"UnitTable"}  # group_prox_ takes one
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.operator)
-def test_a_wrong_result_or_gradient_is_found(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(ops, case.operator)
-    assert find_fault(case, torch.device("cpu")) is None
-    monkeypatch.setattr(ops, case.operator, lambda *given, **named: right(*given, **named) * 1.01)
-    assert "differs from its reference by" in str(find_fault(case, torch.device("cpu")))
-    if case.operator != "group_prox_":  # it has no gradient
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example.operator)
+def test_a_wrong_result_or_gradient_is_found(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(ops, example.operator)
+    assert find_fault(example, torch.device("cpu")) is None
+    monkeypatch.setattr(ops, example.operator, lambda *given, **named: right(*given, **named) * 1.01)
+    assert "differs from its reference by" in str(find_fault(example, torch.device("cpu")))
+    if example.operator != "group_prox_":  # it has no gradient
 
         def with_other_gradient(*given: object, **named: object) -> torch.Tensor:
             result = right(*given, **named)
             return result.detach() + 1.01 * (result - result.detach())
 
-        monkeypatch.setattr(ops, case.operator, with_other_gradient)
-        assert "differs from its reference by" in str(find_fault(case, torch.device("cpu")))
+        monkeypatch.setattr(ops, example.operator, with_other_gradient)
+        assert "differs from its reference by" in str(find_fault(example, torch.device("cpu")))
 
 
 def test_a_kernel_that_differs_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,14 +34,14 @@ def test_values_are_rounded_once(shape, rows, dtype, device):
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("mean", [1e3, -1e6])
-def test_a_large_mean_takes_no_digit_of_the_variance(mean, rows):
+def test_a_large_mean_costs_the_variance_no_digits(mean, rows):
     x = draw((16, 4, 30, 30), torch.float32, rows, mean)
     _, variance = channel_moments(x)
     torch.testing.assert_close(variance.double(), moments_of(x)[1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_an_outlier_in_front_spoils_nothing(rows):
+def test_a_first_value_that_is_an_outlier_does_no_harm(rows):
     x = draw((16, 4, 30, 30), torch.float32, rows)
     x[0, :, 0, 0] = 1e8
     mean, variance = channel_moments(x)
@@ -56,8 +56,8 @@ def test_a_constant_has_no_variance():
 
 @pytest.mark.parametrize("channels", [3, 13, 40, 63])
 @pytest.mark.parametrize("pixels", [1, 15, 16, 17, 511, 2050])
-def test_views_have_the_bits_of_what_is_gapless(channels, pixels):
-    """Several short rows make a line, whose last one may be a part, and lie apart in a view."""
+def test_views_give_the_bits_of_dense_tensors(channels, pixels):
+    """A line joins several short rows, the last one perhaps in part; in a view they lie apart."""
     x = draw((1, channels, pixels, 1), rows=True, mean=0.5)
     whole = torch.full((1, channels + 5, pixels, 1), torch.nan).to(memory_format=torch.channels_last)
     view = whole[:, 2 : 2 + channels]

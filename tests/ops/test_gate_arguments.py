@@ -1,4 +1,4 @@
-"""The stochastic gates refuse what they cannot use, by name, and nothing crashes them."""
+"""The stochastic gates refuse bad arguments by name, and none crashes them."""
 
 import gc
 import random
@@ -16,7 +16,7 @@ GATES = {"theta": ops.bernoulli_gate, "logits": ops.gumbel_gate}
 
 @pytest.fixture(params=list(GATES))
 def name(request):
-    """Of the first argument: which gate."""
+    """The name of the first argument, which tells the gates apart."""
     return request.param
 
 
@@ -98,7 +98,7 @@ def test_the_kernel_takes_numpy_arrays(name, kernels):
     for kernel in kernels:
         kernel(**arguments)
         np.testing.assert_array_equal(arguments["gate"], GATES[name](INPUT, seed=1, step=2).numpy())
-    # nothing stays borrowed
+    # no array stays borrowed
     assert references == {key: len(gc.get_referrers(arguments[key])) for key in references}
 
 
@@ -173,7 +173,7 @@ def test_a_refused_call_writes_nothing(name, kernels, change):
 
 
 class Misbehaving:
-    """Speaks DLPack, badly."""
+    """A tensor whose DLPack method misbehaves."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
@@ -193,7 +193,7 @@ def test_a_broken_producer_is_named(name, kernels, argument, answer):
 
 
 def malformed(choose: random.Random) -> object:
-    """Anything that somebody might pass: mostly tensors, slightly wrong."""
+    """Draw something that somebody might pass: mostly tensors, slightly wrong."""
     size = choose.choice([0, 1, 2, 6, 7, 1000])
     dtype = choose.choice([torch.float32, torch.float64, torch.int64, torch.float16, torch.bool, torch.complex64])
     tensor = torch.randint(-3, 9, (size,)).to(dtype)

@@ -1,4 +1,4 @@
-"""The stochastic gates on CUDA: what only a device can show. Values on CUDA are tested beside those on the CPU."""
+"""The stochastic gates on CUDA: launches, streams, graphs. Values on CUDA are tested beside those on the CPU."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_runs_on_the_current_stream(gate, values):
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        late.copy_(values)  # seen only by what is ordered behind it
+        late.copy_(values)  # only work that is ordered behind it sees this
         step.add_(2)
         result = gate(late, seed=1, step=step)
     stream.synchronize()
@@ -77,7 +77,7 @@ def test_large_vectors_have_the_bits_of_the_cpu(gate):
     assert torch.equal(gate(values.cuda(), seed=1, step=2).cpu(), gate(values, seed=1, step=2))
 
 
-def test_nan_gives_nan_in_its_unit_alone(gate, values):
+def test_nan_gives_nan_in_its_unit_only(gate, values):
     expected = gate(values, seed=1, step=2)
     spoilt = values.clone()
     spoilt[7] = torch.nan

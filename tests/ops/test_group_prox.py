@@ -1,8 +1,6 @@
-"""group_prox_: values, invariants, and how it lives with torch."""
+"""group_prox_: values, invariants, and its behaviour under torch."""
 
 import copy
-import doctest
-import sys
 
 import pytest
 import torch
@@ -25,7 +23,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run(case, device="cpu"):
-    """A copy of the case after the step, and the norms before."""
+    """Return a copy of the case after the step, and the norms before it."""
     after = case.to(device) if device != "cpu" else case.copy()
     norms = ops.group_prox_(after.table(), after.threshold)
     return after, norms
@@ -70,7 +68,7 @@ def test_values_of_every_layout(make_prox_case, shape, dim, layout, device):
     case = type(make_prox_case(0))([(tensor, dim, torch.arange(size))], threshold)
     after, norms = run(case, device)
     case.check(after, norms)
-    # The same through a table in which every second position belongs to nobody.
+    # The same with a table in which every second position belongs to no unit.
     units = torch.where(torch.arange(size) % 2 == 0, torch.arange(size), -1)
     holes = type(case)([(tensor, dim, units)], threshold)
     after, norms = run(holes, device)
@@ -110,7 +108,7 @@ def test_units_of_one_element_are_exact_at_the_edge_of_the_range(device, dtype):
 
 
 def special_values(dtype: torch.dtype) -> torch.Tensor:
-    """NaNs of several payloads, quiet and signalling, zeros of both signs, subnormals, infinities."""
+    """Return NaNs of several payloads, quiet and signalling, zeros of both signs, subnormals, infinities."""
     patterns = {
         torch.float32: [0x7FC00001, 0x7F800001, -0x003FFFFF, 0, -(2**31), 1, -(2**31) + 1, 0x7F800000, 0x3F800000],
         torch.float64: [
@@ -122,7 +120,7 @@ def special_values(dtype: torch.dtype) -> torch.Tensor:
 
 
 def tensors_of_every_path(dtype: torch.dtype) -> list[tuple[torch.Tensor, int]]:
-    """Nine units each: of one element, of a contiguous run, of columns, too large for one worker."""
+    """Return tensors of nine units: of one element, of a contiguous run, of columns, too large for one worker."""
     values = special_values(dtype)
     return [
         (values.clone(), 0),
@@ -146,7 +144,7 @@ def test_a_threshold_of_zero_keeps_every_bit(device, dtype, path):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", range(4))
-def test_nan_units_stay_and_tell_while_the_others_end_at_plus_zero(device, dtype, path):
+def test_nan_units_stay_and_the_others_become_plus_zero(device, dtype, path):
     tensor, dim = tensors_of_every_path(dtype)[path]
     on_device = tensor.to(device)
     table = ops.UnitTable([(on_device, dim, torch.arange(9))], 9)
@@ -231,7 +229,7 @@ def test_nothing_near_the_result_has_a_smaller_objective(make_prox_case, seed, n
 
 
 def interior_slices(block, units):
-    """What the channels between the two convolutions of a residual block own."""
+    """Return the slices of the channels between the two convolutions of a residual block."""
     return [
         (block.conv1.weight, 0, units),
         (block.bn1.weight, 0, units),
@@ -263,7 +261,7 @@ def test_coupled_units_of_a_residual_network(randomised, device, layout):
     x = torch.randn(2, 3, 32, 32, device=device).to(memory_format=layout)
     torch.testing.assert_close(model(x), twin(x))
 
-    # A dead channel is one that may be removed: whatever its batch norm saw, nothing arrives behind it.
+    # A dead channel may be removed: the statistics of its batch norm do not matter to the output.
     output = model(x)
     for block in blocks:
         dead = block.bn1.weight == 0
@@ -289,7 +287,7 @@ def test_units_that_own_nothing(device):
     assert ops.UnitTable([(torch.empty(0, 5), 0, torch.arange(0))], 0).norms().shape == (0,)
 
 
-def test_the_table_tells_what_it_holds():
+def test_the_table_describes_itself():
     table = ops.UnitTable(
         [(torch.zeros(3, 4), 1, torch.tensor([0, 2, 2, -1])), (torch.zeros(2), 0, torch.arange(2))], 4
     )
@@ -369,9 +367,3 @@ def test_compile_breaks_the_graph_and_stays_correct():
     with pytest.raises(torch._dynamo.exc.Unsupported):
         whole(torch.ones(2))
     assert (weight == 1).all()
-
-
-def test_documentation_runs():
-    result = doctest.testmod(sys.modules["fastprune.ops.group_prox"])
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -1,4 +1,4 @@
-"""UnitTable and group_prox_ refuse what they cannot use, by name, and nothing crashes them."""
+"""UnitTable and group_prox_ refuse bad arguments by name, and none crashes them."""
 
 import random
 from types import ModuleType
@@ -229,7 +229,7 @@ def test_words_for_a_device_are_checked():
 
 
 class Misbehaving:
-    """Speaks DLPack, badly."""
+    """A tensor whose DLPack method misbehaves."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer

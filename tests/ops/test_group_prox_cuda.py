@@ -1,4 +1,4 @@
-"""group_prox_ on CUDA: what only a device can show. Values on CUDA are tested beside those on the CPU."""
+"""group_prox_ on CUDA: launches, streams, graphs. Values on CUDA are tested beside those on the CPU."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ UNITS = torch.arange(512)
 
 
 def rows():
-    """Units of which a warp takes one."""
+    """Return units that a warp computes alone."""
     return torch.randn(512, 64, 3, 3, device="cuda"), 0, UNITS
 
 
 def columns():
-    """Units shared by many blocks."""
+    """Return units that many blocks share."""
     return torch.randn(700, 512, device="cuda"), 1, UNITS
 
 
@@ -79,7 +79,7 @@ def test_runs_on_the_current_stream():
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        late.copy_(tensor)  # seen only by what is ordered behind it
+        late.copy_(tensor)  # only work that is ordered behind it sees this
         norms = table.norms()
     stream.synchronize()
     assert torch.equal(norms, expected)
@@ -111,7 +111,7 @@ def test_a_unit_that_every_block_shares():
 
 @pytest.mark.parametrize("make", [rows, columns, scalars])
 @pytest.mark.parametrize("bad", [-1.0, torch.nan])
-def test_a_bad_threshold_leaves_its_unit_alone_and_tells(make, bad):
+def test_a_bad_threshold_leaves_its_unit_unchanged_and_its_norm_nan(make, bad):
     tensor, dim, units = make()
     before = tensor.clone()
     threshold = torch.full((512,), torch.inf, device="cuda")
@@ -122,7 +122,7 @@ def test_a_bad_threshold_leaves_its_unit_alone_and_tells(make, bad):
     assert torch.count_nonzero(tensor) == torch.count_nonzero(before.select(dim, 7))
 
 
-def test_units_may_lie_on_the_device():
+def test_units_may_be_on_the_device():
     tensor, dim, units = columns()
     on_device = ops.UnitTable([(tensor, dim, units.cuda())], 512)
     assert torch.equal(on_device.norms(), ops.UnitTable([(tensor, dim, units)], 512).norms())

@@ -34,7 +34,7 @@ def gates() -> list[torch.Tensor]:
 
 
 def shrunk_units() -> list[torch.Tensor]:
-    """Of every path of group_prox: scalars, runs, columns, one unit for all workers."""
+    """Run every path of group_prox: scalars, runs, columns, one unit for all workers."""
     results = []
     for dtype in (torch.float32, torch.float64):
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""masked_act, the passes around a convolution: values against float64, views, and memory outside of them."""
+"""masked_act, the passes around a convolution: values against float64, views, and the memory around them."""
 
 import itertools
 import math
@@ -54,7 +54,7 @@ def along(vector: Tensor, x: Tensor) -> Tensor:
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """channels_last, for any rank."""
+    """Copy into channels_last, for any rank."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -81,7 +81,7 @@ class Case:
         return Case(*(tensor.to(target) for tensor in vars(self).values()))
 
     def eager(self, activation: str) -> dict[str, Tensor]:
-        """In plain torch, in the dtype of the case: what an error is compared with."""
+        """Compute in plain torch, in the dtype of the case; errors are compared with its errors."""
         x = self.x
         scale, shift, mask, centre = (along(v, x) for v in (self.scale, self.shift, self.mask, self.centre))
         z = (x * scale + shift).to(x.dtype).requires_grad_()
@@ -110,14 +110,14 @@ class Case:
         return {"y": y, "dx": dx, "adjusted": adjusted, "dmask": dmask, "dshift": dshift, "dscale": dscale}
 
 
-# What float64 is compared with is float64, too: 100 units.
+# The exact results are float64, too: there 100 units are allowed.
 UNIT = {torch.float64: 100 * 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def assert_as_exact_as_torch(case: Case, activation: str) -> None:
-    """Errors against float64 are at most twice those of plain torch in the same dtype.
+    """Allow twice the error of plain torch in the same dtype, against float64.
 
-    Of a few numbers torch's may be exact by chance: less than what rounding every term of a sum once makes is no error.
+    Torch's result may be exact by chance: one rounding of every term of a sum is allowed, too.
     """
     exact, eager, ours = case.to(torch.float64).eager(activation), case.eager(activation), case.ours(activation)
     for name, value in ours.items():
@@ -187,7 +187,7 @@ def test_extreme_values(activation, size):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_special_values(activation):
-    """NaN goes through; an infinite gradient meets a derivative of 0; derivatives at the kinks are torch's."""
+    """NaN goes through, an infinite gradient meets a derivative of 0, and derivatives at the kinks are torch's."""
     z = torch.tensor([torch.nan, -3.0, 0.0, 3.0, 6.0]).reshape(1, 1, 5)
     y, saved = masked_act(z, activation=activation, want_saved=True)
     assert y.isnan().flatten().tolist() == [True, False, False, False, False]
@@ -218,7 +218,7 @@ def test_every_half_is_widened_exactly(dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_floats_are_rounded_to_the_nearest_even_half(dtype, device):
-    """Every half, both of its neighbours' midpoints, and what lies right beside those; and random bits."""
+    """Round every half, the midpoints to its neighbours, the floats next to these midpoints, and random bits."""
     halves = all_patterns().view(dtype).float()
     above = (all_patterns().int() + 1).to(torch.int16).view(dtype).float()
     middle = (halves.double() / 2 + above.double() / 2).float()
@@ -257,7 +257,7 @@ GUARD = -77.0
 
 
 def wide(x: Tensor, before: int, behind: int) -> tuple[Tensor, Tensor]:
-    """A tensor with ``before`` and ``behind`` channels more, in the same format, and the view of ``x``'s in it."""
+    """Return a tensor with channels ``before`` and ``behind`` a copy of x, in its format, and the view of the copy."""
     shape = (x.size(0), before + x.size(1) + behind, *x.shape[2:])
     whole = torch.full(shape, GUARD, dtype=x.dtype)
     if not x.is_contiguous():
@@ -271,7 +271,7 @@ def wide(x: Tensor, before: int, behind: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 7, 7), (2, 16, 20, 20), (2, 3, 1000), (40, 8, 2, 2)], ids=str)
 def test_views_of_some_channels(shape, rows, dtype):
-    """Read and written in place, each with gaps of its own, and nothing but the view is written."""
+    """They are read and written in place, each with its own gaps, and only the view is written."""
     case = Case.make(shape, dtype, seed=5, rows=rows)
     expected = case.ours("relu")
     views = {name: wide(getattr(case, name), *gap) for name, gap in {"x": (0, 3), "dy": (1, 7)}.items()}
@@ -294,7 +294,7 @@ def test_views_of_some_channels(shape, rows, dtype):
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_results_may_take_the_place_of_inputs(rows):
+def test_results_may_overwrite_inputs(rows):
     case = Case.make((3, 20, 9, 30), torch.float32, seed=6, rows=rows)
     expected = case.ours("relu")
     x = case.x.clone()
@@ -357,7 +357,7 @@ def test_opcheck(dtype, rows):
 
 
 def test_long_sums_keep_their_digits():
-    """10^7 terms: a running float32 sum would lose half of them."""
+    """A running float32 sum of 10^7 terms would lose half of its digits."""
     ones = torch.ones(1, 1, 10_000_000)
     total = masked_act_backward(torch.full_like(ones, 0.1), ones, want_dx=False, want_dmask=True)[1]
     assert math.isclose(total.item(), torch.tensor(0.1).double().item() * 10_000_000, rel_tol=1e-6)

@@ -1,4 +1,4 @@
-"""masked_act refuses what it cannot use, by name, and nothing crashes it."""
+"""masked_act refuses bad arguments by name, and none crashes it."""
 
 import random
 
@@ -116,7 +116,7 @@ def test_sums_share_no_memory():
 
 
 def malformed(choose: random.Random) -> object:
-    """Anything that somebody might pass: mostly tensors, slightly wrong."""
+    """Draw something that somebody might pass: mostly tensors, slightly wrong."""
     shape = choose.choice([(4, 3, 6), (4, 3, 6), (3,), (3,), (4, 3), (4, 3, 2, 3), (0, 3, 6), (4, 0, 6), (), (1,) * 9])
     dtype = choose.choice([torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64])
     tensor = torch.randint(-3, 9, shape).to(dtype)

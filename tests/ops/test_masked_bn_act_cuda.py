@@ -1,4 +1,4 @@
-"""masked_bn_act and its kernels on CUDA: what only a device can show. Values are tested beside those on the CPU."""
+"""masked_bn_act and its kernels on CUDA: launches, streams, graphs. Values are tested beside those on the CPU."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_runs_on_the_current_stream():
     late = torch.zeros_like(x)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        late.copy_(x)  # seen only by what is ordered behind it
+        late.copy_(x)  # only work that is ordered behind it sees this
         y = masked_act(late, mask=mask)[0]
     stream.synchronize()
     assert torch.equal(y, expected)

@@ -1,9 +1,7 @@
-"""masked_conv_bn_act: values and gradients against float64, skipping, and how it lives with torch."""
+"""masked_conv_bn_act: values and gradients against float64, skipping, and its behaviour under torch."""
 
 from __future__ import annotations
 
-import doctest
-import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +16,7 @@ from fastprune import ops, reference
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KINKED = ("relu", "relu6", "hardswish")
-"""One rounding decides on which side of the kink a value lies, and half precision rounds often."""
+"""One rounding can move a value across the kink, and half precision rounds often."""
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
 GRADIENTS = ("x", "weight", "gamma", "beta", "mask", "bias", "residual")
@@ -26,13 +24,13 @@ GRADIENTS = ("x", "weight", "gamma", "beta", "mask", "bias", "residual")
 
 @pytest.fixture(autouse=True)
 def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tf32 a float32 value lies on the wrong side of a kink often enough to matter."""
+    """Turn tf32 off: its roundings move float32 values across a kink often enough to matter."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments, the statistics taken apart so that each tensor has a name."""
+    """The arguments of a call; each tensor has a name, those of the batch norm too."""
 
     tensors: dict[str, Tensor | None] = field(repr=False)
     options: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +40,7 @@ class Case:
         return replace(self, tensors=moved)
 
     def call(self, function: Any, wanted: tuple[str, ...] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """The result, and the gradients of a fixed random functional of it with respect to ``wanted``."""
+        """Return the result, and the gradients of a fixed random function of it with respect to ``wanted``."""
         tensors = {n: None if t is None else t.detach().clone() for n, t in self.tensors.items()}
         leaves = {n: t.requires_grad_() for n, t in tensors.items() if n in wanted and t is not None}
         bn = None if tensors["mean"] is None else tuple(tensors[n] for n in ("gamma", "beta", "mean", "variance"))
@@ -55,17 +53,18 @@ class Case:
         return y.detach(), {n: g for n, g in zip(leaves, gradients, strict=True) if g is not None}
 
     def check(self, wanted: tuple[str, ...] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """Errors against float64 are at most twice those of plain torch in the dtype of the case.
+        """Allow twice the error of plain torch in the dtype of the case, against float64.
 
-        Or, where torch happens to be luckier than that: two roundings of the terms that y is a sum of, 8 roundings of
-        the largest gradient; sums over n pixels may add up sqrt(n) roundings.
+        Torch's result may be exact by chance: also allow two roundings of the terms of y, and 8 roundings of the
+        largest gradient; sums over n pixels may add up sqrt(n) roundings.
         """
         y, gradients = self.call(ops.masked_conv_bn_act, wanted)
         plain, plain_gradients = self.call(reference.masked_conv_bn_act, wanted)
         exact, exact_gradients = self.to(torch.float64).call(reference.masked_conv_bn_act, wanted)
         assert gradients.keys() == plain_gradients.keys()
         assert y.dtype == plain.dtype
-        rounding = torch.finfo(y.dtype).eps * (4 if y.dtype == torch.float64 else 1)  # there the exact ones round, too
+        exact_rounds = y.dtype == torch.float64  # in float64 the exact results are rounded, too
+        rounding = torch.finfo(y.dtype).eps * (4 if exact_rounds else 1)
         close("y", y, plain, exact, 2 * rounding * self.magnitude())
         for name, gradient in gradients.items():
             largest = exact_gradients[name].abs().amax().item() if gradient.numel() else 0.0
@@ -75,7 +74,7 @@ class Case:
         return y, gradients
 
     def magnitude(self) -> float:
-        """The largest sum of the absolute values that an output adds up."""
+        """Return the largest sum of the absolute values of an output's terms."""
         absolute = {n: None if t is None else t.double().abs() for n, t in self.tensors.items()}
         if absolute["mean"] is not None:
             absolute["mean"] = -absolute["mean"]  # it is subtracted
@@ -87,7 +86,7 @@ def close(name: str, ours: Tensor, plain: Tensor, exact: Tensor, floor: float) -
     assert ours.shape == plain.shape == exact.shape
     if exact.numel() > 0:
         error, plain_error = ((t.double().cpu() - exact.cpu()).abs().amax().item() for t in (ours, plain))
-        # In this order a NaN of torch's own, of a convolution without samples, allows nothing but the floor.
+        # In this order a NaN of torch (a convolution without samples) allows the floor only.
         assert error <= max(floor, 2 * plain_error), (name, error, plain_error, floor)
 
 
@@ -108,7 +107,7 @@ def make_case(
     whole: bool = False,
     **options: Any,
 ) -> Case:
-    """``channels`` and ``rows`` are those of one group; ``whole``: all values are, so that nobody rounds."""
+    """Make a case with ``channels`` and ``rows`` in each group; ``whole``: of whole numbers, which are not rounded."""
     torch.manual_seed(seed)
     inputs, outputs = channels * groups, rows * groups
     vector = torch.float64 if dtype == torch.float64 else torch.float32
@@ -204,7 +203,7 @@ def test_layers_of_networks(shape, activation, dtype, device):
 @pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_skipping_changes_nothing(mask, groups, gradients):
-    """Channels sorted so that the open ones come first: the result is that of the whole convolution."""
+    """If the open channels come first, the result is that of the whole convolution."""
     shape = {"channels": 2, "rows": 2} if groups > 1 else {"channels": 12, "rows": 10}
     whole = make_case(mask=mask, groups=groups, padding=1, dtype=torch.float64, **shape)
     x, masks = whole.tensors["x"], whole.tensors["mask"]
@@ -219,7 +218,7 @@ def test_skipping_changes_nothing(mask, groups, gradients):
         torch.testing.assert_close(z, y, rtol=0, atol=1e-12)
         for name in wanted:
             gradient = expected[name]
-            if name == "weight" and groups == 1:  # closed inputs are 0: so is what multiplies them
+            if name == "weight" and groups == 1:  # closed inputs are 0, and so is their gradient
                 assert (gradient[:, open_in:] == 0).all()
             torch.testing.assert_close(skipped[name], gradient, rtol=0, atol=1e-12)
 
@@ -258,7 +257,7 @@ def test_gradients_are_those_of_finite_differences(activation):
     assert torch.autograd.gradcheck(function, leaves, atol=1e-4)
 
 
-def test_views_are_taken_as_they_are():
+def test_views_give_the_same_result():
     case = make_case(channels=6, rows=5, size=(5, 5))
     expected, _ = case.call(ops.masked_conv_bn_act)
     x = case.tensors["x"]
@@ -300,13 +299,13 @@ def test_opcheck(activation, extras, opened, device):
     case = make_case(activation=activation, extras=extras, padding=1, **opened).to(device)
     t = case.tensors
     opened = {"open_in": 6, "open_out": 5} | opened
-    moves = ([1, 1], [1, 1], [1, 1], 1, activation, *opened.values())
+    options = ([1, 1], [1, 1], [1, 1], 1, activation, *opened.values())
     for trains in (False, True):
-        arguments = (t["x"], t["weight"], t["gamma"], t["beta"], t["mask"], t["residual"], *moves, trains)
+        arguments = (t["x"], t["weight"], t["gamma"], t["beta"], t["mask"], t["residual"], *options, trains)
         torch.library.opcheck(torch.ops.fastprune._masked_conv.default, arguments)
     dy, saved = torch.randn_like(arguments[0].new_empty(2, 5, 7, 6)), torch.randn(2, 5, 7, 6, device=device)
     for wanted in ([True, False, False, False, True, False], [True] * 6):
-        arguments = (dy, t["x"], t["weight"], t["gamma"], t["mask"], saved, list(t["x"].shape), *moves, wanted)
+        arguments = (dy, t["x"], t["weight"], t["gamma"], t["mask"], saved, list(t["x"].shape), *options, wanted)
         torch.library.opcheck(torch.ops.fastprune._masked_conv_backward.default, arguments)
 
 
@@ -359,9 +358,3 @@ def test_same_bits_on_every_run():
     runs = [case.call(ops.masked_conv_bn_act, ("x", "mask")) for _ in range(3)]
     assert all(torch.equal(y, runs[0][0]) for y, _ in runs)
     assert all(torch.equal(g[name], runs[0][1][name]) for _, g in runs for name in ("x", "mask"))
-
-
-def test_documentation_runs():
-    result = doctest.testmod(sys.modules["fastprune.ops.masked_conv_bn_act"])
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -1,4 +1,4 @@
-"""masked_conv_bn_act refuses what it cannot use, by name, and nothing crashes it."""
+"""masked_conv_bn_act refuses bad arguments by name, and none crashes it."""
 
 import random
 from typing import Any
@@ -104,10 +104,10 @@ def malformed(choose: random.Random) -> object:
 
 
 def fuzz(rounds: int) -> tuple[int, int]:
-    """How many calls were refused, and how many computed something."""
+    """Return how many calls were refused, and how many computed something."""
     choose = random.Random(0)
-    moves = ("stride", "padding", "dilation", "groups", "activation", "open_in", "open_out")
-    names = (*good(), "bias", "residual", *moves)
+    geometry = ("stride", "padding", "dilation", "groups", "activation", "open_in", "open_out")
+    names = (*good(), "bias", "residual", *geometry)
     messages: list[str] = []
     for _ in range(rounds):
         changes = {name: malformed(choose) for name in choose.sample(names, choose.randint(1, 2))}

@@ -1,4 +1,4 @@
-"""What the noise of the gates is made of: Philox against published vectors, ln and exp against libm."""
+"""The parts of the gates' noise: Philox against published vectors, ln and exp against libm."""
 
 import math
 import random
@@ -81,7 +81,7 @@ def test_logarithm_and_exponential_within_one_unit_in_the_last_place():
 
 
 def test_bits_are_independent_and_fair():
-    """Every bit, and every pair of neighbours in unit, step and seed, within 5 standard deviations."""
+    """Test every bit, and every pair of neighbours in unit, step and seed, within 5 standard deviations."""
     shape = torch.empty(50_000)
     bits = random_bits(shape, 7, 3)
     ones = torch.stack([(bits >> b & 1).double().mean() for b in range(32)])

@@ -1,4 +1,4 @@
-"""topk_mask refuses what it cannot use, by name, and nothing crashes it."""
+"""topk_mask refuses bad arguments by name, and none crashes it."""
 
 import gc
 import random
@@ -87,7 +87,7 @@ def test_the_kernel_takes_numpy_arrays():
     references = gc.get_referrers(arguments["scores"])
     _C.topk_mask(**arguments)
     np.testing.assert_array_equal(arguments["mask"], np.float32([1, 0, 0.15625, 0.84375, 1, 1]))
-    assert len(gc.get_referrers(arguments["scores"])) == len(references)  # nothing stays borrowed
+    assert len(gc.get_referrers(arguments["scores"])) == len(references)  # no array stays borrowed
 
 
 OVERLAPPING = np.empty(9, np.float32)
@@ -119,7 +119,7 @@ def test_the_kernel_checks_memory(change, error, message):
 
 
 class Misbehaving:
-    """Speaks DLPack, badly."""
+    """A tensor whose DLPack method misbehaves."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
@@ -137,7 +137,7 @@ def test_a_broken_producer_is_named(answer):
 
 
 def malformed(choose: random.Random) -> object:
-    """Anything that somebody might pass: mostly tensors, slightly wrong."""
+    """Draw something that somebody might pass: mostly tensors, slightly wrong."""
     size = choose.choice([0, 1, 2, 3, 6, 7, 1000])
     dtype = choose.choice([torch.float32, torch.float64, torch.int64, torch.float16, torch.bool, torch.complex64])
     tensor = torch.randint(-3, 9, (size,)).to(dtype)
@@ -158,9 +158,9 @@ def malformed(choose: random.Random) -> object:
 
 
 def refusals(emulated: ModuleType, rounds: int) -> list[tuple[str, str]]:
-    """Calls both kernels with malformed arguments: the kinds of their errors and the messages.
+    """Call both kernels with malformed arguments, and return the kinds and messages of their errors.
 
-    What must not happen ends the test at once: an error of another kind is not caught, and a crash is a crash.
+    An error of another kind is not caught and ends the test, as a crash does.
     """
     choose = random.Random(0)
     torch.manual_seed(0)
@@ -178,7 +178,7 @@ def refusals(emulated: ModuleType, rounds: int) -> list[tuple[str, str]]:
 
 def check_refusals(emulated: ModuleType, rounds: int) -> None:
     errors = refusals(emulated, rounds)
-    assert len(errors) > rounds  # of twice as many calls: most were refused, some happened to be right
+    assert len(errors) > rounds  # of twice as many calls: most are refused, some happen to be right
     assert len(errors) < 2 * rounds
     shape = re.compile(r"(scores|keep|offsets|window|mask)(\[\d+\])?: got .+", re.DOTALL)
     assert [message for _, message in errors if not shape.fullmatch(message)] == []

@@ -1,4 +1,4 @@
-"""topk_mask on CUDA: what only a device can show. Values on CUDA are tested beside those on the CPU."""
+"""topk_mask on CUDA: launches, streams, graphs. Values on CUDA are tested beside those on the CPU."""
 
 import pytest
 import torch
@@ -46,13 +46,13 @@ def test_runs_on_the_current_stream(make_topk_case):
     late = torch.zeros_like(case.scores)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        late.copy_(case.scores)  # seen only by what is ordered behind it
+        late.copy_(case.scores)  # only work that is ordered behind it sees this
         mask = ops.topk_mask(late, *case.args[1:])
     stream.synchronize()
     assert torch.equal(mask, expected)
 
 
-def test_offsets_may_stay_on_the_cpu(make_topk_case):
+def test_offsets_may_be_on_the_cpu(make_topk_case):
     case = make_topk_case([100, 28], seed=5)
     on_device = case.to("cuda")
     mask = ops.topk_mask(on_device.scores, on_device.keep, case.offsets, on_device.window)
@@ -68,7 +68,7 @@ def test_same_bits_on_every_run(make_topk_case, dtype):
 
 @pytest.mark.parametrize("size", [20, 9000])
 @pytest.mark.parametrize(("name", "value"), [("scores", torch.nan), ("keep", 1.5), ("window", -1.0)])
-def test_bad_values_give_nan_in_their_group_alone(make_topk_case, size, name, value):
+def test_bad_values_give_nan_in_their_group_only(make_topk_case, size, name, value):
     case = make_topk_case([10, size, 5], seed=7).to("cuda")
     expected = ops.topk_mask(*case.args)
     getattr(case, name)[12 if name == "scores" else 1] = value

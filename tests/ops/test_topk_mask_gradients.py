@@ -1,4 +1,4 @@
-"""topk_mask's gradient is the straight-through one, whatever the gradient that comes and whoever asks for it."""
+"""topk_mask's gradient is straight-through, for every incoming gradient and every way to ask for it."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BOTH = pytest.mark.parametrize("function", [ops.topk_mask, reference.topk_mask])
 FORWARD_MODE = pytest.mark.filterwarnings(
     "ignore:.torch.jit.script. is deprecated:FutureWarning"
-)  # torch's own use of it
+)  # torch uses it itself
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -41,7 +41,7 @@ def test_strided_and_expanded_gradients(device, inputs, function):
     scores.grad = None
     mask = function(*inputs)
     mask.sum().backward()  # sum()'s gradient is one number, expanded
-    scores.grad[0] = 7  # memory of its own for each element
+    scores.grad[0] = 7  # each element has its own memory
     assert scores.grad.tolist() == [7, *[1] * 49]
     negated = torch.complex(torch.zeros(50), torch.randn(50)).to(device).conj().imag
     assert negated.is_neg()
@@ -63,7 +63,7 @@ def test_gradient_of_the_gradient(device, inputs, function):
     outer = torch.randn(50, device=device, requires_grad=True)
     (inner,) = torch.autograd.grad(function(*inputs), scores, outer, create_graph=True)
     assert torch.equal(inner, outer)
-    # The straight-through map is linear in what comes in, and the scores are not in it.
+    # The straight-through map is linear in the incoming gradient and does not depend on the scores.
     by_outer, by_scores = torch.autograd.grad((inner**2).sum(), (outer, scores), allow_unused=True)
     assert torch.equal(by_outer, 2 * outer)
     assert by_scores is None
@@ -80,12 +80,12 @@ def test_second_derivative_through_a_loss(device, inputs, function):
 
 
 @BOTH
-def test_nobody_who_gets_a_gradient_means_no_graph(device, inputs, function):
+def test_without_a_gradient_for_the_scores_there_is_no_graph(device, inputs, function):
     scores, keep, offsets, window = inputs
     mask = function(scores.detach(), keep.requires_grad_(), offsets, window.requires_grad_())
     assert not mask.requires_grad
     assert torch.equal(mask, function(scores, keep, offsets, window))
-    (mask * keep.sum()).sum().backward()  # keep's gradient from elsewhere is not disturbed
+    (mask * keep.sum()).sum().backward()  # keep's other gradient is not disturbed
     assert torch.equal(keep.grad, mask.sum().expand(3))
     with torch.no_grad():
         assert not function(*inputs).requires_grad
@@ -123,24 +123,6 @@ def test_the_mask_may_be_changed_in_place(device, inputs):
     assert torch.equal(mask, expected)
     mask.sum().backward()
     assert (inputs[0].grad == 2).all()
-
-
-@FORWARD_MODE
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f, x: torch.func.grad(lambda s: f(s).sum())(x),
-        lambda f, x: torch.func.vjp(f, x)[0],
-        lambda f, x: torch.func.jvp(f, (x,), (x,)),
-        lambda f, x: torch.func.vmap(f)(x[None]),
-        lambda f, x: torch.func.jacrev(f)(x),
-    ],
-    ids=["grad", "vjp", "jvp", "vmap", "jacrev"],
-)
-def test_transforms_of_torch_func_are_refused(device, inputs, transform):
-    scores, *rest = inputs
-    with pytest.raises(RuntimeError, match=r"topk_mask: got a call under a transform of torch.func .*, needs plain"):
-        transform(lambda s: ops.topk_mask(s, *rest), scores.detach())
 
 
 @FORWARD_MODE

@@ -1,4 +1,4 @@
-"""Whether a kernel computes what the library computes, on numbers made for the purpose."""
+"""The comparison of kernels with the library, on numbers made for the purpose."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def verify(
     ]
     good: list[tuple[Candidate, Call]] = []
     dropped: dict[str, str] = {}
-    outputs = [torch.empty_like(result) for result in usual]  # of all timed calls: nobody reads them
+    outputs = [torch.empty_like(result) for result in usual]  # of all timed calls, never read
     for candidate in problem.candidates:
         why = find_difference(candidate, usual, exact, allowed, device)
         if why is None:
@@ -125,10 +125,10 @@ class Guarded:
 
 @dataclass(frozen=True)
 class Size:
-    """How large the elements of a tensor are."""
+    """The size of a tensor's elements: of the largest, and their root mean square."""
 
     largest: float
-    mean: float  # root of the mean square
+    mean: float
 
     def __add__(self, other: Size) -> Size:
         return Size(self.largest + other.largest, self.mean + other.mean)
@@ -141,7 +141,7 @@ class Size:
 
 
 def measure(tensor: Tensor) -> Size:
-    """Measure how large the elements are; NaN if there is a NaN."""
+    """Measure the size of the elements; NaN if there is a NaN."""
     if tensor.numel() == 0:
         return Size(0.0, 0.0)
     return Size(float(tensor.abs().max()), float(torch.linalg.vector_norm(tensor)) * tensor.numel() ** -0.5)

@@ -1,4 +1,4 @@
-"""Which of several kernels to run for given shapes: verified, timed once, and remembered.
+"""The choice of a kernel for given shapes: candidates are verified, timed once, and the fastest is remembered.
 
 A candidate is trusted where it has agreed with the fallback, and nowhere else: agreement and timings are filed under
 the device, the driver, the versions of torch and fastprune and the bytes of the compiled module. The fastest is used
@@ -34,7 +34,7 @@ from fastprune.ops.conv.timing import Call, Timer, time_calls
 from fastprune.ops.library import _C
 
 Key = tuple[tuple[str, Any], ...]
-"""What a choice depends on besides the machine: operator, dtype, shapes, pitches, parameters. JSON values."""
+"""Everything but the machine that a choice depends on: operator, dtype, shapes, pitches, parameters. JSON values."""
 
 MARGIN = 0.97
 """A candidate has to be 3 % faster than the fallback: less is noise, and then the library is preferred."""
@@ -65,7 +65,7 @@ class Autotuner:
         """Return the candidate to run.
 
         Args:
-            key: What the choice depends on besides the machine.
+            key: Everything but the machine that the choice depends on.
             device: Where the tensors are.
             names: Names of the candidates that support the tensors.
             make_problem: Makes what is to be computed, if the choice has to be made now.

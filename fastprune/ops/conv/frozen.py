@@ -113,7 +113,7 @@ class FrozenConv:
         """Compute the same, for another FrozenConv to read.
 
         If nothing requires a gradient, the closed channels are left out of the result. A result computed with gradients
-        off gives its mask no gradient, whoever reads it.
+        off gives its mask no gradient, also in a later reader.
 
         Args:
             x: As in a call.

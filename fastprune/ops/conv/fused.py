@@ -23,7 +23,7 @@ from fastprune.ops.layout import has_rows
 from fastprune.ops.library import _C
 
 Channels = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""scale, shift and mask, each [K] float32, or None: 1, 0 and 1."""
+"""Scale, shift and mask, each ``[K]`` float32, or None: 1, 0 and 1."""
 
 Fallback = Callable[[Tensor, Tensor, Channels], Sequence[Tensor]]
 """Computes (y,) or (y, saved) of x, weight and the three vectors, as the library does."""
@@ -36,7 +36,7 @@ UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-
 
 @dataclass(frozen=True)
 class FusedGeometry(Geometry):
-    """How the window moves, and what follows the convolution.
+    """The geometry of a convolution, and what follows it.
 
     Args:
         activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
@@ -61,7 +61,7 @@ def fused_conv(
         x: ``[N, C, H, W]``, float16, bfloat16 or float32.
         weight: ``[K, C / groups, R, S]``, dtype of ``x``.
         channels: Scale, shift and mask, each ``[K]`` float32 or None.
-        geometry: How the window moves, and what follows.
+        geometry: The geometry, the activation, and whether there is a second result.
         fallback: Computes the same with the library. It runs where no kernel does, and kernels are compared with it.
 
     Returns:

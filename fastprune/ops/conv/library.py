@@ -29,7 +29,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a 2-d convolution moves over its input."""
+    """Stride, padding, dilation (vertical, horizontal) and groups of a 2-d convolution."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -92,7 +92,7 @@ def convolve(
     activation: str = "identity",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``act(conv(x, weight) + shift + residual)``, in memory of its own.
+    """Compute ``act(conv(x, weight) + shift + residual)``, in new memory.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -169,7 +169,7 @@ def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, g
         rows = dz.shape[0] * dz.shape[2] * dz.shape[3]
         if geometry.is_pointwise(weight) or not weight_outweighs(weight, rows):
             return convolve(dz, transposed_weight(weight, geometry.groups), None, transposed)
-    # Only the shape and the layout of x matter; on the CPU memory that nobody touches costs nothing.
+    # Only the shape and the layout of x matter; on the CPU untouched memory costs nothing.
     layout = layout_of(dz)
     if dz.device.type == "cpu":
         x = torch.empty(x_size, dtype=dz.dtype, memory_format=layout)

@@ -1,4 +1,4 @@
-"""Convolutions by the library whose channels are open in a prefix only: closed ones are neither read nor computed.
+"""Convolutions by the library of which the first channels are open; closed ones are neither read nor computed.
 
 A closed input counts as zero, whatever it holds; a closed output is not computed. With several groups, whole groups are
 left out, and a group with an open channel is computed as a whole.
@@ -165,7 +165,7 @@ def fold(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def make_dense(x: Tensor) -> Tensor:
-    """Return a view of some channels as a tensor of its own, in the layout of the view."""
+    """Return a view of some channels as a dense tensor, in the layout of the view."""
     return x.contiguous(memory_format=layout_of(x))
 
 

@@ -1,4 +1,4 @@
-"""Which kernel computes a convolution and what follows it.
+"""The choice of the kernel that computes a convolution and what follows it.
 
 Our own kernel on the CPU and the fused one on CUDA apply scale, shift, activation and mask in one pass; the library's
 convolution is followed by passes over memory.

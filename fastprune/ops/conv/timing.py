@@ -1,4 +1,4 @@
-"""How long kernels take, in turns and with cold caches."""
+"""Times of kernels, measured in turns and with cold caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The autotuner on candidates made for the purpose: what is wrong is dropped, what is fast is remembered."""
+"""The autotuner drops wrong candidates and remembers the fastest one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def failing(results: Sequence[Tensor]) -> None:
 
 
 def timer_of(milliseconds: dict[str, float]) -> Callable[..., list[float]]:
-    """Says what each call takes; the fallback is the one without a name."""
+    """Return a timer that knows what each call takes; the call without a name is the fallback."""
 
     def timer(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
         for call in calls:
@@ -119,7 +119,7 @@ def test_the_library_wins_unless_a_candidate_is_clearly_faster(milliseconds, win
         (failing, "it failed with RuntimeError: misaligned address"),
     ],
 )
-def test_what_differs_is_dropped_and_named(wrong, message, tmp_path):
+def test_candidates_that_differ_are_dropped_and_named(wrong, message, tmp_path):
     tuner = Autotuner(tmp_path, timer=timer_of({"fallback": 1.0, "right": 0.9, wrong.__name__: 0.1}))
     with pytest.warns(
         RuntimeWarning, match=rf"kernel '{wrong.__name__}' is not used for .*'shape': \(3, 5\).*{message}"
@@ -147,8 +147,8 @@ def test_rounding_of_the_dtype_is_allowed():
         assert tuners[1].choose(KEY, CPU, ("coarse",), problem(coarse)) is None
 
 
-def test_a_small_error_everywhere_is_no_rounding():
-    """Each element errs by less than the largest may, but all err in the same way."""
+def test_a_small_error_everywhere_is_refused():
+    """Each element has a smaller error than the largest may have, but all have it."""
     ones = torch.cat([torch.full((999,), 1.0), torch.full((1,), 100.0)])
 
     def biased(results: Sequence[Tensor]) -> None:
@@ -194,7 +194,7 @@ def test_choices_outlive_the_process(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["key", "names", "environment", "module"])
-def test_anything_else_is_measured_again(change, tmp_path, monkeypatch):
+def test_a_change_is_measured_again(change, tmp_path, monkeypatch):
     def tuner() -> Autotuner:
         return Autotuner(tmp_path, timer=timer_of({"fallback": 1.0, "right": 0.5, "other": 0.4}))
 
@@ -286,8 +286,8 @@ def test_without_memory_the_library_runs(tmp_path):
     tuner = Autotuner(tmp_path, timer=timer_of({}))
     with pytest.warns(RuntimeWarning, match="no memory to try kernels"):
         assert tuner.choose(KEY, CPU, ("greedy",), problem(greedy)) is None
-    assert tuner.choose(KEY, CPU, ("greedy",), never) is None  # not again in this process,
-    assert not list(tmp_path.iterdir())  # but in the next one
+    assert tuner.choose(KEY, CPU, ("greedy",), never) is None  # the library stays in this process
+    assert not list(tmp_path.iterdir())  # and the next process tries again
 
 
 def test_autocast_and_gradients_are_off_while_tuning():
@@ -326,7 +326,7 @@ def choose_in_a_process(folder: Path, number: int) -> None:
 
 @pytest.mark.slow
 def test_processes_may_tune_at_once(tmp_path):
-    # By path: this file is in no package that a child could import.
+    # By path: a child process cannot import this file, which belongs to no package.
     call = f"import runpy, pathlib; f = runpy.run_path({__file__!r})['choose_in_a_process']; "
     processes = [
         subprocess.Popen([sys.executable, "-c", f"{call}f(pathlib.Path({str(tmp_path)!r}), {number})"])

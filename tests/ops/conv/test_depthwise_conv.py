@@ -28,7 +28,7 @@ def pixels(*size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """Of `channels`, x has `inputs` and the result `rows`."""
+    """A convolution of `channels`, of which x has `inputs` and the result `rows`."""
 
     x: Tensor
     weight: Tensor
@@ -73,7 +73,7 @@ class Case:
         return r * self.mask.to(dtype).view(-1, 1, 1), r
 
     def check(self, results: tuple[Tensor, Tensor]) -> None:
-        """At most twice the error of torch's own float32, or a few roundings of what is added up."""
+        """Allow twice the error of torch's own float32, or a few roundings of the sum's terms."""
         terms = self.weight[0].numel() + 2
         largest = max(t.abs().max().item() for t in (self.x, self.weight, self.shift, self.residual, self.mask))
         floor = 2.0**-24 * terms * largest**2
@@ -123,7 +123,7 @@ def test_same_bits_for_every_number_of_threads(name, instructions, monkeypatch):
 
 @dataclass(frozen=True)
 class Backward:
-    """The gradients behind ``y = conv(mask * relu(…))``, of which ``dz`` lacks the closed channels."""
+    """The backward pass of ``y = conv(mask * relu(…))``; ``dz`` lacks the closed channels."""
 
     dz: Tensor
     weight: Tensor
@@ -148,7 +148,7 @@ class Backward:
         return dx, dmask
 
     def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The gradients."""
+        """Compute the gradients by torch's operators."""
         channels = self.weight.shape[0]
         wide = F.pad(self.dz, (0, 0, 0, 0, 0, channels - self.dz.shape[1])).to(dtype)
         d = F.conv_transpose2d(wide, self.weight.to(dtype), padding=1, groups=channels) + self.residual.to(dtype)
@@ -157,16 +157,16 @@ class Backward:
         return dx, products.sum((0, 2, 3))
 
     def added_up(self) -> tuple[float, float]:
-        """The largest sums of absolute values of what is added up for an element of either gradient."""
+        """Return the largest sum of absolute values in an element of each gradient."""
         made = (self.dz, self.weight, self.previous, self.residual, self.mask)
         dx, dmask = Backward(*(tensor.abs() for tensor in made)).expected(torch.float64)
         return dx.max().item(), dmask.max().item()
 
     def check(self, results: tuple[Tensor, Tensor]) -> None:
-        """At most twice the error of torch's own float32, or what rounding can do.
+        """Allow twice the error of torch's own float32, or the error of rounding.
 
-        Eleven roundings make an element of dx: nine products, the residual and the mask. A gate's gradient adds up so
-        many of them that they even out.
+        An element of dx is rounded eleven times: nine products, the residual and the mask. The gradient of a gate sums
+        so many roundings that they even out.
         """
         plain, exact = self.expected(torch.float32), self.expected(torch.float64)
         floors = [count * 2.0**-24 * size for count, size in zip((11, 2), self.added_up(), strict=True)]
@@ -199,7 +199,7 @@ def test_same_gradients_for_every_number_of_threads(batch, channels, size, instr
         assert all(map(torch.equal, first, case.run(instructions)))
 
 
-def test_what_is_not_finite_reaches_its_own_channel_alone():
+def test_nan_reaches_only_its_own_channel():
     case = Case.of(1, 40, 40, 40, (9, 9), (3, 3), (1, 1), (1, 1), (1, 1))
     case.x[0, 7, 4, 4] = torch.nan
     y, _ = case.run(INSTRUCTIONS[0])
@@ -210,7 +210,7 @@ def test_what_is_not_finite_reaches_its_own_channel_alone():
 
 
 def test_where_it_is_used(monkeypatch):
-    """By FrozenConv, for kernels of up to 128 taps and as many outputs as inputs."""
+    """FrozenConv uses it for kernels of up to 128 taps and as many outputs as inputs."""
     used = []
     convolve = masked_conv.convolve
     monkeypatch.setattr(masked_conv, "convolve", lambda *a, **k: used.append(a[1].algorithm) or convolve(*a, **k))

@@ -1,4 +1,4 @@
-"""FrozenConv computes what masked_conv_bn_act computes; what is deferred comes out the same in the end."""
+"""FrozenConv computes the same as masked_conv_bn_act, also if its results are deferred."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_same_values_and_gradients_as_the_operator(name, activation, channels_la
 @pytest.mark.parametrize("kind", ["soft", "hard", "skipping", "cut", "none"])
 @pytest.mark.parametrize("activation", ["relu", "relu6", "silu"])
 @pytest.mark.parametrize("reader", SHAPES)
-def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
+def test_deferred_results_are_the_same(reader, kind, activation, device):
     _, weight, bn, geometry = make(reader, device)
     x, _, (gamma, beta, mean, variance), _ = make("3x3", device)
     channels = weight.shape[1] * geometry.get("groups", 1)
@@ -81,7 +81,7 @@ def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
     first_bn = tuple(torch.cat([v, v])[:channels] for v in (gamma, beta, mean, variance))
     first = FrozenConv(first_weight, first_bn, padding=1, activation=activation)
     then = FrozenConv(weight, bn, activation="relu", **geometry)
-    soft = torch.rand(channels) + 0.5  # "cut": behind open_out, too, where it counts as 0
+    soft = torch.rand(channels) + 0.5  # "cut": also behind open_out, where it counts as 0
     mask = None if kind == "none" else (soft if kind in ("soft", "cut") else prefix(channels, 12)).to(device)
     opened = {"open_out": 12} if kind in ("skipping", "cut") else {}
     promises = opened | {"hard": kind == "skipping"}
@@ -96,11 +96,11 @@ def test_what_is_deferred_comes_out_the_same(reader, kind, activation, device):
     def plain(x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:
         return then(first(x, mask, residual=residual, **opened))
 
-    same_gradients((deferring, settling, plain), x, residual, *([] if mask is None else [mask]))
+    check_gradients((deferring, settling, plain), x, residual, *([] if mask is None else [mask]))
 
 
-def same_gradients(functions: Sequence[Callable[..., Tensor]], *inputs: Tensor) -> None:
-    """Of the functions: values with and without gradients, and the gradients."""
+def check_gradients(functions: Sequence[Callable[..., Tensor]], *inputs: Tensor) -> None:
+    """Compare the functions: values with and without gradients, and the gradients."""
     results = []
     for function in functions:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
@@ -117,7 +117,7 @@ def same_gradients(functions: Sequence[Callable[..., Tensor]], *inputs: Tensor) 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_branches_come_out_the_same(stride, channels_last, device):
+def test_branches_give_the_same(stride, channels_last, device):
     """Two residual blocks, the first of which has a convolution in its shortcut."""
     torch.manual_seed(0)
     shortcut, *convs = (
@@ -140,11 +140,11 @@ def test_branches_come_out_the_same(stride, channels_last, device):
         x = convs[1](convs[0](x, first), residual=shortcut(x))
         return convs[3](convs[2](x, second), residual=x)
 
-    same_gradients((fused, plain), x, *masks)
+    check_gradients((fused, plain), x, *masks)
 
 
-def test_gradients_of_masks_alone():
-    """Nothing in front of the first mask has a gradient, and the branch asks for none."""
+def test_gradients_of_masks_only():
+    """Nothing before the first mask requires a gradient, and neither does the branch."""
     x, weight, bn, _ = make("3x3")
     first, then = FrozenConv(weight, bn, padding=1), FrozenConv(torch.randn(8, 20, 1, 1))
     mask = prefix(20, 12).requires_grad_()
@@ -169,10 +169,10 @@ def test_several_readers_each_add_their_gradients():
         y = first(x, mask)
         return a(y) + b(y)
 
-    same_gradients((deferring, plain), x, mask)
+    check_gradients((deferring, plain), x, mask)
 
 
-def test_deferring_without_gradients_computes_open_channels_alone():
+def test_deferring_without_gradients_computes_open_channels_only():
     x, weight, bn, _ = make("3x3")
     conv = FrozenConv(weight, bn, padding=1)
     with torch.no_grad():
@@ -182,8 +182,8 @@ def test_deferring_without_gradients_computes_open_channels_alone():
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_what_was_deferred_without_gradients_gives_none_later(hard):
-    """Its channels behind open_out are gone, and with them what the gradients of their gates would be made of."""
+def test_a_result_deferred_without_gradients_has_none_later(hard):
+    """Its channels behind open_out are gone, which the gradients of their gates would need."""
     x, weight, bn, _ = make("3x3")
     first, then = FrozenConv(weight, bn, padding=1), FrozenConv(torch.randn(8, 20, 1, 1))
     mask = prefix(20, 7).requires_grad_()
@@ -198,14 +198,14 @@ def test_what_was_deferred_without_gradients_gives_none_later(hard):
     assert not hidden.settled().requires_grad
 
 
-def test_what_is_deferred_is_compared_by_identity():
+def test_deferred_results_are_compared_by_identity():
     x, weight, bn, _ = make("1x1")
     hidden, other = (FrozenConv(weight, bn).defer(x) for _ in range(2))
     assert hidden != other
 
 
 @pytest.mark.parametrize("with_bn", [False, True])
-def test_later_changes_of_what_it_was_made_of_are_not_seen(with_bn):
+def test_later_changes_of_its_arguments_are_not_seen(with_bn):
     x, weight, bn, _ = make("1x1")
     bias = torch.randn(20)
     conv = FrozenConv(weight, bn if with_bn else None, bias=bias)

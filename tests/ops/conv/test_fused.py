@@ -1,4 +1,4 @@
-"""The torch face of the fused convolutions as far as it needs no GPU: the library's result, and who may run instead."""
+"""The fused convolutions without a GPU: the library's result, and which kernels may replace it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_library_follows_the_formula(activation, dtype):
     assert list(y.shape) == geometry.output_size(x.shape, weight.shape)
 
 
-def test_nothing_given_is_a_plain_convolution():
+def test_without_vectors_it_is_a_plain_convolution():
     x, weight = image(2, 6, 7, 5), image(4, 3, 3, 3)
     (y,) = fused.library_conv(x, weight, NONE, FusedGeometry(padding=(1, 1), groups=2))
     assert torch.equal(y, torch.nn.functional.conv2d(x, weight, padding=1, groups=2))
@@ -81,7 +81,7 @@ def test_nothing_given_is_a_plain_convolution():
         (torch.ones(1, 1, 1, 1).expand(2, 8, 4, 5), False),
     ],
 )
-def test_what_counts_as_channels_last(tensor, expected):
+def test_which_tensors_are_channels_last(tensor, expected):
     assert fused.has_rows(tensor) == expected
 
 
@@ -114,7 +114,7 @@ def test_exact_results_do_not_depend_on_how_images_are_split():
 
 @dataclass(frozen=True)
 class OnTheCPU(Kernel):
-    """Stands for a compiled kernel."""
+    """A substitute for a compiled kernel."""
 
     offset: float = 0.0
 
@@ -127,7 +127,7 @@ class OnTheCPU(Kernel):
 
 @pytest.fixture
 def two_kernels(monkeypatch):
-    """A right one and, faster, a wrong one; the library is slowest."""
+    """Install a right kernel and a faster wrong one; the library is slowest."""
 
     def timer(calls, device):
         return [3.0, 2.0, 1.0][: len(calls)]
@@ -157,7 +157,7 @@ def test_the_chosen_kernel_runs(two_kernels, save):
     assert len(results) == 1 + save
     assert all(torch.equal(got, wanted) for got, wanted in zip(results, expected, strict=True))
     assert len(calls) > 0
-    assert all(given[0] is not x for given in calls)  # tried on numbers of its own, not on the user's
+    assert all(given[0] is not x for given in calls)  # tried on other numbers than the user's
     calls.clear()
     fused.fused_conv(x, weight, channels, geometry, fallback)
     assert calls == []
@@ -203,7 +203,7 @@ def names(x: Tensor, weight: Tensor, geometry: FusedGeometry | None = None, capa
         (image(2, 8, 4, 4), image(8, 8, 3, 3), FusedGeometry(), None),
     ],
 )
-def test_who_may_run_depends_on_the_tensors(x, weight, geometry, why):
+def test_which_kernels_may_run_depends_on_the_tensors(x, weight, geometry, why):
     found = fused.why_not_for(x, weight, geometry)
     assert found is None if why is None else why in str(found)
     if why is not None:
@@ -247,7 +247,7 @@ def test_alignment_decides():
     assert any(name.startswith("sm90") for name in half(48, 40))
     assert all(name.endswith("k1") for name in half(48, 39))
     assert half(46, 40) == {"sm80 128x64x32 s3 c2 k1"}
-    assert half(45, 40) == half(3, 8, 3) == set()  # the first layer is the library's
+    assert half(45, 40) == half(3, 8, 3) == set()  # the library computes the first layer
     assert half(48, 40, 63) == set()
     assert all(name.endswith("c2 k1") for name in half(48, 40, 62))
     single = names(image(2, 3, 9, 9), image(5, 3, 3, 3))
@@ -277,7 +277,7 @@ def test_windows_and_steps_at_their_limits():
     assert names(x, image(8, 8, 3, 3, dtype=torch.float16), dilated)
 
 
-def test_candidates_have_names_of_their_own():
+def test_candidates_have_different_names():
     listed = [(entry["dtype"], entry["name"]) for entry in _C.fused_conv_candidates()]
     assert len(set(listed)) == len(listed)
     assert (_C.build_info()["cutlass"] is None) == (listed == [])

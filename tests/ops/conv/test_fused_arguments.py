@@ -1,4 +1,4 @@
-"""The binding of the fused convolutions refuses what it cannot use, by name, and nothing crashes it."""
+"""The binding of the fused convolutions refuses bad arguments by name, and none crashes it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_wrong_types(change, message):
         _C.fused_conv(**(arguments() | change))
 
 
-def test_outputs_have_memory_of_their_own():
+def test_outputs_share_no_memory():
     both = image(2, 48, 5, 4)
     memory = torch.zeros(10_000, dtype=torch.float16)
     x = memory[:2016].view(2, 9, 7, 16).permute(0, 3, 1, 2)
@@ -167,7 +167,7 @@ def test_without_a_kernel_the_library_runs():
 
 
 def malformed(choose: random.Random) -> object:
-    """Anything that somebody might pass for a tensor: mostly tensors, slightly wrong."""
+    """Draw something that somebody might pass for a tensor: mostly tensors, slightly wrong."""
     shape = [choose.choice([0, 1, 2, 3, 9, 16, 24]) for _ in range(choose.choice([1, 3, 4, 4, 4, 4]))]
     dtype = choose.choice([torch.float16] * 4 + [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.bool])
     tensor = torch.zeros(shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Every fused convolution on a device: values against float64, memory around its results, streams and graphs."""
+"""Every fused convolution on a device: values against float64, memory around the results, streams and graphs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Case:
         return list(fused.library_conv(self.x.double(), self.weight.double(), self.channels, self.geometry))
 
     def check(self) -> None:
-        """At most twice the error of plain torch in the same dtype, plus one rounding of the largest number."""
+        """Allow twice the error of plain torch in the same dtype, plus one rounding of the largest number."""
         plain = fused.library_conv(self.x, self.weight, self.channels, self.geometry)
         for got, usual, exact in zip(self.results, plain, self.exact(), strict=True):
             allowed = measure(usual.double() - exact) * 2.0 + measure(exact) * fused.UNITS[self.x.dtype]
@@ -56,7 +56,7 @@ class Case:
 
 
 def prefix(channels: int, wide: int, shape: tuple[int, int, int], dtype: torch.dtype, scale: float) -> Tensor:
-    """The first channels of a wider channels_last tensor, which is NaN behind them: whoever reads it shows."""
+    """Return the first channels of a wider channels_last tensor with NaN behind them, which a kernel must not read."""
     n, h, w = shape
     whole = torch.full((n, wide, h, w), torch.nan, dtype=dtype, device="cuda")
     whole = whole.contiguous(memory_format=torch.channels_last)
@@ -65,7 +65,7 @@ def prefix(channels: int, wide: int, shape: tuple[int, int, int], dtype: torch.d
 
 
 def make_case(kernel: Kernel, choose: random.Random) -> Case:
-    """Random sizes on all sides of the tiles, often of the kind that the kernel wants."""
+    """Draw sizes on all sides of the tiles, often such as the kernel needs."""
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[kernel.dtype]
     product = "1x1" in kernel.name
     step = 1 if "c1" in kernel.name else 2 if "c2" in kernel.name else 8
@@ -138,7 +138,7 @@ def test_values_of_every_kernel(kernel, seed):
 
 @EACH_KERNEL
 def test_many_tiles_and_a_long_reduction(kernel):
-    """More tiles than the device has places, and more steps than the pipeline has stages."""
+    """Compute more tiles than the device holds at once, in more steps than the pipeline has stages."""
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[kernel.dtype]
     window = (1, 1) if "1x1" in kernel.name else (3, 3)
     geometry = FusedGeometry(padding=(0, 0) if window == (1, 1) else (1, 1), activation="relu")
@@ -169,7 +169,7 @@ def test_same_bits_on_every_run(kernel):
 
 @EACH_KERNEL
 def test_special_values_go_through(kernel):
-    """NaN and infinities behind the convolution stay what they are; a closed channel of finite numbers is zero."""
+    """NaN and infinities behind the convolution stay; a closed channel of finite numbers is zero."""
     for ready, case in cases(kernel, 1, seed=12):
         filters = case.weight.shape[0]
         shift = torch.zeros(filters, device="cuda")
@@ -223,7 +223,7 @@ def test_runs_on_the_current_stream(kernel):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)
-            case.x.copy_(values)  # seen only by what is ordered behind it
+            case.x.copy_(values)  # only work that is ordered behind it sees this
             case.run(ready)
         stream.synchronize()
         case.check()
@@ -249,7 +249,7 @@ LAYERS = [  # channels, filters, window, stride, pixels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_tuner_trusts_every_kernel(tuner, layer, dtype):
-    """A kernel that differs would warn, and warnings are errors here."""
+    """The tuner would warn of a kernel that differs, and warnings are errors here."""
     channels, filters, window, stride, pixels = layer
     x = torch.randn(8, channels, pixels, pixels, device="cuda", dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The CPU convolution with packed weights, called directly: values, bits, and which memory it touches."""
+"""The CPU convolution with packed weights, called directly: values, bits, and the memory that it touches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import mmap
 import os
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, seed, settings
@@ -22,7 +21,7 @@ from fastprune.ops.conv.library import Geometry
 
 INSTRUCTIONS = _C.masked_conv_instructions()
 KERNELS = [(algorithm, instructions) for instructions in INSTRUCTIONS for algorithm in ("direct", "winograd")]
-GUARD = 7.25  # lies around every result, and has to be there still
+GUARD = 7.25  # the value around every result, which must not change
 INF = math.inf
 
 pytestmark = pytest.mark.skipif(not INSTRUCTIONS, reason="the kernels are not written for this processor")
@@ -31,7 +30,7 @@ kernels = pytest.mark.parametrize(("algorithm", "instructions"), KERNELS)
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a call; `rows` and `channels` of those that the weight is packed for."""
+    """The sizes of a call, which reads `channels` and computes `rows` of those that the weight is packed for."""
 
     batch: int
     size: tuple[int, int]
@@ -52,7 +51,7 @@ class Case:
     seed: int = 0
 
     @property
-    def moves(self) -> tuple[tuple[int, int], ...]:
+    def window(self) -> tuple[tuple[int, int], ...]:
         return self.stride, self.padding, self.dilation
 
     @property
@@ -91,7 +90,7 @@ def cases(draw: st.DrawFn, *, winograd: bool = False) -> Case:
 
 
 def wide(batch: int, channels: int, size: tuple[int, int], gap: int) -> Tensor:
-    """A channels_last tensor of guards with a line of them before and behind; the view of its inner channels."""
+    """Return the inner channels of a channels_last tensor of guards, with a line of guards before and behind it."""
     height, width = size
     pitch = channels + 2 * gap
     whole = torch.full((pitch * (batch * height * width + 2),), GUARD)
@@ -100,7 +99,7 @@ def wide(batch: int, channels: int, size: tuple[int, int], gap: int) -> Tensor:
 
 
 def around(view: Tensor) -> Tensor:
-    """Everything in the memory of the view but the view."""
+    """Return the memory of the view, with guards in place of the view itself."""
     whole = torch.empty(0).set_(view.untyped_storage()).clone()
     whole.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(GUARD)
     return whole
@@ -135,7 +134,7 @@ class Call:
         return cls(case, x, weight, shift, mask, residual)
 
     def run(self, algorithm: str, instructions: str, threads: int = 1, packed: Tensor | None = None) -> list[Tensor]:
-        """The results wanted, after a look at what lies around them."""
+        """Return the wanted results; the memory around them must not have changed."""
         case = self.case
         packed = pack(self.weight, algorithm, instructions) if packed is None else packed
         y, saved = (
@@ -145,7 +144,7 @@ class Call:
         size = tuple(self.weight.shape)
         vectors = self.shift, self.mask, self.residual
         _C.masked_conv(
-            algorithm, instructions, self.x, packed, size, *case.moves, *vectors, *case.bounds, y, saved, threads
+            algorithm, instructions, self.x, packed, size, *case.window, *vectors, *case.bounds, y, saved, threads
         )
         results = [result for result in (y, saved) if result is not None]
         for result in results:
@@ -154,7 +153,7 @@ class Call:
 
     def sums(self, dtype: torch.dtype) -> Tensor:
         weight = self.weight[: self.case.rows, : self.case.channels].to(dtype)
-        return F.conv2d(self.x.to(dtype), weight, None, *self.case.moves)
+        return F.conv2d(self.x.to(dtype), weight, None, *self.case.window)
 
     def expected(self, dtype: torch.dtype) -> list[Tensor]:
         z = self.sums(dtype)
@@ -167,33 +166,26 @@ class Call:
         return [result for result, wanted in zip((y, r), self.case.results, strict=True) if wanted]
 
     def magnitude(self, algorithm: str) -> Tensor:
-        """The sums of the absolute values of what is added up, for each output.
+        """Return the sum of the absolute values of the terms of each output.
 
-        Winograd's transforms bring in pixels and taps of the neighbours, which cancel; a bound for all of them then.
+        Winograd's transforms add pixels and taps of the neighbours, which cancel; then it is one bound for all outputs.
         """
         x, weight = self.x.double().abs(), self.weight[: self.case.rows, : self.case.channels].double().abs()
         if algorithm == "winograd":
             total = (weight.sum((2, 3)) @ x.amax((0, 2, 3))).view(-1, 1, 1).expand(self.case.batch, -1, *self.case.out)
         else:
-            total = F.conv2d(x, weight, None, *self.case.moves)
+            total = F.conv2d(x, weight, None, *self.case.window)
         total = total if self.shift is None else total + self.shift.double().abs().view(-1, 1, 1)
         total = total if self.residual is None else total + self.residual.double().abs()
         return total if self.mask is None else total * self.mask.double().abs().view(-1, 1, 1).clamp(min=1)
 
 
-def pack(
-    weight: Tensor, algorithm: str, instructions: str, scale: Tensor | None = None, *, transposed: bool = False
-) -> Tensor:
-    rows, channels, *kernel = weight.shape
-    size = (channels, rows, *kernel) if transposed else (rows, channels, *kernel)
-    packed = torch.full((_C.masked_conv_packed_size(algorithm, instructions, size),), torch.nan)
-    _C.masked_conv_pack(algorithm, instructions, weight, scale, transposed, packed, 1)
-    assert not packed.isnan().any()  # every element is written, zeros behind the last row, too
-    return packed
+def pack(weight: Tensor, algorithm: str, instructions: str) -> Tensor:
+    return masked_conv.pack(weight, Geometry(), algorithm=algorithm, instructions=instructions).data
 
 
 def check_values(call: Call, results: list[Tensor], algorithm: str) -> None:
-    """At most twice the error of torch's own float32, or a few roundings of what is added up."""
+    """Allow twice the error of torch's own float32, or a few roundings of the sum's terms."""
     floor = 4 * 2.0**-24 * call.magnitude(algorithm)
     for result, plain, exact in zip(results, call.expected(torch.float32), call.expected(torch.float64), strict=True):
         error = (result.double() - exact).abs()
@@ -267,8 +259,8 @@ def test_same_bits_for_every_number_of_threads(name, instructions):
 
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-def test_rows_that_fill_no_vector_go_past_the_caches_too(kernel, instructions, monkeypatch):
-    """9 MiB: 69 of 80 channels, whose pixels begin at cache lines."""
+def test_rows_that_do_not_fill_a_vector_bypass_the_caches(kernel, instructions, monkeypatch):
+    """Write 9 MiB: 69 of 80 channels, whose pixels begin at cache lines."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(8, 16, 64, 64, generator=random).to(memory_format=torch.channels_last)
     weight = torch.randn(80, 16, kernel, kernel, generator=random)
@@ -314,7 +306,7 @@ def test_an_output_does_not_depend_on_how_many_are_computed(name):
 
 
 @kernels
-def test_closed_channels_are_as_good_as_none(algorithm, instructions):
+def test_closed_channels_are_like_absent_ones(algorithm, instructions):
     call = Call.of(Case(2, (6, 5), 50, 20, 37, 20, (3, 3), padding=(1, 1)))
     narrow = replace(call, weight=call.weight[:, :37].contiguous())
     assert all(map(torch.equal, call.run(algorithm, instructions), narrow.run(algorithm, instructions)))
@@ -322,7 +314,7 @@ def test_closed_channels_are_as_good_as_none(algorithm, instructions):
 
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-def test_what_is_not_finite_goes_where_torch_lets_it_go(instructions, value):
+def test_nan_and_infinity_reach_the_same_outputs_as_in_torch(instructions, value):
     plain = Case(2, (9, 8), 5, 20, 5, 20, (3, 3), padding=(1, 1))
     for case in (plain, replace(plain, bounds=(0.0, 6.0)), replace(plain, kernel=(1, 1), padding=(0, 0))):
         call = Call.of(case)
@@ -335,7 +327,7 @@ def test_what_is_not_finite_goes_where_torch_lets_it_go(instructions, value):
 
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-def test_what_is_not_finite_reaches_no_others_by_winograd(instructions, value):
+def test_nan_and_infinity_reach_no_other_outputs_by_winograd(instructions, value):
     call = Call.of(Case(2, (9, 8), 5, 20, 5, 20, (3, 3), padding=(1, 1), results=(True, False), mask=False))
     call.x[1, 3, 4, 2] = value
     (result,), (exact,) = call.run("winograd", instructions), call.expected(torch.float64)
@@ -356,53 +348,6 @@ def test_a_nan_in_shift_or_mask_or_residual_stays_in_its_channel(algorithm, inst
     assert y.isnan().sum() == 16 + 16 + 1
 
 
-@kernels
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "flipped", "part"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_packing_takes_any_strides(algorithm, instructions, layout, transposed):
-    weight = torch.randn(37, 21, 3, 3, generator=torch.Generator().manual_seed(1))
-    expected = pack(weight, algorithm, instructions, transposed=transposed)
-    stored = {
-        "contiguous": lambda: weight,
-        "channels_last": lambda: weight.to(memory_format=torch.channels_last),
-        "flipped": lambda: np.ascontiguousarray(weight.numpy()[::-1, :, ::-1])[::-1, :, ::-1],
-        "part": lambda: F.pad(weight, (1, 2, 3, 0, 0, 5, 2, 2), value=torch.nan)[2:-2, :-5, 3:, 1:-2],
-    }[layout]()
-    size = (21, 37, 3, 3) if transposed else (37, 21, 3, 3)
-    for threads in (1, 3):
-        packed = torch.empty(_C.masked_conv_packed_size(algorithm, instructions, size))
-        _C.masked_conv_pack(algorithm, instructions, stored, None, transposed, packed, threads)
-        assert torch.equal(packed, expected)
-
-
-@kernels
-def test_a_scale_is_as_good_as_a_scaled_weight(algorithm, instructions):
-    weight, scale = torch.randn(37, 21, 3, 3), torch.randn(37)
-    scaled = pack(weight * scale.view(-1, 1, 1, 1), algorithm, instructions)
-    assert torch.equal(pack(weight, algorithm, instructions, scale), scaled)
-
-
-def test_winograd_weights_are_rounded_once():
-    weight = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(2))
-    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-    for instructions in INSTRUCTIONS:
-        packed = pack(weight, "winograd", instructions).view(16, -1)
-        assert torch.equal(packed[:, 0], (g @ weight[0, 0].double() @ g.T).float().flatten())
-        assert not packed[:, 1:].any()
-
-
-@kernels
-@pytest.mark.parametrize("limit", ["baseline", "avx2"])
-def test_packing_has_the_same_bits_for_all_instructions(algorithm, instructions, limit):
-    weight, scale, widest = torch.randn(40, 9, 3, 3), torch.randn(40), _C.instruction_set()
-    expected = pack(weight, algorithm, instructions, scale)
-    assert _C.limit_instruction_set(limit)
-    try:
-        assert torch.equal(pack(weight, algorithm, instructions, scale), expected)
-    finally:
-        assert _C.limit_instruction_set(widest)
-
-
 @given(case=cases(), winograd=st.booleans())
 @seed(0)
 @settings(max_examples=60, deadline=None, database=None)
@@ -415,15 +360,15 @@ def test_the_transposed_weight_gives_the_gradient_of_x(case, winograd):
     x = call.x.double().requires_grad_()
     random = torch.Generator().manual_seed(case.seed)
     dy = torch.randn(case.batch, case.rows, *case.out, generator=random).contiguous(memory_format=torch.channels_last)
-    sums = F.conv2d(x, call.weight.double(), None, *case.moves)
+    sums = F.conv2d(x, call.weight.double(), None, *case.window)
     (expected,) = torch.autograd.grad(sums, x, dy.double())
-    transposed = Geometry(*case.moves).transposed(call.weight)
+    transposed = Geometry(*case.window).transposed(call.weight)
     assert transposed is not None
     weight, magnitude = call.weight.double().abs(), dy.double().abs()
-    if winograd:  # brings in pixels and taps of the neighbours, which cancel
+    if winograd:  # it adds pixels and taps of the neighbours, which cancel
         terms = (magnitude.amax((0, 2, 3)) @ weight.sum((2, 3))).view(-1, 1, 1)
     else:
-        (terms,) = torch.autograd.grad(F.conv2d(x, weight, None, *case.moves), x, magnitude)
+        (terms,) = torch.autograd.grad(F.conv2d(x, weight, None, *case.window), x, magnitude)
     for instructions in INSTRUCTIONS:
         algorithm = "winograd" if winograd else "direct"
         packed = masked_conv.pack(
@@ -435,7 +380,7 @@ def test_the_transposed_weight_gives_the_gradient_of_x(case, winograd):
 
 
 class Page:
-    """Floats whose last byte is the last one of a page; the page before and the one behind cannot be touched."""
+    """Floats at the end (or the start) of a page; an access to the page before or behind it crashes."""
 
     def __init__(self, values: Tensor, *, at_end: bool = True) -> None:
         page = mmap.PAGESIZE
@@ -458,7 +403,7 @@ class Page:
 @pytest.mark.skipif(os.name != "posix", reason="needs mprotect")
 @pytest.mark.parametrize("at_end", [True, False])
 @kernels
-def test_nothing_is_touched_outside_of_the_arguments(algorithm, instructions, at_end):
+def test_no_memory_is_touched_outside_of_the_arguments(algorithm, instructions, at_end):
     kinds = [Case(1, (4, 5), 33, 39, 33, 39, (3, 3), padding=(1, 1)), Case(2, (5, 4), 3, 1, 3, 1, (3, 3))]
     if algorithm == "direct":
         kinds += [Case(1, (3, 5), 7, 17, 7, 17, (1, 1)), Case(1, (5, 7), 2, 49, 2, 49, (2, 3), (2, 2), (0, 2))]
@@ -479,7 +424,7 @@ def test_nothing_is_touched_outside_of_the_arguments(algorithm, instructions, at
         assert torch.equal(lent["packed"].floats, packed)
         y, saved = (lent[name].pixels(expected[0]) for name in ("y", "saved"))
         _C.masked_conv(
-            algorithm, instructions, lent["x"].pixels(call.x), lent["packed"].floats, size, *case.moves,
+            algorithm, instructions, lent["x"].pixels(call.x), lent["packed"].floats, size, *case.window,
             lent["shift"].floats, lent["mask"].floats, lent["residual"].pixels(expected[0]), *case.bounds, y, saved, 1,
         )  # fmt: skip
         assert torch.equal(y, expected[0])
@@ -496,8 +441,8 @@ def test_kept_memory_serves_calls_of_other_sizes(algorithm, instructions):
     assert all(map(torch.equal, small.run(algorithm, instructions), before))
 
 
-def test_far_apart_taps_need_memory_for_one_call_alone():
-    # What a task copies of x, 3 * 4 * 1500^2 floats, is too large to keep, and computed right.
+def test_far_apart_taps_use_memory_for_one_call():
+    # The copy of x, 3 * 4 * 1500^2 floats, is too large to keep for later calls.
     call = Call.of(Case(1, (2, 3), 3, 4, 3, 4, (3, 3), padding=(1500, 1500), dilation=(1500, 1500)))
     check_values(call, call.run("direct", INSTRUCTIONS[0]), "direct")
 

@@ -1,4 +1,4 @@
-"""The CPU convolution refuses what it cannot compute, by name, and nothing crashes it."""
+"""The CPU convolution refuses bad arguments by name, and none crashes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pixels(*size: int, pitch: int | None = None) -> torch.Tensor:
 
 
 def good(algorithm: str = "direct") -> dict[str, object]:
-    """The arguments of a call that succeeds: 3 of 4 channels of x, 5 of 6 rows, 3x3, 8x7 pixels."""
+    """Return the arguments of a call that succeeds: 3 of 4 channels of x, 5 of 6 rows, 3x3, 8x7 pixels."""
     instructions = INSTRUCTIONS[0]
     packed = torch.zeros(_C.masked_conv_packed_size(algorithm, instructions, (6, 4, 3, 3)))
     return {
@@ -40,14 +40,14 @@ def good(algorithm: str = "direct") -> dict[str, object]:
 
 
 def good_depthwise() -> dict[str, object]:
-    """The arguments of a depthwise call that succeeds: 3 channels of x, 5 of 6 rows, 3x3, 8x7 pixels."""
+    """Return the arguments of a depthwise call that succeeds: 3 channels of x, 5 of 6 rows, 3x3, 8x7 pixels."""
     size = (6, 1, 3, 3)
     packed = torch.zeros(_C.masked_conv_packed_size("depthwise", INSTRUCTIONS[0], size))
     return good() | {"algorithm": "depthwise", "packed": packed, "weight_size": size}
 
 
 def good_backward() -> dict[str, object]:
-    """The same for the gradient that goes on through what the convolution reads."""
+    """Return the same for the backward pass, with the epilogue of what the convolution reads."""
     return good() | {"shift": None, "saved": None, "previous": pixels(2, 5, 8, 7), "dmask": torch.zeros(5)}
 
 
@@ -212,7 +212,7 @@ def test_a_weight_packed_onto_itself_is_refused(flipped):
 
 
 @pytest.mark.parametrize("size", [(0, 1, 1, 1), (2**31, 1, 1, 1), (2**30, 2, 1, 1), (-1, -1, 1, 1)])
-def test_the_size_of_what_cannot_be_packed_is_refused(size):
+def test_a_size_that_cannot_be_packed_is_refused(size):
     with pytest.raises(ValueError, match=r"weight_size: got -?[0-9]+ as one of its sizes"):
         _C.masked_conv_packed_size("direct", INSTRUCTIONS[0], size)
 
@@ -243,8 +243,8 @@ def test_without_a_result_nothing_is_computed():
 
 @pytest.mark.parametrize(("size", "out"), [((0, 3), (2, 5)), ((3, 0), (5, 2)), ((0, 0), (2, 2))])
 @pytest.mark.parametrize("algorithm", ["direct", "winograd", "depthwise"])
-def test_an_empty_image_is_nothing_but_padding(algorithm, size, out):
-    """No pixel, though two on each side of it: there are outputs, of zeros."""
+def test_an_empty_image_is_padding_only(algorithm, size, out):
+    """There is no pixel, but two of padding on each side: the outputs are sums of zeros."""
     arguments = good_depthwise() if algorithm == "depthwise" else good(algorithm)
     arguments |= {"x": pixels(2, 3, *size), "padding": (2, 2), "shift": torch.arange(5.0)}
     arguments |= {name: pixels(2, 5, *out) for name in ("y", "saved", "residual")}
@@ -253,8 +253,8 @@ def test_an_empty_image_is_nothing_but_padding(algorithm, size, out):
 
 
 @pytest.mark.parametrize("far", [2**19, 2**25, 2**30])
-def test_what_no_memory_can_hold_raises(far):
-    """The lines that a task copies, with their margins, would be up to 2^62 pixels."""
+def test_a_call_that_no_memory_can_hold_raises(far):
+    """A task would copy lines, with their margins, of up to 2^62 pixels."""
     one = {name: pixels(2, 5, 1, 1) for name in ("y", "saved", "residual")}
     with pytest.raises(MemoryError):
         _C.masked_conv(**(good() | one | {"x": pixels(2, 3, 1, 1), "padding": (far, far), "dilation": (far, far)}))
@@ -270,7 +270,7 @@ def test_views_of_some_pixels_are_copied():
         torch.testing.assert_close(ops.masked_conv_bn_act(x, weight, None, padding=1, activation="identity"),
                                    expected.float(), rtol=1e-5, atol=1e-5)  # fmt: skip
         assert not has_rows(x)
-    assert all(has_rows(x) for x in (whole, whole[:, 2:5], whole[:1, :3], whole[1:, :, :, :]))  # read where they are
+    assert all(has_rows(x) for x in (whole, whole[:, 2:5], whole[:1, :3], whole[1:, :, :, :]))  # read in place
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -300,14 +300,14 @@ def test_a_limit_of_the_instruction_set_holds_for_convolutions():
         assert not masked_conv.computes(x, weight, Geometry())
         with pytest.raises(ValueError, match="instructions: got a processor without AVX2 and FMA"):
             masked_conv.pack(weight, Geometry())
-        masked_conv.convolve(x, before, 4)  # what was packed before stays usable
+        masked_conv.convolve(x, before, 4)  # an earlier packed weight stays usable
     finally:
         assert _C.limit_instruction_set(widest)
     assert masked_conv.computes(x, weight, Geometry())
 
 
 def malformed(choose: random.Random, value: object) -> object:
-    """Anything that somebody might pass in the place of this value: mostly tensors, slightly wrong."""
+    """Draw something that somebody might pass in place of this value: mostly tensors, slightly wrong."""
     odd = choose.choice([None, 3, "x", [], (1, 1), torch.zeros(()), torch.empty(0), np.zeros(4, np.int8)])
     if isinstance(value, str):
         return choose.choice(["direct", "winograd", "depthwise", "avx2", "avx512", "", odd])
@@ -341,7 +341,7 @@ def malformed(choose: random.Random, value: object) -> object:
 
 
 def refusals(rounds: int) -> tuple[list[str], int]:
-    """The messages of what was refused, and how many calls were not."""
+    """Return the messages of refused calls, and how many calls were accepted."""
     choose = random.Random(0)
     errors, accepted = [], 0
     calls = [(_C.masked_conv, good("direct")), (_C.masked_conv, good("winograd"))]
@@ -352,7 +352,7 @@ def refusals(rounds: int) -> tuple[list[str], int]:
     ]
     for round_ in range(rounds):
         kernel, arguments = calls[round_ % len(calls)]
-        # Clones with the same strides: a call may overwrite them.
+        # Clones keep the strides; a call may overwrite them.
         arguments = {name: value.clone() if isinstance(value, torch.Tensor) else value
                      for name, value in arguments.items()}  # fmt: skip
         changed = choose.sample(list(arguments), choose.randint(1, 3))
@@ -361,7 +361,7 @@ def refusals(rounds: int) -> tuple[list[str], int]:
             kernel(**arguments)
             accepted += 1
         except MemoryError:
-            pass  # taps so far apart that nothing could hold what lies between
+            pass  # the taps are so far apart that no memory holds the pixels between them
         except (TypeError, ValueError) as error:
             errors.append(str(error))
     return errors, accepted

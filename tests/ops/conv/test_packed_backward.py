@@ -1,4 +1,4 @@
-"""The epilogue of the backward convolution: what stood before the forward one gets its gradients."""
+"""The epilogue of the backward convolution: gradients of mask and activation before the forward one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pixels(*size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """y = conv(mask * act(…)), seen from behind: the gradients of mask and of what the activation read."""
+    """The backward pass of y = conv(mask * act(…)): gradients of the mask and of the activation's argument."""
 
     dz: Tensor
     weight: Tensor
@@ -70,7 +70,7 @@ class Call:
         return dx, dmask
 
     def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The same from torch's operators."""
+        """Compute the same by torch's operators."""
         dz, weight, previous = (tensor.to(dtype) for tensor in (self.dz, self.weight, self.previous))
         d = F.conv_transpose2d(dz, weight, padding=self.weight.shape[2] // 2)
         d = d if self.residual is None else d + self.residual.to(dtype)
@@ -80,14 +80,14 @@ class Call:
         return d * mask.to(dtype).view(-1, 1, 1) * inside, (d * previous).sum((0, 2, 3))
 
     def magnitudes(self) -> tuple[float, float]:
-        """How large the sums of absolute values may be that the results add up, with taps that Winograd cancels."""
+        """Bound the sums of absolute values in the results, with the taps that Winograd cancels."""
         d = (self.dz.abs().double().amax((0, 2, 3)) @ self.weight.abs().double().sum((2, 3))).max().item()
         d = d if self.residual is None else d + self.residual.abs().max().item()
         largest = 1.0 if self.mask is None else max(1.0, self.mask.abs().max().item())
         return d * largest, d * self.previous.abs().double().sum((0, 2, 3)).max().item()
 
     def check(self, results: tuple[Tensor, Tensor]) -> None:
-        """At most twice the error of torch's own float32, or a rounding of what is added up."""
+        """Allow twice the error of torch's own float32, or a rounding of the sum's terms."""
         floors = self.magnitudes()
         both = self.expected(torch.float32), self.expected(torch.float64)
         for result, plain, exact, floor in zip(results, *both, floors, strict=True):
@@ -147,8 +147,8 @@ def test_without_the_masks_gradient(algorithm, instructions):
 
 @kernels
 @pytest.mark.parametrize("activation", BOUNDS)
-def test_derivatives_at_the_bounds_and_at_what_is_not_finite(algorithm, instructions, activation):
-    """As in the pass over memory that this replaces: NaN is inside of all bounds, infinity beyond finite ones alone."""
+def test_derivatives_at_the_bounds_and_at_nan_and_infinity(algorithm, instructions, activation):
+    """As in masked_act_backward, NaN is inside of all bounds, and infinity is outside of finite ones only."""
     call = Call.of(1, 16, 16, (8, 8), activation, mask=False, residual=False)
     values = torch.tensor([0.0, -0.0, 6.0, 3.0, math.inf, math.nan])
     call.previous.permute(0, 2, 3, 1).view(-1)[: 6 * 160] = values.repeat(160)
@@ -158,7 +158,7 @@ def test_derivatives_at_the_bounds_and_at_what_is_not_finite(algorithm, instruct
 
 
 @kernels
-def test_of_no_images(algorithm, instructions):
+def test_without_images(algorithm, instructions):
     call = Call.of(0, 16, 16, (8, 8), "relu", residual=False)
     dx, dmask = call.run(algorithm, instructions)
     assert dx.shape == (0, 16, 8, 8)

@@ -1,4 +1,4 @@
-"""A convolution passes NaN on as its reference does, whichever kernel computes it."""
+"""Whichever kernel computes a convolution, the result is the same, NaN included."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from torch import Tensor
 
 from fastprune import ops, reference
 from fastprune.ops.activations import ACTIVATIONS
+from fastprune.ops.conv import route
 from fastprune.ops.conv.frozen import FrozenConv
+from fastprune.ops.conv.library import Geometry
+from fastprune.ops.conv.open_channels import ConvLayer
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PLACES = {  # of the NaN: in which tensor, at which index
+PLACES = {  # the tensor that holds a NaN, and the index
     "x": (0, 1, 2, 2),
     "weight": 2,
     "bias": 3,
@@ -43,10 +46,10 @@ def make_tensors(layer: str, dtype: torch.dtype, layout: torch.memory_format, de
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def results(
+def compute_results(
     tensors: dict[str, Tensor], mask: Tensor | None, residual: Tensor | None, options: dict[str, object]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Results of the operator and of FrozenConv, with and without gradients, each with the reference's."""
+    """Return results of the operator and of FrozenConv, with and without gradients, each with the reference's."""
     bn = (None, *(tensors[name] for name in ("beta", "mean", "variance")))
     weight, bias = tensors["weight"], tensors["bias"]
     frozen = FrozenConv(weight, bn, bias=bias, **options)
@@ -71,7 +74,19 @@ def test_nan_goes_through(activation, dtype, layout, layer, device):
         tensors[name][index] = torch.nan
         outputs = tensors["bias"].numel()
         masks = [None, (torch.arange(outputs) % 2).to(tensors["bias"]), torch.rand(outputs).to(tensors["bias"])]
+        residual = tensors["residual"] if name == "residual" else None
         for mask in masks:
-            for got, expected in results(tensors, mask, tensors["residual"] if name == "residual" else None, options):
+            for got, expected in compute_results(tensors, mask, residual, options):
                 assert expected.isnan().any()
                 assert torch.equal(got.isnan(), expected.isnan()), name
+
+
+@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_a_fused_kernel_two_passes_give_the_same(activation, saves):
+    torch.manual_seed(0)
+    x, scale, shift, mask = torch.randn(2, 6, 5, 5), *torch.rand(3, 8)
+    layer = ConvLayer(torch.randn(8, 6, 3, 3), scale, shift, Geometry(padding=(1, 1)), activation)
+    results = route._by_fused_kernel(x[:, :5], layer, mask[:7], 7, saves=saves)
+    expected = route._by_library(x, layer, mask[:7], None, 5, 7, saves=saves)
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
