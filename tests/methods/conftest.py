@@ -1,4 +1,4 @@
-"""One thread per process, and packages with methods, installed for the duration of a test."""
+"""Packages with methods, installed for the duration of a test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 
 def write_distribution(folder: Path, package: str, points: dict[str, str], version: str = "1.0") -> Path:
@@ -18,15 +17,6 @@ def write_distribution(folder: Path, package: str, points: dict[str, str], versi
     lines = "".join(f"{name} = {value}\n" for name, value in points.items())
     (info / "entry_points.txt").write_text(f"[fastprune.methods]\n{lines}")
     return folder
-
-
-@pytest.fixture(autouse=True, scope="session")
-def single_thread() -> Iterator[None]:
-    """Compute with one thread: on these small networks waiting threads cost more than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

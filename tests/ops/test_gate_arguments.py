@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from misbehaving import Misbehaving
 
 from fastprune import _C, ops
 
@@ -170,18 +171,6 @@ def test_a_refused_call_writes_nothing(name, kernels, change):
         kernels[0](**arguments)
     assert (arguments["gate"] == -7).all()
     assert (arguments["slope"] == -7).all()
-
-
-class Misbehaving:
-    """A tensor whose DLPack method misbehaves."""
-
-    def __init__(self, answer: object) -> None:
-        self.answer = answer
-
-    def __dlpack__(self, **_: object) -> object:
-        if isinstance(self.answer, BaseException):
-            raise self.answer
-        return self.answer
 
 
 @pytest.mark.parametrize("answer", [None, 3, "capsule", RuntimeError("no"), BufferError("no")])

@@ -6,6 +6,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from misbehaving import Misbehaving
 
 from fastprune import _C, ops
 
@@ -226,18 +227,6 @@ def test_words_for_a_device_are_checked():
     table.write_device_words(words)
     with pytest.raises(ValueError, match="words: got a tensor on the CPU, needs one on CUDA"):
         table.attach(words)
-
-
-class Misbehaving:
-    """A tensor whose DLPack method misbehaves."""
-
-    def __init__(self, answer: object) -> None:
-        self.answer = answer
-
-    def __dlpack__(self, **_: object) -> object:
-        if isinstance(self.answer, BaseException):
-            raise self.answer
-        return self.answer
 
 
 def malformed_tensor(choose: random.Random) -> object:

@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from misbehaving import Misbehaving
 
 from fastprune import _C, ops
 
@@ -116,18 +117,6 @@ OVERLAPPING = np.empty(9, np.float32)
 def test_the_kernel_checks_memory(change, error, message):
     with pytest.raises(error, match=message):
         _C.topk_mask(**(arrays() | change))
-
-
-class Misbehaving:
-    """A tensor whose DLPack method misbehaves."""
-
-    def __init__(self, answer: object) -> None:
-        self.answer = answer
-
-    def __dlpack__(self, **_: object) -> object:
-        if isinstance(self.answer, BaseException):
-            raise self.answer
-        return self.answer
 
 
 @pytest.mark.parametrize("answer", [None, 3, "capsule", RuntimeError("no"), BufferError("no")])
