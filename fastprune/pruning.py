@@ -45,6 +45,8 @@ from fastprune.surgery import cut
 from fastprune.surgery.slicing import copy_model
 from fastprune.surgery.surgery import Cut
 
+__all__ = ["PruningResult", "prune"]
+
 
 def prune(
     model: nn.Module,

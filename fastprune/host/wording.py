@@ -139,3 +139,26 @@ def html_card(title: str, facts: Facts) -> str:
         for what, text in facts
     )
     return f"<table><caption style='text-align:left'><b>{escape(title)}</b></caption><tbody>{rows}</tbody></table>"
+
+
+def fill_command(words: Sequence[str], width: int = 96) -> str:
+    r"""Return a command over as many lines as it needs, for a shell; an option stays with its first value.
+
+    >>> print(fill_command(["fastprune", "prune", "--model", "resnet20", "--out", "runs/a"], width=30))
+    fastprune prune \
+        --model resnet20 \
+        --out runs/a
+    """
+    parts: list[str] = []
+    for word in words:
+        if word.startswith("--") or not parts:
+            parts.append(word)
+        else:
+            parts[-1] += f" {word}"
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 3 > width:
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}"
+    return " \\\n".join(lines)
