@@ -42,9 +42,10 @@ def inline_svg(figure: Figure, name: str, text: str) -> str:
     ET.register_namespace("", SVG)
     ET.register_namespace("xlink", LINK)
     root = ET.fromstring(file.getvalue())
-    for child in list(root):
-        if child.tag == f"{{{SVG}}}metadata":
-            root.remove(child)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):  # a style would hold for the whole page
+                parent.remove(child)
     _drop_unused_ids(root)
     for element in root.iter():
         style = element.get("style")
@@ -55,7 +56,7 @@ def inline_svg(figure: Figure, name: str, text: str) -> str:
         root.attrib.pop(attribute, None)
     root.set("role", "img")
     root.set("aria-label", text)
-    root.set("style", f"max-width:{width * 1.6:.0f}px")
+    root.set("style", f"stroke-linejoin:round;stroke-linecap:butt;max-width:{width * 1.6:.0f}px")
     return ET.tostring(root, encoding="unicode")
 
 
@@ -86,6 +87,6 @@ def shrink(figure: Figure) -> Figure:
             columns = 2 if max(map(len, texts), default=0) <= 20 else 1
             rows += -(-len(texts) // columns)
             legend.set_ncols(columns)
-        # High figures are heat maps, with a row for each layer.
-        figure.set_size_inches(NARROW, height if height > 5 else 2.9 + 0.16 * rows)
+        # High figures are heat maps, with a row for each layer; with its caption none is higher than 1,200 pixels.
+        figure.set_size_inches(NARROW, min(height, 9.2) if height > 5 else 2.9 + 0.16 * rows)
     return figure

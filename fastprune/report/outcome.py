@@ -79,7 +79,7 @@ class Outcome:
             "accuracy before": _part(self.baseline),
             "pruned": _part(self.pruned),
             "fine-tuned": _part(self.tuned)
-            + (f" ({points(self.gain)})" if self.tuned and self.gain is not None else ""),
+            + ("" if None in (self.tuned, self.gain) else f" ({points(self.gain or 0)})"),
             "time": "–" if self.seconds is None else duration(self.seconds),
         }
 

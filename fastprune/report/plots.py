@@ -240,6 +240,7 @@ def trade_offs(*charts: TradeOff) -> Figure:
 
 def draw_trade_off(axes: Axes, chart: TradeOff) -> None:
     """Draw one chart of ``trade_offs``."""
+    widest = max(point.x for point in chart.points)
     for number, family in enumerate(chart.families):
         own = sorted((point for point in chart.points if point.number == number), key=lambda point: point.x)
         colour, dashes = look(number)
@@ -248,12 +249,12 @@ def draw_trade_off(axes: Axes, chart: TradeOff) -> None:
             if point.pruned is not None and point.pruned != point.last:
                 axes.plot([point.x] * 2, [point.pruned, point.last], color=colour, linewidth=0.7, linestyle=":")
                 axes.plot(point.x, point.pruned, color=colour, marker="o", fillstyle="none", markersize=5)
-        above = number % 2 == 0  # runs of two methods under one budget are often neighbours
-        for point in own:
-            axes.annotate(
-                point.label, (point.x, point.last), xytext=(0, 7 if above else -14), textcoords="offset points",
-                ha="center", fontsize=8,
-            )  # fmt: skip
+    for point in chart.points:
+        below = any(other.last > point.last and abs(other.x - point.x) < 0.1 * widest for other in chart.points)
+        axes.annotate(
+            point.label, (point.x, point.last), xytext=(0, -14 if below else 7), textcoords="offset points",
+            ha="center", fontsize=8,
+        )  # fmt: skip
     if chart.baseline is not None:
         axes.plot(*chart.baseline, color=INK, marker="D", linestyle="", label="full network")
         axes.axhline(chart.baseline[1], color=INK, linestyle=(0, (5, 3)), linewidth=0.8)
