@@ -261,6 +261,10 @@ def draw_trade_off(axes: Axes, chart: TradeOff) -> None:
     if any(point.pruned not in (None, point.last) for point in chart.points):
         axes.plot([], [], color=INK, marker="o", fillstyle="none", linestyle="", label="before fine-tuning")
     axes.margins(x=0.12, y=0.14)
+    # Accuracies before fine-tuning may be at chance: they must not squeeze those that count.
+    heights = [point.last for point in chart.points] + ([] if chart.baseline is None else [chart.baseline[1]])
+    lowest = min(heights) - max(0.8 * (max(heights) - min(heights)), 0.01)
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], lowest))
     axes.set_xlim(left=0)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel("test accuracy (top 1)")
