@@ -264,7 +264,8 @@ def draw_trade_off(axes: Axes, chart: TradeOff) -> None:
     # Accuracies before fine-tuning may be at chance: they must not squeeze those that count.
     heights = [point.last for point in chart.points] + ([] if chart.baseline is None else [chart.baseline[1]])
     lowest = min(heights) - max(0.8 * (max(heights) - min(heights)), 0.01)
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], lowest))
+    bottom = max(axes.get_ylim()[0], lowest)
+    axes.set_ylim(bottom, max(heights) + 0.25 * (max(heights) - bottom))
     axes.set_xlim(left=0)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel("test accuracy (top 1)")
