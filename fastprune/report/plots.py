@@ -266,7 +266,7 @@ def draw_trade_off(axes: Axes, chart: TradeOff) -> None:
     lowest = min(heights) - max(0.8 * (max(heights) - min(heights)), 0.01)
     bottom = max(axes.get_ylim()[0], lowest)
     axes.set_ylim(bottom, max(heights) + 0.25 * (max(heights) - bottom))
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=max(0, axes.get_xlim()[0]))
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel("test accuracy (top 1)")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
