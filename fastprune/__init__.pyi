@@ -4,6 +4,7 @@ from .graph.plan import PlanError, PruningPlan
 from .planning.budget import Budget, BudgetError, Conditions
 from .planning.limits import LimitError, Limits
 from .pruning import PruningResult, prune
+from .report.compare import Comparison, compare
 from .steps import prune_in_steps
 from .surgery import SurgeryError, apply, masked, slice_optimizer, verify
 from .surgery.rewritten import RewrittenNetwork
@@ -14,6 +15,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "ChannelGraph",
+    "Comparison",
     "Conditions",
     "Cost",
     "LimitError",
@@ -25,6 +27,7 @@ __all__ = [
     "SurgeryError",
     "TraceError",
     "apply",
+    "compare",
     "data",
     "engine",
     "graph",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from fastprune.engine import (
     run_phases,
     seed_everything,
 )
+from fastprune.engine.latency import time_calls
 from fastprune.engine.loop import floats
 from fastprune.engine.run import plain, run_directory
 from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.export.inputs import Example, Inputs
-from fastprune.graph.model_state import device_of
+from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
+from fastprune.host.machine import machine
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.registry import configure, load
 from fastprune.models import save_weights
@@ -37,29 +40,12 @@ from fastprune.options import fields_of
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
+from fastprune.result import PruningResult
 from fastprune.surgery import cut
 from fastprune.surgery.slicing import copy_model
 from fastprune.surgery.surgery import Cut
 
-
-@dataclass(frozen=True)
-class PruningResult:
-    """The result of ``prune``.
-
-    Args:
-        model: the compact model, in eval mode, on the device that was used.
-        plan: the channels that stay.
-        metrics: ``macs`` and ``params`` (each ``{"full": …, "planned": …}``), ``difference`` (relative, of compact and
-            masked outputs), ``seconds``, and ``search`` (the method's results and the last value of every metric that
-            it logged); under a budget of latency also ``ms``, with which the plan was made, and ``measured_ms``, of the
-            networks themselves.
-        graph: the channel graph of the full model.
-    """
-
-    model: nn.Module
-    plan: PruningPlan
-    metrics: dict[str, Any]
-    graph: ChannelGraph
+__all__ = ["PruningResult", "prune"]
 
 
 def prune(
@@ -145,9 +131,9 @@ def prune(
         "search": {**found, **floats(worker.results())},
     }
     job.save(run, compact.model, plan)
-    metrics |= job.time(task, compact)  # what took hours is saved by now
+    metrics |= job.time(task, compact, inputs)  # what took hours is saved by now
     job.log(run, metrics)
-    return PruningResult(compact.model.eval(), plan, metrics, task.graph)
+    return PruningResult(compact.model.eval(), plan, metrics, task.graph, worker.name, goal.text)
 
 
 @dataclass(frozen=True)
@@ -304,16 +290,20 @@ class Job:
             plan.save(run.plan_path)
             save_weights(model, run.model_path)
 
-    def time(self, task: Task, compact: Cut) -> dict[str, Any]:
-        """Return the times of both networks under a budget of latency, modelled and measured; nothing under others."""
+    def time(self, task: Task, compact: Cut, inputs: Inputs) -> dict[str, Any]:
+        """Return the measured times of both networks; under a budget of latency under its conditions, and modelled too.
+
+        Otherwise they run on the user's example as it is. One process measures; the others return what is modelled.
+        """
         budget, graph = self.goal.budget, task.graph
+        networks = {"full": task.model, "planned": compact.model}
         if not budget.is_time:
-            return {}
+            return measure_example(networks, inputs, self.running.placement) if self.peers.is_main else {}
         times: dict[str, Any] = {
             "ms": {"full": float(budget.cost(graph)), "planned": float(budget.cost(graph, compact.plan.mask))}
         }
         if self.peers.is_main:  # one process at a time
-            times |= measure(budget.conditions, graph, {"full": task.model, "planned": compact.model})
+            times |= measure(budget.conditions, graph, networks)
         return times
 
     def log(self, run: RunDirectory | None, metrics: Mapping[str, Any]) -> None:
@@ -337,7 +327,30 @@ def measure(
         for name, network in networks.items()
     }  # fmt: skip
     channels, height, width = images[0].shape[1:]
-    return {"measured_ms": measure_latencies(copies, (channels, height, width), batch=conditions.batch, repeats=10)}
+    return {
+        "measured_ms": measure_latencies(copies, (channels, height, width), batch=conditions.batch, repeats=10),
+        "measured_on": describe(torch.device(str(conditions.device)), conditions.batch),
+    }
+
+
+def measure_example(networks: Mapping[str, nn.Module], inputs: Inputs, placement: Placement) -> dict[str, Any]:
+    """Time networks on the example: ``measured_ms`` and ``measured_on``; nothing if a network fails.
+
+    A measurement that fails must not cost the result of a search.
+    """
+    there = inputs.map(lambda x: x.to(placement.device))
+    calls = {name: partial(network, *there.args, **there.kwargs) for name, network in networks.items()}
+    try:
+        with in_eval_mode(*networks.values()):
+            times = time_calls(calls, dict.fromkeys(calls, placement.device), repeats=7, warmup=2)
+    except Exception:  # the model's own code may raise anything
+        return {}
+    return {"measured_ms": times, "measured_on": describe(placement.device, inputs.batch)}
+
+
+def describe(device: torch.device, batch: int) -> dict[str, Any]:
+    """Return the conditions of a measurement, for the log."""
+    return {"device": device.type, "name": machine(device), "threads": torch.get_num_threads(), "batch": batch}
 
 
 def require_same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:

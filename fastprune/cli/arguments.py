@@ -10,7 +10,7 @@ from fastprune.cli.commands import COMMANDS, FAMILIES, Command
 from fastprune.cli.settings import PruneSettings, read_settings
 from fastprune.host.spelling import did_you_mean
 from fastprune.methods import catalogue
-from fastprune.options import POSITIONAL, fields_of
+from fastprune.options import POSITIONAL, POSITIONALS, fields_of
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def list_options(invocation: Invocation) -> Iterator[str]:
         return
     command = COMMANDS[invocation.command]
     for settings in command.load_settings():
-        yield from (f.name for f in fields_of(settings) if f.metadata["flag"] != POSITIONAL)
+        yield from (f.name for f in fields_of(settings) if f.metadata["flag"] not in (POSITIONAL, POSITIONALS))
     yield from common_options(command)
     if command.takes_method:
         yield "print_config"  # which --config brings

@@ -84,6 +84,11 @@ COMMANDS: dict[str, Command] = {
         "fastprune.cli.report:run_report",
         (f"{SETTINGS}:ReportSettings",),
     ),
+    "compare": Command(
+        "Compare pruning runs: a table, and a chart of accuracy over cost.",
+        "fastprune.cli.compare:run_compare",
+        (f"{SETTINGS}:CompareSettings",),
+    ),
     "bench kernels": Command(
         "Time the kernels beside their peers.",
         "fastprune.cli.bench:run_kernels",

@@ -9,7 +9,7 @@ from typing import Any
 from fastprune.cli.settings import ReportSettings, pick, require
 from fastprune.engine import RunDirectory
 from fastprune.report.log import read_runs
-from fastprune.report.page import summary, write_report
+from fastprune.report.pictures import summary, write_report
 
 
 def run_report(values: dict[str, Any], given: set[str]) -> int:

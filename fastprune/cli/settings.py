@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastprune.options import LARGEST_SEED, POSITIONAL, SEVERAL, SWITCH, build, check, fields_of, option
+from fastprune.options import LARGEST_SEED, POSITIONAL, POSITIONALS, SEVERAL, SWITCH, build, check, fields_of, option
 from fastprune.training.options import PRECISIONS, TrainConfig
 from fastprune.training.schedule import SCHEDULES
 
@@ -140,6 +140,14 @@ class ReportSettings:
         None, "directories of pruning runs, for one report", flag={**SEVERAL, "action": "extend"}
     )
     out: str | None = option(None, "folder for page and figures; by default RUN/report; needed for several runs")
+
+
+@dataclass
+class CompareSettings:
+    """Compare pruning runs."""
+
+    runs: tuple[str, ...] = option((), "directories of pruning runs", flag=POSITIONALS)
+    chart: str = option("trade-off.svg", "file for the chart of accuracy over cost (.svg, .png or .pdf)")
 
 
 @dataclass
