@@ -4,6 +4,8 @@ from .graph.plan import PlanError, PruningPlan
 from .planning.budget import Budget, BudgetError, Conditions
 from .planning.limits import LimitError, Limits
 from .pruning import PruningResult, prune
+from .runs import load
+from .shipping import ExportedFile, ExportError, export, from_pretrained, push_to_hub, save_pretrained
 from .steps import prune_in_steps
 from .surgery import SurgeryError, apply, masked, slice_optimizer, verify
 from .surgery.rewritten import RewrittenNetwork
@@ -16,6 +18,8 @@ __all__ = [
     "ChannelGraph",
     "Conditions",
     "Cost",
+    "ExportError",
+    "ExportedFile",
     "LimitError",
     "Limits",
     "PlanError",
@@ -27,7 +31,10 @@ __all__ = [
     "apply",
     "data",
     "engine",
+    "export",
+    "from_pretrained",
     "graph",
+    "load",
     "masked",
     "methods",
     "models",
@@ -35,7 +42,9 @@ __all__ = [
     "planning",
     "prune",
     "prune_in_steps",
+    "push_to_hub",
     "reference",
+    "save_pretrained",
     "slice_optimizer",
     "surgery",
     "trace",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.registry import configure, load
-from fastprune.models import save_weights
+from fastprune.models import Source, save_weights
 from fastprune.options import fields_of
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
+from fastprune.runs.origin import Origin
 from fastprune.surgery import cut
 from fastprune.surgery.slicing import copy_model
 from fastprune.surgery.surgery import Cut
@@ -54,12 +55,16 @@ class PruningResult:
             it logged); under a budget of latency also ``ms``, with which the plan was made, and ``measured_ms``, of the
             networks themselves.
         graph: the channel graph of the full model.
+        settings: method, budget and all other settings, as ``config.yaml`` has them.
+        origin: what the full network can be built from again.
     """
 
     model: nn.Module
     plan: PruningPlan
     metrics: dict[str, Any]
     graph: ChannelGraph
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
 
 
 def prune(
@@ -83,6 +88,7 @@ def prune(
     exact: bool = True,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
+    origin: Source | Origin | None = None,
     **options: Any,
 ) -> PruningResult:
     """Choose channels by a method under a budget, and remove the others.
@@ -112,6 +118,9 @@ def prune(
             ``graph.inexact`` because of which operators.
         loop: how often log and checkpoints are written.
         run_config: settings for ``config.yaml`` beside the arguments.
+        origin: what builds the full network again, so that ``fastprune.load`` needs no ``model=``:
+            ``fastprune.models.Source("torchvision:resnet50", num_classes=10)``. None = what ``models.create`` has noted
+            in the model, if it made it.
         **options: fields of the method's ``Config``.
 
     Returns:
@@ -119,7 +128,7 @@ def prune(
 
     Raises:
         ValueError: for an unknown method or option, missing data, data that do not fit the example, a run to resume
-            that was begun with other arguments, or a plan that removes nothing.
+            that was begun with other arguments, an origin of another network, or a plan that removes nothing.
         BudgetError: for a malformed budget, or one out of reach; says what limits it.
         LimitError: for limits that contradict each other.
         TraceError, SurgeryError, RunError, Interrupted: see those.
@@ -131,6 +140,7 @@ def prune(
     running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
     worker = make_worker(method, options, data)
     job = Job(worker, goal, tracing, running, Distributed.from_environment())
+    begun_as = origin if isinstance(origin, Origin) else Origin.find(model, origin, after)
     network, inputs, source = job.prepare(model, example_inputs, data)
     task = job.trace(network, inputs, source)
     with run_directory(out, job.settings(), job.peers, resume=resume) as run:
@@ -144,10 +154,12 @@ def prune(
         "seconds": time.monotonic() - begun,
         "search": {**found, **floats(worker.results())},
     }
+    if run is not None and job.peers.is_main:
+        begun_as.keep(run, model, plan.inputs, is_full=after is None)
     job.save(run, compact.model, plan)
     metrics |= job.time(task, compact)  # what took hours is saved by now
     job.log(run, metrics)
-    return PruningResult(compact.model.eval(), plan, metrics, task.graph)
+    return PruningResult(compact.model.eval(), plan, metrics, task.graph, job.settings(), begun_as)
 
 
 @dataclass(frozen=True)

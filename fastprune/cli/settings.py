@@ -143,6 +143,22 @@ class ReportSettings:
 
 
 @dataclass
+class ExportSettings:
+    """Write the network of a run as a file for other runtimes."""
+
+    run: str | None = option(None, "directory of a run", flag=POSITIONAL)
+    out: str = option("", "the file; it is kept only if it computes what the network computes")
+    format: str | None = option(None, "safetensors, pt2 or onnx; by default as the file's suffix says")
+    opset: int | None = option(None, "opset of an ONNX file; by default torch's choice", minimum=1)
+    batch: int | None = option(None, "fixed batch size; by default any", minimum=1)
+    model: str | None = option(None, "full network of a run that was made with a network in memory")
+    num_classes: int | None = option(None, "size of that network's output; by default its own", minimum=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass
 class DemoSettings:
     """Train, prune and fine-tune a small network."""
 

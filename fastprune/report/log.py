@@ -45,7 +45,7 @@ class PruningRun:
         """
         directory = RunDirectory.open(path)
         config = directory.config
-        if config.get("command") != "prune":
+        if config.get("command") not in ("prune", "demo"):
             raise RunError(f"{str(path)!r} is a run of 'fastprune {config.get('command')}': a run of 'prune' is needed")
         if not (isinstance(config.get("method"), str) and isinstance(config.get("budget"), str)):
             raise RunError(f"{str(directory.path / 'config.yaml')!r} does not name a method and a budget")
