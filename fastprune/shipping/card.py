@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from fastprune.engine.run import plain
 from fastprune.methods.registry import load
 from fastprune.options import fields_of
 from fastprune.shipping.subject import Subject
@@ -20,6 +22,9 @@ SETTINGS = (
     *("keep_ratio", "ignore", "keep_class", "inexact", "precision", "channels_last", "seed"),
 )
 """Settings of ``fastprune prune`` in the order of the command."""
+
+SEVERAL = ("keep_ratio", "ignore")
+"""Settings whose values follow one another; other lists are one word."""
 
 ROWS = {"baseline": "before", "compact": "pruned", "fine-tuned": "pruned and fine-tuned"}
 
@@ -118,8 +123,10 @@ def flags(values: Mapping[str, Any]) -> list[str]:
         if value in (None, "", False, [], ()) or (name in PLAIN and value == PLAIN[name]):
             continue
         words.append(f"--{name}")
-        if isinstance(value, (list, tuple)) and "." not in name:
+        if name in SEVERAL:
             words += map(str, value)
+        elif isinstance(value, (list, tuple)):
+            words.append(json.dumps(list(value), separators=(",", ":")))
         elif value is not True or "." in name:
             words.append(str(value).lower() if isinstance(value, bool) else str(value))
     return words
@@ -155,14 +162,13 @@ def changed_options(settings: Mapping[str, Any]) -> dict[str, Any]:
         config = load(str(settings["method"])).Config
     except ValueError:
         return dict(options)
-    defaults = {f.name: getattr(config(), f.name) for f in fields_of(config)}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    return {name: value for name, value in options.items() if plain.get(name, ...) != value}
+    defaults = plain({f.name: getattr(config(), f.name) for f in fields_of(config)})
+    return {name: value for name, value in options.items() if defaults.get(name, ...) != value}
 
 
 def changed_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a training that differ from their defaults, and those that every reader looks for."""
-    defaults = {f.name: getattr(TrainConfig(), f.name) for f in fields(TrainConfig)}
+    defaults = plain({f.name: getattr(TrainConfig(), f.name) for f in fields(TrainConfig)})
     always = {"lr", "schedule", "epochs", "batch_size"}
     names = [name for name in settings if name in {*defaults, "from_scratch"}]
     return {

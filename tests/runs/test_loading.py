@@ -192,9 +192,7 @@ def test_steps_share_the_first_baseline(tmp_path: Path, images: Tensor) -> None:
 
 def test_pruned_before_without_the_first_network(tmp_path: Path, images: Tensor) -> None:
     first = fp.prune(Plain(), images, method="l1")
-    second = fp.prune(
-        first.model, images, method="l1", budget="flops=0.7", after=first.plan, out=tmp_path / "run"
-    )
+    second = fp.prune(first.model, images, method="l1", budget="flops=0.7", after=first.plan, out=tmp_path / "run")
     assert equal(fp.load(tmp_path / "run", model=Plain()), second.model, images)
     with pytest.raises(RunError, match=r"keeps no weights of its baseline: its network had been pruned before"):
         fp.load(tmp_path / "run", "baseline", model=Plain())
