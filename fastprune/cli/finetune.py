@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from fastprune.cli.networks import check_classes, check_fit, check_recipe, measure, open_run_data
+from fastprune.cli.networks import build_code, check_classes, check_fit, check_recipe, measure, open_run_data
 from fastprune.cli.runs import (
     FINETUNE_CONFIG,
     make_config,
@@ -42,8 +42,12 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     if not run.plan_path.is_file():
         raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")
     record = NetworkRecord.read(run, data)
+    if settings.model and record.source is not None:
+        raise ValueError(f"--run {settings.run} has a network of its own: leave out --model")
     known = record.source is not None and config.from_scratch
-    compact = load_pruned(run, data=data, trained=not config.from_scratch, classes=data.num_classes if known else None)
+    full = build_code(settings.model, data) if settings.model else None
+    classes = data.num_classes if known else None
+    compact = load_pruned(run, full, data=data, trained=not config.from_scratch, classes=classes)
     check_fit(compact, record.name, data.shape, training=True)
     check_classes(compact, data)
     with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fastprune import models
 from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, require
 from fastprune.data import SourceData, load_data
-from fastprune.engine import Placement, TrainConfig, choose_device, evaluate
+from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate
 from fastprune.graph import trace
 from fastprune.host.distributed import Distributed
+from fastprune.runs import NetworkRecord
 
 
 def open_data(spec: str, settings: RunSettings) -> SourceData:
@@ -74,6 +75,17 @@ def build_model(settings: ModelSettings, data: SourceData | None) -> nn.Module:
         return models.create(settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights)
     except RuntimeError as error:  # torch's, where the sizes are absurd
         raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
+
+
+def lacks_builder(run: RunDirectory) -> bool:
+    """Return whether a run does not say what builds its network, so that a command needs ``--model``."""
+    return NetworkRecord.read(run).source is None
+
+
+def build_code(name: str, data: SourceData) -> nn.Module:
+    """Build the full network of a run that does not say what builds it; its weights do not matter."""
+    channels = data.shape[0]
+    return models.create(name, data.num_classes, None if channels == 3 else channels)
 
 
 def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, training: bool = False) -> None:

@@ -107,6 +107,7 @@ class FinetuneSettings:
 
     run: str = option("", "directory of a pruning run")
     data: str | None = option(None, "data set to train on in place of the run's")
+    model: str | None = option(None, "full network of a run that was made with a network in memory")
     device: str = option("auto", DEVICE)
     seed: int = option(0, "seed of order, augmentation and dropout", minimum=0, maximum=LARGEST_SEED)
 

@@ -150,7 +150,7 @@ def build_full(
     if record.source is None:
         raise RunError(
             f"{str(run.path)!r}: its network, a {record.class_name}, cannot be built by a name; give the full network, "
-            f"with any weights: fp.load({str(run.path)!r}, model=net), or --model file.py:factory in a command"
+            f"with any weights: fp.load({str(run.path)!r}, model=net), or name it with --model in a command"
         )
     try:
         return record.source.build(classes)

@@ -112,12 +112,19 @@ def test_after_fine_tuning(runs: Path, tmp_path: Path, images: Tensor) -> None:
     assert all(torch.equal(tensor, stored[name]) for name, tensor in after.state_dict().items())
 
 
-def test_trained_from_scratch_for_other_classes(runs: Path, tmp_path: Path, images: Tensor) -> None:
+def test_trained_from_scratch_for_other_classes(
+    runs: Path, tmp_path: Path, images: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(runs / "p", tmp_path / "p")
     line = f"finetune --run {tmp_path}/p --epochs 1 --batch_size 32 --from_scratch true --data synthetic:3x8x8:7:128"
     run(line)
     assert fp.load(tmp_path / "p")(images).shape == (5, 7)
     assert fp.load(tmp_path / "p", "baseline")(images).shape == (5, 4)
+    capsys.readouterr()
+    run(f"evaluate --run {tmp_path}/p --data synthetic:3x8x8:7:128 --json")
+    printed = capsys.readouterr()
+    assert set(json.loads(printed.out)) == {"compact"}
+    assert "the baseline is left out: the compact network was trained for other classes" in printed.err
 
 
 def test_random_weights_are_drawn_again(tmp_path: Path, images: Tensor) -> None:
@@ -223,6 +230,20 @@ def test_evaluate_and_report_of_a_demo(tmp_path: Path, monkeypatch: pytest.Monke
     pytest.importorskip("matplotlib")
     run(f"report --run {tmp_path}/demo")
     assert (tmp_path / "demo" / "report" / "index.html").is_file()
+
+
+def test_commands_for_a_network_in_memory(images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full, out = models.resnet20(num_classes=4), tmp_path / "run"  # not by create: nothing says what builds it
+    fp.prune(full, images, method="l1", out=out)
+    data = f"--data {DATA}"
+    assert main(shlex.split(f"evaluate --run {out} {data}")) == 2
+    assert "name it with --model in a command" in capsys.readouterr().err
+    before = fp.load(out, model=full)
+    run(f"finetune --run {out} {data} --model resnet20 --epochs 1 --batch_size 32")
+    assert not equal(before, fp.load(out, model=full), images)
+    capsys.readouterr()
+    run(f"evaluate --run {out} {data} --model resnet20 --json")
+    assert set(json.loads(capsys.readouterr().out)) == {"baseline", "compact"}
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,6 @@ def test_the_command_with_a_network_in_memory(
     fp.prune(model, images, method="l1", out=tmp_path / "run")
     line = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "net.pt2")]
     assert main(line) == 2
-    assert "--model file.py:factory" in capsys.readouterr().err
+    assert "name it with --model in a command" in capsys.readouterr().err
     assert main([*line, "--model", "resnet20", "--num_classes", "4"]) == 0
     assert (tmp_path / "net.pt2").is_file()
