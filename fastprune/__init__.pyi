@@ -5,6 +5,8 @@ from .planning.budget import Budget, BudgetError, Conditions
 from .planning.limits import LimitError, Limits
 from .pruning import PruningResult, prune
 from .report.compare import Comparison, compare
+from .runs import load
+from .shipping import ExportedFile, ExportError, export, from_pretrained, push_to_hub, save_pretrained
 from .steps import prune_in_steps
 from .surgery import SurgeryError, apply, masked, slice_optimizer, verify
 from .surgery.rewritten import RewrittenNetwork
@@ -18,6 +20,8 @@ __all__ = [
     "Comparison",
     "Conditions",
     "Cost",
+    "ExportError",
+    "ExportedFile",
     "LimitError",
     "Limits",
     "PlanError",
@@ -30,7 +34,10 @@ __all__ = [
     "compare",
     "data",
     "engine",
+    "export",
+    "from_pretrained",
     "graph",
+    "load",
     "masked",
     "methods",
     "models",
@@ -38,7 +45,9 @@ __all__ = [
     "planning",
     "prune",
     "prune_in_steps",
+    "push_to_hub",
     "reference",
+    "save_pretrained",
     "slice_optimizer",
     "surgery",
     "trace",

@@ -35,12 +35,13 @@ from fastprune.host.distributed import Distributed
 from fastprune.host.machine import machine
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.registry import configure, load
-from fastprune.models import save_weights
+from fastprune.models import Source, save_weights
 from fastprune.options import fields_of
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
 from fastprune.result import PruningResult
+from fastprune.runs.origin import Origin
 from fastprune.surgery import cut
 from fastprune.surgery.slicing import copy_model
 from fastprune.surgery.surgery import Cut
@@ -69,6 +70,7 @@ def prune(
     exact: bool = True,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
+    origin: Source | Origin | None = None,
     **options: Any,
 ) -> PruningResult:
     """Choose channels by a method under a budget, and remove the others.
@@ -98,6 +100,9 @@ def prune(
             ``graph.inexact`` because of which operators.
         loop: how often log and checkpoints are written.
         run_config: settings for ``config.yaml`` beside the arguments.
+        origin: what builds the full network again, so that ``fastprune.load`` needs no ``model=``:
+            ``fastprune.models.Source("torchvision:resnet50", num_classes=10)``. None = what ``models.create`` has noted
+            in the model, if it made it.
         **options: fields of the method's ``Config``.
 
     Returns:
@@ -105,7 +110,7 @@ def prune(
 
     Raises:
         ValueError: for an unknown method or option, missing data, data that do not fit the example, a run to resume
-            that was begun with other arguments, or a plan that removes nothing.
+            that was begun with other arguments, an origin of another network, or a plan that removes nothing.
         BudgetError: for a malformed budget, or one out of reach; says what limits it.
         LimitError: for limits that contradict each other.
         TraceError, SurgeryError, RunError, Interrupted: see those.
@@ -117,6 +122,7 @@ def prune(
     running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
     worker = make_worker(method, options, data)
     job = Job(worker, goal, tracing, running, Distributed.from_environment())
+    begun_as = origin if isinstance(origin, Origin) else Origin.find(model, origin, after)
     network, inputs, source = job.prepare(model, example_inputs, data)
     task = job.trace(network, inputs, source)
     with run_directory(out, job.settings(), job.peers, resume=resume) as run:
@@ -130,10 +136,14 @@ def prune(
         "seconds": time.monotonic() - begun,
         "search": {**found, **floats(worker.results())},
     }
+    if run is not None and job.peers.is_main:
+        begun_as.keep(run, model, plan.inputs, is_full=after is None)
     job.save(run, compact.model, plan)
     metrics |= job.time(task, compact, inputs)  # what took hours is saved by now
     job.log(run, metrics)
-    return PruningResult(compact.model.eval(), plan, metrics, task.graph, worker.name, goal.text)
+    return PruningResult(
+        compact.model.eval(), plan, metrics, task.graph, worker.name, goal.text, job.settings(), begun_as
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ from fastprune.host.wording import (
     speed_change,
     text_table,
 )
+from fastprune.runs.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class PruningResult:
         graph: the channel graph of the full model.
         method: the name of the method.
         budget: the budget as it was given.
+        settings: method, budget and all other settings, as ``config.yaml`` has them.
+        origin: what the full network can be built from again.
     """
 
     model: nn.Module
@@ -51,6 +54,8 @@ class PruningResult:
     graph: ChannelGraph
     method: str = ""
     budget: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
 
     def __repr__(self) -> str:
         """Show what was gained; ``summary`` shows every layer."""

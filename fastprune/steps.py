@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fastprune.engine import choose_device
+from fastprune.engine import RunDirectory, choose_device
 from fastprune.graph.export.inputs import Example, Inputs
 from fastprune.graph.model_state import device_of
 from fastprune.host.distributed import Distributed
@@ -18,6 +18,7 @@ from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
 from fastprune.planning.lineage import Lineage
 from fastprune.pruning import PruningResult, Tracing, prune
+from fastprune.runs.origin import Origin
 
 
 def prune_in_steps(
@@ -74,14 +75,17 @@ def prune_in_steps(
         if plan is not None and float(goal.budget.cost(first, plan.mask)) <= target:
             continue
         lineage = Lineage(first, plan) if plan is not None else None
+        run = None if out is None else Path(out) / f"step-{step}"
         result = prune(
             model,
             example_inputs,
             budget=replace(goal.budget, value=target, absolute=True, lineage=lineage),
             limits=replace(goal.limits, lineage=lineage),
-            out=None if out is None else Path(out) / f"step-{step}",
+            out=run,
             after=plan,
             **arguments,
         )
+        if run is not None and Distributed.from_environment().is_main:  # the others write nothing
+            arguments["origin"] = Origin.of_run(RunDirectory.open(run))
         yield result
         model, plan = result.model, result.plan

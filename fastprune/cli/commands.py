@@ -89,6 +89,11 @@ COMMANDS: dict[str, Command] = {
         "fastprune.cli.compare:run_compare",
         (f"{SETTINGS}:CompareSettings",),
     ),
+    "export": Command(
+        "Write the network of a run as a file for other runtimes: safetensors, pt2 or ONNX.",
+        "fastprune.cli.export:run_export",
+        (f"{SETTINGS}:ExportSettings",),
+    ),
     "bench kernels": Command(
         "Time the kernels beside their peers.",
         "fastprune.cli.bench:run_kernels",

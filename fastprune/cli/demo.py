@@ -92,6 +92,9 @@ def show_pruning(settings: DemoSettings) -> dict[str, Any]:
     networks: dict[str, nn.Module] = {"trained": model, "pruned": pruned, "fine-tuned": result.model}
     stages = measure_stages(networks, result, data, device)
     outcome = {"run": str(out), "seconds": time.monotonic() - begun, "stages": stages}
+    trained, cut, tuned = ({name: value for name, value in stage.items() if name != "stage"} for stage in stages)
+    run.log({"stage": "result", "method": "dmc", "budget": "flops=0.5", "baseline": trained, "compact": cut})
+    run.log({"stage": "result", "method": "finetune", "compact": tuned})
     run.log({"stage": "result", **outcome})
     return outcome
 

@@ -14,9 +14,8 @@ from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, 
 from fastprune.data import SourceData, load_data
 from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate
 from fastprune.graph import trace
-from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
-from fastprune.surgery import apply
+from fastprune.runs import NetworkRecord
 
 
 def open_data(spec: str, settings: RunSettings) -> SourceData:
@@ -57,21 +56,19 @@ def make_example(shape: tuple[int, int, int]) -> Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def build_model(settings: ModelSettings, data: SourceData | None, *, classes_of: str | None = None) -> nn.Module:
+def build_model(settings: ModelSettings, data: SourceData | None) -> nn.Module:
     """Build the network with its weights.
 
     Args:
         settings: the network.
         data: the data set, which gives the numbers of channels and classes; None = the weights give the classes.
-        classes_of: a weights file that gives the number of classes if there are neither data nor weights.
     """
     require(model=settings.model)
     channels = input_shape(settings, data)[0]
     if data is not None:
         classes: int | None = data.num_classes
     else:
-        weights = settings.weights or classes_of
-        classes = count_classes(weights) if weights is not None else None
+        classes = models.count_classes(settings.weights) if settings.weights is not None else None
     # Every factory makes networks for 3 channels; only some can be asked for another number.
     in_channels = None if channels == 3 else channels
     try:
@@ -80,30 +77,15 @@ def build_model(settings: ModelSettings, data: SourceData | None, *, classes_of:
         raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
 
 
-def count_classes(weights: str) -> int | None:
-    """Return the number of classes of the last linear layer in a weights file."""
-    matrices = [tensor for tensor in models.read_weights(weights).values() if tensor.dim() == 2]
-    return matrices[-1].shape[0] if matrices else None
+def lacks_builder(run: RunDirectory) -> bool:
+    """Return whether a run does not say what builds its network, so that a command needs ``--model``."""
+    return NetworkRecord.read(run).source is None
 
 
-def build_compact(
-    run: RunDirectory, origin: NetworkSettings, data: SourceData | None, *, trained: bool = True
-) -> nn.Module:
-    """Build the compact network of a pruning run.
-
-    Args:
-        run: the run.
-        origin: the run's settings.
-        data: the data set, see ``build_model``.
-        trained: whether to load the run's current weights; False = leave random ones.
-    """
-    if not run.plan_path.is_file():
-        raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")
-    full = build_model(ModelSettings(origin.model, None, origin.input), data, classes_of=str(run.model_path))
-    compact = apply(PruningPlan.load(run.plan_path), full, check=False)  # verified when the run was made
-    if trained:
-        models.load_weights(compact, run.model_path)
-    return compact.eval()
+def build_code(name: str, data: SourceData) -> nn.Module:
+    """Build the full network of a run that does not say what builds it; its weights do not matter."""
+    channels = data.shape[0]
+    return models.create(name, data.num_classes, None if channels == 3 else channels)
 
 
 def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, training: bool = False) -> None:
@@ -127,6 +109,21 @@ def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, train
             f"model {name!r} cannot take images of {'x'.join(map(str, shape))}: {error}; give images of another "
             "size (--input, --image_size) or another model"
         ) from error
+
+
+def check_classes(model: nn.Module, data: SourceData) -> None:
+    """Refuse data of other classes than a run's network tells apart; labels would mean something else.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    with torch.no_grad():
+        scores = model(torch.zeros(2, *data.shape))
+    if isinstance(scores, Tensor) and scores.dim() == 2 and scores.shape[1] != data.num_classes:
+        raise ValueError(
+            f"data {data.name!r} has {data.num_classes} classes, the run's network tells {scores.shape[1]} apart; "
+            "give data of the same classes"
+        )
 
 
 def check_recipe(config: TrainConfig, device: torch.device) -> None:

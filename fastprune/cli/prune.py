@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastprune.cli.networks import build_compact, build_model, check_fit, input_shape, make_example, measure, open_data
+from fastprune.cli.networks import build_model, check_fit, input_shape, make_example, measure, open_data
 from fastprune.cli.recipes import read_recipe
 from fastprune.cli.runs import FINETUNE_CONFIG, inherit_settings, make_config, print_results, read_begun_settings
 from fastprune.cli.settings import PruneSettings, pick, require
@@ -20,10 +20,12 @@ from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
 from fastprune.methods import registry
 from fastprune.methods.contract import Method
+from fastprune.models import source_of
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.limits import Limits
 from fastprune.pruning import PruningResult, prune
 from fastprune.report.graph_tables import print_difference
+from fastprune.runs import Origin, load_pruned
 
 
 def run_prune(values: dict[str, Any], given: set[str]) -> int:
@@ -60,6 +62,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         after=subject.before,
         exact=not settings.inexact,
         run_config=make_config(settings, "prune", {} if recipe is None else recipe.sections),
+        origin=subject.origin,
         **options,
     )
     tell(settings, subject, result, peers, as_json=values["json"])
@@ -109,12 +112,14 @@ class Subject:
         shape: (C, H, W) of its images.
         data: the data set; None if there is none.
         before: the plan that the network was pruned by already; None for a full one.
+        origin: what the full network can be built from again.
     """
 
     model: nn.Module
     shape: tuple[int, int, int]
     data: SourceData | None
     before: PruningPlan | None
+    origin: Origin
 
 
 def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
@@ -124,11 +129,15 @@ def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
     shape, before = input_shape(settings, data), None
     if settings.from_run is None:
         model = build_model(settings, data)
+        source = source_of(model)
+        # Weights of a user's own function are not ours to draw again.
+        seed = settings.seed if settings.weights is None and source is not None and source.is_known else None
+        origin = Origin(source, type(model).__name__, seed)
     else:
         base = RunDirectory.open(settings.from_run, peers)
-        model, before = build_compact(base, settings, data), PruningPlan.load(base.plan_path)
+        model, before, origin = load_pruned(base, data=data), PruningPlan.load(base.plan_path), Origin.of_run(base)
     check_fit(model, settings.model, shape)
-    return Subject(model, shape, data, before)
+    return Subject(model, shape, data, before, origin)
 
 
 def tell(

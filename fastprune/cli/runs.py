@@ -15,6 +15,7 @@ from fastprune.cli.settings import require
 from fastprune.engine import RunDirectory
 from fastprune.host.distributed import Distributed
 from fastprune.report import tables
+from fastprune.runs import NetworkRecord
 
 FINETUNE_CONFIG = "finetune.yaml"  # in the run's directory, beside its config.yaml
 
@@ -44,8 +45,11 @@ def inherit_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     own = sorted({"model", "weights", "recipe"} & given)
     if own:
         raise ValueError(f"--from_run {values['from_run']} has a network of its own: leave out --{own[0]}")
-    earlier = RunDirectory.open(values["from_run"]).config
-    if earlier.get("command") != "prune":
+    run = RunDirectory.open(values["from_run"])
+    earlier = run.config
+    if run.network_path.is_file() and not earlier.get("model"):  # a run of the Python interface
+        earlier["model"] = NetworkRecord.read(run).name
+    if earlier.get("command") not in ("prune", "demo"):
         raise ValueError(f"--from_run {values['from_run']}: this is a run of 'fastprune {earlier.get('command')}'")
     # The held-out part stays what it was: the earlier run has trained on the rest.
     names = {"data", "image_size", "held_out", "seed"} - given

@@ -107,6 +107,7 @@ class FinetuneSettings:
 
     run: str = option("", "directory of a pruning run")
     data: str | None = option(None, "data set to train on in place of the run's")
+    model: str | None = option(None, "full network of a run that was made with a network in memory")
     device: str = option("auto", DEVICE)
     seed: int = option(0, "seed of order, augmentation and dropout", minimum=0, maximum=LARGEST_SEED)
 
@@ -148,6 +149,21 @@ class CompareSettings:
 
     runs: tuple[str, ...] = option((), "directories of pruning runs", flag=POSITIONALS)
     chart: str = option("trade-off.svg", "file for the chart of accuracy over cost (.svg, .png or .pdf)")
+
+
+class ExportSettings:
+    """Write the network of a run as a file for other runtimes."""
+
+    run: str | None = option(None, "directory of a run", flag=POSITIONAL)
+    out: str = option("", "the file; it is kept only if it computes what the network computes")
+    format: str | None = option(None, "safetensors, pt2 or onnx; by default as the file's suffix says")
+    opset: int | None = option(None, "opset of an ONNX file; by default torch's choice", minimum=1)
+    batch: int | None = option(None, "fixed batch size; by default any", minimum=1)
+    model: str | None = option(None, "full network of a run that was made with a network in memory")
+    num_classes: int | None = option(None, "size of that network's output; by default its own", minimum=1)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass

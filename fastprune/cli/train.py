@@ -13,7 +13,10 @@ from fastprune.cli.runs import make_config, print_results, read_begun_settings
 from fastprune.cli.settings import NetworkSettings, pick, require
 from fastprune.engine import TrainConfig, choose_device, train
 from fastprune.engine.run import plain, run_directory
+from fastprune.graph.export.inputs import InputSpec
 from fastprune.host.distributed import Distributed
+from fastprune.models import source_of
+from fastprune.runs import NetworkRecord
 
 
 def run_train(values: dict[str, Any], given: set[str]) -> int:
@@ -40,6 +43,9 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
             distributed=peers,
             resume=values["resume"],
         )
+        if run is not None and peers.is_main:
+            inputs = (InputSpec((2, *data.shape), "float32"),)
+            NetworkRecord(type(model).__name__, source_of(model), inputs).save(run)
     result = measure({"model": model}, data, settings.device, peers)
     print_results(result, values["json"], peers, Path(str(settings.out)))
     return 0

@@ -18,6 +18,9 @@ from fastprune.models.weights import load_weights
 
 _suggestion = partial(did_you_mean, form=" ({})", most=3, show=str)
 
+MARK = "_fastprune_source"
+"""Attribute of a network with the arguments of ``create``: a plain tuple, so that pickles need no class of ours."""
+
 OWN: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
     "resnet32": resnet32,
@@ -70,6 +73,7 @@ def create(
         model = _create_by_factory(source, name, num_classes, in_channels)
     if weights is not None:
         load_weights(model, weights)
+    vars(model)[MARK] = (spec, num_classes, in_channels)
     return model
 
 

@@ -101,6 +101,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(given)
 
 
+def count_classes(path: str | Path) -> int | None:
+    """Return the number of classes of the last linear layer in a weights file; None without such a layer."""
+    matrices = [tensor for tensor in read_weights(path).values() if tensor.dim() == 2]
+    return matrices[-1].shape[0] if matrices else None
+
+
 def _describe(what: str, names: list[str], limit: int = 5) -> list[str]:
     if not names:
         return []
