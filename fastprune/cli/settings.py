@@ -151,6 +151,7 @@ class CompareSettings:
     chart: str = option("trade-off.svg", "file for the chart of accuracy over cost (.svg, .png or .pdf)")
 
 
+@dataclass
 class ExportSettings:
     """Write the network of a run as a file for other runtimes."""
 
