@@ -29,6 +29,7 @@ from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.export.inputs import Example, Inputs
 from fastprune.graph.model_state import device_of
 from fastprune.graph.plan import PruningPlan
+from fastprune.host import progress
 from fastprune.host.distributed import Distributed
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.registry import configure, load
@@ -233,6 +234,11 @@ class Job:
     running: RunOptions
     peers: Distributed
 
+    @property
+    def shows(self) -> bool:
+        """Whether this process shows progress."""
+        return self.peers.is_main and (self.running.loop is None or self.running.loop.progress)
+
     def settings(self) -> dict[str, Any]:
         """Return the content of ``config.yaml``."""
         config = self.worker.config
@@ -263,7 +269,8 @@ class Job:
     def trace(self, network: nn.Module, inputs: Inputs, source: Data | None) -> Task:
         """Trace the network and set the method up for it."""
         place, seed = self.running.placement, self.running.seed
-        graph = self.tracing.trace(network, inputs, place.device)
+        with progress.begin("tracing the network", wanted=self.shows):
+            graph = self.tracing.trace(network, inputs, place.device)
         self.goal.require_reachable(graph, self.peers)
         task = Task(
             model=network,
@@ -294,9 +301,11 @@ class Job:
 
     def cut(self, task: Task) -> Cut:
         """Remove the channels that the method's plan gives up."""
-        plan = self.worker.plan(task)
+        with progress.begin("choosing channels", wanted=self.shows):
+            plan = self.worker.plan(task)
         self.goal.check(plan, task.graph)
-        return cut(plan, task.model, task.graph.traced)
+        with progress.begin("cutting and verifying", wanted=self.shows):
+            return cut(plan, task.model, task.graph.traced)
 
     def save(self, run: RunDirectory | None, model: nn.Module, plan: PruningPlan) -> None:
         """Write plan and weights."""
@@ -313,7 +322,8 @@ class Job:
             "ms": {"full": float(budget.cost(graph)), "planned": float(budget.cost(graph, compact.plan.mask))}
         }
         if self.peers.is_main:  # one process at a time
-            times |= measure(budget.conditions, graph, {"full": task.model, "planned": compact.model})
+            with progress.begin("timing both networks", wanted=self.shows):
+                times |= measure(budget.conditions, graph, {"full": task.model, "planned": compact.model})
         return times
 
     def log(self, run: RunDirectory | None, metrics: Mapping[str, Any]) -> None:
