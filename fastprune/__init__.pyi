@@ -1,4 +1,5 @@
 from . import data, engine, graph, methods, models, ops, planning, reference, surgery
+from .engine.loggers import Logger
 from .graph import ChannelGraph, Cost, TraceError, trace
 from .graph.plan import PlanError, PruningPlan
 from .planning.budget import Budget, BudgetError, Conditions
@@ -18,6 +19,7 @@ __all__ = [
     "Cost",
     "LimitError",
     "Limits",
+    "Logger",
     "PlanError",
     "PruningPlan",
     "PruningResult",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fastprune.engine import (
     run_phases,
     seed_everything,
 )
+from fastprune.engine.loggers import Callback, Logger, MakeLogger, Records, load_loggers, open_records
 from fastprune.engine.loop import floats
 from fastprune.engine.run import plain, run_directory
 from fastprune.graph import ChannelGraph, trace
@@ -84,6 +86,8 @@ def prune(
     exact: bool = True,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
+    log: Sequence[str | Logger] = (),
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> PruningResult:
     """Choose channels by a method under a budget, and remove the others.
@@ -113,6 +117,8 @@ def prune(
             ``graph.inexact`` because of which operators.
         loop: how often log and checkpoints are written.
         run_config: settings for ``config.yaml`` beside the arguments.
+        log: loggers: names ("tensorboard", "csv", "wandb", "mlflow"), which need ``out``, or ``Logger`` objects.
+        callbacks: functions that get every record of the log, a dict with ``stage``, ``step`` and metrics.
         **options: fields of the method's ``Config``.
 
     Returns:
@@ -130,24 +136,27 @@ def prune(
     goal = Goal.make(budget, conditions, limits, where)
     tracing = Tracing(rewrite, ignore, exact)
     running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
+    makers = load_loggers(log)
     worker = make_worker(method, options, data)
     job = Job(worker, goal, tracing, running, Distributed.from_environment())
     network, inputs, source = job.prepare(model, example_inputs, data)
     task = job.trace(network, inputs, source)
-    with run_directory(out, job.settings(), job.peers, resume=resume) as run:
-        found = job.search(task, source, run)
-        compact = job.cut(task)
-        plan = compact.plan if after is None else after.then(compact.plan)
-    metrics: dict[str, Any] = {
-        "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
-        "params": {"full": plan.params[0], "planned": plan.params[1]},
-        "difference": compact.difference,
-        "seconds": time.monotonic() - begun,
-        "search": {**found, **floats(worker.results())},
-    }
-    job.save(run, compact.model, plan)
-    metrics |= job.time(task, compact)  # what took hours is saved by now
-    job.log(run, metrics)
+    with ExitStack() as logging:
+        with run_directory(out, job.settings(), job.peers, resume=resume) as run:
+            records = logging.enter_context(job.open_records(makers, callbacks, run))
+            found = job.search(task, source, run, records)
+            compact = job.cut(task)
+            plan = compact.plan if after is None else after.then(compact.plan)
+        metrics: dict[str, Any] = {
+            "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
+            "params": {"full": plan.params[0], "planned": plan.params[1]},
+            "difference": compact.difference,
+            "seconds": time.monotonic() - begun,
+            "search": {**found, **floats(worker.results())},
+        }
+        job.save(run, compact.model, plan)
+        metrics |= job.time(task, compact)  # what took hours is saved by now
+        job.log(run, metrics, records)
     return PruningResult(compact.model.eval(), plan, metrics, task.graph)
 
 
@@ -286,7 +295,14 @@ class Job:
         self.worker.setup(task)
         return task
 
-    def search(self, task: Task, source: Data | None, run: RunDirectory | None) -> dict[str, float]:
+    def open_records(
+        self, log: Sequence[MakeLogger | Logger], callbacks: Sequence[Callback], run: RunDirectory | None
+    ) -> AbstractContextManager[Records]:
+        """Open what gets every record of the run."""
+        folder = None if run is None else run.path
+        return open_records(log, callbacks, folder, self.settings(), wanted=self.peers.is_main)
+
+    def search(self, task: Task, source: Data | None, run: RunDirectory | None, records: Records) -> dict[str, float]:
         """Run the method's phases; return the last value of every metric."""
         return run_phases(
             self.worker,
@@ -297,6 +313,7 @@ class Job:
             resume=self.running.resume,
             placement=self.running.placement,
             options=self.running.loop,
+            records=records,
         )
 
     def cut(self, task: Task) -> Cut:
@@ -326,10 +343,13 @@ class Job:
                 times |= measure(budget.conditions, graph, {"full": task.model, "planned": compact.model})
         return times
 
-    def log(self, run: RunDirectory | None, metrics: Mapping[str, Any]) -> None:
+    def log(self, run: RunDirectory | None, metrics: Mapping[str, Any], records: Records) -> None:
         """Write the last line of the log and wait for all ranks."""
-        if run is not None and self.peers.is_main:
-            run.log({"stage": "plan", **metrics})
+        if self.peers.is_main:
+            line = {"stage": "plan", **metrics}
+            if run is not None:
+                run.log(line)
+            records(line)
         self.peers.barrier()
 
 

@@ -22,6 +22,7 @@ from fastprune.cli.runs import (
 )
 from fastprune.cli.settings import FinetuneConfig, FinetuneSettings, NetworkSettings, pick, require
 from fastprune.engine import RunDirectory, choose_device, train
+from fastprune.engine.loggers import load_loggers, split_names
 from fastprune.engine.run import plain, took_steps
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
@@ -36,6 +37,7 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     settings, config = choose_settings(run, settings, values, given)
     check_recipe(config, choose_device(settings.device))
     origin = pick(NetworkSettings, run.config)
+    load_loggers(split_names(settings.log))
     data = open_run_data(origin, settings.data)
     torch.manual_seed(settings.seed)
     compact = build_compact(run, origin, data, trained=not config.from_scratch)
@@ -43,7 +45,7 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
         train(
             compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
-            resume=values["resume"], stage="finetune",
+            resume=values["resume"], stage="finetune", log=split_names(settings.log),
         )  # fmt: skip
     result = measure({"compact": compact}, data, settings.device, peers)
     run.log({"stage": "result", "method": "finetune", **result})

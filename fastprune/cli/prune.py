@@ -16,6 +16,7 @@ from fastprune.cli.runs import FINETUNE_CONFIG, inherit_settings, make_config, p
 from fastprune.cli.settings import PruneSettings, pick, require
 from fastprune.data import SourceData
 from fastprune.engine import RunDirectory
+from fastprune.engine.loggers import load_loggers, split_names
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
 from fastprune.methods import registry
@@ -37,6 +38,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     if method.needs_data and not settings.data:
         raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
     Budget.parse(settings.budget)
+    load_loggers(split_names(settings.log))
     limits, conditions = make_limits(settings), make_conditions(settings)
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
     peers = Distributed.from_environment()
@@ -60,6 +62,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         after=subject.before,
         exact=not settings.inexact,
         run_config=make_config(settings, "prune", {} if recipe is None else recipe.sections),
+        log=split_names(settings.log),
         **options,
     )
     tell(settings, subject, result, peers, as_json=values["json"])

@@ -17,6 +17,7 @@ from fastprune.training.options import PRECISIONS, TrainConfig
 from fastprune.training.schedule import SCHEDULES
 
 DEVICE = "device: auto, cpu, cuda or cuda:N"
+LOG = "loggers beside metrics.jsonl, with commas between them: csv, tensorboard, wandb, mlflow"
 IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their output channels"
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
@@ -45,6 +46,7 @@ class RunSettings:
     )
     seed: int = option(0, "seed of everything random", minimum=0, maximum=LARGEST_SEED)
     device: str = option("auto", DEVICE)
+    log: str | None = option(None, LOG)
 
     def __post_init__(self) -> None:
         check(self)
@@ -109,6 +111,7 @@ class FinetuneSettings:
     data: str | None = option(None, "data set to train on in place of the run's")
     device: str = option("auto", DEVICE)
     seed: int = option(0, "seed of order, augmentation and dropout", minimum=0, maximum=LARGEST_SEED)
+    log: str | None = option(None, LOG)
 
     def __post_init__(self) -> None:
         check(self)

@@ -12,6 +12,7 @@ from fastprune.cli.networks import build_model, check_fit, check_recipe, measure
 from fastprune.cli.runs import make_config, print_results, read_begun_settings
 from fastprune.cli.settings import NetworkSettings, pick, require
 from fastprune.engine import TrainConfig, choose_device, train
+from fastprune.engine.loggers import load_loggers, split_names
 from fastprune.engine.run import plain, run_directory
 from fastprune.host.distributed import Distributed
 
@@ -23,6 +24,7 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
     settings, config = pick(NetworkSettings, values), pick(TrainConfig, values)
     require(model=settings.model, data=settings.data, out=settings.out)
     check_recipe(config, choose_device(settings.device))
+    load_loggers(split_names(settings.log))
     peers = Distributed.from_environment()
     data = open_data(str(settings.data), settings)
     torch.manual_seed(settings.seed)
@@ -39,6 +41,7 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
             device=settings.device,
             distributed=peers,
             resume=values["resume"],
+            log=split_names(settings.log),
         )
     result = measure({"model": model}, data, settings.device, peers)
     print_results(result, values["json"], peers, Path(str(settings.out)))

@@ -16,6 +16,7 @@ from fastprune.data.sources import Batch
 from fastprune.engine.checkpoint import Checkpoints
 from fastprune.engine.device import Placement
 from fastprune.engine.interruption import Interruption
+from fastprune.engine.loggers import Records
 from fastprune.engine.meter import Meter, NonFiniteError
 from fastprune.engine.phase_batches import PhaseBatches
 from fastprune.engine.run import RunDirectory
@@ -90,6 +91,7 @@ def run_phases(
     resume: bool = False,
     placement: Placement | None = None,
     options: LoopOptions | None = None,
+    records: Records | None = None,
 ) -> dict[str, float]:
     """Run all phases of ``worker``; a run that is stopped anywhere and resumed ends with the same bits.
 
@@ -104,6 +106,7 @@ def run_phases(
         resume: whether to continue from the newest checkpoint of ``stage`` in ``run``, if there is one.
         placement: device, precision and layout; None = the task's device in float32.
         options: how often to write.
+        records: what gets every line of the log, besides ``run``; on rank 0 only.
 
     Returns:
         The last value of every metric, without families (names with a slash, see ``Phase``).
@@ -113,7 +116,8 @@ def run_phases(
         NonFiniteError: if a loss is infinite or not a number; no checkpoint has it.
         ValueError: if the worker has phases but ``data`` is None.
     """
-    loop = Loop(worker, task, data, run, stage, placement or Placement(task.device), options or LoopOptions())
+    placement, options = placement or Placement(task.device), options or LoopOptions()
+    loop = Loop(worker, task, data, run, stage, placement, options, records or Records())
     if not (resume and loop.resume()):
         loop.start()
     loop.run()
@@ -135,10 +139,11 @@ class Loop(Generic[T]):
         stage: str,
         placement: Placement,
         options: LoopOptions,
+        records: Records,
     ) -> None:
         self.worker, self.task, self.data = worker, task, data
         self.directory, self.stage = directory, stage
-        self.placement, self.options = placement, options
+        self.placement, self.options, self.records = placement, options, records
         self.peers = task.distributed
         self.position, self.meter = Position(), Meter(placement.device)
         self.latest: dict[str, float] = {}
@@ -305,9 +310,13 @@ class Loop(Generic[T]):
     def record(self, phase: Phase | Rounds, metrics: Mapping[str, float]) -> None:
         """Write a line of the log."""
         self.latest.update({name: value for name, value in metrics.items() if "/" not in name})
-        if self.directory is not None and metrics:
+        if metrics:
             place = {"stage": self.stage, "phase": phase.name, "epoch": self.position.epoch}
-            self.directory.log({**place, "step": self.position.total, **metrics})
+            line = {**place, "step": self.position.total, **metrics}
+            if self.directory is not None:
+                self.directory.log(line)
+            if self.peers.is_main:
+                self.records(line)
 
     def save_if_due(self, due: bool) -> None:
         """Write a checkpoint if it is ``due`` or the last one is too old."""
