@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from fastprune.cli.advice import at_chance, word
 from fastprune.cli.networks import build_compact, check_fit, check_recipe, measure, open_run_data
 from fastprune.cli.runs import (
     FINETUNE_CONFIG,
@@ -49,7 +50,8 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
         )  # fmt: skip
     result = measure({"compact": compact}, data, settings.device, peers)
     run.log({"stage": "result", "method": "finetune", **result})
-    print_results(result, values["json"], peers, run.path)
+    odd = at_chance(result, data)
+    print_results(result, values["json"], peers, run.path, [*odd, f"next: fastprune report --run {word(settings.run)}"])
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastprune.cli.arguments import list_names, read_invocation, refuse_unknown
 from fastprune.cli.commands import COMMANDS
+from fastprune.cli.help import print_help, wants_help
 from fastprune.cli.parser import parse
 from fastprune.host.errors import Interrupted, UserError
 from fastprune.host.signals import EXIT_INTERRUPTED, Interrupts
@@ -36,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Interrupts() as interrupts:
         try:
             invocation = read_invocation(given)
-            if not {"-h", "--help"} & set(given):
-                refuse_unknown(given, invocation)
+            if wants_help(given):
+                print_help(invocation, given)
+                return 0
+            refuse_unknown(given, invocation)
             command, settings = str(invocation.command), parse(given, invocation)
             run = COMMANDS[command].load_run()
             interrupts.has_work = True

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprune.cli.advice import after_pruning, at_chance, warn_of_random_weights
 from fastprune.cli.networks import build_compact, build_model, check_fit, input_shape, make_example, measure, open_data
 from fastprune.cli.recipes import read_recipe
 from fastprune.cli.runs import FINETUNE_CONFIG, inherit_settings, make_config, print_results, read_begun_settings
@@ -43,6 +44,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
     peers = Distributed.from_environment()
     subject = load_subject(settings, peers)
+    warn_of_random_weights(settings, peers)
     result = prune(
         subject.model,
         make_example(subject.shape),
@@ -153,4 +155,5 @@ def tell(
             compared["inexact"] = {"difference": difference, "operators": operators}
         elif peers.is_main:
             print_difference(difference, operators)
-    print_results(compared, as_json, peers, run.path)
+    odd = at_chance(compared, subject.data)
+    print_results(compared, as_json, peers, run.path, [*odd, after_pruning(settings, compared)])

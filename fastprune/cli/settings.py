@@ -81,7 +81,7 @@ class PruneSettings(NetworkSettings):
         None, "prune the network of this earlier run further; budget and limits are relative to it as it is now"
     )
     recipe: str | None = option(
-        None, "YAML file with all settings of a paper's row (see recipes/); what is given here wins over it"
+        None, "all settings of a paper's row: a name of 'fastprune recipes ls' or a YAML file; what is given here wins"
     )
     method: str = option("dmc", "pruning method; 'fastprune methods' lists them")
     budget: str = option("flops=0.5", "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …")

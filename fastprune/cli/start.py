@@ -17,6 +17,10 @@ def main() -> int:
     """Run the command line of this process; return its exit code."""
     signal.signal(signal.SIGINT, leave)
     try:
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+            from fastprune.cli.completion import answer
+
+            answer()
         from fastprune.cli.main import main as run
 
         return run()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastprune.cli.advice import after_training, at_chance
 from fastprune.cli.networks import build_model, check_fit, check_recipe, measure, open_data
 from fastprune.cli.runs import make_config, print_results, read_begun_settings
 from fastprune.cli.settings import NetworkSettings, pick, require
@@ -44,5 +45,6 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
             log=split_names(settings.log),
         )
     result = measure({"model": model}, data, settings.device, peers)
-    print_results(result, values["json"], peers, Path(str(settings.out)))
+    advice = [*at_chance(result, data), after_training(settings)]
+    print_results(result, values["json"], peers, Path(str(settings.out)), advice)
     return 0

@@ -32,7 +32,7 @@ class CSVFile:
     def log(self, record: Record) -> None:
         """Add a row."""
         # The record is in metrics.jsonl already.
-        new = [record] if self.rows else self.run.metrics() or [record]
+        new: list[Record] = [record] if self.rows else [*self.run.metrics()] or [record]
         rows = [flatten(line) for line in new]
         names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in self.columns]
         rewrite = bool(names) or not self.rows
