@@ -5,6 +5,7 @@ from .graph.plan import PlanError, PruningPlan
 from .planning.budget import Budget, BudgetError, Conditions
 from .planning.limits import LimitError, Limits
 from .pruning import PruningResult, prune
+from .sensitivity import Sensitivity, sensitivity
 from .steps import prune_in_steps
 from .surgery import SurgeryError, apply, masked, slice_optimizer, verify
 from .surgery.rewritten import RewrittenNetwork
@@ -24,6 +25,7 @@ __all__ = [
     "PruningPlan",
     "PruningResult",
     "RewrittenNetwork",
+    "Sensitivity",
     "SurgeryError",
     "TraceError",
     "apply",
@@ -38,6 +40,7 @@ __all__ = [
     "prune",
     "prune_in_steps",
     "reference",
+    "sensitivity",
     "slice_optimizer",
     "surgery",
     "trace",

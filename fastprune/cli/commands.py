@@ -64,6 +64,11 @@ COMMANDS: dict[str, Command] = {
         "fastprune.cli.inspection:run_inspect",
         (f"{SETTINGS}:InspectSettings",),
     ),
+    "sensitivity": Command(
+        "Measure how much accuracy each group of channels costs, without training.",
+        "fastprune.cli.sensitivity:run_sensitivity",
+        (f"{SETTINGS}:SensitivitySettings",),
+    ),
     "prune": Command(
         "Prune a trained network.",
         "fastprune.cli.prune:run_prune",

@@ -28,6 +28,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": ("fastprune train --model resnet56 --data cifar10:FOLDER --epochs 200 --out runs/base",),
     "methods": ("fastprune methods", "fastprune methods dmc"),
     "inspect": ("fastprune inspect --model torchvision:resnet50",),
+    "sensitivity": ("fastprune sensitivity --model resnet56 --weights W.safetensors --data cifar10:FOLDER --out sens",),
     "prune": (
         "fastprune prune --model resnet56 --data cifar10:FOLDER --weights W.safetensors --out runs/dmc",
         "fastprune prune --model torchvision:resnet50 --weights W.safetensors --method l1 --out runs/l1",

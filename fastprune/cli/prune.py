@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastprune.cli.advice import after_pruning, at_chance, warn_of_random_weights
+from fastprune.cli.dry_run import dry_run
 from fastprune.cli.networks import build_compact, build_model, check_fit, input_shape, make_example, measure, open_data
 from fastprune.cli.recipes import read_recipe
 from fastprune.cli.runs import FINETUNE_CONFIG, inherit_settings, make_config, print_results, read_begun_settings
@@ -33,7 +34,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     if values["resume"]:
         values = read_search_settings(values, given)
     settings = pick(PruneSettings, inherit_settings(values, given))
-    require(model=settings.model, out=settings.out)
+    require(model=settings.model, **({} if settings.dry_run else {"out": settings.out}))
     method = registry.load(settings.method)
     options = method_options(method, values.get(settings.method))
     if method.needs_data and not settings.data:
@@ -44,6 +45,8 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
     peers = Distributed.from_environment()
     subject = load_subject(settings, peers)
+    if settings.dry_run:
+        return dry_run(settings, subject, method, options, limits, conditions, peers, as_json=values["json"])
     warn_of_random_weights(settings, peers)
     result = prune(
         subject.model,

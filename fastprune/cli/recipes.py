@@ -14,7 +14,7 @@ from fastprune.methods import registry
 from fastprune.options import build
 from fastprune.planning.budget import Budget
 
-PLACES = {"data", "weights", "out", "from_run", "recipe"}
+PLACES = {"data", "weights", "out", "from_run", "recipe", "dry_run", "log"}
 """Settings of ``prune`` that differ from machine to machine, and that no recipe has."""
 
 NEEDED = ("model", "method", "budget")

@@ -80,7 +80,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def make_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of ``config.yaml``: the settings, with files by their absolute paths."""
     values = asdict(settings)
-    for name in ("out", "run"):
+    for name in ("out", "run", "dry_run"):
         values.pop(name, None)
     for name in ("weights", "from_run", "recipe"):
         if values.get(name):

@@ -101,6 +101,27 @@ class PruneSettings(NetworkSettings):
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
+    dry_run: bool = option(False, "say what would be done: groups, widths, cost, time; write nothing", flag=SWITCH)
+
+
+@dataclass
+class SensitivitySettings(ModelSettings):
+    """A network, its data, and the parts to measure."""
+
+    data: str | None = option(None, "data set, of which the held-out part is measured; see 'fastprune train --help'")
+    out: str | None = option(None, "folder for a chart and a file of keep_ratio; without it nothing is written")
+    ratios: tuple[float, ...] = option((0.1, 0.25, 0.5, 0.75, 0.9), "parts of a group that stay", above=0.0, below=1.0)
+    drop: float = option(0.01, "accuracy that a group may cost in the suggestion; 0.01 is one point", minimum=0.0)
+    image_size: int | None = option(None, "side of the images in pixels; by default the data's own", minimum=1)
+    held_out: float | None = option(
+        None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
+    )
+    ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
+    seed: int = option(0, "seed of the held-out part", minimum=0, maximum=LARGEST_SEED)
+    device: str = option("auto", DEVICE)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass
