@@ -1,4 +1,5 @@
 from . import data, engine, graph, methods, models, ops, planning, reference, surgery
+from .engine.loggers import Logger
 from .graph import ChannelGraph, Cost, TraceError, trace
 from .graph.plan import PlanError, PruningPlan
 from .planning.budget import Budget, BudgetError, Conditions
@@ -6,6 +7,7 @@ from .planning.limits import LimitError, Limits
 from .pruning import PruningResult, prune
 from .report.compare import Comparison, compare
 from .runs import load
+from .sensitivity import Sensitivity, sensitivity
 from .shipping import ExportedFile, ExportError, export, from_pretrained, push_to_hub, save_pretrained
 from .steps import prune_in_steps
 from .surgery import SurgeryError, apply, masked, slice_optimizer, verify
@@ -24,10 +26,12 @@ __all__ = [
     "ExportedFile",
     "LimitError",
     "Limits",
+    "Logger",
     "PlanError",
     "PruningPlan",
     "PruningResult",
     "RewrittenNetwork",
+    "Sensitivity",
     "SurgeryError",
     "TraceError",
     "apply",
@@ -48,6 +52,7 @@ __all__ = [
     "push_to_hub",
     "reference",
     "save_pretrained",
+    "sensitivity",
     "slice_optimizer",
     "surgery",
     "trace",

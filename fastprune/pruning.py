@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,14 @@ from fastprune.engine import (
     seed_everything,
 )
 from fastprune.engine.latency import time_calls
+from fastprune.engine.loggers import Callback, Logger, MakeLogger, Records, load_loggers, open_records
 from fastprune.engine.loop import floats
 from fastprune.engine.run import plain, run_directory
 from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.export.inputs import Example, Inputs
 from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.graph.plan import PruningPlan
+from fastprune.host import progress
 from fastprune.host.distributed import Distributed
 from fastprune.host.machine import machine
 from fastprune.methods.contract import Method, Task
@@ -71,6 +74,8 @@ def prune(
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
     origin: Source | Origin | None = None,
+    log: Sequence[str | Logger] = (),
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> PruningResult:
     """Choose channels by a method under a budget, and remove the others.
@@ -103,6 +108,8 @@ def prune(
         origin: what builds the full network again, so that ``fastprune.load`` needs no ``model=``:
             ``fastprune.models.Source("torchvision:resnet50", num_classes=10)``. None = what ``models.create`` has noted
             in the model, if it made it.
+        log: loggers: names ("tensorboard", "csv", "wandb", "mlflow"), which need ``out``, or ``Logger`` objects.
+        callbacks: functions that get every record of the log, a dict with ``stage``, ``step`` and metrics.
         **options: fields of the method's ``Config``.
 
     Returns:
@@ -120,27 +127,30 @@ def prune(
     goal = Goal.make(budget, conditions, limits, where)
     tracing = Tracing(rewrite, ignore, exact)
     running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
+    makers = load_loggers(log)
     worker = make_worker(method, options, data)
     job = Job(worker, goal, tracing, running, Distributed.from_environment())
     begun_as = origin if isinstance(origin, Origin) else Origin.find(model, origin, after)
     network, inputs, source = job.prepare(model, example_inputs, data)
     task = job.trace(network, inputs, source)
-    with run_directory(out, job.settings(), job.peers, resume=resume) as run:
-        found = job.search(task, source, run)
-        compact = job.cut(task)
-        plan = compact.plan if after is None else after.then(compact.plan)
-    metrics: dict[str, Any] = {
-        "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
-        "params": {"full": plan.params[0], "planned": plan.params[1]},
-        "difference": compact.difference,
-        "seconds": time.monotonic() - begun,
-        "search": {**found, **floats(worker.results())},
-    }
-    if run is not None and job.peers.is_main:
-        begun_as.keep(run, model, plan.inputs, is_full=after is None)
-    job.save(run, compact.model, plan)
-    metrics |= job.time(task, compact, inputs)  # what took hours is saved by now
-    job.log(run, metrics)
+    with ExitStack() as logging:
+        with run_directory(out, job.settings(), job.peers, resume=resume) as run:
+            records = logging.enter_context(job.open_records(makers, callbacks, run))
+            found = job.search(task, source, run, records)
+            compact = job.cut(task)
+            plan = compact.plan if after is None else after.then(compact.plan)
+        metrics: dict[str, Any] = {
+            "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
+            "params": {"full": plan.params[0], "planned": plan.params[1]},
+            "difference": compact.difference,
+            "seconds": time.monotonic() - begun,
+            "search": {**found, **floats(worker.results())},
+        }
+        if run is not None and job.peers.is_main:
+            begun_as.keep(run, model, plan.inputs, is_full=after is None)
+        job.save(run, compact.model, plan)
+        metrics |= job.time(task, compact, inputs)  # what took hours is saved by now
+        job.log(run, metrics, records)
     return PruningResult(
         compact.model.eval(), plan, metrics, task.graph, worker.name, goal.text, job.settings(), begun_as
     )
@@ -229,6 +239,11 @@ class Job:
     running: RunOptions
     peers: Distributed
 
+    @property
+    def shows(self) -> bool:
+        """Whether this process shows progress."""
+        return self.peers.is_main and (self.running.loop is None or self.running.loop.progress)
+
     def settings(self) -> dict[str, Any]:
         """Return the content of ``config.yaml``."""
         config = self.worker.config
@@ -259,7 +274,8 @@ class Job:
     def trace(self, network: nn.Module, inputs: Inputs, source: Data | None) -> Task:
         """Trace the network and set the method up for it."""
         place, seed = self.running.placement, self.running.seed
-        graph = self.tracing.trace(network, inputs, place.device)
+        with progress.begin("tracing the network", wanted=self.shows):
+            graph = self.tracing.trace(network, inputs, place.device)
         self.goal.require_reachable(graph, self.peers)
         task = Task(
             model=network,
@@ -275,7 +291,14 @@ class Job:
         self.worker.setup(task)
         return task
 
-    def search(self, task: Task, source: Data | None, run: RunDirectory | None) -> dict[str, float]:
+    def open_records(
+        self, log: Sequence[MakeLogger | Logger], callbacks: Sequence[Callback], run: RunDirectory | None
+    ) -> AbstractContextManager[Records]:
+        """Open what gets every record of the run."""
+        folder = None if run is None else run.path
+        return open_records(log, callbacks, folder, self.settings(), wanted=self.peers.is_main)
+
+    def search(self, task: Task, source: Data | None, run: RunDirectory | None, records: Records) -> dict[str, float]:
         """Run the method's phases; return the last value of every metric."""
         return run_phases(
             self.worker,
@@ -286,13 +309,16 @@ class Job:
             resume=self.running.resume,
             placement=self.running.placement,
             options=self.running.loop,
+            records=records,
         )
 
     def cut(self, task: Task) -> Cut:
         """Remove the channels that the method's plan gives up."""
-        plan = self.worker.plan(task)
+        with progress.begin("choosing channels", wanted=self.shows):
+            plan = self.worker.plan(task)
         self.goal.check(plan, task.graph)
-        return cut(plan, task.model, task.graph.traced)
+        with progress.begin("cutting and verifying", wanted=self.shows):
+            return cut(plan, task.model, task.graph.traced)
 
     def save(self, run: RunDirectory | None, model: nn.Module, plan: PruningPlan) -> None:
         """Write plan and weights."""
@@ -313,13 +339,17 @@ class Job:
             "ms": {"full": float(budget.cost(graph)), "planned": float(budget.cost(graph, compact.plan.mask))}
         }
         if self.peers.is_main:  # one process at a time
-            times |= measure(budget.conditions, graph, networks)
+            with progress.begin("timing both networks", wanted=self.shows):
+                times |= measure(budget.conditions, graph, networks)
         return times
 
-    def log(self, run: RunDirectory | None, metrics: Mapping[str, Any]) -> None:
+    def log(self, run: RunDirectory | None, metrics: Mapping[str, Any], records: Records) -> None:
         """Write the last line of the log and wait for all ranks."""
-        if run is not None and self.peers.is_main:
-            run.log({"stage": "plan", **metrics})
+        if self.peers.is_main:
+            line = {"stage": "plan", **metrics}
+            if run is not None:
+                run.log(line)
+            records(line)
         self.peers.barrier()
 
 

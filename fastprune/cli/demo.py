@@ -46,6 +46,7 @@ def run_demo(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps(result))
     else:
         tables.print_demo(result)
+        print("next: fastprune inspect --model torchvision:resnet50")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fastprune.cli.advice import after_evaluating, at_chance
 from fastprune.cli.networks import (
     build_code,
     build_model,
@@ -50,7 +51,7 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
     results = measure(networks, data, settings.device, peers)
     for key, network in networks.items():
         results[key] |= count_size(network, data.shape)
-    print_results(results, values["json"], peers, None)
+    print_results(results, values["json"], peers, None, [*at_chance(results, data), after_evaluating(settings)])
     return 0
 
 

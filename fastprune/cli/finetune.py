@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from fastprune.cli.advice import at_chance, word
 from fastprune.cli.networks import build_code, check_classes, check_fit, check_recipe, measure, open_run_data
 from fastprune.cli.runs import (
     FINETUNE_CONFIG,
@@ -22,6 +23,7 @@ from fastprune.cli.runs import (
 )
 from fastprune.cli.settings import FinetuneConfig, FinetuneSettings, NetworkSettings, pick, require
 from fastprune.engine import RunDirectory, choose_device, train
+from fastprune.engine.loggers import load_loggers, split_names
 from fastprune.engine.run import plain, took_steps
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
@@ -37,6 +39,7 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     settings, config = choose_settings(run, settings, values, given)
     check_recipe(config, choose_device(settings.device))
     origin = pick(NetworkSettings, run.config)
+    load_loggers(split_names(settings.log))
     data = open_run_data(origin, settings.data)
     torch.manual_seed(settings.seed)
     if not run.plan_path.is_file():
@@ -53,13 +56,14 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
         train(
             compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
-            resume=values["resume"], stage="finetune",
+            resume=values["resume"], stage="finetune", log=split_names(settings.log),
         )  # fmt: skip
     if known and peers.is_main and run.network_path.is_file():
         record.with_classes(data.num_classes).save(run)
     result = measure({"compact": compact}, data, settings.device, peers)
     run.log({"stage": "result", "method": "finetune", **result})
-    print_results(result, values["json"], peers, run.path)
+    odd = at_chance(result, data)
+    print_results(result, values["json"], peers, run.path, [*odd, f"next: fastprune report --run {word(settings.run)}"])
     return 0
 
 

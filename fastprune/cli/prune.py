@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprune.cli.advice import after_pruning, at_chance, warn_of_random_weights
+from fastprune.cli.dry_run import dry_run
 from fastprune.cli.networks import build_model, check_fit, input_shape, make_example, measure, open_data
 from fastprune.cli.recipes import read_recipe
 from fastprune.cli.runs import FINETUNE_CONFIG, inherit_settings, make_config, print_results, read_begun_settings
 from fastprune.cli.settings import PruneSettings, pick, require
 from fastprune.data import SourceData
 from fastprune.engine import RunDirectory
+from fastprune.engine.loggers import load_loggers, split_names
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
 from fastprune.methods import registry
@@ -33,16 +36,20 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     if values["resume"]:
         values = read_search_settings(values, given)
     settings = pick(PruneSettings, inherit_settings(values, given))
-    require(model=settings.model, out=settings.out)
+    require(model=settings.model, **({} if settings.dry_run else {"out": settings.out}))
     method = registry.load(settings.method)
     options = method_options(method, values.get(settings.method))
     if method.needs_data and not settings.data:
         raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
     Budget.parse(settings.budget)
+    load_loggers(split_names(settings.log))
     limits, conditions = make_limits(settings), make_conditions(settings)
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
     peers = Distributed.from_environment()
     subject = load_subject(settings, peers)
+    if settings.dry_run:
+        return dry_run(settings, subject, method, options, limits, conditions, peers, as_json=values["json"])
+    warn_of_random_weights(settings, peers)
     result = prune(
         subject.model,
         make_example(subject.shape),
@@ -63,6 +70,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         exact=not settings.inexact,
         run_config=make_config(settings, "prune", {} if recipe is None else recipe.sections),
         origin=subject.origin,
+        log=split_names(settings.log),
         **options,
     )
     tell(settings, subject, result, peers, as_json=values["json"])
@@ -162,4 +170,5 @@ def tell(
     if not as_json and "measured_ms" in result.metrics:  # programs compare results, and no two measurements are equal
         compared["baseline"]["measured_ms"] = result.metrics["measured_ms"]["full"]
         compared["compact"]["measured_ms"] = result.metrics["measured_ms"]["planned"]
-    print_results(compared, as_json, peers, run.path)
+    odd = at_chance(compared, subject.data)
+    print_results(compared, as_json, peers, run.path, [*odd, after_pruning(settings, compared)])

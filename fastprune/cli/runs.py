@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
+from fastprune.cli.advice import print_advice
 from fastprune.cli.settings import require
+from fastprune.cli.shelf import find_recipe
 from fastprune.engine import RunDirectory
 from fastprune.host.distributed import Distributed
 from fastprune.report import tables
@@ -82,18 +84,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def make_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of ``config.yaml``: the settings, with files by their absolute paths."""
     values = asdict(settings)
-    for name in ("out", "run"):
+    for name in ("out", "run", "dry_run"):
         values.pop(name, None)
     for name in ("weights", "from_run", "recipe"):
         if values.get(name):
-            values[name] = str(Path(values[name]).absolute())
+            path = Path(values[name])
+            if name == "recipe" and not path.is_absolute():  # a resumed run need not find the file again
+                path = find_recipe(values[name])
+            values[name] = str(path.absolute())
     return {"fastprune": version("fastprune"), "command": command, **values, **extra}
 
 
 def print_results(
-    results: Mapping[str, Mapping[str, Any]], as_json: bool, peers: Distributed, path: Path | None
+    results: Mapping[str, Mapping[str, Any]],
+    as_json: bool,
+    peers: Distributed,
+    path: Path | None,
+    advice: Sequence[str] = (),
 ) -> None:
-    """Print results once, for people or for programs."""
+    """Print results once, for people or for programs; people also get advice, what is odd and the next command."""
     if not peers.is_main:
         return
     if as_json:
@@ -102,3 +111,4 @@ def print_results(
         tables.print_results(results)
         if path is not None:
             print(f"run directory: {path}")
+        print_advice(advice)

@@ -17,6 +17,7 @@ from fastprune.training.options import PRECISIONS, TrainConfig
 from fastprune.training.schedule import SCHEDULES
 
 DEVICE = "device: auto, cpu, cuda or cuda:N"
+LOG = "loggers beside metrics.jsonl, with commas between them: csv, tensorboard, wandb, mlflow"
 IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their output channels"
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
@@ -45,6 +46,7 @@ class RunSettings:
     )
     seed: int = option(0, "seed of everything random", minimum=0, maximum=LARGEST_SEED)
     device: str = option("auto", DEVICE)
+    log: str | None = option(None, LOG)
 
     def __post_init__(self) -> None:
         check(self)
@@ -79,7 +81,7 @@ class PruneSettings(NetworkSettings):
         None, "prune the network of this earlier run further; budget and limits are relative to it as it is now"
     )
     recipe: str | None = option(
-        None, "YAML file with all settings of a paper's row (see recipes/); what is given here wins over it"
+        None, "all settings of a paper's row: a name of 'fastprune recipes ls' or a YAML file; what is given here wins"
     )
     method: str = option("dmc", "pruning method; 'fastprune methods' lists them")
     budget: str = option("flops=0.5", "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …")
@@ -99,6 +101,27 @@ class PruneSettings(NetworkSettings):
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
+    dry_run: bool = option(False, "say what would be done: groups, widths, cost, time; write nothing", flag=SWITCH)
+
+
+@dataclass
+class SensitivitySettings(ModelSettings):
+    """A network, its data, and the parts to measure."""
+
+    data: str | None = option(None, "data set, of which the held-out part is measured; see 'fastprune train --help'")
+    out: str | None = option(None, "folder for a chart and a file of keep_ratio; without it nothing is written")
+    ratios: tuple[float, ...] = option((0.1, 0.25, 0.5, 0.75, 0.9), "parts of a group that stay", above=0.0, below=1.0)
+    drop: float = option(0.01, "accuracy that a group may cost in the suggestion; 0.01 is one point", minimum=0.0)
+    image_size: int | None = option(None, "side of the images in pixels; by default the data's own", minimum=1)
+    held_out: float | None = option(
+        None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
+    )
+    ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
+    seed: int = option(0, "seed of the held-out part", minimum=0, maximum=LARGEST_SEED)
+    device: str = option("auto", DEVICE)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass
@@ -110,6 +133,7 @@ class FinetuneSettings:
     model: str | None = option(None, "full network of a run that was made with a network in memory")
     device: str = option("auto", DEVICE)
     seed: int = option(0, "seed of order, augmentation and dropout", minimum=0, maximum=LARGEST_SEED)
+    log: str | None = option(None, LOG)
 
     def __post_init__(self) -> None:
         check(self)

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from fastprune.cli.advice import after_training, at_chance
 from fastprune.cli.networks import build_model, check_fit, check_recipe, measure, open_data
 from fastprune.cli.runs import make_config, print_results, read_begun_settings
 from fastprune.cli.settings import NetworkSettings, pick, require
 from fastprune.engine import TrainConfig, choose_device, train
+from fastprune.engine.loggers import load_loggers, split_names
 from fastprune.engine.run import plain, run_directory
 from fastprune.graph.export.inputs import InputSpec
 from fastprune.host.distributed import Distributed
@@ -26,6 +28,7 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
     settings, config = pick(NetworkSettings, values), pick(TrainConfig, values)
     require(model=settings.model, data=settings.data, out=settings.out)
     check_recipe(config, choose_device(settings.device))
+    load_loggers(split_names(settings.log))
     peers = Distributed.from_environment()
     data = open_data(str(settings.data), settings)
     torch.manual_seed(settings.seed)
@@ -42,10 +45,12 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
             device=settings.device,
             distributed=peers,
             resume=values["resume"],
+            log=split_names(settings.log),
         )
         if run is not None and peers.is_main:
             inputs = (InputSpec((2, *data.shape), "float32"),)
             NetworkRecord(type(model).__name__, source_of(model), inputs).save(run)
     result = measure({"model": model}, data, settings.device, peers)
-    print_results(result, values["json"], peers, Path(str(settings.out)))
+    advice = [*at_chance(result, data), after_training(settings)]
+    print_results(result, values["json"], peers, Path(str(settings.out)), advice)
     return 0

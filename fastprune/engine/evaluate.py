@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune.data.batches import Split
-from fastprune.data.data import Data
+from fastprune.data.data import Data, SourceData
 from fastprune.engine.device import Placement
 from fastprune.graph.model_state import in_eval_mode
+from fastprune.host import progress
 from fastprune.host.distributed import Distributed
 
 
@@ -58,16 +59,23 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64, device=place.device)  # correct, summed loss, samples
     batches = data.batches(split, max(batch_size, peers.world_size), complete=True, distributed=peers)
     modules = [network] if isinstance(network, nn.Module) else []
-    with in_eval_mode(*modules), torch.no_grad(), place.autocast():
+    work = progress.begin("evaluating", count_cheaply(data, split), wanted=peers.is_main)
+    with in_eval_mode(*modules), torch.no_grad(), place.autocast(), work:
         for images, labels in batches:
             scores, targets = network(place.images(images)).float(), place.labels(labels)
             totals[0] += (scores.argmax(1) == targets).sum()
             totals[1] += F.cross_entropy(scores, targets, reduction="sum")
             totals[2] += len(targets)
+            work.advance(len(targets) * peers.world_size)
     correct, loss, samples = peers.sum_(totals).tolist()
     if not samples:
         raise ValueError(f"data {data.name!r} has no {split} samples to evaluate on")
     return {"accuracy": correct / samples, "loss": loss / samples, "samples": int(samples)}
+
+
+def count_cheaply(data: Data, split: Split) -> int | None:
+    """Return the number of samples; None if all of a user's batches would have to be read to know it."""
+    return data.size(split) if isinstance(data, SourceData) else None
 
 
 @dataclass(frozen=True)

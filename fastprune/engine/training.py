@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from fastprune.data.batches import hashed
 from fastprune.data.data import Data
 from fastprune.engine.device import Placement, choose_device, seed_everything
 from fastprune.engine.evaluate import evaluate
+from fastprune.engine.loggers import Callback, Logger, load_loggers, open_records
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
 from fastprune.host.distributed import Distributed
@@ -125,6 +126,8 @@ def train(
     resume: bool = False,
     options: LoopOptions | None = None,
     stage: str = "training",
+    log: Sequence[str | Logger] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, float]:
     """Train ``model`` in place and leave it in eval mode, with the weights of the last step.
 
@@ -142,6 +145,8 @@ def train(
         resume: whether to continue from the newest checkpoint in ``run``, if there is one.
         options: how often to write.
         stage: name of the checkpoints' folder, and of the stage in the log.
+        log: loggers, by name or as objects; see ``fastprune.engine.loggers``.
+        callbacks: functions that get every record of the log.
 
     Returns:
         The last value of every metric: loss, accuracy, lr, held_out_accuracy, held_out_loss.
@@ -151,7 +156,7 @@ def train(
         NonFiniteError: see ``run_phases``.
         ValueError: for a recipe that does not fit the machine or the model.
     """
-    config = config or TrainConfig()
+    config, makers = config or TrainConfig(), load_loggers(log)
     peers = distributed or Distributed()
     device = choose_device(device) if isinstance(device, str) else device
     if config.sync_bn and device.type != "cuda":
@@ -161,7 +166,11 @@ def train(
     placement.model(model)
     task = TrainTask(model, device, seed, peers, torch.Generator().manual_seed(seed))
     trainer = Trainer(config, data.to(device), placement)
-    with _synchronise_batch_norm(model, config.sync_bn and peers.world_size > 1):
+    folder, settings = (run.path, run.config) if run is not None else (None, {})
+    with (
+        _synchronise_batch_norm(model, config.sync_bn and peers.world_size > 1),
+        open_records(makers, callbacks, folder, settings, wanted=peers.is_main) as records,
+    ):
         trainer.setup(task)
         model.train()
         try:
@@ -174,6 +183,7 @@ def train(
                 resume=resume,
                 placement=placement,
                 options=options,
+                records=records,
             )
             trainer.weights.share_buffers()
         finally:

@@ -38,7 +38,7 @@ from fastprune.methods.sp.evolution import EvolutionSettings
 from fastprune.methods.sp.spaces import StageWidths
 from fastprune.methods.sp.stage_losses import LocalLosses, Query, make_stage_data
 from fastprune.methods.sp.stage_search import StageSearch
-from fastprune.methods.sp.stage_workers import ExecutorLosses
+from fastprune.methods.sp.stage_workers import ExecutorLosses, prepare_worker
 from fastprune.methods.sp.supernet import SuperNet
 from fastprune.methods.sp.weight_sharing import WeightSharing, WeightSharingConfig, backward
 from fastprune.methods.sp.widths import (
@@ -213,7 +213,7 @@ class SP(WeightSharing):
         """
         threads = max(1, torch.get_num_threads() // self.config.workers)
         return ProcessPoolExecutor(
-            self.config.workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+            self.config.workers, get_context("spawn"), initializer=prepare_worker, initargs=(threads,)
         )
 
     def plan(self, task: Task) -> PruningPlan:
