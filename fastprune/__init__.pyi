@@ -1,4 +1,6 @@
 from . import data, engine, graph, methods, models, ops, planning, reference, surgery
+from .data import UserData
+from .finetuning import evaluate, finetune
 from .graph import ChannelGraph, Cost, TraceError, trace
 from .graph.plan import PlanError, PruningPlan
 from .planning.budget import Budget, BudgetError, Conditions
@@ -24,9 +26,12 @@ __all__ = [
     "RewrittenNetwork",
     "SurgeryError",
     "TraceError",
+    "UserData",
     "apply",
     "data",
     "engine",
+    "evaluate",
+    "finetune",
     "graph",
     "masked",
     "methods",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from fastprune.cli.networks import build_compact, check_fit, check_recipe, measure, open_run_data
+from fastprune.cli.networks import build_compact, check_fit, check_recipe, image_shape, measure, open_run_data
 from fastprune.cli.runs import (
     FINETUNE_CONFIG,
     make_config,
@@ -39,7 +39,7 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     data = open_run_data(origin, settings.data)
     torch.manual_seed(settings.seed)
     compact = build_compact(run, origin, data, trained=not config.from_scratch)
-    check_fit(compact, origin.model, data.shape, training=True)
+    check_fit(compact, origin.model, image_shape(data), training=True)
     with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
         train(
             compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,

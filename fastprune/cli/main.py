@@ -5,12 +5,14 @@ torch and what builds on it are imported when a command that needs them runs, an
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from fastprune.cli.arguments import list_names, read_invocation, refuse_unknown
+from fastprune.cli.arguments import list_names, normalise, read_invocation, refuse_unknown
 from fastprune.cli.commands import COMMANDS
 from fastprune.cli.parser import parse
 from fastprune.host.errors import Interrupted, UserError
@@ -33,10 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, settings = "", {}
     try:
         invocation = read_invocation(given)
+        given = normalise(given, invocation)
         if not {"-h", "--help"} & set(given):
             refuse_unknown(given, invocation)
         command, settings = str(invocation.command), parse(given, invocation)
-        return COMMANDS[command].load_run()(settings, set(list_names(given)))
+        with log_to_stderr():
+            return COMMANDS[command].load_run()(settings, set(list_names(given)))
     except Interrupted as stopped:
         print(f"fastprune: {stopped}{how_to_go_on(command, settings)}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -51,6 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     finally:
         leave_peers()
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Show what the package logs, such as which channels a method prunes, as lines on standard error."""
+    logger, handler = logging.getLogger("fastprune"), logging.StreamHandler()
+    level = logger.level
+    handler.setFormatter(logging.Formatter("fastprune: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def how_to_go_on(command: str, settings: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastprune import models
 from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, require
-from fastprune.data import SourceData, load_data
+from fastprune.data import Data, UserData, load_data
 from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate
 from fastprune.graph import trace
 from fastprune.graph.plan import PruningPlan
@@ -19,12 +19,15 @@ from fastprune.host.distributed import Distributed
 from fastprune.surgery import apply
 
 
-def open_data(spec: str, settings: RunSettings) -> SourceData:
+def open_data(spec: str, settings: RunSettings) -> Data:
     """Load the data set of a run."""
-    return load_data(spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size)
+    return load_data(
+        spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size, mean=settings.mean,
+        std=settings.std,
+    )  # fmt: skip
 
 
-def open_run_data(origin: NetworkSettings, other: str | None) -> SourceData:
+def open_run_data(origin: NetworkSettings, other: str | None) -> Data:
     """Load the data set of an earlier run, or another one in its place."""
     spec = other or origin.data
     if not spec:
@@ -34,7 +37,7 @@ def open_run_data(origin: NetworkSettings, other: str | None) -> SourceData:
     return open_data(spec, origin)
 
 
-def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, int, int]:
+def input_shape(settings: ModelSettings, data: Data | None) -> tuple[int, int, int]:
     """Return (C, H, W) of the images that the network is traced and costed with."""
     if settings.input is not None:
         sizes = settings.input.split("x")
@@ -48,8 +51,28 @@ def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, 
             )
         return channels, height, width
     if data is not None:
-        return data.shape
+        return image_shape(data)
     return (3, 32, 32) if settings.model in models.available() else (3, 224, 224)
+
+
+def image_shape(data: Data) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images of a data set.
+
+    Raises:
+        ValueError: for data of another kind, which the command line has no example for.
+    """
+    if len(data.shape) != 3:
+        raise ValueError(
+            f"--data {data.name}: its first input is of shape {list(data.shape)}, no image [C, H, W]; for such "
+            "networks use fastprune.prune in Python"
+        )
+    channels, height, width = data.shape
+    return channels, height, width
+
+
+def count_data_classes(data: Data) -> int | None:
+    """Return the number of classes of a data set; None for a user's loaders that do not tell it."""
+    return None if isinstance(data, UserData) and not data.knows_classes else data.num_classes
 
 
 def make_example(shape: tuple[int, int, int]) -> Tensor:
@@ -57,7 +80,7 @@ def make_example(shape: tuple[int, int, int]) -> Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def build_model(settings: ModelSettings, data: SourceData | None, *, classes_of: str | None = None) -> nn.Module:
+def build_model(settings: ModelSettings, data: Data | None, *, classes_of: str | None = None) -> nn.Module:
     """Build the network with its weights.
 
     Args:
@@ -68,14 +91,16 @@ def build_model(settings: ModelSettings, data: SourceData | None, *, classes_of:
     require(model=settings.model)
     channels = input_shape(settings, data)[0]
     if data is not None:
-        classes: int | None = data.num_classes
+        classes = count_data_classes(data)
     else:
         weights = settings.weights or classes_of
-        classes = count_classes(weights) if weights is not None else None
+        classes = count_classes(weights) if weights is not None and not models.names_weights(weights) else None
     # Every factory makes networks for 3 channels; only some can be asked for another number.
     in_channels = None if channels == 3 else channels
     try:
-        return models.create(settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights)
+        return models.create(
+            settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights, ema=settings.ema
+        )
     except RuntimeError as error:  # torch's, where the sizes are absurd
         raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
 
@@ -86,9 +111,7 @@ def count_classes(weights: str) -> int | None:
     return matrices[-1].shape[0] if matrices else None
 
 
-def build_compact(
-    run: RunDirectory, origin: NetworkSettings, data: SourceData | None, *, trained: bool = True
-) -> nn.Module:
+def build_compact(run: RunDirectory, origin: NetworkSettings, data: Data | None, *, trained: bool = True) -> nn.Module:
     """Build the compact network of a pruning run.
 
     Args:
@@ -137,10 +160,10 @@ def check_recipe(config: TrainConfig, device: torch.device) -> None:
 
 
 def measure(
-    networks: Mapping[str, nn.Module], data: SourceData | None, device: str, peers: Distributed
+    networks: Mapping[str, nn.Module], data: Data | None, device: str, peers: Distributed
 ) -> dict[str, dict[str, Any]]:
-    """Measure the top-1 accuracy of each network on the test set; without data the results are empty."""
-    if data is None:
+    """Measure the top-1 accuracy of each network on the test set; without one the results are empty."""
+    if data is None or not data.size("test"):
         return {name: {} for name in networks}
     placement = Placement(choose_device(device))
     return {

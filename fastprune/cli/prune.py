@@ -12,9 +12,16 @@ from torch import nn
 
 from fastprune.cli.networks import build_compact, build_model, check_fit, input_shape, make_example, measure, open_data
 from fastprune.cli.recipes import read_recipe
-from fastprune.cli.runs import FINETUNE_CONFIG, inherit_settings, make_config, print_results, read_begun_settings
+from fastprune.cli.runs import (
+    FINETUNE_CONFIG,
+    choose_out,
+    inherit_settings,
+    make_config,
+    print_results,
+    read_begun_settings,
+)
 from fastprune.cli.settings import PruneSettings, pick, require
-from fastprune.data import SourceData
+from fastprune.data import Data
 from fastprune.engine import RunDirectory
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
@@ -30,6 +37,9 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     """Prune a trained network."""
     if values["resume"]:
         values = read_search_settings(values, given)
+    peers = Distributed.from_environment()
+    require(model=values.get("model") or values.get("from_run"))
+    choose_out(values, values["method"], peers)
     settings = pick(PruneSettings, inherit_settings(values, given))
     require(model=settings.model, out=settings.out)
     method = registry.load(settings.method)
@@ -39,7 +49,6 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     Budget.parse(settings.budget)
     limits, conditions = make_limits(settings), make_conditions(settings)
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
-    peers = Distributed.from_environment()
     subject = load_subject(settings, peers)
     result = prune(
         subject.model,
@@ -113,7 +122,7 @@ class Subject:
 
     model: nn.Module
     shape: tuple[int, int, int]
-    data: SourceData | None
+    data: Data | None
     before: PruningPlan | None
 
 
