@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -269,3 +271,12 @@ def test_pixels_without_a_label_count_for_nothing() -> None:
     known = target != -100
     assert held_out.accuracy(nn.Identity()) == pytest.approx(float((scores.argmax(1) == target)[known].float().mean()))
     assert held_out.loss(nn.Identity()) == pytest.approx(float(F.cross_entropy(scores, target)), rel=1e-6)
+
+
+def test_the_page_about_own_networks_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[1] / "docs" / "own_networks.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    torch.manual_seed(0)
+    exec("\n".join(blocks), {"__name__": "page"})
+    assert 0 <= float(capsys.readouterr().out) <= 1

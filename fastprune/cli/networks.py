@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastprune import models
 from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, require
-from fastprune.data import Data, UserData, load_data
+from fastprune.data import Data, Split, UserData, load_data
 from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate
 from fastprune.graph import trace
 from fastprune.graph.plan import PruningPlan
@@ -162,12 +162,18 @@ def check_recipe(config: TrainConfig, device: torch.device) -> None:
 def measure(
     networks: Mapping[str, nn.Module], data: Data | None, device: str, peers: Distributed
 ) -> dict[str, dict[str, Any]]:
-    """Measure the top-1 accuracy of each network on the test set; without one the results are empty."""
-    if data is None or not data.size("test"):
+    """Measure the top-1 accuracy of each network on the test set; of a user's data without one, on the held-out part.
+
+    Without any the results are empty.
+    """
+    splits: tuple[Split, ...] = ("test", "held_out") if isinstance(data, UserData) else ("test",)
+    split = next((split for split in splits if data is not None and data.size(split)), None)
+    if data is None or split is None:
         return {name: {} for name in networks}
+    key = "accuracy" if split == "test" else "held_out_accuracy"
     placement = Placement(choose_device(device))
     return {
-        name: {"accuracy": evaluate(placement.model(network), data, placement=placement, distributed=peers)["accuracy"]}
+        name: {key: evaluate(placement.model(network), data, split, placement=placement, distributed=peers)["accuracy"]}
         for name, network in networks.items()
     }
 

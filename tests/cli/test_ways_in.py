@@ -84,6 +84,13 @@ def test_a_network_and_data_of_ones_own_from_the_current_folder(
     assert run(f"evaluate --run {here}/runs/dmc-net-1") == 0
 
 
+def test_without_a_test_set_the_held_out_part_is_measured(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune my_net.py:net --data my_data.py:loaders --method l1 --out a --json") == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["compact"]["held_out_accuracy"] <= 1
+    assert run("evaluate --run a") == 0
+    assert "held-out accuracy" in capsys.readouterr().out
+
+
 def test_runs_get_the_next_free_directory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in (1, 2):
         assert run("prune resnet20 --method l1 --budget macs=0.6") == 0
