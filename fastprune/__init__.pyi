@@ -1,5 +1,7 @@
 from . import data, engine, graph, methods, models, ops, planning, reference, surgery
+from .data import UserData
 from .engine.loggers import Logger
+from .finetuning import evaluate, finetune
 from .graph import ChannelGraph, Cost, TraceError, trace
 from .graph.plan import PlanError, PruningPlan
 from .planning.budget import Budget, BudgetError, Conditions
@@ -34,11 +36,14 @@ __all__ = [
     "Sensitivity",
     "SurgeryError",
     "TraceError",
+    "UserData",
     "apply",
     "compare",
     "data",
     "engine",
+    "evaluate",
     "export",
+    "finetune",
     "from_pretrained",
     "graph",
     "load",

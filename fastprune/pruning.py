@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprune.arguments import check_arguments, check_kind, make_objective, refuse_resources
 from fastprune.data import Data, UserData
+from fastprune.data.given import GivenData, as_data
 from fastprune.data.user_data import Loader
 from fastprune.engine import (
     HeldOut,
@@ -30,6 +32,7 @@ from fastprune.engine.loggers import Callback, Logger, MakeLogger, Records, load
 from fastprune.engine.loop import floats
 from fastprune.engine.run import plain, run_directory
 from fastprune.graph import ChannelGraph, trace
+from fastprune.graph.build import layer_names
 from fastprune.graph.export.inputs import Example, Inputs
 from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.graph.plan import PruningPlan
@@ -48,6 +51,7 @@ from fastprune.runs.origin import Origin
 from fastprune.surgery import cut
 from fastprune.surgery.slicing import copy_model
 from fastprune.surgery.surgery import Cut
+from fastprune.training.objective import Forward, Loss, Objective
 
 __all__ = ["PruningResult", "prune"]
 
@@ -57,17 +61,20 @@ def prune(
     example_inputs: Example,
     *,
     method: str | type[Method] = "dmc",
-    budget: str | Budget = "flops=0.5",
-    data: Data | Loader | None = None,
+    budget: str | float | Budget = "flops=0.5",
+    data: GivenData | None = None,
+    held_out: Loader | float | None = None,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     precision: str = "float32",
     channels_last: bool = False,
     rewrite: bool = True,
-    ignore: Sequence[str] = (),
-    limits: Limits | None = None,
+    ignore: str | nn.Module | Sequence[str | nn.Module] = (),
+    limits: Limits | Mapping[str, Any] | None = None,
     conditions: Conditions | None = None,
     after: PruningPlan | None = None,
     exact: bool = True,
@@ -85,9 +92,15 @@ def prune(
         example_inputs: a batch of inputs, [N, C, H, W] for images; several as a tuple, or as a dict by argument name.
         method: the name of a registered method, or a ``Method`` class.
         budget: ``flops=0.5``, ``params=0.3``, ``latency=0.6``, ``flops=2G``, ``latency=12ms``, …, see
-            ``Budget.parse``; met from below.
-        data: training data for methods that search on them: a ``Data`` (see ``fastprune.data.load_data``), or your own
-            loader of (images [N, C, H, W], labels [N]).
+            ``Budget.parse``; a number is a fraction of the FLOPs (MACs). Met from below.
+        data: training data for methods that search on them: your own ``DataLoader``, or any other iterable of batches
+            that starts anew each time; a ``Data``; or the name of a data set (see ``fastprune.data.load_data``).
+        held_out: a loader of samples that are not trained on, for methods that compare candidates; beside the name of a
+            data set, the part to hold out.
+        loss: ``loss(output, target)`` returns the mean loss of a batch; None = cross-entropy to class labels [N].
+        forward: ``forward(model, batch)`` runs ``model`` on a batch of the loader and returns ``(output, target)``; it
+            must only call ``model``, which may be the network under gates. None = batches are tuples whose last part
+            is the target; the others are the network's inputs.
         out: directory for the run's files (config, plan, weights, log, checkpoints); None = nothing is written.
         resume: whether to continue the search in ``out`` from its last checkpoint.
         seed: seed of everything random.
@@ -95,8 +108,9 @@ def prune(
         precision: precision of the search, "float32" or "bf16" (autocast).
         channels_last: whether the search's memory layout is NHWC.
         rewrite: whether the compact network may be the rewritten graph of the model; see ``trace``.
-        ignore: names or patterns of layers whose output channels stay; see ``trace``.
-        limits: smallest and largest widths and their rounding, for any method; None = none.
+        ignore: names, patterns or modules of layers whose output channels stay; see ``trace``.
+        limits: smallest and largest widths and their rounding, for any method: ``Limits``, or a dict such as
+            ``{"round_to": 8}``; None = none.
         conditions: conditions under which a latency counts (device, batch, dtype, layout); None = one image on
             ``device``.
         after: the plan that made ``model`` out of a larger network; the result's plan is then for that network.
@@ -118,20 +132,28 @@ def prune(
     Raises:
         ValueError: for an unknown method or option, missing data, data that do not fit the example, a run to resume
             that was begun with other arguments, an origin of another network, or a plan that removes nothing.
+        TypeError: for an argument of a wrong type.
         BudgetError: for a malformed budget, or one out of reach; says what limits it.
         LimitError: for limits that contradict each other.
         TraceError, SurgeryError, RunError, Interrupted: see those.
     """
     begun = time.monotonic()
-    where = device_of(model) if device is None else choose_device(device)
+    check_arguments(
+        model=model, out=out, resume=resume, seed=seed, device=device, precision=precision, channels_last=channels_last,
+        rewrite=rewrite, exact=exact, run_config=run_config,
+    )  # fmt: skip
+    check_kind("conditions", conditions, Conditions)
+    check_kind("after", after, PruningPlan)
+    check_kind("loop", loop, LoopOptions)
+    where = device_of(model) if device is None else choose_device(str(device))
     goal = Goal.make(budget, conditions, limits, where)
-    tracing = Tracing(rewrite, ignore, exact)
+    tracing = Tracing(rewrite, layer_names(model, ignore), exact)
     running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
     makers = load_loggers(log)
     worker = make_worker(method, options, data)
-    job = Job(worker, goal, tracing, running, Distributed.from_environment())
+    job = Job(worker, goal, tracing, running, Distributed.from_environment(), make_objective(loss, forward))
     begun_as = origin if isinstance(origin, Origin) else Origin.find(model, origin, after)
-    network, inputs, source = job.prepare(model, example_inputs, data)
+    network, inputs, source = job.prepare(model, example_inputs, as_data(data, held_out, seed=seed))
     task = job.trace(network, inputs, source)
     with ExitStack() as logging:
         with run_directory(out, job.settings(), job.peers, resume=resume) as run:
@@ -212,12 +234,15 @@ def make_worker(method: str | type[Method], options: Mapping[str, Any], data: ob
 
     Raises:
         ValueError: for an unknown method or option, or a method that lacks its data.
-        TypeError: for an option of another type.
+        TypeError: for an option of another type, or a method that is neither a name nor a class.
     """
+    if not isinstance(method, str) and not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"method: got {method!r}; the name of a method or a class derived from Method is needed")
+    refuse_resources(options)
     method_class = load(method) if isinstance(method, str) else method
     worker = method_class(configure(method_class, options))
     if method_class.needs_data and data is None:
-        raise ValueError(f"method {method_class.name!r} searches on training data: give data=")
+        raise ValueError(f"method {method_class.name!r} searches on training data: give data=, a DataLoader say")
     return worker
 
 
@@ -231,6 +256,7 @@ class Job:
         tracing: how the channel graph is found.
         running: how the search runs.
         peers: this process among its peers.
+        objective: how networks run on a batch, and their loss.
     """
 
     worker: Method
@@ -238,6 +264,7 @@ class Job:
     tracing: Tracing
     running: RunOptions
     peers: Distributed
+    objective: Objective
 
     @property
     def shows(self) -> bool:
@@ -257,19 +284,20 @@ class Job:
             self.worker.name: plain({f.name: getattr(config, f.name) for f in fields_of(type(config))}),
         }
 
-    def prepare(
-        self, model: nn.Module, example: Example, data: Data | Loader | None
-    ) -> tuple[nn.Module, Inputs, Data | None]:
+    def prepare(self, model: nn.Module, example: Example, data: Data | None) -> tuple[nn.Module, Inputs, Data | None]:
         """Check the user's arguments, seed everything, and return the network to prune, its inputs and the data."""
         if self.running.resume:
             require_same_run(RunDirectory.open(str(self.running.out), self.peers), self.settings())
         place = self.running.placement
-        source = data.to(place.device) if isinstance(data, Data) else None if data is None else UserData(data)
+        source = data.to(place.device) if data is not None else None
         inputs = Inputs.from_example(example, model)
         if source is not None:
             require_same_channels(source, inputs)
         seed_everything(self.running.seed)
-        return own_copy(model, place, trained=self.worker.trains_weights), inputs, source
+        network = own_copy(model, place, trained=self.worker.trains_weights)
+        if isinstance(source, UserData) and self.worker.needs_data:
+            require_understood(self.objective, network, source, place)
+        return network, inputs, source
 
     def trace(self, network: nn.Module, inputs: Inputs, source: Data | None) -> Task:
         """Trace the network and set the method up for it."""
@@ -285,8 +313,9 @@ class Job:
             device=place.device,
             seed=seed,
             distributed=self.peers,
-            data=HeldOut(source, place, self.peers) if source is not None else None,
+            data=HeldOut(source, place, self.peers, objective=self.objective) if source is not None else None,
             rng=torch.Generator().manual_seed(seed),
+            objective=self.objective,
         )
         self.worker.setup(task)
         return task
@@ -411,11 +440,18 @@ def require_same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
 def require_same_channels(data: Data, inputs: Inputs) -> None:
     """Refuse data whose images the network cannot take; a convolution would say so only in the first step."""
     first = inputs.tensors[0]
-    if first.dim() == 4 and first.shape[1] != data.shape[0]:
+    if first.dim() == 4 and len(data.shape) == 3 and first.shape[1] != data.shape[0]:
         raise ValueError(
             f"data: its images have {data.shape[0]} channels, those of example_inputs {first.shape[1]}; "
             "give images of one kind"
         )
+
+
+def require_understood(objective: Objective, network: nn.Module, data: UserData, placement: Placement) -> None:
+    """Refuse a user's batches that do not go through the network and its loss; the search would say so much later."""
+    inputs, targets = data.first
+    with placement.autocast():
+        objective.check(network, placement.images(inputs), placement.labels(targets))
 
 
 def own_copy(model: nn.Module, placement: Placement, *, trained: bool) -> nn.Module:

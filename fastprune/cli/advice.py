@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fastprune.cli.settings import EvaluateSettings, InspectSettings, ModelSettings, NetworkSettings, PruneSettings
-from fastprune.data import SourceData
+from fastprune.data import Data
 from fastprune.host.distributed import Distributed
 
 ODD = "odd: "
@@ -31,9 +31,9 @@ def warn_of_random_weights(settings: PruneSettings, peers: Distributed) -> None:
         Console(stderr=True, markup=False, highlight=False).print(text, style="bold red", soft_wrap=True)
 
 
-def at_chance(results: Mapping[str, Mapping[str, Any]], data: SourceData | None) -> list[str]:
+def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None) -> list[str]:
     """Return a line for accuracies that guessing would reach, if there are some."""
-    if data is None:
+    if data is None or not data.knows_classes or not data.size("test"):
         return []
     chance, samples = 1 / data.num_classes, data.size("test")
     limit = chance + 3 * math.sqrt(chance * (1 - chance) / samples)  # three standard deviations of guessing

@@ -99,6 +99,31 @@ def find_value(arguments: Sequence[str], name: str) -> str | None:
     return value
 
 
+def normalise(arguments: Sequence[str], invocation: Invocation) -> list[str]:
+    """Return the arguments as the parser takes them: ``--image-size`` as ``--image_size``, and a first word as a model.
+
+    Args:
+        arguments: what the user typed.
+        invocation: what it chooses.
+    """
+    if invocation.command is None:
+        return list(arguments)
+    known, words = set(list_options(invocation)), len(invocation.command.split())
+    rest = list(arguments[words:])
+    if rest and "model" in known and not rest[0].startswith("-"):
+        rest.insert(0, "--model")
+    return [*arguments[:words], *(with_underscores(argument, known) for argument in rest)]
+
+
+def with_underscores(argument: str, known: set[str]) -> str:
+    """Return an option with underscores in place of hyphens, if that is the one that exists."""
+    name, equals, value = argument[2:].partition("=")
+    other = name.replace("-", "_")
+    return (
+        f"--{other}{equals}{value}" if argument.startswith("--") and name not in known and other in known else argument
+    )
+
+
 def list_names(arguments: Sequence[str]) -> list[str]:
     """Return the names of the options that were written on the command line."""
     return [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from fastprune import models
+from fastprune.cli.networks import image_shape
 from fastprune.cli.settings import DemoSettings, pick
-from fastprune.data import SourceData, load_data
+from fastprune.data import Data, load_data
 from fastprune.engine import (
     LoopOptions,
     RunDirectory,
@@ -77,7 +78,7 @@ def show_pruning(settings: DemoSettings) -> dict[str, Any]:
     data = load_data("digits", seed=settings.seed)
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
-    model = models.create("resnet20", num_classes=data.num_classes, in_channels=data.shape[0])
+    model = models.create("resnet20", num_classes=data.num_classes, in_channels=image_shape(data)[0])
     quiet = LoopOptions(log_every=20)
     train(model, data, BASELINE, seed=settings.seed, device=device, options=quiet)
     result = prune(
@@ -101,14 +102,16 @@ def show_pruning(settings: DemoSettings) -> dict[str, Any]:
 
 
 def measure_stages(
-    networks: Mapping[str, nn.Module], result: PruningResult, data: SourceData, device: torch.device
+    networks: Mapping[str, nn.Module], result: PruningResult, data: Data, device: torch.device
 ) -> list[dict[str, Any]]:
     """Measure accuracy, size and latency of the network after each stage."""
     accuracies = {
         stage: evaluate(network.to(device), data, placement=Placement(device))["accuracy"]
         for stage, network in networks.items()
     }
-    latencies = measure_latencies({stage: network.cpu() for stage, network in networks.items()}, data.shape, batch=64)
+    latencies = measure_latencies(
+        {stage: network.cpu() for stage, network in networks.items()}, image_shape(data), batch=64
+    )
     stages = []
     for stage in networks:
         size = "full" if stage == "trained" else "planned"

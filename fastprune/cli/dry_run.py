@@ -22,6 +22,7 @@ from fastprune.planning.limits import Limits
 from fastprune.preview import Preview, preview
 from fastprune.pruning import Job, RunOptions, Tracing, make_worker
 from fastprune.report.tables import millions, percent, show
+from fastprune.training.objective import Objective
 
 
 def dry_run(
@@ -41,7 +42,7 @@ def dry_run(
     goal = Goal.make(settings.budget, conditions, limits, device)
     tracing = Tracing(not settings.keep_class, settings.ignore, not settings.inexact)
     running = RunOptions(placement, settings.seed, None, None, False, {})
-    job = Job(make_worker(method, options, subject.data), goal, tracing, running, peers)
+    job = Job(make_worker(method, options, subject.data), goal, tracing, running, peers, Objective())
     network, inputs, source = job.prepare(subject.model, make_example(subject.shape), subject.data)
     task = job.trace(network, inputs, source)
     found = preview(job.worker, task, source, placement)

@@ -14,13 +14,14 @@ from fastprune.cli.networks import (
     check_classes,
     check_fit,
     count_size,
+    image_shape,
     lacks_builder,
     measure,
     open_run_data,
 )
 from fastprune.cli.runs import print_results
 from fastprune.cli.settings import EvaluateSettings, NetworkSettings, pick, require
-from fastprune.data import SourceData, load_data
+from fastprune.data import Data, load_data
 from fastprune.engine import RunDirectory, RunError
 from fastprune.host.distributed import Distributed
 from fastprune.runs import NetworkRecord, is_training, load_baseline, load_pruned
@@ -32,7 +33,7 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
     peers = Distributed.from_environment()
     if settings.run is None:
         require(model=settings.model, data=settings.data)
-        data = load_data(str(settings.data))
+        data = load_data(str(settings.data), mean=settings.mean, std=settings.std)
         networks, name = {"model": build_model(settings, data)}, settings.model
     else:
         run = RunDirectory.open(settings.run, peers)
@@ -45,19 +46,17 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
         full = build_code(settings.model, data) if settings.model else None
         networks, name = load_networks(run, data, peers, full), NetworkRecord.read(run, data).name
     for network in networks.values():
-        check_fit(network, name, data.shape)
+        check_fit(network, name, image_shape(data))
         if settings.run is not None:
             check_classes(network, data)
     results = measure(networks, data, settings.device, peers)
     for key, network in networks.items():
-        results[key] |= count_size(network, data.shape)
+        results[key] |= count_size(network, image_shape(data))
     print_results(results, values["json"], peers, None, [*at_chance(results, data), after_evaluating(settings)])
     return 0
 
 
-def load_networks(
-    run: RunDirectory, data: SourceData, peers: Distributed, full: nn.Module | None
-) -> dict[str, nn.Module]:
+def load_networks(run: RunDirectory, data: Data, peers: Distributed, full: nn.Module | None) -> dict[str, nn.Module]:
     """Return the networks of a run: the one it trained, or the full and the compact one of a pruning."""
     if is_training(run):
         return {"model": load_pruned(run, full, data=data)}

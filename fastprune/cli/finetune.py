@@ -12,7 +12,15 @@ import torch
 import yaml
 
 from fastprune.cli.advice import at_chance, word
-from fastprune.cli.networks import build_code, check_classes, check_fit, check_recipe, measure, open_run_data
+from fastprune.cli.networks import (
+    build_code,
+    check_classes,
+    check_fit,
+    check_recipe,
+    image_shape,
+    measure,
+    open_run_data,
+)
 from fastprune.cli.runs import (
     FINETUNE_CONFIG,
     make_config,
@@ -51,7 +59,7 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     full = build_code(settings.model, data) if settings.model else None
     classes = data.num_classes if known else None
     compact = load_pruned(run, full, data=data, trained=not config.from_scratch, classes=classes)
-    check_fit(compact, record.name, data.shape, training=True)
+    check_fit(compact, record.name, image_shape(data), training=True)
     check_classes(compact, data)
     with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
         train(

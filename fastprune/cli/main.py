@@ -5,14 +5,16 @@ torch and what builds on it are imported when a command that needs them runs, an
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastprune.cli.arguments import list_names, read_invocation, refuse_unknown
+from fastprune.cli.arguments import list_names, normalise, read_invocation, refuse_unknown
 from fastprune.cli.commands import COMMANDS
 from fastprune.cli.help import print_help, wants_help
 from fastprune.cli.parser import parse
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Interrupts() as interrupts:
         try:
             invocation = read_invocation(given)
+            given = normalise(given, invocation)
             if wants_help(given):
                 print_help(invocation, given)
                 return 0
@@ -44,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command, settings = str(invocation.command), parse(given, invocation)
             run = COMMANDS[command].load_run()
             interrupts.has_work = True
-            return run(settings, set(list_names(given)))
+            with log_to_stderr():
+                return run(settings, set(list_names(given)))
         except Interrupted as stopped:
             print(f"fastprune: {stopped}{how_to_go_on(command, settings)}", file=sys.stderr)
             return EXIT_INTERRUPTED
@@ -62,6 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_BAD_INPUT
         finally:
             leave_peers()
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Show what the package logs, such as which channels a method prunes, as lines on standard error."""
+    logger, handler = logging.getLogger("fastprune"), logging.StreamHandler()
+    level = logger.level
+    handler.setFormatter(logging.Formatter("fastprune: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def how_to_go_on(command: str, settings: Mapping[str, Any]) -> str:

@@ -14,9 +14,16 @@ from fastprune.cli.advice import after_pruning, at_chance, warn_of_random_weight
 from fastprune.cli.dry_run import dry_run
 from fastprune.cli.networks import build_model, check_fit, input_shape, make_example, measure, open_data
 from fastprune.cli.recipes import read_recipe
-from fastprune.cli.runs import FINETUNE_CONFIG, inherit_settings, make_config, print_results, read_begun_settings
+from fastprune.cli.runs import (
+    FINETUNE_CONFIG,
+    choose_out,
+    inherit_settings,
+    make_config,
+    print_results,
+    read_begun_settings,
+)
 from fastprune.cli.settings import PruneSettings, pick, require
-from fastprune.data import SourceData
+from fastprune.data import Data
 from fastprune.engine import RunDirectory
 from fastprune.engine.loggers import load_loggers, split_names
 from fastprune.graph.plan import PruningPlan
@@ -35,6 +42,9 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     """Prune a trained network."""
     if values["resume"]:
         values = read_search_settings(values, given)
+    peers = Distributed.from_environment()
+    require(model=values.get("model") or values.get("from_run"))
+    choose_out(values, values["method"], peers)
     settings = pick(PruneSettings, inherit_settings(values, given))
     require(model=settings.model, **({} if settings.dry_run else {"out": settings.out}))
     method = registry.load(settings.method)
@@ -45,7 +55,6 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     load_loggers(split_names(settings.log))
     limits, conditions = make_limits(settings), make_conditions(settings)
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
-    peers = Distributed.from_environment()
     subject = load_subject(settings, peers)
     if settings.dry_run:
         return dry_run(settings, subject, method, options, limits, conditions, peers, as_json=values["json"])
@@ -125,7 +134,7 @@ class Subject:
 
     model: nn.Module
     shape: tuple[int, int, int]
-    data: SourceData | None
+    data: Data | None
     before: PruningPlan | None
     origin: Origin
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from fastprune.cli.advice import print_advice
@@ -16,6 +20,7 @@ from fastprune.cli.settings import require
 from fastprune.cli.shelf import find_recipe
 from fastprune.engine import RunDirectory
 from fastprune.host.distributed import Distributed
+from fastprune.models import names_weights
 from fastprune.report import tables
 from fastprune.runs import NetworkRecord
 
@@ -81,17 +86,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def choose_out(values: dict[str, Any], what: str, peers: Distributed) -> None:
+    """Give a new run without ``--out`` a directory: the first of ``runs/METHOD-MODEL-1``, ``-2``, … that is free.
+
+    Args:
+        values: the settings; ``out`` is set in place, so that an interruption can name it.
+        what: the method, or what else is done.
+        peers: this process among its peers, which must choose the same.
+    """
+    if values.get("out") or values["resume"]:
+        return
+    model = str(values.get("model") or Path(str(values.get("from_run"))).name).rpartition(":")[2]
+    name = f"{what}-{re.sub(r'[^A-Za-z0-9_.]+', '-', model)}"
+    number = next(n for n in count(1) if not Path("runs", f"{name}-{n}").exists())
+    number = int(peers.broadcast_(torch.tensor([number])))
+    values["out"] = str(Path("runs", f"{name}-{number}"))
+    if peers.is_main:
+        print(f"fastprune: files go to {values['out']}", file=sys.stderr)
+
+
 def make_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of ``config.yaml``: the settings, with files by their absolute paths."""
     values = asdict(settings)
     for name in ("out", "run", "dry_run"):
         values.pop(name, None)
     for name in ("weights", "from_run", "recipe"):
-        if values.get(name):
+        if values.get(name) and not (name == "weights" and names_weights(values[name])):
             path = Path(values[name])
             if name == "recipe" and not path.is_absolute():  # a resumed run need not find the file again
                 path = find_recipe(values[name])
             values[name] = str(path.absolute())
+    for name in ("model", "data"):
+        file, _, function = str(values.get(name) or "").rpartition(":")
+        if file.endswith(".py"):
+            values[name] = f"{Path(file).expanduser().absolute()}:{function}"
     return {"fastprune": version("fastprune"), "command": command, **values, **extra}
 
 

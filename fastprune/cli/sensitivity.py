@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastprune.cli.advice import at_chance, print_advice, word
-from fastprune.cli.networks import build_model, check_fit, make_example, open_data
+from fastprune.cli.networks import build_model, check_fit, image_shape, make_example, open_data
 from fastprune.cli.settings import RunSettings, SensitivitySettings, pick, require
 from fastprune.report.tables import percent, show
 from fastprune.sensitivity import Sensitivity, sensitivity
@@ -31,9 +31,10 @@ def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
     data = open_data(str(settings.data), pick(RunSettings, {**values, "out": None}))
     torch.manual_seed(settings.seed)
     model = build_model(settings, data)
-    check_fit(model, settings.model, data.shape)
+    shape = image_shape(data)
+    check_fit(model, settings.model, shape)
     found = sensitivity(
-        model, make_example(data.shape), data, ratios=settings.ratios, device=settings.device, ignore=settings.ignore
+        model, make_example(shape), data, ratios=settings.ratios, device=settings.device, ignore=settings.ignore
     )
     if folder is not None and draw is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import yaml
 
 from fastprune.options import LARGEST_SEED, POSITIONAL, POSITIONALS, SEVERAL, SWITCH, build, check, fields_of, option
-from fastprune.training.options import PRECISIONS, TrainConfig
-from fastprune.training.schedule import SCHEDULES
+from fastprune.training.options import PRECISIONS, FinetuneRecipe
 
+NUMBERS: Mapping[str, Any] = {**SEVERAL, "type": float}
+MEAN = "mean of each channel, for pixels from 0 to 1; by default that of the training images"
+STD = "standard deviation of each channel, for pixels from 0 to 1"
 DEVICE = "device: auto, cpu, cuda or cuda:N"
 LOG = "loggers beside metrics.jsonl, with commas between them: csv, tensorboard, wandb, mlflow"
 IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their output channels"
@@ -27,9 +29,16 @@ INEXACT = "also prune channels that norms and statistics mix; outputs then chang
 class ModelSettings:
     """The network."""
 
-    model: str = option("", "network: resnet20, torchvision:NAME, timm:NAME or package.module:factory")
-    weights: str | None = option(None, "file of trained weights (.safetensors, .pt, .pth); random weights without it")
+    model: str = option(
+        "", "network: resnet20, torchvision:NAME, timm:NAME, file.py:factory or package.module:factory; also first word"
+    )
+    weights: str | None = option(
+        None,
+        "file of trained weights (safetensors, or any torch file), or name of published ones (DEFAULT, pretrained); "
+        "random weights without it",
+    )
     input: str | None = option(None, "size of one image, CxHxW; by default the data's, or the model's usual size")
+    ema: bool = option(False, "take the moving average of the weights (EMA) that the file holds", flag=SWITCH)
 
 
 @dataclass
@@ -37,13 +46,19 @@ class RunSettings:
     """The run."""
 
     data: str | None = option(
-        None, "data set: digits, fashion-mnist:FOLDER, cifar10:FOLDER, imagefolder:FOLDER or synthetic:CxHxW:CLASSES"
+        None,
+        "data set: digits, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, imagefolder:FOLDER, hf:NAME, "
+        "synthetic:CxHxW:CLASSES, or file.py:function that returns a loader or (train, held out)",
     )
-    out: str | None = option(None, "directory for the run's files; it must not exist yet")
+    out: str | None = option(
+        None, "directory for the run's files, which must not exist yet; by default runs/METHOD-MODEL-N"
+    )
     image_size: int | None = option(None, "side of the images in pixels; by default the data's own", minimum=1)
     held_out: float | None = option(
         None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
     )
+    mean: tuple[float, ...] = option((), MEAN, flag=NUMBERS)
+    std: tuple[float, ...] = option((), STD, flag=NUMBERS)
     seed: int = option(0, "seed of everything random", minimum=0, maximum=LARGEST_SEED)
     device: str = option("auto", DEVICE)
     log: str | None = option(None, LOG)
@@ -140,11 +155,9 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(FinetuneRecipe):
     """Recipe of a fine-tuning: as a training, with a cosine schedule from a lower learning rate."""
 
-    lr: float = option(0.02, "largest learning rate", minimum=0.0)
-    schedule: str = option("cosine", "shape of the learning rate over the epochs", choices=SCHEDULES)
     from_scratch: bool = option(False, "begin with random weights in place of the run's, as SP's paper does")
 
 
@@ -154,6 +167,8 @@ class EvaluateSettings(ModelSettings):
 
     run: str | None = option(None, "directory of a run")
     data: str | None = option(None, "data set to measure on; by default the run's own")
+    mean: tuple[float, ...] = option((), MEAN, flag=NUMBERS)
+    std: tuple[float, ...] = option((), STD, flag=NUMBERS)
     device: str = option("auto", DEVICE)
 
 

@@ -1,6 +1,7 @@
 """Networks: the papers' CIFAR architectures, those of other packages by name, and weights on disk."""
 
 from fastprune.models.mobilenet import MobileNetV2, mobilenetv2
+from fastprune.models.pretrained import names_weights
 from fastprune.models.resnet import ResNet, resnet20, resnet32, resnet56, resnet110
 from fastprune.models.resolve import available, create
 from fastprune.models.source import Source, source_of
@@ -15,6 +16,7 @@ __all__ = [
     "create",
     "load_weights",
     "mobilenetv2",
+    "names_weights",
     "read_weights",
     "resnet20",
     "resnet32",

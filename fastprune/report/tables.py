@@ -146,6 +146,7 @@ def print_demo(result: Mapping[str, Any]) -> None:
 
 COLUMNS: dict[str, tuple[str, Any]] = {
     "accuracy": ("accuracy", percent),
+    "held_out_accuracy": ("held-out accuracy", percent),
     "macs": ("MACs", millions),
     "params": ("parameters", millions),
     "ms": ("modelled latency", lambda value: f"{value:.2f} ms"),

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from fastprune.data import SourceData
+from fastprune.data import Data
 from fastprune.engine import RunDirectory, RunError, choose_device
 from fastprune.graph.model_state import state_of
 from fastprune.graph.plan import PruningPlan
@@ -60,7 +60,7 @@ def load_pruned(
     run: RunDirectory,
     model: nn.Module | None = None,
     *,
-    data: SourceData | None = None,
+    data: Data | None = None,
     trained: bool = True,
     classes: int | None = None,
 ) -> nn.Module:
@@ -87,7 +87,7 @@ def load_pruned(
     return network.eval()
 
 
-def load_baseline(run: RunDirectory, model: nn.Module | None = None, *, data: SourceData | None = None) -> nn.Module:
+def load_baseline(run: RunDirectory, model: nn.Module | None = None, *, data: Data | None = None) -> nn.Module:
     """Return the full network that a run's plan begins with, or the network of a training.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastprune.data import SourceData, load_data
+from fastprune.data import Data, load_data
 from fastprune.engine import RunDirectory, RunError
 from fastprune.graph.export.inputs import InputSpec
 from fastprune.graph.plan import PruningPlan
@@ -90,7 +90,7 @@ class NetworkRecord:
         atomic.write_text(run.network_path, json.dumps(self.to_json(), indent=2) + "\n")
 
     @staticmethod
-    def read(run: RunDirectory, data: SourceData | None = None) -> NetworkRecord:
+    def read(run: RunDirectory, data: Data | None = None) -> NetworkRecord:
         """Read the record of a run; derive it for a run of an earlier version, which has none.
 
         Args:
@@ -112,7 +112,7 @@ class NetworkRecord:
         return replace(self, classes=classes)
 
 
-def derive_record(run: RunDirectory, data: SourceData | None) -> NetworkRecord:
+def derive_record(run: RunDirectory, data: Data | None) -> NetworkRecord:
     """Return what the settings, the plan and the data of a run say of its full network."""
     config = run.config
     plan = PruningPlan.load(run.plan_path) if run.plan_path.is_file() else None
@@ -125,7 +125,7 @@ def derive_record(run: RunDirectory, data: SourceData | None) -> NetworkRecord:
     if not inputs and data is not None:
         inputs = (InputSpec((2, *data.shape), "float32"),)
     channels = inputs[0].shape[1] if inputs and len(inputs[0].shape) == 4 else 3
-    if data is not None:
+    if data is not None and data.knows_classes:
         classes: int | None = data.num_classes
     else:
         file = Path(str(weights)) if weights else run.model_path
@@ -138,7 +138,7 @@ def derive_record(run: RunDirectory, data: SourceData | None) -> NetworkRecord:
     return NetworkRecord(name, source, inputs)
 
 
-def find_data(config: Mapping[str, Any]) -> SourceData | None:
+def find_data(config: Mapping[str, Any]) -> Data | None:
     """Return the data set that a run names, None if it is not on this machine."""
     if not isinstance(config.get("data"), str):
         return None

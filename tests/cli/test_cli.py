@@ -90,16 +90,16 @@ BAD = [
     ("prun --model resnet20", "there is no command 'prun': did you mean 'prune'?"),
     ("--nope", "there is no option --nope"),
     (f"{TRAIN} --out new --epohcs 3", "there is no option --epohcs: did you mean --epochs?"),
-    (f"{TRAIN} --out new --batch-size 3", "there is no option --batch-size: did you mean --batch_size?"),
+    (f"{TRAIN} --out new --batch-sizes 3", "there is no option --batch-sizes: did you mean --batch_size?"),
     (f"{TRAIN} --out new --epochs x", "--epochs x: a whole number is needed"),
     (f"{TRAIN} --out new --lr nan", "--lr nan: a finite number is needed"),
     (f"{TRAIN} --out new --milestones 0.5", r"--milestones 0.5: a list such as \[0.5,0.75\] is needed"),
     (f"{TRAIN} --out new --nesterov maybe", "--nesterov maybe: true or false is needed"),
     (f"{L1} --metho l1", "there is no option --metho: did you mean --method?"),
     # train
-    ("train", "--model and --data and --out are needed"),
+    ("train", "--model and --data are needed"),
     (f"train --model resnet21 --data {DATA} --out new", r"model 'resnet21' is unknown \(did you mean resnet"),
-    ("train --model resnet20 --data digitz --out new", "data 'digitz' is unknown; give one of digits"),
+    ("train --model resnet20 --data digitz --out new", r"'digitz' is unknown \(did you mean digits\?\); give one of"),
     ("train --model resnet20 --data cifar10:/nowhere --out new", "'/nowhere' is no folder"),
     (f"train --model resnet20 --data {DATA} --out t", "exists already: continue that run with --resume"),
     (f"{TRAIN} --out file/new", "cannot make the run directory"),
@@ -155,7 +155,7 @@ BAD = [
     (f"{DMC} --out new --dmc.epochs 0", "epochs 0: must be at least 1"),
     (f"{DMC} --out new --dmc.sampling dice", "--dmc.sampling dice: one of 'stochastic', 'deterministic' is needed"),
     (f"{DMC} --out new --dmc 3", "--dmc 3: a YAML file with options of 'dmc' is needed"),
-    (f"{L1} --budget 0.5", "budget '0.5': 'flops=…', 'params=…' or 'latency=…' is needed"),
+    (f"{L1} --budget half", "budget 'half': 'flops=…', 'params=…' or 'latency=…' is needed"),
     (f"{L1} --budget flops=1.5", r"the fraction to keep must be in \(0, 1\]"),
     (f"{L1} --budget flops=2G", "so there is nothing to prune"),
     (f"{L1} --budget flops=0.001", "with every prunable channel gone 0.011 remains"),
@@ -412,9 +412,7 @@ def test_interrupted_prune_resumes_to_the_same_bytes(
     assert ended.returncode == 130
     assert ended.stdout == ""
     told = re.search(
-        r"^fastprune: search was interrupted at step \d+; resume it from .*: fastprune (.*)\n\Z",
-        ended.stderr,
-        re.MULTILINE,
+        r"(?m)^fastprune: search was interrupted at step \d+; resume it from .*: fastprune (.*)\n", ended.stderr
     )
     assert told, ended.stderr
     assert not (run / "plan.json").exists()
