@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from fastprune.methods.scores.ranking import local_priority
 from fastprune.planning.fitting import fit
 from fastprune.training.phases import Phase, Rounds
 
-TIMED = 3  # steps of a phase that are timed, after one that is not
+TIMED = 5  # steps of a phase that are timed, after one that is not
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,15 @@ def estimate_time(worker: Method, task: Task, data: Data | None, placement: Plac
 def time_step(phase: Phase, number: int, task: Task, data: Data, placement: Placement) -> float:
     """Return the seconds of one step, with its share of the side steps."""
     reader = PhaseBatches(data, number, task.seed, task.distributed)
-    seconds = mean_seconds(phase.step, islice(reader.read(phase, 0, 0), 1 + TIMED), placement)
+    seconds = typical_seconds(phase.step, islice(reader.read(phase, 0, 0), 1 + TIMED), placement)
     if phase.beside is not None:
         batches = islice(reader.side(phase.beside, 0), 1 + TIMED)
-        seconds += mean_seconds(phase.beside.step, batches, placement) / phase.beside.every
+        seconds += typical_seconds(phase.beside.step, batches, placement) / phase.beside.every
     return seconds
 
 
-def mean_seconds(step: object, batches: Iterator[tuple[Tensor, Tensor]], placement: Placement) -> float:
-    """Return the mean time of a step over batches, with reading them; the first one is left out if there are more."""
+def typical_seconds(step: object, batches: Iterator[tuple[Tensor, Tensor]], placement: Placement) -> float:
+    """Return the median time of a step over batches, with reading them; the first one is left out if there are more."""
     times = []
     begun = time.perf_counter()
     for images, labels in batches:
@@ -149,5 +150,4 @@ def mean_seconds(step: object, batches: Iterator[tuple[Tensor, Tensor]], placeme
             torch.cuda.synchronize(placement.device)
         times.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-    counted = times[1:] or times
-    return sum(counted) / len(counted)
+    return statistics.median(times[1:] or times)

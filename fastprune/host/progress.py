@@ -12,10 +12,11 @@ a line about every tenth of work without epochs, once it has taken some seconds.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -144,8 +145,7 @@ class Bar(Work):
         TERMINAL.remove(self)
         if kind is None and (self.epochs or self.seconds >= PATIENCE):
             size = [f"{self.epochs} epochs"] if self.epochs else []
-            facts = [*size, duration(self.seconds), *metric_texts(self.metrics, 2)]
-            TERMINAL.write(f"{self.name}: {', '.join(facts)}")
+            TERMINAL.write(f"{self.name}: {', '.join([*size, duration(self.seconds)])}", metric_texts(self.metrics, 2))
 
 
 class Terminal:
@@ -186,8 +186,11 @@ class Terminal:
         shown = [work for work in list(self.works) if work.epochs or work.seconds >= MOMENT]
         return Group(*(Text(row(work, width), no_wrap=True, overflow="ellipsis") for work in shown))
 
-    def write(self, line: str) -> None:
-        """Write a line that stays, above the display."""
+    def write(self, line: str, extras: Sequence[str] = ()) -> None:
+        """Write a line that stays, above the display, with those extras that fit."""
+        width = self.live.console.width if self.live is not None else shutil.get_terminal_size((80, 24)).columns
+        for extra in extras:
+            line += f", {extra}" if len(line) + len(extra) + 2 <= width else ""
         if self.live is not None:
             self.live.console.print(line, markup=False, highlight=False)
         else:
