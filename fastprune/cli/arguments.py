@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastprune.cli.commands import COMMANDS, FAMILIES, Command
@@ -100,7 +101,9 @@ def find_value(arguments: Sequence[str], name: str) -> str | None:
 
 
 def normalise(arguments: Sequence[str], invocation: Invocation) -> list[str]:
-    """Return the arguments as the parser takes them: ``--image-size`` as ``--image_size``, and a first word as a model.
+    """Return the arguments as the parser takes them: ``--image-size`` as ``--image_size``, a first word as its option.
+
+    Where a command takes no words of its own, the first one is the directory of a run or else a model.
 
     Args:
         arguments: what the user typed.
@@ -110,9 +113,16 @@ def normalise(arguments: Sequence[str], invocation: Invocation) -> list[str]:
         return list(arguments)
     known, words = set(list_options(invocation)), len(invocation.command.split())
     rest = list(arguments[words:])
-    if rest and "model" in known and not rest[0].startswith("-"):
-        rest.insert(0, "--model")
+    if rest and not rest[0].startswith("-") and not takes_words(invocation.command):
+        is_run = "run" in known and ("model" not in known or (Path(rest[0]) / "config.yaml").is_file())
+        rest[:0] = ["--run"] if is_run else ["--model"] if "model" in known else []
     return [*arguments[:words], *(with_underscores(argument, known) for argument in rest)]
+
+
+def takes_words(command: str) -> bool:
+    """Return whether a command takes arguments without an option's name."""
+    flags = (f.metadata["flag"] for settings in COMMANDS[command].load_settings() for f in fields_of(settings))
+    return any(flag in (POSITIONAL, POSITIONALS) for flag in flags)
 
 
 def with_underscores(argument: str, known: set[str]) -> str:
