@@ -17,7 +17,7 @@ from fastprune.graph.interior import choose_groups, gated_units
 from fastprune.graph.plan import PruningPlan, unique_names
 from fastprune.graph.structure import belong_to
 from fastprune.methods.contract import Method, Task, is_evaluation_due
-from fastprune.networks.masked import MaskedNetwork
+from fastprune.networks.masked import GatedCall, MaskedNetwork
 from fastprune.planning.budget import TOLERANCE, Budget
 from fastprune.planning.fitting import fit
 from fastprune.training.phases import Metrics, Phase
@@ -135,7 +135,7 @@ class GateSearch(Method):
 
     def data_loss(self, task: Task, inputs: Any, targets: Any, gates: Tensor) -> Tensor:
         """Return the loss of the network under gates [U] on a batch; differentiable in the gates."""
-        output, target = task.objective.run(self.masked.under(gates), inputs, targets)
+        output, target = task.objective.run(GatedCall(self.masked, gates), inputs, targets)
         return task.objective.compute(output, target)
 
     @abstractmethod
@@ -174,7 +174,7 @@ class GateSearch(Method):
         assert task.data is not None
         with torch.no_grad():
             gates = self.placement.spread(self.gates())
-            return {f"proxy_{task.objective.measure_name}": task.measure(self.masked.under(gates))}
+            return {f"proxy_{task.objective.measure_name}": task.measure(GatedCall(self.masked, gates))}
 
     def keep_open(self, task: Task, open_gates: Tensor, scores: Tensor) -> PruningPlan:
         """Return the plan that keeps the channels of open gates, and at least one channel of each group.
