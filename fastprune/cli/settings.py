@@ -29,9 +29,7 @@ INEXACT = "also prune channels that norms and statistics mix; outputs then chang
 class ModelSettings:
     """The network."""
 
-    model: str = option(
-        "", "network: resnet20, torchvision:NAME, timm:NAME, file.py:factory or package.module:factory; also first word"
-    )
+    model: str = option("", "network: resnet20, torchvision:NAME, timm:NAME, file.py:factory, package.module:factory")
     weights: str | None = option(
         None,
         "file of trained weights (safetensors, or any torch file), or name of published ones (DEFAULT, pretrained); "

@@ -2,7 +2,7 @@
 
 CIFAR is published as such files. ``pickle`` is a machine whose programs may call any function. This reader has a few
 operations of that machine: they put numbers, texts, lists, dicts and bytes together. The two functions that arrays are
-pickled with are known by name, and stand for an array of bytes. Any other name or operation is refused (decision 073).
+pickled with are known by name, and stand for an array of bytes. Any other name or operation is refused (decision 075).
 """
 
 from __future__ import annotations

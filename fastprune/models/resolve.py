@@ -89,7 +89,9 @@ def create(
         model = _create_by_factory(spec, num_classes, in_channels)
     if weights is not None and named is None:
         load_weights(model, weights, ema=ema)
-    vars(model)[MARK] = (spec, num_classes, in_channels)
+    file, _, function = spec.rpartition(":")
+    place = f"{Path(file).expanduser().absolute()}:{function}" if file.endswith(".py") else spec
+    vars(model)[MARK] = (place, num_classes, in_channels)
     return model
 
 

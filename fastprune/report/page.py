@@ -182,7 +182,7 @@ def reproduction(runs: Sequence[PruningRun]) -> Iterator[str]:
 
 def command_block(run: PruningRun, *, title: bool) -> str:
     """Return the commands of one run."""
-    text = escape("\n".join(commands(run)))
+    text = escape("\n".join(commands(run.config, run.finetuning, f"runs/{run.name}")))
     head = f"<h3>{escape(run.label)}</h3>\n" if title else ""
     return f'{head}<pre tabindex="0" aria-label="commands of {escape(run.label)}"><code>{text}</code></pre>'
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from fastprune.engine import RunDirectory
@@ -19,6 +18,7 @@ from fastprune.graph.plan import PruningPlan
 from fastprune.host.errors import UserError
 from fastprune.models import Source, source_of
 from fastprune.pruning import PruningResult
+from fastprune.report.log import read_finetuning
 from fastprune.runs import NetworkRecord, load_pruned
 from fastprune.runs.origin import compare
 from fastprune.surgery.slicing import copy_model
@@ -150,17 +150,10 @@ def subject_of_run(run: RunDirectory, model: nn.Module | None) -> Subject:
         record.source,
         record.class_name,
         run.config,
-        read_finetuning(run),
+        dict(read_finetuning(run.path / "finetune.yaml")),
         read_results(run),
         record.classes,
     )
-
-
-def read_finetuning(run: RunDirectory) -> dict[str, Any]:
-    """Return the settings of a run's fine-tuning; empty if there was none."""
-    file = run.path / "finetune.yaml"
-    values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return values if isinstance(values, dict) else {}
 
 
 def read_results(run: RunDirectory) -> dict[str, dict[str, Any]]:

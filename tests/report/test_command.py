@@ -17,6 +17,10 @@ from fastprune.report.log import PruningRun
 WriteRun = Callable[..., Path]
 
 
+def remake(run: PruningRun) -> list[str]:
+    return commands(run.config, run.finetuning, f"runs/{run.name}")
+
+
 def words(command: str) -> list[str]:
     return shlex.split(command.replace("\\\n", " "))[1:]
 
@@ -27,7 +31,7 @@ def test_a_run_is_made_again(tmp_path: Path, capfd: Any) -> None:
     assert main(shlex.split(f"prune {data} {options} --out {tmp_path}/runs/first")) == 0
     tuning = "--epochs 1 --lr 0.01 --milestones [0.25,0.75] --batch_size 32 --device cpu"
     assert main(shlex.split(f"finetune --run {tmp_path}/runs/first {tuning}")) == 0
-    prune, finetune = commands(PruningRun.read(tmp_path / "runs" / "first", "second"))
+    prune, finetune = remake(PruningRun.read(tmp_path / "runs" / "first", "second"))
     assert "--dmc.epochs 1" in prune
     assert "--precision" not in prune  # a default
     assert main(words(prune)) == 0
@@ -41,22 +45,22 @@ def test_a_run_is_made_again(tmp_path: Path, capfd: Any) -> None:
 
 def test_a_demonstration(write_run: WriteRun) -> None:
     run = PruningRun.read(write_run("d", [], command="demo", seed=2, model="resnet20"))
-    assert commands(run) == ["fastprune demo --seed 2 --out runs/d"]
+    assert remake(run) == ["fastprune demo --seed 2 --out runs/d"]
 
 
 def test_a_run_of_the_api(write_run: WriteRun) -> None:
-    (text,) = commands(PruningRun.read(write_run("api", [])))
+    (text,) = remake(PruningRun.read(write_run("api", [])))
     assert "fp.prune(" in text
     assert "    method='dmc',\n    budget='flops=0.5',\n    seed=0,\n    epochs=2,\n" in text
     compile(text, "report", "exec")
 
 
 def test_quotes(write_run: WriteRun) -> None:
-    (text,) = commands(PruningRun.read(write_run("q", [], model="resnet20", data="cifar10:my folder; rm")))
+    (text,) = remake(PruningRun.read(write_run("q", [], model="resnet20", data="cifar10:my folder; rm")))
     assert "'cifar10:my folder; rm'" in text
 
 
 def test_a_method_that_is_not_installed(write_run: WriteRun) -> None:
-    (text,) = commands(PruningRun.read(write_run("q", [], model="resnet20", method="gone", gone={"a": 1})))
+    (text,) = remake(PruningRun.read(write_run("q", [], model="resnet20", method="gone", gone={"a": 1})))
     assert "--method gone" in text
     assert "--gone.a 1" in text

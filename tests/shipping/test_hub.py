@@ -88,7 +88,7 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
 
 def test_the_command_of_the_card_makes_the_network_again(run: Path, images: Tensor, tmp_path: Path) -> None:
     folder = fp.save_pretrained(run, tmp_path / "net")
-    commands = (folder / "README.md").read_text().split("```sh\n")[1].split("```")[0].splitlines()
+    commands = (folder / "README.md").read_text().split("```sh\n")[1].split("```")[0].replace("\\\n", "").splitlines()
     assert [line.split()[1] for line in commands] == ["prune", "finetune"]
     for line in commands:
         assert main(shlex.split(line.replace("RUN", str(tmp_path / "again")))[1:]) == 0
@@ -106,10 +106,8 @@ def test_a_network_of_ones_own(images: Tensor, tmp_path: Path) -> None:
     assert equal(fp.from_pretrained(folder, model=Split()), result.model, images)
     card = (folder / "README.md").read_text()
     assert ", model=net)" in card
-    assert (
-        "fp.prune(net, example, method='l1', budget='flops=0.5', seed=0, limits=fp.Limits.parse([], min_keep=2))"
-        in card
-    )
+    options = ("net, example", "method='l1'", "budget='flops=0.5'", "seed=0", "limits=fp.Limits.parse([], min_keep=2)")
+    assert "fp.prune(\n" + "".join(f"    {option},\n" for option in options) + ")\n" in card
 
 
 def test_a_result_of_a_network_by_name(images: Tensor, tmp_path: Path) -> None:
