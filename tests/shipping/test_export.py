@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from small_networks import Plain, Split
 from torch import Tensor, nn
 
 import fastprune as fp
@@ -30,32 +31,6 @@ with torch.no_grad():
         assert torch.allclose(network(images[: place + 1]), expected[: place + 1], atol=1e-5)
 assert not any(name.startswith("fastprune.") for name in sys.modules)
 """
-
-
-class Plain(nn.Module):
-    """A plain CNN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
-        self.second, self.last = nn.Conv2d(12, 10, 3), nn.Linear(10, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
-        return self.last(x.mean((2, 3)))
-
-
-class Split(nn.Module):
-    """A network whose compact form is a rewritten graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.left, self.right = nn.Conv2d(3, 12, 3), nn.Conv2d(4, 6, 1), nn.Conv2d(8, 6, 1)
-        self.last = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = torch.split(torch.relu(self.first(x)), [4, 8], 1)
-        return self.last(torch.cat([self.left(a), self.right(b)], 1).mean((2, 3)))
 
 
 class Two(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_networks import Split
 from torch import Tensor, nn
 
 import fastprune as fp
@@ -21,19 +22,6 @@ from fastprune.shipping.subject import ExportError
 hub = pytest.importorskip("huggingface_hub")
 
 DATA = "synthetic:3x8x8:4:128"
-
-
-class Split(nn.Module):
-    """A network of somebody's own, whose compact form is a rewritten graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.left, self.right = nn.Conv2d(3, 12, 3), nn.Conv2d(4, 6, 1), nn.Conv2d(8, 6, 1)
-        self.last = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = torch.split(torch.relu(self.first(x)), [4, 8], 1)
-        return self.last(torch.cat([self.left(a), self.right(b)], 1).mean((2, 3)))
 
 
 @pytest.fixture(scope="module")
