@@ -21,17 +21,21 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fastprune.graph import ChannelGraph, Layer, trace
+from fastprune.graph.export.nodes import argument_of
 from fastprune.graph.export.regions import restore_modes
 from fastprune.graph.model_state import state_of
 from fastprune.graph.plan import PruningPlan
 from fastprune.graph.structure import belong_to
 from fastprune.host.distributed import Distributed
+from fastprune.networks.chains import is_stored
 from fastprune.recovery.moments import Moments, Sums, choose_ridge, solve, sum_rows, zero_sums
 from fastprune.recovery.readers import Reader, Shift, count_unknowns
 from fastprune.recovery.statistics import measure_statistics
 from fastprune.recovery.walk import Walk
 from fastprune.surgery import apply, masked
 from fastprune.surgery.slicing import copy_model
+
+aten = torch.ops.aten
 
 How = Literal["sequential", "one_pass", "mean", "bn", "none"]
 COMPENSATIONS: tuple[How, ...] = ("sequential", "one_pass", "mean", "bn", "none")
@@ -40,6 +44,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' mean variance; the best
 HELD_OUT = 4  # every fourth batch chooses the ridge; then the fit takes all
 ROWS = 8  # rows per unknown that a fit takes at most; more change the result by less than its noise
 LEAST_ROWS = 16384
+SMALL_GAIN = 1e-2  # of the largest; a channel that a norm multiplies by less cannot make up for others
 
 
 @dataclass
@@ -219,7 +224,26 @@ class _Fit:
         args: Any = torch.utils._pytree.tree_map_only(Node, lambda n: full.fetch(n, batch), node.args)
         kwargs: Any = torch.utils._pytree.tree_map_only(Node, lambda n: full.fetch(n, batch), node.kwargs)
         result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-        return result
+        lost = self.lost_in_stream(node, batch)
+        return result if lost is None else result + lost
+
+    def lost_in_stream(self, node: Node, batch: int) -> Tensor | None:
+        """Return what the other summand of a residual sum has lost, in units of the layer's output; None if nothing.
+
+        The layer is then fitted so that the sum comes out right, not its own part alone.
+        """
+        other = self.walk.other
+        tail, scale = follow_norm(node, self.original)
+        if other is None or len(tail.users) != 1:
+            return None
+        (following,) = tail.users
+        if following.target is not aten.add.Tensor or following.kwargs.get("alpha", 1) != 1:
+            return None
+        summand = next((s for s in following.args if s is not tail), None)
+        if not isinstance(summand, Node) or summand not in other.at or not self.walk.has_changed(summand):
+            return None
+        lost: Tensor = self.walk.full.fetch(summand, batch) - other.fetch(summand, batch)
+        return lost if scale is None else lost * scale.to(lost)
 
     def write(self, reader: Reader, weight: Tensor, before: Tensor, after: Tensor, moments: Moments) -> None:
         """Write the weights of outputs that stay, and the shift that keeps their means."""
@@ -246,6 +270,27 @@ class _Fit:
             new = original - wanted
         tensor.copy_(torch.where(kept, new, original))
         self.walk.changed.add(shift.tensor)
+
+
+def follow_norm(node: Node, tensors: dict[str, Tensor]) -> tuple[Node, Tensor | None]:
+    """Return the batch norm that alone reads a layer, and the layer's output per unit of the norm's, [C, 1, 1].
+
+    Where the norm multiplies a channel by almost nothing, 0 stands in place of a huge number. Without a norm the layer
+    itself and None are returned.
+    """
+    users = list(node.users)
+    if len(users) != 1 or users[0].target is not aten.batch_norm.default:
+        return node, None
+    norm = users[0]
+    variance, weight = argument_of(norm, "running_var"), argument_of(norm, "weight")
+    if not is_stored(variance):
+        return node, None
+    gain = (tensors[str(variance.target)].double() + argument_of(norm, "eps")).rsqrt()
+    if is_stored(weight):
+        gain = gain * tensors[str(weight.target)].double()
+    small = gain.abs() < SMALL_GAIN * gain.abs().max()
+    inverse = torch.where(small, 0.0, 1 / torch.where(small, 1.0, gain))
+    return norm, inverse.view(-1, *[1] * (norm.meta["val"].dim() - 2))
 
 
 def copy_statistics(source: nn.Module, target: nn.Module) -> None:

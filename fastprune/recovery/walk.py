@@ -121,6 +121,10 @@ class Walk:
             for source in node.all_input_nodes
         )
 
+    def has_changed(self, node: Node) -> bool:
+        """Return whether a node that was computed may have another value in the other network."""
+        return not self.shares or node in self._differs
+
     @property
     def fitted(self) -> Values:
         """The values that fits take as inputs: the other network's, if there is one."""
