@@ -204,7 +204,7 @@ class _Fit:
 
     def measure(self, reader: Reader, weight: Tensor, seed: int) -> tuple[Sums, Sums]:
         """Sum over the rows of the batches to fit and of those held out."""
-        values, full = self.walk.fitted, self.walk.full
+        values = self.walk.fitted
         unknowns = count_unknowns(reader, weight)
         shape = (reader.groups, unknowns, weight.shape[0] // reader.groups)
         parts = [zero_sums(*shape, weight.device), zero_sums(*shape, weight.device)]

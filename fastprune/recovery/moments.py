@@ -148,7 +148,9 @@ def solve(moments: Moments, prior: Tensor, open_inputs: Tensor, ridge: float) ->
     epsilon = ridge * (diagonal * open_inputs).sum(1) / count
     # A row and column of the identity in place of a closed input, so that groups with different inputs solve together.
     identity = torch.eye(prior.shape[2], dtype=torch.float64, device=prior.device)
-    gram = torch.where(both, moments.xx, 0.0) + identity * torch.where(open_inputs, epsilon.unsqueeze(1), 1.0).unsqueeze(1)
+    gram = torch.where(both, moments.xx, 0.0) + identity * torch.where(
+        open_inputs, epsilon.unsqueeze(1), 1.0
+    ).unsqueeze(1)
     right = (moments.xy + epsilon.view(-1, 1, 1) * prior.mT) * open_inputs.unsqueeze(2)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if bool((failed != 0).any()):  # inputs that depend on each other, or none that varies

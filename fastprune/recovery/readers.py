@@ -82,7 +82,7 @@ class Reader:
             places: int64 [R], indices into the outputs without their channels, in row-major order.
 
         Returns:
-            ``[G, R, I]`` and ``[G, R, O]``: for each group its inputs (a patch, as the weight lists it) and its outputs.
+            ``[G, R, I]`` and ``[G, R, O]``: for each group its inputs (a patch, in the weight's order) and outputs.
         """
         if self.is_convolution:
             patches = gather_patches(self.node, x, weight, y.shape[2:], places)
