@@ -26,6 +26,9 @@ SEVERAL: Mapping[str, Any] = types.MappingProxyType({"nargs": "+"})
 POSITIONAL: Mapping[str, Any] = types.MappingProxyType({"nargs": "?"})
 """The flag of a value that is written without a name: ``fastprune methods dmc``."""
 
+POSITIONALS: Mapping[str, Any] = types.MappingProxyType({"nargs": "*"})
+"""The flag of a tuple whose values are written without a name: ``fastprune compare runs/a runs/b``."""
+
 LARGEST_SEED = 2**63 - 1  # what torch's generators take
 
 

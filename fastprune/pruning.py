@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastprune.arguments import check_arguments, check_kind, make_objective, refuse_resources
 from fastprune.data import Data, UserData
+from fastprune.data.given import GivenData, as_data
 from fastprune.data.user_data import Loader
 from fastprune.engine import (
     HeldOut,
@@ -23,43 +27,33 @@ from fastprune.engine import (
     run_phases,
     seed_everything,
 )
+from fastprune.engine.latency import time_calls
+from fastprune.engine.loggers import Callback, Logger, MakeLogger, Records, load_loggers, open_records
 from fastprune.engine.loop import floats
 from fastprune.engine.run import plain, run_directory
 from fastprune.graph import ChannelGraph, trace
+from fastprune.graph.build import layer_names
 from fastprune.graph.export.inputs import Example, Inputs
-from fastprune.graph.model_state import device_of
+from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.graph.plan import PruningPlan
+from fastprune.host import progress
 from fastprune.host.distributed import Distributed
+from fastprune.host.machine import machine
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.registry import configure, load
-from fastprune.models import save_weights
+from fastprune.models import Source, save_weights
 from fastprune.options import fields_of
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
+from fastprune.result import PruningResult
+from fastprune.runs.origin import Origin
 from fastprune.surgery import cut
 from fastprune.surgery.slicing import copy_model
 from fastprune.surgery.surgery import Cut
+from fastprune.training.objective import Forward, Loss, Objective
 
-
-@dataclass(frozen=True)
-class PruningResult:
-    """The result of ``prune``.
-
-    Args:
-        model: the compact model, in eval mode, on the device that was used.
-        plan: the channels that stay.
-        metrics: ``macs`` and ``params`` (each ``{"full": …, "planned": …}``), ``difference`` (relative, of compact and
-            masked outputs), ``seconds``, and ``search`` (the method's results and the last value of every metric that
-            it logged); under a budget of latency also ``ms``, with which the plan was made, and ``measured_ms``, of the
-            networks themselves.
-        graph: the channel graph of the full model.
-    """
-
-    model: nn.Module
-    plan: PruningPlan
-    metrics: dict[str, Any]
-    graph: ChannelGraph
+__all__ = ["PruningResult", "prune"]
 
 
 def prune(
@@ -67,22 +61,28 @@ def prune(
     example_inputs: Example,
     *,
     method: str | type[Method] = "dmc",
-    budget: str | Budget = "flops=0.5",
-    data: Data | Loader | None = None,
+    budget: str | float | Budget = "flops=0.5",
+    data: GivenData | None = None,
+    held_out: Loader | float | None = None,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     precision: str = "float32",
     channels_last: bool = False,
     rewrite: bool = True,
-    ignore: Sequence[str] = (),
-    limits: Limits | None = None,
+    ignore: str | nn.Module | Sequence[str | nn.Module] = (),
+    limits: Limits | Mapping[str, Any] | None = None,
     conditions: Conditions | None = None,
     after: PruningPlan | None = None,
     exact: bool = True,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
+    origin: Source | Origin | None = None,
+    log: Sequence[str | Logger] = (),
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> PruningResult:
     """Choose channels by a method under a budget, and remove the others.
@@ -92,9 +92,15 @@ def prune(
         example_inputs: a batch of inputs, [N, C, H, W] for images; several as a tuple, or as a dict by argument name.
         method: the name of a registered method, or a ``Method`` class.
         budget: ``flops=0.5``, ``params=0.3``, ``latency=0.6``, ``flops=2G``, ``latency=12ms``, …, see
-            ``Budget.parse``; met from below.
-        data: training data for methods that search on them: a ``Data`` (see ``fastprune.data.load_data``), or your own
-            loader of (images [N, C, H, W], labels [N]).
+            ``Budget.parse``; a number is a fraction of the FLOPs (MACs). Met from below.
+        data: training data for methods that search on them: your own ``DataLoader``, or any other iterable of batches
+            that starts anew each time; a ``Data``; or the name of a data set (see ``fastprune.data.load_data``).
+        held_out: a loader of samples that are not trained on, for methods that compare candidates; beside the name of a
+            data set, the part to hold out.
+        loss: ``loss(output, target)`` returns the mean loss of a batch; None = cross-entropy to class labels [N].
+        forward: ``forward(model, batch)`` runs ``model`` on a batch of the loader and returns ``(output, target)``; it
+            must only call ``model``, which may be the network under gates. None = batches are tuples whose last part
+            is the target; the others are the network's inputs.
         out: directory for the run's files (config, plan, weights, log, checkpoints); None = nothing is written.
         resume: whether to continue the search in ``out`` from its last checkpoint.
         seed: seed of everything random.
@@ -102,8 +108,9 @@ def prune(
         precision: precision of the search, "float32" or "bf16" (autocast).
         channels_last: whether the search's memory layout is NHWC.
         rewrite: whether the compact network may be the rewritten graph of the model; see ``trace``.
-        ignore: names or patterns of layers whose output channels stay; see ``trace``.
-        limits: smallest and largest widths and their rounding, for any method; None = none.
+        ignore: names, patterns or modules of layers whose output channels stay; see ``trace``.
+        limits: smallest and largest widths and their rounding, for any method: ``Limits``, or a dict such as
+            ``{"round_to": 8}``; None = none.
         conditions: conditions under which a latency counts (device, batch, dtype, layout); None = one image on
             ``device``.
         after: the plan that made ``model`` out of a larger network; the result's plan is then for that network.
@@ -112,6 +119,11 @@ def prune(
             ``graph.inexact`` because of which operators.
         loop: how often log and checkpoints are written.
         run_config: settings for ``config.yaml`` beside the arguments.
+        origin: what builds the full network again, so that ``fastprune.load`` needs no ``model=``:
+            ``fastprune.models.Source("torchvision:resnet50", num_classes=10)``. None = what ``models.create`` has noted
+            in the model, if it made it.
+        log: loggers: names ("tensorboard", "csv", "wandb", "mlflow"), which need ``out``, or ``Logger`` objects.
+        callbacks: functions that get every record of the log, a dict with ``stage``, ``step`` and metrics.
         **options: fields of the method's ``Config``.
 
     Returns:
@@ -119,35 +131,51 @@ def prune(
 
     Raises:
         ValueError: for an unknown method or option, missing data, data that do not fit the example, a run to resume
-            that was begun with other arguments, or a plan that removes nothing.
+            that was begun with other arguments, an origin of another network, or a plan that removes nothing.
+        TypeError: for an argument of a wrong type.
         BudgetError: for a malformed budget, or one out of reach; says what limits it.
         LimitError: for limits that contradict each other.
         TraceError, SurgeryError, RunError, Interrupted: see those.
     """
     begun = time.monotonic()
-    where = device_of(model) if device is None else choose_device(device)
+    check_arguments(
+        model=model, out=out, resume=resume, seed=seed, device=device, precision=precision, channels_last=channels_last,
+        rewrite=rewrite, exact=exact, run_config=run_config,
+    )  # fmt: skip
+    check_kind("conditions", conditions, Conditions)
+    check_kind("after", after, PruningPlan)
+    check_kind("loop", loop, LoopOptions)
+    where = device_of(model) if device is None else choose_device(str(device))
     goal = Goal.make(budget, conditions, limits, where)
-    tracing = Tracing(rewrite, ignore, exact)
+    tracing = Tracing(rewrite, layer_names(model, ignore), exact)
     running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
+    makers = load_loggers(log)
     worker = make_worker(method, options, data)
-    job = Job(worker, goal, tracing, running, Distributed.from_environment())
-    network, inputs, source = job.prepare(model, example_inputs, data)
+    job = Job(worker, goal, tracing, running, Distributed.from_environment(), make_objective(loss, forward))
+    begun_as = origin if isinstance(origin, Origin) else Origin.find(model, origin, after)
+    network, inputs, source = job.prepare(model, example_inputs, as_data(data, held_out, seed=seed))
     task = job.trace(network, inputs, source)
-    with run_directory(out, job.settings(), job.peers, resume=resume) as run:
-        found = job.search(task, source, run)
-        compact = job.cut(task)
-        plan = compact.plan if after is None else after.then(compact.plan)
-    metrics: dict[str, Any] = {
-        "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
-        "params": {"full": plan.params[0], "planned": plan.params[1]},
-        "difference": compact.difference,
-        "seconds": time.monotonic() - begun,
-        "search": {**found, **floats(worker.results())},
-    }
-    job.save(run, compact.model, plan)
-    metrics |= job.time(task, compact)  # what took hours is saved by now
-    job.log(run, metrics)
-    return PruningResult(compact.model.eval(), plan, metrics, task.graph)
+    with ExitStack() as logging:
+        with run_directory(out, job.settings(), job.peers, resume=resume) as run:
+            records = logging.enter_context(job.open_records(makers, callbacks, run))
+            found = job.search(task, source, run, records)
+            compact = job.cut(task)
+            plan = compact.plan if after is None else after.then(compact.plan)
+        metrics: dict[str, Any] = {
+            "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
+            "params": {"full": plan.params[0], "planned": plan.params[1]},
+            "difference": compact.difference,
+            "seconds": time.monotonic() - begun,
+            "search": {**found, **floats(worker.results())},
+        }
+        if run is not None and job.peers.is_main:
+            begun_as.keep(run, model, plan.inputs, is_full=after is None)
+        job.save(run, compact.model, plan)
+        metrics |= job.time(task, compact, inputs)  # what took hours is saved by now
+        job.log(run, metrics, records)
+    return PruningResult(
+        compact.model.eval(), plan, metrics, task.graph, worker.name, goal.text, job.settings(), begun_as
+    )
 
 
 @dataclass(frozen=True)
@@ -206,12 +234,15 @@ def make_worker(method: str | type[Method], options: Mapping[str, Any], data: ob
 
     Raises:
         ValueError: for an unknown method or option, or a method that lacks its data.
-        TypeError: for an option of another type.
+        TypeError: for an option of another type, or a method that is neither a name nor a class.
     """
+    if not isinstance(method, str) and not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"method: got {method!r}; the name of a method or a class derived from Method is needed")
+    refuse_resources(options)
     method_class = load(method) if isinstance(method, str) else method
     worker = method_class(configure(method_class, options))
     if method_class.needs_data and data is None:
-        raise ValueError(f"method {method_class.name!r} searches on training data: give data=")
+        raise ValueError(f"method {method_class.name!r} searches on training data: give data=, a DataLoader say")
     return worker
 
 
@@ -225,6 +256,7 @@ class Job:
         tracing: how the channel graph is found.
         running: how the search runs.
         peers: this process among its peers.
+        objective: how networks run on a batch, and their loss.
     """
 
     worker: Method
@@ -232,6 +264,12 @@ class Job:
     tracing: Tracing
     running: RunOptions
     peers: Distributed
+    objective: Objective
+
+    @property
+    def shows(self) -> bool:
+        """Whether this process shows progress."""
+        return self.peers.is_main and (self.running.loop is None or self.running.loop.progress)
 
     def settings(self) -> dict[str, Any]:
         """Return the content of ``config.yaml``."""
@@ -246,24 +284,26 @@ class Job:
             self.worker.name: plain({f.name: getattr(config, f.name) for f in fields_of(type(config))}),
         }
 
-    def prepare(
-        self, model: nn.Module, example: Example, data: Data | Loader | None
-    ) -> tuple[nn.Module, Inputs, Data | None]:
+    def prepare(self, model: nn.Module, example: Example, data: Data | None) -> tuple[nn.Module, Inputs, Data | None]:
         """Check the user's arguments, seed everything, and return the network to prune, its inputs and the data."""
         if self.running.resume:
             require_same_run(RunDirectory.open(str(self.running.out), self.peers), self.settings())
         place = self.running.placement
-        source = data.to(place.device) if isinstance(data, Data) else None if data is None else UserData(data)
+        source = data.to(place.device) if data is not None else None
         inputs = Inputs.from_example(example, model)
         if source is not None:
             require_same_channels(source, inputs)
         seed_everything(self.running.seed)
-        return own_copy(model, place, trained=self.worker.trains_weights), inputs, source
+        network = own_copy(model, place, trained=self.worker.trains_weights)
+        if isinstance(source, UserData) and self.worker.needs_data:
+            require_understood(self.objective, network, source, place)
+        return network, inputs, source
 
     def trace(self, network: nn.Module, inputs: Inputs, source: Data | None) -> Task:
         """Trace the network and set the method up for it."""
         place, seed = self.running.placement, self.running.seed
-        graph = self.tracing.trace(network, inputs, place.device)
+        with progress.begin("tracing the network", wanted=self.shows):
+            graph = self.tracing.trace(network, inputs, place.device)
         self.goal.require_reachable(graph, self.peers)
         task = Task(
             model=network,
@@ -273,13 +313,21 @@ class Job:
             device=place.device,
             seed=seed,
             distributed=self.peers,
-            data=HeldOut(source, place, self.peers) if source is not None else None,
+            data=HeldOut(source, place, self.peers, objective=self.objective) if source is not None else None,
             rng=torch.Generator().manual_seed(seed),
+            objective=self.objective,
         )
         self.worker.setup(task)
         return task
 
-    def search(self, task: Task, source: Data | None, run: RunDirectory | None) -> dict[str, float]:
+    def open_records(
+        self, log: Sequence[MakeLogger | Logger], callbacks: Sequence[Callback], run: RunDirectory | None
+    ) -> AbstractContextManager[Records]:
+        """Open what gets every record of the run."""
+        folder = None if run is None else run.path
+        return open_records(log, callbacks, folder, self.settings(), wanted=self.peers.is_main)
+
+    def search(self, task: Task, source: Data | None, run: RunDirectory | None, records: Records) -> dict[str, float]:
         """Run the method's phases; return the last value of every metric."""
         return run_phases(
             self.worker,
@@ -290,13 +338,16 @@ class Job:
             resume=self.running.resume,
             placement=self.running.placement,
             options=self.running.loop,
+            records=records,
         )
 
     def cut(self, task: Task) -> Cut:
         """Remove the channels that the method's plan gives up."""
-        plan = self.worker.plan(task)
+        with progress.begin("choosing channels", wanted=self.shows):
+            plan = self.worker.plan(task)
         self.goal.check(plan, task.graph)
-        return cut(plan, task.model, task.graph.traced)
+        with progress.begin("cutting and verifying", wanted=self.shows):
+            return cut(plan, task.model, task.graph.traced)
 
     def save(self, run: RunDirectory | None, model: nn.Module, plan: PruningPlan) -> None:
         """Write plan and weights."""
@@ -304,22 +355,30 @@ class Job:
             plan.save(run.plan_path)
             save_weights(model, run.model_path)
 
-    def time(self, task: Task, compact: Cut) -> dict[str, Any]:
-        """Return the times of both networks under a budget of latency, modelled and measured; nothing under others."""
+    def time(self, task: Task, compact: Cut, inputs: Inputs) -> dict[str, Any]:
+        """Return the measured times of both networks; under a budget of latency under its conditions, and modelled too.
+
+        Otherwise they run on the user's example as it is. One process measures; the others return what is modelled.
+        """
         budget, graph = self.goal.budget, task.graph
+        networks = {"full": task.model, "planned": compact.model}
         if not budget.is_time:
-            return {}
+            return measure_example(networks, inputs, self.running.placement) if self.peers.is_main else {}
         times: dict[str, Any] = {
             "ms": {"full": float(budget.cost(graph)), "planned": float(budget.cost(graph, compact.plan.mask))}
         }
         if self.peers.is_main:  # one process at a time
-            times |= measure(budget.conditions, graph, {"full": task.model, "planned": compact.model})
+            with progress.begin("timing both networks", wanted=self.shows):
+                times |= measure(budget.conditions, graph, networks)
         return times
 
-    def log(self, run: RunDirectory | None, metrics: Mapping[str, Any]) -> None:
+    def log(self, run: RunDirectory | None, metrics: Mapping[str, Any], records: Records) -> None:
         """Write the last line of the log and wait for all ranks."""
-        if run is not None and self.peers.is_main:
-            run.log({"stage": "plan", **metrics})
+        if self.peers.is_main:
+            line = {"stage": "plan", **metrics}
+            if run is not None:
+                run.log(line)
+            records(line)
         self.peers.barrier()
 
 
@@ -337,7 +396,30 @@ def measure(
         for name, network in networks.items()
     }  # fmt: skip
     channels, height, width = images[0].shape[1:]
-    return {"measured_ms": measure_latencies(copies, (channels, height, width), batch=conditions.batch, repeats=10)}
+    return {
+        "measured_ms": measure_latencies(copies, (channels, height, width), batch=conditions.batch, repeats=10),
+        "measured_on": describe(torch.device(str(conditions.device)), conditions.batch),
+    }
+
+
+def measure_example(networks: Mapping[str, nn.Module], inputs: Inputs, placement: Placement) -> dict[str, Any]:
+    """Time networks on the example: ``measured_ms`` and ``measured_on``; nothing if a network fails.
+
+    A measurement that fails must not cost the result of a search.
+    """
+    there = inputs.map(lambda x: x.to(placement.device))
+    calls = {name: partial(network, *there.args, **there.kwargs) for name, network in networks.items()}
+    try:
+        with in_eval_mode(*networks.values()):
+            times = time_calls(calls, dict.fromkeys(calls, placement.device), repeats=7, warmup=2)
+    except Exception:  # the model's own code may raise anything
+        return {}
+    return {"measured_ms": times, "measured_on": describe(placement.device, inputs.batch)}
+
+
+def describe(device: torch.device, batch: int) -> dict[str, Any]:
+    """Return the conditions of a measurement, for the log."""
+    return {"device": device.type, "name": machine(device), "threads": torch.get_num_threads(), "batch": batch}
 
 
 def require_same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
@@ -358,11 +440,18 @@ def require_same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
 def require_same_channels(data: Data, inputs: Inputs) -> None:
     """Refuse data whose images the network cannot take; a convolution would say so only in the first step."""
     first = inputs.tensors[0]
-    if first.dim() == 4 and first.shape[1] != data.shape[0]:
+    if first.dim() == 4 and len(data.shape) == 3 and first.shape[1] != data.shape[0]:
         raise ValueError(
             f"data: its images have {data.shape[0]} channels, those of example_inputs {first.shape[1]}; "
             "give images of one kind"
         )
+
+
+def require_understood(objective: Objective, network: nn.Module, data: UserData, placement: Placement) -> None:
+    """Refuse a user's batches that do not go through the network and its loss; the search would say so much later."""
+    inputs, targets = data.first
+    with placement.autocast():
+        objective.check(network, placement.images(inputs), placement.labels(targets))
 
 
 def own_copy(model: nn.Module, placement: Placement, *, trained: bool) -> nn.Module:

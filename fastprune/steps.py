@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastprune.engine import choose_device
+from fastprune.arguments import check_arguments
+from fastprune.engine import RunDirectory, choose_device
+from fastprune.graph.build import layer_names
 from fastprune.graph.export.inputs import Example, Inputs
 from fastprune.graph.model_state import device_of
 from fastprune.host.distributed import Distributed
@@ -18,6 +20,7 @@ from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
 from fastprune.planning.lineage import Lineage
 from fastprune.pruning import PruningResult, Tracing, prune
+from fastprune.runs.origin import Origin
 
 
 def prune_in_steps(
@@ -25,8 +28,8 @@ def prune_in_steps(
     example_inputs: Example,
     *,
     steps: int,
-    budget: str | Budget = "flops=0.5",
-    limits: Limits | None = None,
+    budget: str | float | Budget = "flops=0.5",
+    limits: Limits | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     **arguments: Any,
 ) -> Iterator[PruningResult]:
@@ -61,6 +64,8 @@ def prune_in_steps(
         raise ValueError(f"steps {steps}: at least 1 is needed")
     if arguments.get("resume") or arguments.get("after") is not None:
         raise ValueError("resume and after belong to single calls of prune: leave them out")
+    check_arguments(model=model, out=out)
+    arguments["ignore"] = layer_names(model, arguments.get("ignore", ()))
     home = device_of(model)
     device = choose_device(arguments.get("device") or str(home))
     goal = Goal.make(budget, arguments.pop("conditions", None), limits, device)
@@ -74,14 +79,17 @@ def prune_in_steps(
         if plan is not None and float(goal.budget.cost(first, plan.mask)) <= target:
             continue
         lineage = Lineage(first, plan) if plan is not None else None
+        run = None if out is None else Path(out) / f"step-{step}"
         result = prune(
             model,
             example_inputs,
             budget=replace(goal.budget, value=target, absolute=True, lineage=lineage),
             limits=replace(goal.limits, lineage=lineage),
-            out=None if out is None else Path(out) / f"step-{step}",
+            out=run,
             after=plan,
             **arguments,
         )
+        if run is not None and Distributed.from_environment().is_main:  # the others write nothing
+            arguments["origin"] = Origin.of_run(RunDirectory.open(run))
         yield result
         model, plan = result.model, result.plan

@@ -115,7 +115,8 @@ def test_result_of_a_search(tiny: nn.Module, tmp_path: Path) -> None:
             result.model(EXAMPLE), fp.masked(tiny.eval(), result.plan)(EXAMPLE), rtol=0, atol=1e-5
         )
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "model.safetensors", "plan.json",
+        "baseline.safetensors", "checkpoints", "config.yaml", "metrics.jsonl", "model.safetensors", "network.json",
+        "plan.json",
     ]  # fmt: skip
     run = RunDirectory.open(out)
     assert torch.equal(PruningPlan.load(run.plan_path).mask, result.plan.mask)

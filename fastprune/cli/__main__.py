@@ -2,7 +2,7 @@
 
 import sys
 
-from fastprune.cli.main import main
+from fastprune.cli.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastprune.cli.commands import COMMANDS, FAMILIES, Command
 from fastprune.cli.settings import PruneSettings, read_settings
 from fastprune.host.spelling import did_you_mean
 from fastprune.methods import catalogue
-from fastprune.options import POSITIONAL, fields_of
+from fastprune.options import POSITIONAL, POSITIONALS, fields_of
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,40 @@ def find_value(arguments: Sequence[str], name: str) -> str | None:
     return value
 
 
+def normalise(arguments: Sequence[str], invocation: Invocation) -> list[str]:
+    """Return the arguments as the parser takes them: ``--image-size`` as ``--image_size``, a first word as its option.
+
+    Where a command takes no words of its own, the first one is the directory of a run or else a model.
+
+    Args:
+        arguments: what the user typed.
+        invocation: what it chooses.
+    """
+    if invocation.command is None:
+        return list(arguments)
+    known, words = set(list_options(invocation)), len(invocation.command.split())
+    rest = list(arguments[words:])
+    if rest and not rest[0].startswith("-") and not takes_words(invocation.command):
+        is_run = "run" in known and ("model" not in known or (Path(rest[0]) / "config.yaml").is_file())
+        rest[:0] = ["--run"] if is_run else ["--model"] if "model" in known else []
+    return [*arguments[:words], *(with_underscores(argument, known) for argument in rest)]
+
+
+def takes_words(command: str) -> bool:
+    """Return whether a command takes arguments without an option's name."""
+    flags = (f.metadata["flag"] for settings in COMMANDS[command].load_settings() for f in fields_of(settings))
+    return any(flag in (POSITIONAL, POSITIONALS) for flag in flags)
+
+
+def with_underscores(argument: str, known: set[str]) -> str:
+    """Return an option with underscores in place of hyphens, if that is the one that exists."""
+    name, equals, value = argument[2:].partition("=")
+    other = name.replace("-", "_")
+    return (
+        f"--{other}{equals}{value}" if argument.startswith("--") and name not in known and other in known else argument
+    )
+
+
 def list_names(arguments: Sequence[str]) -> list[str]:
     """Return the names of the options that were written on the command line."""
     return [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
@@ -136,7 +171,7 @@ def list_options(invocation: Invocation) -> Iterator[str]:
         return
     command = COMMANDS[invocation.command]
     for settings in command.load_settings():
-        yield from (f.name for f in fields_of(settings) if f.metadata["flag"] != POSITIONAL)
+        yield from (f.name for f in fields_of(settings) if f.metadata["flag"] not in (POSITIONAL, POSITIONALS))
     yield from common_options(command)
     if command.takes_method:
         yield "print_config"  # which --config brings

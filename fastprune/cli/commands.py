@@ -41,7 +41,10 @@ class Command:
         return [resolve_name(name) for name in self.settings]
 
 
-FAMILIES = {"bench": "Measure how fast kernels, search steps and networks are."}
+FAMILIES = {
+    "recipes": "List, show and copy the settings of papers' rows.",
+    "bench": "Measure how fast kernels, search steps and networks are.",
+}
 """First words of commands that have two, and their help."""
 
 COMMANDS: dict[str, Command] = {
@@ -60,6 +63,11 @@ COMMANDS: dict[str, Command] = {
         "Show a network's channel groups and what stands in the way of pruning.",
         "fastprune.cli.inspection:run_inspect",
         (f"{SETTINGS}:InspectSettings",),
+    ),
+    "sensitivity": Command(
+        "Measure how much accuracy each group of channels costs, without training.",
+        "fastprune.cli.sensitivity:run_sensitivity",
+        (f"{SETTINGS}:SensitivitySettings",),
     ),
     "prune": Command(
         "Prune a trained network.",
@@ -83,6 +91,26 @@ COMMANDS: dict[str, Command] = {
         "Draw the searches and widths of pruning runs, as a page with figures.",
         "fastprune.cli.report:run_report",
         (f"{SETTINGS}:ReportSettings",),
+    ),
+    "compare": Command(
+        "Compare pruning runs: a table, and a chart of accuracy over cost.",
+        "fastprune.cli.compare:run_compare",
+        (f"{SETTINGS}:CompareSettings",),
+    ),
+    "export": Command(
+        "Write the network of a run as a file for other runtimes: safetensors, pt2 or ONNX.",
+        "fastprune.cli.export:run_export",
+        (f"{SETTINGS}:ExportSettings",),
+    ),
+    "recipes ls": Command("List the recipes: the settings of papers' rows.", "fastprune.cli.shelf:run_ls"),
+    "recipes show": Command("Print a recipe.", "fastprune.cli.shelf:run_show", ("fastprune.cli.shelf:RecipeSettings",)),
+    "recipes cp": Command(
+        "Copy a recipe into a file of your own.", "fastprune.cli.shelf:run_cp", ("fastprune.cli.shelf:CopySettings",)
+    ),
+    "completion": Command(
+        "Print the script that lets a shell complete commands and options.",
+        "fastprune.cli.completion:run_completion",
+        ("fastprune.cli.completion:CompletionSettings",),
     ),
     "bench kernels": Command(
         "Time the kernels beside their peers.",

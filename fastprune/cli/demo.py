@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from fastprune import models
+from fastprune.cli.networks import image_shape
 from fastprune.cli.settings import DemoSettings, pick
-from fastprune.data import SourceData, load_data
+from fastprune.data import Data, load_data
 from fastprune.engine import (
     LoopOptions,
     RunDirectory,
@@ -46,6 +47,7 @@ def run_demo(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps(result))
     else:
         tables.print_demo(result)
+        print("next: fastprune inspect --model torchvision:resnet50")
     return 0
 
 
@@ -76,7 +78,7 @@ def show_pruning(settings: DemoSettings) -> dict[str, Any]:
     data = load_data("digits", seed=settings.seed)
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
-    model = models.create("resnet20", num_classes=data.num_classes, in_channels=data.shape[0])
+    model = models.create("resnet20", num_classes=data.num_classes, in_channels=image_shape(data)[0])
     quiet = LoopOptions(log_every=20)
     train(model, data, BASELINE, seed=settings.seed, device=device, options=quiet)
     result = prune(
@@ -92,19 +94,24 @@ def show_pruning(settings: DemoSettings) -> dict[str, Any]:
     networks: dict[str, nn.Module] = {"trained": model, "pruned": pruned, "fine-tuned": result.model}
     stages = measure_stages(networks, result, data, device)
     outcome = {"run": str(out), "seconds": time.monotonic() - begun, "stages": stages}
+    trained, cut, tuned = ({name: value for name, value in stage.items() if name != "stage"} for stage in stages)
+    run.log({"stage": "result", "method": "dmc", "budget": "flops=0.5", "baseline": trained, "compact": cut})
+    run.log({"stage": "result", "method": "finetune", "compact": tuned})
     run.log({"stage": "result", **outcome})
     return outcome
 
 
 def measure_stages(
-    networks: Mapping[str, nn.Module], result: PruningResult, data: SourceData, device: torch.device
+    networks: Mapping[str, nn.Module], result: PruningResult, data: Data, device: torch.device
 ) -> list[dict[str, Any]]:
     """Measure accuracy, size and latency of the network after each stage."""
     accuracies = {
         stage: evaluate(network.to(device), data, placement=Placement(device))["accuracy"]
         for stage, network in networks.items()
     }
-    latencies = measure_latencies({stage: network.cpu() for stage, network in networks.items()}, data.shape, batch=64)
+    latencies = measure_latencies(
+        {stage: network.cpu() for stage, network in networks.items()}, image_shape(data), batch=64
+    )
     stages = []
     for stage in networks:
         size = "full" if stage == "trained" else "planned"

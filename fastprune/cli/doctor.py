@@ -21,6 +21,7 @@ def run_doctor(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps(checks))
     else:
         tables.print_checks(checks)
+        print("next: fastprune demo")
     return 0 if checks["healthy"] else 1
 
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 
-from fastprune.cli.networks import build_compact, build_model, check_fit, count_size, measure, open_run_data
+from fastprune.cli.advice import after_evaluating, at_chance
+from fastprune.cli.networks import (
+    build_code,
+    build_model,
+    check_classes,
+    check_fit,
+    count_size,
+    image_shape,
+    lacks_builder,
+    measure,
+    open_run_data,
+)
 from fastprune.cli.runs import print_results
 from fastprune.cli.settings import EvaluateSettings, NetworkSettings, pick, require
-from fastprune.data import SourceData, load_data
-from fastprune.engine import RunDirectory
+from fastprune.data import Data, load_data
+from fastprune.engine import RunDirectory, RunError
 from fastprune.host.distributed import Distributed
+from fastprune.runs import NetworkRecord, is_training, load_baseline, load_pruned
 
 
 def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
@@ -20,28 +33,39 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
     peers = Distributed.from_environment()
     if settings.run is None:
         require(model=settings.model, data=settings.data)
-        data = load_data(str(settings.data))
+        data = load_data(str(settings.data), mean=settings.mean, std=settings.std)
         networks, name = {"model": build_model(settings, data)}, settings.model
     else:
-        own = sorted({"model", "weights", "input"} & given)
+        run = RunDirectory.open(settings.run, peers)
+        needed = {"model"} if lacks_builder(run) else set()
+        own = sorted({"model", "weights", "input"} & given - needed)
         if own:
             raise ValueError(f"--run {settings.run} has a network of its own: leave out --{own[0]}, or --run")
-        run = RunDirectory.open(settings.run, peers)
         origin = pick(NetworkSettings, run.config)
-        data, name = open_run_data(origin, settings.data), origin.model
-        networks = build_networks(run, origin, data)
+        data = open_run_data(origin, settings.data)
+        full = build_code(settings.model, data) if settings.model else None
+        networks, name = load_networks(run, data, peers, full), NetworkRecord.read(run, data).name
     for network in networks.values():
-        check_fit(network, name, data.shape)
+        check_fit(network, name, image_shape(data))
+        if settings.run is not None:
+            check_classes(network, data)
     results = measure(networks, data, settings.device, peers)
     for key, network in networks.items():
-        results[key] |= count_size(network, data.shape)
-    print_results(results, values["json"], peers, None)
+        results[key] |= count_size(network, image_shape(data))
+    print_results(results, values["json"], peers, None, [*at_chance(results, data), after_evaluating(settings)])
     return 0
 
 
-def build_networks(run: RunDirectory, origin: NetworkSettings, data: SourceData) -> dict[str, nn.Module]:
-    """Build the networks of a run: the one it trained, or the full and the compact one of a pruning."""
-    if run.config.get("command") == "train":
-        origin.weights = str(run.model_path)
-        return {"model": build_model(origin, data)}
-    return {"baseline": build_model(origin, data), "compact": build_compact(run, origin, data)}
+def load_networks(run: RunDirectory, data: Data, peers: Distributed, full: nn.Module | None) -> dict[str, nn.Module]:
+    """Return the networks of a run: the one it trained, or the full and the compact one of a pruning."""
+    if is_training(run):
+        return {"model": load_pruned(run, full, data=data)}
+    compact = load_pruned(run, full, data=data)
+    try:
+        if NetworkRecord.read(run, data).classes is not None:
+            raise RunError("the compact network was trained for other classes")
+        return {"baseline": load_baseline(run, full, data=data), "compact": compact}
+    except RunError as error:
+        if peers.is_main:
+            print(f"the baseline is left out: {error}", file=sys.stderr)
+        return {"compact": compact}

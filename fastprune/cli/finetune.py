@@ -11,7 +11,16 @@ from typing import Any
 import torch
 import yaml
 
-from fastprune.cli.networks import build_compact, check_fit, check_recipe, measure, open_run_data
+from fastprune.cli.advice import at_chance, word
+from fastprune.cli.networks import (
+    build_code,
+    check_classes,
+    check_fit,
+    check_recipe,
+    image_shape,
+    measure,
+    open_run_data,
+)
 from fastprune.cli.runs import (
     FINETUNE_CONFIG,
     make_config,
@@ -22,9 +31,11 @@ from fastprune.cli.runs import (
 )
 from fastprune.cli.settings import FinetuneConfig, FinetuneSettings, NetworkSettings, pick, require
 from fastprune.engine import RunDirectory, choose_device, train
+from fastprune.engine.loggers import load_loggers, split_names
 from fastprune.engine.run import plain, took_steps
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
+from fastprune.runs import NetworkRecord, load_pruned
 
 
 def run_finetune(values: dict[str, Any], given: set[str]) -> int:
@@ -36,18 +47,31 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     settings, config = choose_settings(run, settings, values, given)
     check_recipe(config, choose_device(settings.device))
     origin = pick(NetworkSettings, run.config)
+    load_loggers(split_names(settings.log))
     data = open_run_data(origin, settings.data)
     torch.manual_seed(settings.seed)
-    compact = build_compact(run, origin, data, trained=not config.from_scratch)
-    check_fit(compact, origin.model, data.shape, training=True)
+    if not run.plan_path.is_file():
+        raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")
+    record = NetworkRecord.read(run, data)
+    if settings.model and record.source is not None:
+        raise ValueError(f"--run {settings.run} has a network of its own: leave out --model")
+    known = record.source is not None and config.from_scratch
+    full = build_code(settings.model, data) if settings.model else None
+    classes = data.num_classes if known else None
+    compact = load_pruned(run, full, data=data, trained=not config.from_scratch, classes=classes)
+    check_fit(compact, record.name, image_shape(data), training=True)
+    check_classes(compact, data)
     with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
         train(
             compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
-            resume=values["resume"], stage="finetune",
+            resume=values["resume"], stage="finetune", log=split_names(settings.log),
         )  # fmt: skip
+    if known and peers.is_main and run.network_path.is_file():
+        record.with_classes(data.num_classes).save(run)
     result = measure({"compact": compact}, data, settings.device, peers)
     run.log({"stage": "result", "method": "finetune", **result})
-    print_results(result, values["json"], peers, run.path)
+    odd = at_chance(result, data)
+    print_results(result, values["json"], peers, run.path, [*odd, f"next: fastprune report --run {word(settings.run)}"])
     return 0
 
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from fastprune.cli.advice import after_inspecting
 from fastprune.cli.networks import build_model, check_fit, input_shape, make_example
 from fastprune.cli.settings import InspectSettings, pick
 from fastprune.graph import ChannelGraph, trace
@@ -27,6 +28,7 @@ def run_inspect(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps(as_json(graph, seconds)))
     else:
         print_graph(settings.model, graph)
+        print(after_inspecting(settings))
     return 0
 
 

@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 from fastprune import models
 from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, require
-from fastprune.data import SourceData, load_data
+from fastprune.data import Data, Split, UserData, load_data
 from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate
 from fastprune.graph import trace
-from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
-from fastprune.surgery import apply
+from fastprune.runs import NetworkRecord
 
 
-def open_data(spec: str, settings: RunSettings) -> SourceData:
+def open_data(spec: str, settings: RunSettings) -> Data:
     """Load the data set of a run."""
-    return load_data(spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size)
+    return load_data(
+        spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size, mean=settings.mean,
+        std=settings.std,
+    )  # fmt: skip
 
 
-def open_run_data(origin: NetworkSettings, other: str | None) -> SourceData:
+def open_run_data(origin: NetworkSettings, other: str | None) -> Data:
     """Load the data set of an earlier run, or another one in its place."""
     spec = other or origin.data
     if not spec:
@@ -34,7 +36,7 @@ def open_run_data(origin: NetworkSettings, other: str | None) -> SourceData:
     return open_data(spec, origin)
 
 
-def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, int, int]:
+def input_shape(settings: ModelSettings, data: Data | None) -> tuple[int, int, int]:
     """Return (C, H, W) of the images that the network is traced and costed with."""
     if settings.input is not None:
         sizes = settings.input.split("x")
@@ -48,8 +50,28 @@ def input_shape(settings: ModelSettings, data: SourceData | None) -> tuple[int, 
             )
         return channels, height, width
     if data is not None:
-        return data.shape
+        return image_shape(data)
     return (3, 32, 32) if settings.model in models.available() else (3, 224, 224)
+
+
+def image_shape(data: Data) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images of a data set.
+
+    Raises:
+        ValueError: for data of another kind, which the command line has no example for.
+    """
+    if len(data.shape) != 3:
+        raise ValueError(
+            f"--data {data.name}: its first input is of shape {list(data.shape)}, no image [C, H, W]; for such "
+            "networks use fastprune.prune in Python"
+        )
+    channels, height, width = data.shape
+    return channels, height, width
+
+
+def count_data_classes(data: Data) -> int | None:
+    """Return the number of classes of a data set; None for a user's loaders that do not tell it."""
+    return data.num_classes if data.knows_classes else None
 
 
 def make_example(shape: tuple[int, int, int]) -> Tensor:
@@ -57,53 +79,39 @@ def make_example(shape: tuple[int, int, int]) -> Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def build_model(settings: ModelSettings, data: SourceData | None, *, classes_of: str | None = None) -> nn.Module:
+def build_model(settings: ModelSettings, data: Data | None) -> nn.Module:
     """Build the network with its weights.
 
     Args:
         settings: the network.
         data: the data set, which gives the numbers of channels and classes; None = the weights give the classes.
-        classes_of: a weights file that gives the number of classes if there are neither data nor weights.
     """
     require(model=settings.model)
     channels = input_shape(settings, data)[0]
     if data is not None:
-        classes: int | None = data.num_classes
+        classes = count_data_classes(data)
     else:
-        weights = settings.weights or classes_of
-        classes = count_classes(weights) if weights is not None else None
+        weights = settings.weights
+        classes = models.count_classes(weights) if weights is not None and not models.names_weights(weights) else None
     # Every factory makes networks for 3 channels; only some can be asked for another number.
     in_channels = None if channels == 3 else channels
     try:
-        return models.create(settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights)
+        return models.create(
+            settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights, ema=settings.ema
+        )
     except RuntimeError as error:  # torch's, where the sizes are absurd
         raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
 
 
-def count_classes(weights: str) -> int | None:
-    """Return the number of classes of the last linear layer in a weights file."""
-    matrices = [tensor for tensor in models.read_weights(weights).values() if tensor.dim() == 2]
-    return matrices[-1].shape[0] if matrices else None
+def lacks_builder(run: RunDirectory) -> bool:
+    """Return whether a run does not say what builds its network, so that a command needs ``--model``."""
+    return NetworkRecord.read(run).source is None
 
 
-def build_compact(
-    run: RunDirectory, origin: NetworkSettings, data: SourceData | None, *, trained: bool = True
-) -> nn.Module:
-    """Build the compact network of a pruning run.
-
-    Args:
-        run: the run.
-        origin: the run's settings.
-        data: the data set, see ``build_model``.
-        trained: whether to load the run's current weights; False = leave random ones.
-    """
-    if not run.plan_path.is_file():
-        raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")
-    full = build_model(ModelSettings(origin.model, None, origin.input), data, classes_of=str(run.model_path))
-    compact = apply(PruningPlan.load(run.plan_path), full, check=False)  # verified when the run was made
-    if trained:
-        models.load_weights(compact, run.model_path)
-    return compact.eval()
+def build_code(name: str, data: Data) -> nn.Module:
+    """Build the full network of a run that does not say what builds it; its weights do not matter."""
+    channels = data.shape[0]
+    return models.create(name, count_data_classes(data), None if channels == 3 else channels)
 
 
 def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, training: bool = False) -> None:
@@ -129,6 +137,23 @@ def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, train
         ) from error
 
 
+def check_classes(model: nn.Module, data: Data) -> None:
+    """Refuse data of other classes than a run's network tells apart; labels would mean something else.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if not data.knows_classes:
+        return
+    with torch.no_grad():
+        scores = model(torch.zeros(2, *data.shape))
+    if isinstance(scores, Tensor) and scores.dim() == 2 and scores.shape[1] != data.num_classes:
+        raise ValueError(
+            f"data {data.name!r} has {data.num_classes} classes, the run's network tells {scores.shape[1]} apart; "
+            "give data of the same classes"
+        )
+
+
 def check_recipe(config: TrainConfig, device: torch.device) -> None:
     """Refuse a recipe that no training on this device can follow, before anything is written."""
     Placement(device, config.precision, config.channels_last)
@@ -137,14 +162,20 @@ def check_recipe(config: TrainConfig, device: torch.device) -> None:
 
 
 def measure(
-    networks: Mapping[str, nn.Module], data: SourceData | None, device: str, peers: Distributed
+    networks: Mapping[str, nn.Module], data: Data | None, device: str, peers: Distributed
 ) -> dict[str, dict[str, Any]]:
-    """Measure the top-1 accuracy of each network on the test set; without data the results are empty."""
-    if data is None:
+    """Measure the top-1 accuracy of each network on the test set; of a user's data without one, on the held-out part.
+
+    Without any the results are empty.
+    """
+    splits: tuple[Split, ...] = ("test", "held_out") if isinstance(data, UserData) else ("test",)
+    split = next((split for split in splits if data is not None and data.size(split)), None)
+    if data is None or split is None:
         return {name: {} for name in networks}
+    key = "accuracy" if split == "test" else "held_out_accuracy"
     placement = Placement(choose_device(device))
     return {
-        name: {"accuracy": evaluate(placement.model(network), data, placement=placement, distributed=peers)["accuracy"]}
+        name: {key: evaluate(placement.model(network), data, split, placement=placement, distributed=peers)["accuracy"]}
         for name, network in networks.items()
     }
 

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 
 from fastprune.cli.arguments import Invocation, common_options, unknown_option
 from fastprune.cli.commands import COMMANDS, FAMILIES
-from fastprune.options import POSITIONAL, fields_of, help_of, types_of
+from fastprune.options import POSITIONAL, POSITIONALS, fields_of, help_of, types_of
 
 # No abbreviations: read_invocation looks at the arguments before the parser does, and must see what the parser sees.
 PARSING: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
@@ -89,7 +89,7 @@ def add_settings(parser: ArgumentParser, settings: type[Any], key: str | None = 
         group = (parser.groups or {})[key]
     for f in options:
         flag = f.metadata.get("flag") or {"type": kinds[f.name]}
-        name = f.name if flag == POSITIONAL else f"--{f'{key}.' if key else ''}{f.name}"
+        name = f.name if flag in (POSITIONAL, POSITIONALS) else f"--{f'{key}.' if key else ''}{f.name}"
         group.add_argument(name, default=getattr(defaults, f.name), help=help_of(f), **flag)
 
 

@@ -10,37 +10,55 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastprune.cli.networks import build_compact, build_model, check_fit, input_shape, make_example, measure, open_data
+from fastprune.cli.advice import after_pruning, at_chance, warn_of_random_weights
+from fastprune.cli.dry_run import dry_run
+from fastprune.cli.networks import build_model, check_fit, input_shape, make_example, measure, open_data
 from fastprune.cli.recipes import read_recipe
-from fastprune.cli.runs import FINETUNE_CONFIG, inherit_settings, make_config, print_results, read_begun_settings
+from fastprune.cli.runs import (
+    FINETUNE_CONFIG,
+    choose_out,
+    inherit_settings,
+    make_config,
+    print_results,
+    read_begun_settings,
+)
 from fastprune.cli.settings import PruneSettings, pick, require
-from fastprune.data import SourceData
+from fastprune.data import Data
 from fastprune.engine import RunDirectory
+from fastprune.engine.loggers import load_loggers, split_names
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
 from fastprune.methods import registry
 from fastprune.methods.contract import Method
+from fastprune.models import source_of
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.limits import Limits
 from fastprune.pruning import PruningResult, prune
 from fastprune.report.graph_tables import print_difference
+from fastprune.runs import Origin, load_pruned
 
 
 def run_prune(values: dict[str, Any], given: set[str]) -> int:
     """Prune a trained network."""
     if values["resume"]:
         values = read_search_settings(values, given)
+    peers = Distributed.from_environment()
+    require(model=values.get("model") or values.get("from_run"))
+    choose_out(values, values["method"], peers)
     settings = pick(PruneSettings, inherit_settings(values, given))
-    require(model=settings.model, out=settings.out)
+    require(model=settings.model, **({} if settings.dry_run else {"out": settings.out}))
     method = registry.load(settings.method)
     options = method_options(method, values.get(settings.method))
     if method.needs_data and not settings.data:
         raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
     Budget.parse(settings.budget)
+    load_loggers(split_names(settings.log))
     limits, conditions = make_limits(settings), make_conditions(settings)
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
-    peers = Distributed.from_environment()
     subject = load_subject(settings, peers)
+    if settings.dry_run:
+        return dry_run(settings, subject, method, options, limits, conditions, peers, as_json=values["json"])
+    warn_of_random_weights(settings, peers)
     result = prune(
         subject.model,
         make_example(subject.shape),
@@ -60,6 +78,8 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         after=subject.before,
         exact=not settings.inexact,
         run_config=make_config(settings, "prune", {} if recipe is None else recipe.sections),
+        origin=subject.origin,
+        log=split_names(settings.log),
         **options,
     )
     tell(settings, subject, result, peers, as_json=values["json"])
@@ -109,12 +129,14 @@ class Subject:
         shape: (C, H, W) of its images.
         data: the data set; None if there is none.
         before: the plan that the network was pruned by already; None for a full one.
+        origin: what the full network can be built from again.
     """
 
     model: nn.Module
     shape: tuple[int, int, int]
-    data: SourceData | None
+    data: Data | None
     before: PruningPlan | None
+    origin: Origin
 
 
 def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
@@ -124,11 +146,15 @@ def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
     shape, before = input_shape(settings, data), None
     if settings.from_run is None:
         model = build_model(settings, data)
+        source = source_of(model)
+        # Weights of a user's own function are not ours to draw again.
+        seed = settings.seed if settings.weights is None and source is not None and source.is_known else None
+        origin = Origin(source, type(model).__name__, seed)
     else:
         base = RunDirectory.open(settings.from_run, peers)
-        model, before = build_compact(base, settings, data), PruningPlan.load(base.plan_path)
+        model, before, origin = load_pruned(base, data=data), PruningPlan.load(base.plan_path), Origin.of_run(base)
     check_fit(model, settings.model, shape)
-    return Subject(model, shape, data, before)
+    return Subject(model, shape, data, before, origin)
 
 
 def tell(
@@ -140,7 +166,7 @@ def tell(
     compared["baseline"] |= {"macs": round(float(begun_with.macs)), "params": round(float(begun_with.params))}
     compared["compact"] |= {what: result.metrics[what]["planned"] for what in ("macs", "params")}
     for name, column in (("baseline", "full"), ("compact", "planned")):
-        times = {"ms", "measured_ms"} & result.metrics.keys()
+        times = {"ms", "measured_ms"} & result.metrics.keys() if "ms" in result.metrics else set()
         compared[name] |= {what: result.metrics[what][column] for what in times}
     run = RunDirectory.open(str(settings.out), peers)
     run.log({"stage": "result", "method": settings.method, "budget": settings.budget, **compared})
@@ -150,4 +176,8 @@ def tell(
             compared["inexact"] = {"difference": difference, "operators": operators}
         elif peers.is_main:
             print_difference(difference, operators)
-    print_results(compared, as_json, peers, run.path)
+    if not as_json and "measured_ms" in result.metrics:  # programs compare results, and no two measurements are equal
+        compared["baseline"]["measured_ms"] = result.metrics["measured_ms"]["full"]
+        compared["compact"]["measured_ms"] = result.metrics["measured_ms"]["planned"]
+    odd = at_chance(compared, subject.data)
+    print_results(compared, as_json, peers, run.path, [*odd, after_pruning(settings, compared)])

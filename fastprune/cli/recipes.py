@@ -7,13 +7,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastprune.cli.settings import FinetuneConfig, PruneSettings, pick, read_settings
+from fastprune.cli.shelf import find_recipe
 from fastprune.engine.run import plain
 from fastprune.host.spelling import did_you_mean
 from fastprune.methods import registry
 from fastprune.options import build
 from fastprune.planning.budget import Budget
 
-PLACES = {"data", "weights", "out", "from_run", "recipe"}
+PLACES = {"data", "weights", "out", "from_run", "recipe", "dry_run", "log"}
 """Settings of ``prune`` that differ from machine to machine, and that no recipe has."""
 
 NEEDED = ("model", "method", "budget")
@@ -57,7 +58,7 @@ def read_recipe(path: str) -> Recipe:
     Raises:
         ValueError: for a file that is no recipe; the message names the file and the key.
     """
-    values = read_settings(path, "--recipe")
+    values = read_settings(str(find_recipe(path)), "--recipe")
     try:
         return make_recipe(path, values)
     except (TypeError, ValueError) as error:

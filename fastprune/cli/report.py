@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from fastprune.cli.settings import ReportSettings, pick, require
 from fastprune.engine import RunDirectory
 from fastprune.report.log import read_runs
-from fastprune.report.page import summary, write_report
+from fastprune.report.pictures import summary, write_report
 
 
 def run_report(values: dict[str, Any], given: set[str]) -> int:
@@ -28,4 +29,5 @@ def run_report(values: dict[str, Any], given: set[str]) -> int:
         for name, why in contents["left_out"].items():
             print(f"not drawn: {name}. {why}")
         print(f"report: {folder / 'index.html'}")
+        print(f"next: fastprune prune --from_run {shlex.quote(places[0])} --budget flops=0.8 --out RUN")
     return 0

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from fastprune.cli.advice import print_advice
 from fastprune.cli.settings import require
+from fastprune.cli.shelf import find_recipe
 from fastprune.engine import RunDirectory
 from fastprune.host.distributed import Distributed
+from fastprune.models import names_weights
 from fastprune.report import tables
+from fastprune.runs import NetworkRecord
 
 FINETUNE_CONFIG = "finetune.yaml"  # in the run's directory, beside its config.yaml
 
@@ -44,8 +52,11 @@ def inherit_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     own = sorted({"model", "weights", "recipe"} & given)
     if own:
         raise ValueError(f"--from_run {values['from_run']} has a network of its own: leave out --{own[0]}")
-    earlier = RunDirectory.open(values["from_run"]).config
-    if earlier.get("command") != "prune":
+    run = RunDirectory.open(values["from_run"])
+    earlier = run.config
+    if run.network_path.is_file() and not earlier.get("model"):  # a run of the Python interface
+        earlier["model"] = NetworkRecord.read(run).name
+    if earlier.get("command") not in ("prune", "demo"):
         raise ValueError(f"--from_run {values['from_run']}: this is a run of 'fastprune {earlier.get('command')}'")
     # The held-out part stays what it was: the earlier run has trained on the rest.
     names = {"data", "image_size", "held_out", "seed"} - given
@@ -75,21 +86,51 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def choose_out(values: dict[str, Any], what: str, peers: Distributed) -> None:
+    """Give a new run without ``--out`` a directory: the first of ``runs/METHOD-MODEL-1``, ``-2``, … that is free.
+
+    Args:
+        values: the settings; ``out`` is set in place, so that an interruption can name it.
+        what: the method, or what else is done.
+        peers: this process among its peers, which must choose the same.
+    """
+    if values.get("out") or values["resume"]:
+        return
+    model = str(values.get("model") or Path(str(values.get("from_run"))).name).rpartition(":")[2]
+    name = f"{what}-{re.sub(r'[^A-Za-z0-9_.]+', '-', model)}"
+    number = next(n for n in count(1) if not Path("runs", f"{name}-{n}").exists())
+    number = int(peers.broadcast_(torch.tensor([number])))
+    values["out"] = str(Path("runs", f"{name}-{number}"))
+    if peers.is_main:
+        print(f"fastprune: files go to {values['out']}", file=sys.stderr)
+
+
 def make_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of ``config.yaml``: the settings, with files by their absolute paths."""
     values = asdict(settings)
-    for name in ("out", "run"):
+    for name in ("out", "run", "dry_run"):
         values.pop(name, None)
     for name in ("weights", "from_run", "recipe"):
-        if values.get(name):
-            values[name] = str(Path(values[name]).absolute())
+        if values.get(name) and not (name == "weights" and names_weights(values[name])):
+            path = Path(values[name])
+            if name == "recipe" and not path.is_absolute():  # a resumed run need not find the file again
+                path = find_recipe(values[name])
+            values[name] = str(path.absolute())
+    for name in ("model", "data"):
+        file, _, function = str(values.get(name) or "").rpartition(":")
+        if file.endswith(".py"):
+            values[name] = f"{Path(file).expanduser().absolute()}:{function}"
     return {"fastprune": version("fastprune"), "command": command, **values, **extra}
 
 
 def print_results(
-    results: Mapping[str, Mapping[str, Any]], as_json: bool, peers: Distributed, path: Path | None
+    results: Mapping[str, Mapping[str, Any]],
+    as_json: bool,
+    peers: Distributed,
+    path: Path | None,
+    advice: Sequence[str] = (),
 ) -> None:
-    """Print results once, for people or for programs."""
+    """Print results once, for people or for programs; people also get advice, what is odd and the next command."""
     if not peers.is_main:
         return
     if as_json:
@@ -98,3 +139,4 @@ def print_results(
         tables.print_results(results)
         if path is not None:
             print(f"run directory: {path}")
+        print_advice(advice)

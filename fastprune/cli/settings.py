@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastprune.options import LARGEST_SEED, POSITIONAL, SEVERAL, SWITCH, build, check, fields_of, option
-from fastprune.training.options import PRECISIONS, TrainConfig
-from fastprune.training.schedule import SCHEDULES
+from fastprune.options import LARGEST_SEED, POSITIONAL, POSITIONALS, SEVERAL, SWITCH, build, check, fields_of, option
+from fastprune.training.options import PRECISIONS, FinetuneRecipe
 
+NUMBERS: Mapping[str, Any] = {**SEVERAL, "type": float}
+MEAN = "mean of each channel, for pixels from 0 to 1; by default that of the training images"
+STD = "standard deviation of each channel, for pixels from 0 to 1"
 DEVICE = "device: auto, cpu, cuda or cuda:N"
+LOG = "loggers beside metrics.jsonl, with commas between them: csv, tensorboard, wandb, mlflow"
 IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their output channels"
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
@@ -26,9 +29,14 @@ INEXACT = "also prune channels that norms and statistics mix; outputs then chang
 class ModelSettings:
     """The network."""
 
-    model: str = option("", "network: resnet20, torchvision:NAME, timm:NAME or package.module:factory")
-    weights: str | None = option(None, "file of trained weights (.safetensors, .pt, .pth); random weights without it")
+    model: str = option("", "network: resnet20, torchvision:NAME, timm:NAME, file.py:factory, package.module:factory")
+    weights: str | None = option(
+        None,
+        "file of trained weights (safetensors, or any torch file), or name of published ones (DEFAULT, pretrained); "
+        "random weights without it",
+    )
     input: str | None = option(None, "size of one image, CxHxW; by default the data's, or the model's usual size")
+    ema: bool = option(False, "take the moving average of the weights (EMA) that the file holds", flag=SWITCH)
 
 
 @dataclass
@@ -36,15 +44,22 @@ class RunSettings:
     """The run."""
 
     data: str | None = option(
-        None, "data set: digits, fashion-mnist:FOLDER, cifar10:FOLDER, imagefolder:FOLDER or synthetic:CxHxW:CLASSES"
+        None,
+        "data set: digits, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, imagefolder:FOLDER, hf:NAME, "
+        "synthetic:CxHxW:CLASSES, or file.py:function that returns a loader or (train, held out)",
     )
-    out: str | None = option(None, "directory for the run's files; it must not exist yet")
+    out: str | None = option(
+        None, "directory for the run's files, which must not exist yet; by default runs/METHOD-MODEL-N"
+    )
     image_size: int | None = option(None, "side of the images in pixels; by default the data's own", minimum=1)
     held_out: float | None = option(
         None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
     )
+    mean: tuple[float, ...] = option((), MEAN, flag=NUMBERS)
+    std: tuple[float, ...] = option((), STD, flag=NUMBERS)
     seed: int = option(0, "seed of everything random", minimum=0, maximum=LARGEST_SEED)
     device: str = option("auto", DEVICE)
+    log: str | None = option(None, LOG)
 
     def __post_init__(self) -> None:
         check(self)
@@ -79,7 +94,7 @@ class PruneSettings(NetworkSettings):
         None, "prune the network of this earlier run further; budget and limits are relative to it as it is now"
     )
     recipe: str | None = option(
-        None, "YAML file with all settings of a paper's row (see recipes/); what is given here wins over it"
+        None, "all settings of a paper's row: a name of 'fastprune recipes ls' or a YAML file; what is given here wins"
     )
     method: str = option("dmc", "pruning method; 'fastprune methods' lists them")
     budget: str = option("flops=0.5", "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …")
@@ -99,6 +114,27 @@ class PruneSettings(NetworkSettings):
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
+    dry_run: bool = option(False, "say what would be done: groups, widths, cost, time; write nothing", flag=SWITCH)
+
+
+@dataclass
+class SensitivitySettings(ModelSettings):
+    """A network, its data, and the parts to measure."""
+
+    data: str | None = option(None, "data set, of which the held-out part is measured; see 'fastprune train --help'")
+    out: str | None = option(None, "folder for a chart and a file of keep_ratio; without it nothing is written")
+    ratios: tuple[float, ...] = option((0.1, 0.25, 0.5, 0.75, 0.9), "parts of a group that stay", above=0.0, below=1.0)
+    drop: float = option(0.01, "accuracy that a group may cost in the suggestion; 0.01 is one point", minimum=0.0)
+    image_size: int | None = option(None, "side of the images in pixels; by default the data's own", minimum=1)
+    held_out: float | None = option(
+        None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
+    )
+    ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
+    seed: int = option(0, "seed of the held-out part", minimum=0, maximum=LARGEST_SEED)
+    device: str = option("auto", DEVICE)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass
@@ -107,19 +143,19 @@ class FinetuneSettings:
 
     run: str = option("", "directory of a pruning run")
     data: str | None = option(None, "data set to train on in place of the run's")
+    model: str | None = option(None, "full network of a run that was made with a network in memory")
     device: str = option("auto", DEVICE)
     seed: int = option(0, "seed of order, augmentation and dropout", minimum=0, maximum=LARGEST_SEED)
+    log: str | None = option(None, LOG)
 
     def __post_init__(self) -> None:
         check(self)
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(FinetuneRecipe):
     """Recipe of a fine-tuning: as a training, with a cosine schedule from a lower learning rate."""
 
-    lr: float = option(0.02, "largest learning rate", minimum=0.0)
-    schedule: str = option("cosine", "shape of the learning rate over the epochs", choices=SCHEDULES)
     from_scratch: bool = option(False, "begin with random weights in place of the run's, as SP's paper does")
 
 
@@ -129,6 +165,8 @@ class EvaluateSettings(ModelSettings):
 
     run: str | None = option(None, "directory of a run")
     data: str | None = option(None, "data set to measure on; by default the run's own")
+    mean: tuple[float, ...] = option((), MEAN, flag=NUMBERS)
+    std: tuple[float, ...] = option((), STD, flag=NUMBERS)
     device: str = option("auto", DEVICE)
 
 
@@ -140,6 +178,30 @@ class ReportSettings:
         None, "directories of pruning runs, for one report", flag={**SEVERAL, "action": "extend"}
     )
     out: str | None = option(None, "folder for page and figures; by default RUN/report; needed for several runs")
+
+
+@dataclass
+class CompareSettings:
+    """Compare pruning runs."""
+
+    runs: tuple[str, ...] = option((), "directories of pruning runs", flag=POSITIONALS)
+    chart: str = option("trade-off.svg", "file for the chart of accuracy over cost (.svg, .png or .pdf)")
+
+
+@dataclass
+class ExportSettings:
+    """Write the network of a run as a file for other runtimes."""
+
+    run: str | None = option(None, "directory of a run", flag=POSITIONAL)
+    out: str = option("", "the file; it is kept only if it computes what the network computes")
+    format: str | None = option(None, "safetensors, pt2 or onnx; by default as the file's suffix says")
+    opset: int | None = option(None, "opset of an ONNX file; by default torch's choice", minimum=1)
+    batch: int | None = option(None, "fixed batch size; by default any", minimum=1)
+    model: str | None = option(None, "full network of a run that was made with a network in memory")
+    num_classes: int | None = option(None, "size of that network's output; by default its own", minimum=1)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass

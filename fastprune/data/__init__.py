@@ -1,4 +1,4 @@
-"""Labelled images: data sets, their parts, and their batches."""
+"""Data sets, their parts, and their batches."""
 
 from fastprune.data.batches import BatchRequest, Split
 from fastprune.data.data import Data, SourceData

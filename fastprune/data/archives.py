@@ -1,15 +1,19 @@
-"""Readers of the formats in which small data sets are published: MNIST's idx.gz and CIFAR-10's binary version."""
+"""Readers of the formats in which small data sets are published: MNIST's idx.gz, CIFAR's binary and Python versions."""
 
 from __future__ import annotations
 
 import gzip
 import math
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastprune.data.plain_pickle import read_plain_pickle
 
 _IDX_BYTES = 0x08  # idx type code of unsigned bytes, the only one in use
 
@@ -71,46 +75,91 @@ def read_mnist(root: Path, part: str) -> tuple[Tensor, Tensor]:
     return images[:, None], labels.long()
 
 
-_CIFAR_RECORD = 1 + 3 * 32 * 32  # label, then red, green and blue planes
-
-
-def read_cifar10(root: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Read the binary version of CIFAR-10.
+@dataclass(frozen=True)
+class Cifar:
+    """How one of the CIFAR sets is published.
 
     Args:
-        root: folder of ``data_batch_1.bin`` … ``data_batch_5.bin`` and ``test_batch.bin``, or the folder above it.
+        name: the name.
+        classes: number of classes.
+        binary: the folder of the binary version, and its files for training and test.
+        python: the folder of the Python version, and its files.
+        header: bytes before the pixels of a record of the binary version; the last one is the label.
+        labels: key of the labels in the Python version.
+    """
+
+    name: str
+    classes: int
+    binary: tuple[str, Sequence[str], Sequence[str]]
+    python: tuple[str, Sequence[str], Sequence[str]]
+    header: int
+    labels: str
+
+
+CIFAR10 = Cifar(
+    "CIFAR-10", 10,
+    ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
+    ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]),
+    1, "labels",
+)  # fmt: skip
+CIFAR100 = Cifar(
+    "CIFAR-100", 100, ("cifar-100-binary", ["train.bin"], ["test.bin"]), ("cifar-100-python", ["train"], ["test"]),
+    2, "fine_labels",
+)  # fmt: skip
+
+_PIXELS = 3 * 32 * 32  # red, green and blue planes
+
+
+def read_cifar(kind: Cifar, root: Path, part: str) -> tuple[Tensor, Tensor]:
+    """Read the binary or the Python version of CIFAR; nothing is unpickled.
+
+    Args:
+        kind: which set.
+        root: folder of the files, or the folder above it.
         part: "train" or "test".
 
     Returns:
         Images [N, 3, 32, 32], uint8, and labels [N], int64.
 
     Raises:
-        ValueError: if a file is missing, cut off or damaged, or the folder holds the Python version, which is made of
-            pickles.
+        ValueError: if a file is missing, cut off or damaged.
     """
-    if (root / "cifar-10-batches-bin").is_dir():
-        root = root / "cifar-10-batches-bin"
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if part == "train" else ["test_batch.bin"]
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        if (root / "cifar-10-batches-py").is_dir() or (root / "data_batch_1").is_file():
-            raise ValueError(
-                f"{str(root)!r} holds the Python version of CIFAR-10, which is made of pickles and is not read; give "
-                "the binary version, cifar-10-binary.tar.gz, unpacked"
-            )
-        raise ValueError(
-            f"{str(root)!r} has no {missing[0]}: give the folder with the content of cifar-10-binary.tar.gz"
-        )
-    images, labels = [], []
-    for name in names:
-        content = np.fromfile(root / name, dtype=np.uint8)
-        if not content.size or content.size % _CIFAR_RECORD:
-            raise ValueError(
-                f"{str(root / name)!r}: {content.size} bytes are not a multiple of the {_CIFAR_RECORD} of a record"
-            )
-        records = torch.from_numpy(content.reshape(-1, _CIFAR_RECORD))
-        if int(records[:, 0].max()) > 9:
-            raise ValueError(f"{str(root / name)!r}: label {int(records[:, 0].max())} is not one of CIFAR-10's")
-        labels.append(records[:, 0].long())
-        images.append(records[:, 1:].reshape(-1, 3, 32, 32))
-    return torch.cat(images), torch.cat(labels)
+    for (folder, *files), read in ((kind.binary, _read_binary), (kind.python, _read_python)):
+        home = root / folder if (root / folder).is_dir() else root
+        names = files[0 if part == "train" else 1]
+        if all((home / name).is_file() for name in names):
+            batches = [read(kind, home / name) for name in names]
+            return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+    number = kind.name.lower()
+    home = root / kind.binary[0] if (root / kind.binary[0]).is_dir() else root
+    missing = [name for name in kind.binary[1 if part == "train" else 2] if not (home / name).is_file()]
+    raise ValueError(
+        f"{str(home)!r} has no {missing[0]}: give the folder with "
+        f"the content of {number}-binary.tar.gz or {number}-python.tar.gz"
+    )
+
+
+def _read_binary(kind: Cifar, path: Path) -> tuple[Tensor, Tensor]:
+    content, size = np.fromfile(path, dtype=np.uint8), kind.header + _PIXELS
+    if not content.size or content.size % size:
+        raise ValueError(f"{str(path)!r}: {content.size} bytes are not a multiple of the {size} of a record")
+    records = torch.from_numpy(content.reshape(-1, size))
+    return records[:, kind.header :].reshape(-1, 3, 32, 32), _check_labels(kind, path, records[:, kind.header - 1])
+
+
+def _read_python(kind: Cifar, path: Path) -> tuple[Tensor, Tensor]:
+    values = read_plain_pickle(path)
+    items = values.items() if isinstance(values, dict) else ()
+    known = {key.decode() if isinstance(key, bytes) else key: value for key, value in items}
+    images, labels = known.get("data"), known.get(kind.labels)
+    if not isinstance(images, np.ndarray) or images.ndim != 2 or images.shape[1] != _PIXELS:
+        raise ValueError(f"{str(path)!r}: no array 'data' of {_PIXELS} bytes per image; get the file again")
+    if not isinstance(labels, list) or len(labels) != len(images):
+        raise ValueError(f"{str(path)!r}: no list {kind.labels!r} of a label for each image; get the file again")
+    return torch.from_numpy(images).reshape(-1, 3, 32, 32), _check_labels(kind, path, torch.tensor(labels))
+
+
+def _check_labels(kind: Cifar, path: Path, labels: Tensor) -> Tensor:
+    if int(labels.max()) >= kind.classes or int(labels.min()) < 0:
+        raise ValueError(f"{str(path)!r}: label {int(labels.max())} is not one of {kind.name}'s")
+    return labels.long()

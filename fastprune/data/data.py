@@ -26,17 +26,22 @@ class Data(ABC):
 
     Attributes:
         name: what the user typed.
-        shape: (C, H, W) of one image.
+        shape: (C, H, W) of one image, or the shape of a sample of the first input.
         num_classes: number of classes.
     """
 
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
     @property
     @abstractmethod
     def num_classes(self) -> int:
         """Number of classes."""
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether ``num_classes`` is known."""
+        return True
 
     @abstractmethod
     def size(self, split: Split) -> int:
@@ -103,7 +108,7 @@ class SourceData(Data):
         self, name: str, shape: tuple[int, int, int], num_classes: int, train: Source, test: Source, held_out: Indices
     ) -> None:
         self.name = name
-        self.shape = shape
+        self.shape: tuple[int, int, int] = shape
         self._num_classes = num_classes
         self._train = train
         self._test = test

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprune.data.archives import read_cifar10, read_mnist
+from fastprune.data.archives import CIFAR10, CIFAR100, read_cifar, read_mnist
 from fastprune.data.augment import ShiftAndFlip
-from fastprune.data.data import SourceData, held_out_part
-from fastprune.data.imagefolder import read_imagefolder
+from fastprune.data.data import Data, SourceData, held_out_part
+from fastprune.data.hf import read_hf
+from fastprune.data.imagefolder import MEAN, STD, make_transforms, read_imagefolder
+from fastprune.data.nests import first_tensor
 from fastprune.data.sources import TensorSource
 from fastprune.data.synthetic import SyntheticSource
+from fastprune.data.user_data import UserData
+from fastprune.host.objects import is_there, load_object
+from fastprune.host.spelling import did_you_mean
 
 SPECS = """\
   digits                          scikit-learn's 8x8 digits, 1,797 images
   fashion-mnist:FOLDER            the four idx.gz files
-  cifar10:FOLDER                  cifar-10-binary.tar.gz, unpacked
+  cifar10:FOLDER                  cifar-10-binary.tar.gz or cifar-10-python.tar.gz, unpacked
+  cifar100:FOLDER                 cifar-100-binary.tar.gz or cifar-100-python.tar.gz, unpacked
   imagefolder:FOLDER              FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg
+  hf:FOLDER_OR_NAME               image data set of the package 'datasets'
+  file.py:function                your function that returns a loader, or (train, held out), or a UserData
+  package.module:function         the same, by import
   synthetic:CxHxW:CLASSES[:SIZE]  made images, 4,096 unless told"""
 
 Labelled = tuple[Tensor, Tensor]
@@ -37,15 +48,20 @@ def load_data(
     held_out: int | float | None = None,
     image_size: int | None = None,
     workers: int | None = None,
-) -> SourceData:
-    """Open a data set; nothing is downloaded.
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Data:
+    """Open a data set; nothing is downloaded, except by ``hf:`` for names on the Hugging Face hub.
 
     Args:
         spec: one of ``SPECS``.
         seed: seed of the run, which chooses the held-out part. The test set never depends on it.
         held_out: amount of the training set that is held out; see ``held_out_part``.
-        image_size: side of the images in pixels; None = the data set's own (224 for imagefolder).
+        image_size: side of the images in pixels; None = the data set's own (224 for folders of pictures).
         workers: processes that read pictures; None = one per core that this process may use, at most 8.
+        mean: mean of each channel that is subtracted, for pixels from 0 to 1; None = that of the training set (of
+            ImageNet for folders of pictures).
+        std: standard deviation of each channel, by which pixels are then divided.
 
     Returns:
         The data set.
@@ -57,22 +73,120 @@ def load_data(
     (1, 8, 8)
     """
     kind, _, argument = spec.partition(":")
+    scale = Scale.of(mean, std)
     if kind == "synthetic":
-        return _synthetic(spec, seed, held_out, image_size)
+        return _synthetic(spec, seed, held_out, image_size, scale)
     if kind == "digits" and not argument:
-        return _in_memory(spec, *_digits(), 16.0, ShiftAndFlip(1, flip=False), seed, held_out, image_size)
-    if kind not in ("fashion-mnist", "cifar10", "imagefolder"):
-        raise ValueError(f"data {spec!r} is unknown; give one of\n{SPECS}")
+        return _in_memory(
+            spec,
+            *_digits(),
+            16.0,
+            ShiftAndFlip(1, flip=False),
+            seed,
+            scale=scale,
+            held_out=held_out,
+            image_size=image_size,
+        )
+    if kind in PICTURES:
+        size, readers = image_size or 224, _default_workers() if workers is None else workers
+        root = argument if kind == "hf" else str(_folder(spec, argument))
+        transforms = make_transforms(kind, size, *(scale or IMAGENET).values)
+        train, test, classes = PICTURES[kind](root, transforms, readers)
+        return SourceData(spec, (3, size, size), classes, train, test, held_out_part(len(train), seed, held_out))
+    if kind in ARCHIVES:
+        root_of, white = _folder(spec, argument), 255.0
+        both = ARCHIVES[kind](root_of, "train"), ARCHIVES[kind](root_of, "test")
+        return _in_memory(
+            spec, *both, white, ShiftAndFlip(4, flip=True), seed, scale=scale, held_out=held_out, image_size=image_size
+        )
+    if is_there(spec):
+        return _from_factory(spec, {"held_out": held_out, "image_size": image_size, "mean": mean, "std": std})
+    raise ValueError(f"data {spec!r} is unknown{_hint(kind)}; give one of\n{SPECS}")
+
+
+PICTURES = {"imagefolder": read_imagefolder, "hf": read_hf}
+ARCHIVES: dict[str, Callable[[Path, str], Labelled]] = {
+    "fashion-mnist": lambda root, part: read_mnist(root, "train" if part == "train" else "t10k"),
+    "cifar10": partial(read_cifar, CIFAR10),
+    "cifar100": partial(read_cifar, CIFAR100),
+}
+
+
+def _hint(kind: str) -> str:
+    return did_you_mean(kind, ["synthetic", "digits", *PICTURES, *ARCHIVES], " ({})", show=str)
+
+
+def _folder(spec: str, argument: str) -> Path:
     root = Path(argument).expanduser()
     if not argument or not root.is_dir():
         raise ValueError(f"data {spec!r}: {argument!r} is no folder; give one of\n{SPECS}")
-    if kind == "imagefolder":
-        size = image_size or 224
-        train, test, classes = read_imagefolder(root, size, _default_workers() if workers is None else workers)
-        return SourceData(spec, (3, size, size), classes, train, test, held_out_part(len(train), seed, held_out))
-    read, parts = (read_mnist, ("train", "t10k")) if kind == "fashion-mnist" else (read_cifar10, ("train", "test"))
-    both = (read(root, parts[0]), read(root, parts[1]))
-    return _in_memory(spec, *both, 255.0, ShiftAndFlip(4, flip=True), seed, held_out, image_size)
+    return root
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and standard deviation of channels, for pixels from 0 to 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @staticmethod
+    def of(mean: Sequence[float] | None, std: Sequence[float] | None) -> Scale | None:
+        """Return the scale that a user gives; None for none.
+
+        Raises:
+            ValueError: if one of both is missing, they differ in length, or a deviation is not above 0.
+        """
+        if not mean and not std:
+            return None
+        if not mean or not std or len(mean) != len(std):
+            raise ValueError(f"mean {mean}, std {std}: both are needed, with one number for each channel")
+        if not all(value > 0 for value in std):
+            raise ValueError(f"std {std}: numbers above 0 are needed, for pixels from 0 to 1")
+        return Scale(tuple(map(float, mean)), tuple(map(float, std)))
+
+    @property
+    def values(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation."""
+        return self.mean, self.std
+
+    def tensors(self, channels: int, white: float) -> tuple[Tensor, Tensor]:
+        """Return both in units of bytes, for images whose white is ``white``.
+
+        Raises:
+            ValueError: for another number of channels.
+        """
+        if len(self.mean) != channels:
+            raise ValueError(f"mean {list(self.mean)}: the images have {channels} channel(s); give as many numbers")
+        return torch.tensor(self.mean) * white, torch.tensor(self.std) * white
+
+
+IMAGENET = Scale(MEAN, STD)
+
+
+def _from_factory(spec: str, options: Mapping[str, object]) -> Data:
+    """Return the data that a user's function makes: a ``Data``, a loader, or two or three of them."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ValueError(f"{given[0]}: the function {spec!r} makes the data as it wants; change it there")
+    factory = load_object(spec, "data")
+    made = factory() if callable(factory) else factory
+    if isinstance(made, Data):
+        return made
+    loaders = made if isinstance(made, tuple) and 2 <= len(made) <= 3 and not _is_batches(made) else (made,)
+    parts = dict(zip(("train", "held_out", "test"), loaders, strict=False))
+    for name, loader in parts.items():
+        if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
+            raise ValueError(
+                f"data {spec!r}: returned a {type(loader).__name__} as {name}; a loader, a pair (train, held out), "
+                "three of them (with test) or a fastprune.UserData is needed"
+            )
+    return UserData(parts["train"], held_out=parts.get("held_out"), test=parts.get("test"), name=spec)
+
+
+def _is_batches(made: tuple[object, ...]) -> bool:
+    """Return whether a tuple is a loader itself: its elements are batches, not loaders."""
+    return any(isinstance(part, (tuple, Mapping)) and first_tensor(part) is not None for part in made)
 
 
 def _digits() -> tuple[Labelled, Labelled]:
@@ -95,6 +209,8 @@ def _in_memory(
     white: float,
     augmentation: ShiftAndFlip,
     seed: int,
+    *,
+    scale: Scale | None,
     held_out: int | float | None,
     image_size: int | None,
 ) -> SourceData:
@@ -102,9 +218,11 @@ def _in_memory(
     if image_size is not None:
         resize = lambda images: _resize(images, image_size, white)  # noqa: E731
     images, labels = resize(train[0]), train[1]
-    # Mean and standard deviation of each channel of the training images, in float64.
-    pixels = images.double().transpose(0, 1).flatten(1)
-    mean, std = pixels.mean(1).float(), pixels.std(1).float()
+    if scale is not None:
+        mean, std = scale.tensors(images.shape[1], white)
+    else:  # of the training images, in float64
+        pixels = images.double().transpose(0, 1).flatten(1)
+        mean, std = pixels.mean(1).float(), pixels.std(1).float()
     shape = (images.shape[1], images.shape[2], images.shape[3])
     return SourceData(
         name,
@@ -121,7 +239,11 @@ def _resize(images: Tensor, size: int, white: float) -> Tensor:
     return scaled.round().clamp(0, white).to(torch.uint8)
 
 
-def _synthetic(spec: str, seed: int, held_out: int | float | None, image_size: int | None) -> SourceData:
+def _synthetic(
+    spec: str, seed: int, held_out: int | float | None, image_size: int | None, scale: Scale | None
+) -> SourceData:
+    if scale is not None:
+        raise ValueError(f"mean, std: {spec!r} has no pixels from 0 to 1; leave them out")
     match = re.fullmatch(r"synthetic:(\d+)x(\d+)x(\d+):(\d+)(?::(\d+))?", spec)
     if match is None:
         raise ValueError(f"data {spec!r}: write synthetic:CxHxW:CLASSES or synthetic:CxHxW:CLASSES:SIZE")

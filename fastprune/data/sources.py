@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from fastprune.data.augment import ShiftAndFlip
 from fastprune.data.batches import Indices, Noise
 
-Batch = tuple[Tensor, Tensor]
-"""Images [N, C, H, W], float32, normalised; labels [N], int64."""
+Batch = tuple[Any, Any]
+"""Images [N, C, H, W], float32, normalised; labels [N], int64. A user's own data may give any inputs and targets."""
 
 Draw = tuple[Indices, Noise | None]
 """The samples of a batch, and one word of random bits for each; None = no augmentation."""

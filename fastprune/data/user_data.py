@@ -1,4 +1,4 @@
-"""A user's own loaders as data: anything that can be iterated repeatedly for (images, labels)."""
+"""A user's own loaders as data: anything that can be iterated repeatedly for batches."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fastprune.data.batches import BatchRequest, Split, share_of, torch_seed
 from fastprune.data.data import Data
+from fastprune.data.nests import count_samples, first_tensor, take
 from fastprune.data.sources import Batch
 from fastprune.host.distributed import Distributed
 
-Loader = Iterable[tuple[Tensor, Tensor]]
+Loader = Iterable[Any]
+"""Anything that can be iterated repeatedly for batches: a ``DataLoader``, a list of batches, …"""
+
+
+_END = object()  # after the last batch
 
 
 class UserData(Data):
@@ -27,14 +31,15 @@ class UserData(Data):
     unless the loader has a ``DistributedSampler``, which divides the samples itself.
 
     Args:
-        train: training batches of images [N, C, H, W] and labels [N]. No iterator: each epoch starts anew.
+        train: training batches of images [N, C, H, W] and labels [N]; other batches (several inputs before the target,
+            dicts, …) for an objective that takes them. No iterator: each epoch starts anew.
         held_out: batches of the training set that are not in ``train``, for methods that compare candidates.
         test: test batches, for ``evaluate``.
         num_classes: number of classes, for methods that need it.
         name: name in reports.
 
     Raises:
-        ValueError: for an iterator in place of an iterable, or an empty ``train``.
+        ValueError: for an iterator in place of an iterable, an empty ``train``, or batches without tensors.
     """
 
     def __init__(
@@ -56,12 +61,18 @@ class UserData(Data):
         first = next(iter(train), None)
         if first is None:
             raise ValueError("train data is empty: at least one batch is needed")
-        images = first[0]
-        if images.dim() != 4:
-            raise ValueError(f"train data gives images of shape {list(images.shape)}; [N, C, H, W] is needed")
+        self.first = as_batch(first)
+        count_samples(self.first)
+        inputs = first_tensor(self.first)
+        assert inputs is not None
         self.name = name
-        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.shape = tuple(inputs.shape[1:])
         self._num_classes = num_classes
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether the user told the number of classes."""
+        return self._num_classes is not None
 
     @property
     def num_classes(self) -> int:
@@ -77,7 +88,7 @@ class UserData(Data):
             return 0
         if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):
             return len(loader.dataset)
-        return sum(len(labels) for _, labels in loader)
+        return sum(map(count_samples, loader))
 
     def steps(
         self,
@@ -107,19 +118,20 @@ class UserData(Data):
             sampler.set_epoch(epoch)
         remaining = request.samples
         given = 0
-        for images, labels in _iterate(loader, torch_seed(request.seed, epoch)):
+        for whole in _iterate(loader, torch_seed(request.seed, epoch)):
+            batch, size = as_batch(whole), count_samples(whole)
             if remaining is not None:
                 if remaining <= 0:
                     return
-                images, labels = images[:remaining], labels[:remaining]
-                remaining -= len(labels)
+                batch, size = take(batch, slice(remaining), size), min(size, remaining)
+                remaining -= size
             if not isinstance(sampler, DistributedSampler):
-                if len(labels) < peers.world_size and not request.complete:
+                if size < peers.world_size and not request.complete:
                     continue
-                share = share_of(len(labels), peers)
-                images, labels = images[share], labels[share]
-            if given >= request.start and len(labels):
-                yield images, labels
+                share = share_of(size, peers)
+                batch, size = take(batch, share, size), len(range(*share.indices(size)))
+            if given >= request.start and size:
+                yield batch
             given += 1
 
     def _loader(self, split: Split) -> Loader:
@@ -129,7 +141,12 @@ class UserData(Data):
         return loader
 
 
-def _iterate(loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def as_batch(batch: Any) -> Batch:
+    """Return the inputs and the targets of a pair; of any other batch the whole, and None, see ``Objective.run``."""
+    return (batch[0], batch[1]) if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+
+
+def _iterate(loader: Loader, seed: int) -> Iterator[Any]:
     """Yield one pass of ``loader`` with its own stream of torch's default generator, whose state stays as it was."""
     if isinstance(loader, DataLoader):
         if loader.persistent_workers:
@@ -140,14 +157,14 @@ def _iterate(loader: Loader, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         if loader.generator is not None:
             loader.generator.manual_seed(seed)
     state = torch.Generator().manual_seed(seed).get_state()
-    iterator: Iterator[tuple[Tensor, Tensor]] | None = None
+    iterator: Iterator[Any] | None = None
     while True:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(state)
             if iterator is None:
                 iterator = iter(loader)
-            batch = next(iterator, None)
+            batch = next(iterator, _END)
             state = torch.get_rng_state()
-        if batch is None:
+        if batch is _END:
             return
         yield batch

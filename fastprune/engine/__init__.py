@@ -4,6 +4,7 @@ from fastprune.engine.checkpoint import CheckpointError, Checkpoints, load_state
 from fastprune.engine.device import Placement, choose_device, seed_everything
 from fastprune.engine.evaluate import Evaluation, HeldOut, evaluate
 from fastprune.engine.latency import measure_latencies, measure_latency
+from fastprune.engine.loggers import Logger
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.meter import NonFiniteError
 from fastprune.engine.run import RunDirectory, RunError
@@ -17,6 +18,7 @@ __all__ = [
     "Evaluation",
     "HeldOut",
     "Interrupted",
+    "Logger",
     "LoopOptions",
     "NonFiniteError",
     "Placement",

@@ -6,13 +6,16 @@ import os
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastprune.data.nests import map_tensors
 from fastprune.training.options import PRECISIONS
+
+T = TypeVar("T")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -84,15 +87,19 @@ class Placement:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def images(self, images: Tensor) -> Tensor:
-        """Return ``images`` [N, C, H, W] on the device, in the layout."""
-        if self.channels_last:
-            return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        return images.to(self.device, non_blocking=True)
+    def images(self, images: T) -> T:
+        """Return ``images`` [N, C, H, W], or a nest of inputs, on the device, in the layout."""
+        return map_tensors(self.input, images)
 
-    def labels(self, labels: Tensor) -> Tensor:
-        """Return ``labels`` [N] on the device."""
-        return labels.to(self.device, non_blocking=True)
+    def input(self, tensor: Tensor) -> Tensor:
+        """Return one input on the device, in the layout if it is a batch of images."""
+        if self.channels_last and tensor.dim() == 4:
+            return tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return tensor.to(self.device, non_blocking=True)
+
+    def labels(self, labels: T) -> T:
+        """Return ``labels`` [N], or a nest of targets, on the device."""
+        return map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), labels)
 
     def model(self, model: nn.Module) -> nn.Module:
         """Move ``model`` to the device and into the layout, in place, and return it."""

@@ -2,72 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune.data.batches import Split
-from fastprune.data.data import Data
+from fastprune.data.data import Data, SourceData
+from fastprune.data.nests import count_samples
 from fastprune.engine.device import Placement
 from fastprune.graph.model_state import in_eval_mode
+from fastprune.host import progress
 from fastprune.host.distributed import Distributed
+from fastprune.training.objective import Network, Objective, class_labels, main_scores
 
 
-class Evaluation(TypedDict):
-    """Result of ``evaluate``."""
+class Accuracy(TypedDict, total=False):
+    """The part of an evaluation that only class scores have."""
 
     accuracy: float
     """Top-1, in [0, 1]."""
+
+
+class Evaluation(Accuracy):
+    """Result of ``evaluate``."""
+
     loss: float
-    """Mean cross-entropy in nats."""
+    """Mean cross-entropy in nats, or mean of the objective's own loss."""
     samples: int
     """Number of samples seen, over all ranks."""
 
 
 def evaluate(
-    network: Callable[[Tensor], Tensor],
+    network: Network,
     data: Data,
     split: Split = "test",
     *,
     batch_size: int = 256,
     placement: Placement | None = None,
     distributed: Distributed | None = None,
+    objective: Objective | None = None,
 ) -> Evaluation:
     """Measure ``network`` on every sample of ``split`` once.
 
     Args:
-        network: maps images [N, C, H, W] to scores [N, num_classes]. A module must be on the placement's device, and
-            runs in eval mode.
+        network: maps images [N, C, H, W] to scores [N, num_classes], or what else the objective takes. A module must be
+            on the placement's device, and runs in eval mode.
         data: the data set.
         split: the part to measure on.
         batch_size: samples per step over all ranks together; changes the result by rounding only.
         placement: device, precision and layout of the computation; None = the CPU in float32.
         distributed: this process among its peers; all must call.
+        objective: the loss that is measured; None = cross-entropy.
 
     Returns:
-        Accuracy, loss and number of samples, the same on every rank.
+        Accuracy (of class scores), loss and number of samples, the same on every rank.
 
     Raises:
         ValueError: if the split is empty.
     """
     peers, place = distributed or Distributed(), placement or Placement()
+    aim = objective or Objective()
     totals = torch.zeros(3, dtype=torch.float64, device=place.device)  # correct, summed loss, samples
     batches = data.batches(split, max(batch_size, peers.world_size), complete=True, distributed=peers)
     modules = [network] if isinstance(network, nn.Module) else []
-    with in_eval_mode(*modules), torch.no_grad(), place.autocast():
-        for images, labels in batches:
-            scores, targets = network(place.images(images)).float(), place.labels(labels)
-            totals[0] += (scores.argmax(1) == targets).sum()
-            totals[1] += F.cross_entropy(scores, targets, reduction="sum")
-            totals[2] += len(targets)
+    work = progress.begin("evaluating", count_cheaply(data, split), wanted=peers.is_main)
+    with in_eval_mode(*modules), torch.no_grad(), place.autocast(), work:
+        for inputs, targets in batches:
+            output, target = aim.run(network, place.images(inputs), place.labels(targets))
+            samples = count_samples((inputs, targets))
+            totals += sums(aim, output, target, samples=samples)
+            work.advance(samples * peers.world_size)
     correct, loss, samples = peers.sum_(totals).tolist()
     if not samples:
         raise ValueError(f"data {data.name!r} has no {split} samples to evaluate on")
-    return {"accuracy": correct / samples, "loss": loss / samples, "samples": int(samples)}
+    accuracy: Accuracy = {"accuracy": correct / samples} if aim.classifies else {}
+    return {**accuracy, "loss": loss / samples, "samples": int(samples)}
+
+
+def sums(objective: Objective, output: Any, target: Any, *, samples: int) -> Tensor:
+    """Return the sums over a batch: right samples, loss, samples; float64."""
+    if objective.classifies and class_labels(output, target).dim() == 1:
+        scores, labels = main_scores(output).float(), class_labels(output, target)
+        right, loss = (scores.argmax(1) == labels).sum(), F.cross_entropy(scores, labels, reduction="sum")
+    else:
+        loss, metrics = objective.measure(output, target)
+        right, loss = metrics.get("accuracy", torch.zeros_like(loss)).double() * samples, loss.double() * samples
+    return torch.stack([right.double(), loss.double(), torch.full_like(loss, samples, dtype=torch.float64)])
+
+
+def count_cheaply(data: Data, split: Split) -> int | None:
+    """Return the number of samples; None if all of a user's batches would have to be read to know it."""
+    return data.size(split) if isinstance(data, SourceData) else None
 
 
 @dataclass(frozen=True)
@@ -79,12 +107,14 @@ class HeldOut:
         placement: device, precision and layout of evaluations.
         distributed: this process among its peers.
         batch_size: samples per step of an evaluation over all ranks together.
+        objective: the loss that is measured.
     """
 
     data: Data
     placement: Placement
     distributed: Distributed
     batch_size: int = 256
+    objective: Objective = field(default_factory=Objective)
 
     @property
     def num_classes(self) -> int:
@@ -120,15 +150,16 @@ class HeldOut:
                 break
         return torch.cat(images), torch.cat(labels)
 
-    def accuracy(self, network: Callable[[Tensor], Tensor]) -> float:
+    def accuracy(self, network: Network) -> float:
         """Return the top-1 accuracy in [0, 1] on the held-out part of the training set, over all ranks."""
+        self.objective.require_classification("accuracy")
         return self._evaluate(network)["accuracy"]
 
-    def loss(self, network: Callable[[Tensor], Tensor]) -> float:
-        """Return the mean cross-entropy on the held-out part of the training set, over all ranks."""
+    def loss(self, network: Network) -> float:
+        """Return the mean loss on the held-out part of the training set, over all ranks."""
         return self._evaluate(network)["loss"]
 
-    def _evaluate(self, network: Callable[[Tensor], Tensor]) -> Evaluation:
+    def _evaluate(self, network: Network) -> Evaluation:
         return evaluate(
             network,
             self.data,
@@ -136,4 +167,5 @@ class HeldOut:
             batch_size=self.batch_size,
             placement=self.placement,
             distributed=self.distributed,
+            objective=self.objective,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastprune.host import progress
 from fastprune.host.distributed import Distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,6 +40,8 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if progress.TERMINAL.live is not None:
+            progress.TERMINAL.write("stopping at the end of this step; press Ctrl-C again to stop at once")
 
     def requested_anywhere(self, distributed: Distributed) -> bool:
         """Return whether any rank was asked to stop; all ranks must call, and all get the same answer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -42,18 +43,41 @@ def measure_latencies(
     """
     if not models or repeats < 1 or batch < 1:
         raise ValueError(f"{len(models)} networks, {repeats} repeats of batch {batch}: each must be at least 1")
-    inputs = {}
+    calls: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
         tensor = next(iter(model.parameters()), torch.empty(0))
-        inputs[name] = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(tensor)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with in_eval_mode(*models.values()), torch.inference_mode():
+        batch_of = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+        calls[name] = partial(model, batch_of)
+    device = {name: _device_of(model) for name, model in models.items()}
+    with in_eval_mode(*models.values()):
+        return time_calls(calls, device, repeats=repeats, warmup=warmup, clock=clock)
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]],
+    devices: Mapping[str, torch.device],
+    *,
+    repeats: int,
+    warmup: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Measure the median time of calls in milliseconds; each round makes every call once, in turn.
+
+    Args:
+        calls: calls by name, of networks in eval mode.
+        devices: the device that each call uses.
+        repeats: rounds that count.
+        warmup: rounds before these, which do not count.
+        clock: returns seconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
         for _ in range(warmup + repeats):
-            for name, model in models.items():
-                _wait(inputs[name].device)
+            for name, call in calls.items():
+                _wait(devices[name])
                 begin = clock()
-                model(inputs[name])
-                _wait(inputs[name].device)
+                call()
+                _wait(devices[name])
                 times[name].append(clock() - begin)
     return {name: 1000 * statistics.median(values[warmup:]) for name, values in times.items()}
 
@@ -63,6 +87,10 @@ def measure_latency(
 ) -> float:
     """Measure the median time of one forward pass in milliseconds; arguments as in ``measure_latencies``."""
     return measure_latencies({"": model}, shape, batch=batch, repeats=repeats, warmup=warmup)[""]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(iter(model.parameters()), torch.empty(0)).device
 
 
 def _wait(device: torch.device) -> None:

@@ -16,10 +16,11 @@ from fastprune.data.sources import Batch
 from fastprune.engine.checkpoint import Checkpoints
 from fastprune.engine.device import Placement
 from fastprune.engine.interruption import Interruption
+from fastprune.engine.loggers import Records
 from fastprune.engine.meter import Meter, NonFiniteError
 from fastprune.engine.phase_batches import PhaseBatches
-from fastprune.engine.progress import ProgressBar
 from fastprune.engine.run import RunDirectory
+from fastprune.host import progress
 from fastprune.host.distributed import Distributed
 from fastprune.host.errors import Interrupted
 from fastprune.options import check, option
@@ -63,7 +64,7 @@ class LoopOptions:
     )
     checkpoint_epochs: int = option(1, "epochs between two checkpoints; 0 = by time only", minimum=0)
     checkpoint_steps: int = option(0, "steps between two checkpoints; 0 = by time only", minimum=0)
-    progress: bool = option(True, "show a progress bar, if standard error is a terminal")
+    progress: bool = option(True, "show progress on standard error: a bar on a terminal, a line per epoch elsewhere")
 
     def __post_init__(self) -> None:
         check(self)
@@ -90,6 +91,7 @@ def run_phases(
     resume: bool = False,
     placement: Placement | None = None,
     options: LoopOptions | None = None,
+    records: Records | None = None,
 ) -> dict[str, float]:
     """Run all phases of ``worker``; a run that is stopped anywhere and resumed ends with the same bits.
 
@@ -104,6 +106,7 @@ def run_phases(
         resume: whether to continue from the newest checkpoint of ``stage`` in ``run``, if there is one.
         placement: device, precision and layout; None = the task's device in float32.
         options: how often to write.
+        records: what gets every line of the log, besides ``run``; on rank 0 only.
 
     Returns:
         The last value of every metric, without families (names with a slash, see ``Phase``).
@@ -113,7 +116,8 @@ def run_phases(
         NonFiniteError: if a loss is infinite or not a number; no checkpoint has it.
         ValueError: if the worker has phases but ``data`` is None.
     """
-    loop = Loop(worker, task, data, run, stage, placement or Placement(task.device), options or LoopOptions())
+    placement, options = placement or Placement(task.device), options or LoopOptions()
+    loop = Loop(worker, task, data, run, stage, placement, options, records or Records())
     if not (resume and loop.resume()):
         loop.start()
     loop.run()
@@ -135,10 +139,11 @@ class Loop(Generic[T]):
         stage: str,
         placement: Placement,
         options: LoopOptions,
+        records: Records,
     ) -> None:
         self.worker, self.task, self.data = worker, task, data
         self.directory, self.stage = directory, stage
-        self.placement, self.options = placement, options
+        self.placement, self.options, self.records = placement, options, records
         self.peers = task.distributed
         self.position, self.meter = Position(), Meter(placement.device)
         self.latest: dict[str, float] = {}
@@ -146,7 +151,7 @@ class Loop(Generic[T]):
         self.checkpoints = Checkpoints(directory.checkpoints_path(stage), self.peers) if directory else None
         self.saved_at = time.monotonic()
         self.interruption = Interruption()
-        self.bar = ProgressBar(options.progress and self.peers.is_main)
+        self.quiet = not (options.progress and self.peers.is_main)
 
     def start(self) -> None:
         """Start anew. The checkpoint of step 0 records which lines of the log came before this stage."""
@@ -194,7 +199,7 @@ class Loop(Generic[T]):
 
     def run(self) -> None:
         """Run the phases that are left."""
-        with self.interruption, self.bar:
+        with self.interruption, progress.muted(self.quiet):
             for number, phase in enumerate(self.worker.phases(self.task)):
                 if number >= self.position.phase and not self.position.finished:
                     phase.run(self)
@@ -209,32 +214,33 @@ class Loop(Generic[T]):
         batches = PhaseBatches(self.data, self.position.phase, self.task.seed, self.peers)
         steps = batches.steps(phase)
         side = phase.beside and batches.side(phase.beside, self.position.epoch * steps + self.position.step)
-        self.bar.start(phase.name, phase.epochs, steps, self.position.epoch, self.position.step)
-        while self.position.epoch < phase.epochs:
-            for batch in batches.read(phase, self.position.epoch, self.position.step):
-                self.advance(phase, batch)
-                done = self.position.epoch * steps + self.position.step
-                if phase.beside and side and done % phase.beside.every == 0:
-                    self.compute(phase.beside.step, next(side))
-                self.bar.advance(self.latest)
-                self.write_after_step(phase)
-            self.end_epoch(phase)
+        begun = self.position.epoch * steps + self.position.step
+        with progress.begin(phase.name, phase.epochs * steps, epochs=phase.epochs, done=begun) as bar:
+            while self.position.epoch < phase.epochs:
+                for batch in batches.read(phase, self.position.epoch, self.position.step):
+                    self.advance(phase, batch)
+                    done = self.position.epoch * steps + self.position.step
+                    if phase.beside and side and done % phase.beside.every == 0:
+                        self.compute(phase.beside.step, next(side))
+                    bar.advance(metrics=self.latest)
+                    self.write_after_step(phase)
+                self.end_epoch(phase, bar)
         self.end_phase()
 
     def run_rounds(self, phase: Rounds) -> None:
         """Call ``round`` until all is done."""
         done, total = phase.progress()
-        self.bar.start(phase.name, 1, total, 0, done)
-        while done < total:
-            self.seed_step()
-            with self.placement.autocast():
-                metrics = floats(phase.round())
-            self.position.total += 1
-            self.record(phase, metrics)
-            done, total = phase.progress()
-            self.bar.update(done, total, self.latest)
-            self.save_if_due(is_multiple(self.position.total, self.options.checkpoint_steps))
-            self.stop_if_asked()
+        with progress.begin(phase.name, total, done=done) as bar:
+            while done < total:
+                self.seed_step()
+                with self.placement.autocast():
+                    metrics = floats(phase.round())
+                self.position.total += 1
+                self.record(phase, metrics)
+                done, total = phase.progress()
+                bar.update(done, total, self.latest)
+                self.save_if_due(is_multiple(self.position.total, self.options.checkpoint_steps))
+                self.stop_if_asked()
         self.end_phase()
         self.save()
 
@@ -272,12 +278,13 @@ class Loop(Generic[T]):
         if stop_now:
             self.stop_if_asked()
 
-    def end_epoch(self, phase: Phase) -> None:
-        """Log an epoch and move to the next one."""
+    def end_epoch(self, phase: Phase, bar: progress.Work) -> None:
+        """Log an epoch, show it and move to the next one."""
         metrics = self.reduce(phase)
         if phase.end_epoch is not None:
             metrics |= floats(phase.end_epoch(self.position.epoch))
         self.record(phase, metrics)
+        bar.end_epoch(self.position.epoch, self.latest)
         self.meter.reset()
         self.position.epoch += 1
         self.position.step = 0
@@ -303,9 +310,13 @@ class Loop(Generic[T]):
     def record(self, phase: Phase | Rounds, metrics: Mapping[str, float]) -> None:
         """Write a line of the log."""
         self.latest.update({name: value for name, value in metrics.items() if "/" not in name})
-        if self.directory is not None and metrics:
+        if metrics:
             place = {"stage": self.stage, "phase": phase.name, "epoch": self.position.epoch}
-            self.directory.log({**place, "step": self.position.total, **metrics})
+            line = {**place, "step": self.position.total, **metrics}
+            if self.directory is not None:
+                self.directory.log(line)
+            if self.peers.is_main:
+                self.records(line)
 
     def save_if_due(self, due: bool) -> None:
         """Write a checkpoint if it is ``due`` or the last one is too old."""

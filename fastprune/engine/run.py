@@ -1,4 +1,6 @@
-"""A run is a directory: config.yaml, plan.json, model.safetensors, metrics.jsonl, report/, checkpoints/."""
+"""A run is a directory: config.yaml, network.json, plan.json, model.safetensors, baseline.safetensors, metrics.jsonl,
+report/, checkpoints/.
+"""
 
 from __future__ import annotations
 
@@ -92,6 +94,16 @@ class RunDirectory:
     def model_path(self) -> Path:
         """The file of the weights."""
         return self.path / "model.safetensors"
+
+    @property
+    def network_path(self) -> Path:
+        """The file of what builds the full network."""
+        return self.path / "network.json"
+
+    @property
+    def baseline_path(self) -> Path:
+        """The file of the full network's weights."""
+        return self.path / "baseline.safetensors"
 
     @property
     def report_path(self) -> Path:

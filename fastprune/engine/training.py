@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,12 @@ from fastprune.data.batches import hashed
 from fastprune.data.data import Data
 from fastprune.engine.device import Placement, choose_device, seed_everything
 from fastprune.engine.evaluate import evaluate
+from fastprune.engine.loggers import Callback, Logger, load_loggers, open_records
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
 from fastprune.host.distributed import Distributed
 from fastprune.models.weights import save_weights
+from fastprune.training.objective import Objective
 from fastprune.training.options import TrainConfig
 from fastprune.training.phases import Phase
 from fastprune.training.weight_training import WeightTraining
@@ -45,23 +47,34 @@ class Trainer:
         config: the recipe.
         data: the data set.
         placement: device, precision and layout.
+        objective: the loss that is minimised; None = cross-entropy.
     """
 
     trains_weights = True
 
-    def __init__(self, config: TrainConfig, data: Data, placement: Placement) -> None:
+    def __init__(
+        self, config: TrainConfig, data: Data, placement: Placement, objective: Objective | None = None
+    ) -> None:
         self.config = config
         self.data = data
         self.placement = placement
+        self.objective = objective or Objective()
 
     def setup(self, task: TrainTask) -> None:
-        """Make the optimiser."""
+        """Make the optimiser.
+
+        Raises:
+            ValueError: for options that the objective does not have.
+        """
         self.task = task
+        if self.config.mixup:
+            self.objective.require_classification("mixup")
         self.classes = self.data.num_classes if self.config.mixup else 0
         steps = self.data.steps("train", self.config.batch_size, distributed=task.distributed)
         self.weights = WeightTraining(
-            task.model, self.config, steps_per_epoch=steps, device=task.device, peers=task.distributed
-        )
+            task.model, self.config, steps_per_epoch=steps, device=task.device, peers=task.distributed,
+            objective=self.objective,
+        )  # fmt: skip
 
     def phases(self, task: TrainTask) -> Iterator[Phase]:
         """Yield the only phase."""
@@ -75,17 +88,23 @@ class Trainer:
             end_epoch=self.end_epoch,
         )
 
-    def step(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
+    def step(self, inputs: Any, targets: Any) -> dict[str, float | Tensor]:
         """Take one step of the optimiser on this rank's share of the batch: images [N, C, H, W], labels [N]."""
-        metrics = self.weights.gradients(*self.augment(images, labels))
+        metrics = self.weights.gradients(*self.augment(inputs, targets), soft=bool(self.config.mixup))
         self.weights.update()
         return metrics
 
-    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply cutout and mixup: random numbers differ from rank to rank, and are the same in a resumed run."""
+    def augment(self, images: Any, labels: Any) -> tuple[Any, Any]:
+        """Apply cutout and mixup: random numbers differ from rank to rank, and are the same in a resumed run.
+
+        Raises:
+            ValueError: if a batch is no pair of images [N, C, H, W] and labels [N].
+        """
         config, task = self.config, self.task
         if not (config.cutout or config.mixup):
             return images, labels
+        if not (isinstance(images, Tensor) and images.dim() == 4 and isinstance(labels, Tensor)):
+            raise ValueError("cutout and mixup: batches of images [N, C, H, W] and labels are needed; leave them out")
         rng = np.random.default_rng(int(hashed(task.seed, _ALTER, self.weights.steps, task.distributed.rank)))
         if config.cutout:
             images = cutout(images, config.cutout, rng)
@@ -100,9 +119,11 @@ class Trainer:
             return {}
         self.weights.share_buffers()
         result = evaluate(
-            self.task.model, self.data, "held_out", placement=self.placement, distributed=self.task.distributed
-        )
-        return {"held_out_accuracy": result["accuracy"], "held_out_loss": result["loss"]}
+            self.task.model, self.data, "held_out", placement=self.placement, distributed=self.task.distributed,
+            objective=self.objective,
+        )  # fmt: skip
+        accuracy = {"held_out_accuracy": result["accuracy"]} if "accuracy" in result else {}
+        return {**accuracy, "held_out_loss": result["loss"]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimiser's state and the number of steps; the loop saves the weights."""
@@ -125,6 +146,9 @@ def train(
     resume: bool = False,
     options: LoopOptions | None = None,
     stage: str = "training",
+    log: Sequence[str | Logger] = (),
+    callbacks: Sequence[Callback] = (),
+    objective: Objective | None = None,
 ) -> dict[str, float]:
     """Train ``model`` in place and leave it in eval mode, with the weights of the last step.
 
@@ -142,16 +166,20 @@ def train(
         resume: whether to continue from the newest checkpoint in ``run``, if there is one.
         options: how often to write.
         stage: name of the checkpoints' folder, and of the stage in the log.
+        log: loggers, by name or as objects; see ``fastprune.engine.loggers``.
+        callbacks: functions that get every record of the log.
+        objective: the loss that is minimised, and how the model runs on a batch; None = cross-entropy.
 
     Returns:
-        The last value of every metric: loss, accuracy, lr, held_out_accuracy, held_out_loss.
+        The last value of every metric: loss, accuracy, lr, held_out_accuracy, held_out_loss; no accuracies under a loss
+        of the user's own.
 
     Raises:
         Interrupted: see ``run_phases``.
         NonFiniteError: see ``run_phases``.
         ValueError: for a recipe that does not fit the machine or the model.
     """
-    config = config or TrainConfig()
+    config, makers = config or TrainConfig(), load_loggers(log)
     peers = distributed or Distributed()
     device = choose_device(device) if isinstance(device, str) else device
     if config.sync_bn and device.type != "cuda":
@@ -160,8 +188,12 @@ def train(
     placement = Placement(device, config.precision, config.channels_last)
     placement.model(model)
     task = TrainTask(model, device, seed, peers, torch.Generator().manual_seed(seed))
-    trainer = Trainer(config, data.to(device), placement)
-    with _synchronise_batch_norm(model, config.sync_bn and peers.world_size > 1):
+    trainer = Trainer(config, data.to(device), placement, objective)
+    folder, settings = (run.path, run.config) if run is not None else (None, {})
+    with (
+        _synchronise_batch_norm(model, config.sync_bn and peers.world_size > 1),
+        open_records(makers, callbacks, folder, settings, wanted=peers.is_main) as records,
+    ):
         trainer.setup(task)
         model.train()
         try:
@@ -174,6 +206,7 @@ def train(
                 resume=resume,
                 placement=placement,
                 options=options,
+                records=records,
             )
             trainer.weights.share_buffers()
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -24,7 +24,7 @@ def trace(
     example_inputs: Example | Inputs,
     *,
     rewrite: bool = True,
-    ignore: Sequence[str] = (),
+    ignore: str | nn.Module | Sequence[str | nn.Module] = (),
     exact: bool = True,
 ) -> ChannelGraph:
     """Find the channel groups of a network.
@@ -37,8 +37,8 @@ def trace(
             among them (a channel shuffle, ``split(x, [64, 64])``). If the code cannot run without them, surgery returns
             the rewritten graph of the network, a ``RewrittenNetwork``. False = these channels stay, and every compact
             model has the class of the model.
-        ignore: names or patterns (``layer4.*.conv1``) of layers whose output channels stay; a name of a module stands
-            for all layers in it.
+        ignore: names or patterns (``layer4.*.conv1``) of layers whose output channels stay, or the modules themselves;
+            a module, or its name, stands for all layers in it.
         exact: whether a channel is prunable only if its removal equals zeroing it where it is read. False = channels
             are also prunable that operators mix (layer norm, statistics over channels, efficient channel attention,
             weight standardisation); ``graph.inexact`` lists these operators, and surgery measures by how much the
@@ -49,8 +49,8 @@ def trace(
 
     Raises:
         TraceError: if the model cannot be exported; names the reason.
-        TypeError: if the inputs are no tensors.
-        ValueError: if a name or pattern to ignore fits no layer.
+        TypeError: if the inputs are no tensors, or what is to be ignored is no name and no module.
+        ValueError: if a name or pattern to ignore fits no layer, or a module to ignore is none of the model's.
 
     Example:
         >>> import torch, fastprune as fp
@@ -58,14 +58,39 @@ def trace(
         >>> len(graph.groups), graph.num_units, round(float(graph.cost().macs) / 1e6, 2)
         (10, 352, 40.55)
     """
+    patterns = layer_names(model, ignore)
     traced = trace_graphs(model, example_inputs)
     state = Propagation(exact=exact, rewrites=rewrite)
     run_on_labels(traced.evaluation, traced.inputs, state, record=True)
     if traced.training is not None:
         run_on_labels(traced.training, traced.inputs, state, record=False)
-    for pattern in ignore:
+    for pattern in patterns:
         keep_outputs(state, pattern)
     return build(model, traced, state)
+
+
+def layer_names(model: nn.Module, layers: object) -> list[str]:
+    """Return the names or patterns of layers that a user gives by name or as modules; a single one needs no list.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a module that is not in the model.
+    """
+    given = [layers] if isinstance(layers, (str, nn.Module)) else layers
+    if not isinstance(given, Iterable):
+        raise TypeError(f"ignore: got {type(layers).__name__}; names of layers or modules are needed")
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for layer in given:
+        if isinstance(layer, nn.Module):
+            if not names.get(id(layer)):
+                raise ValueError(f"ignore: {type(layer).__name__} is no module inside the model; give one, or its name")
+            found.append(names[id(layer)])
+        elif isinstance(layer, str):
+            found.append(layer)
+        else:
+            raise TypeError(f"ignore: got {type(layer).__name__}; the name of a layer or a module is needed")
+    return found
 
 
 def keep_outputs(state: Propagation, pattern: str) -> None:

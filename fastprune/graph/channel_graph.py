@@ -15,6 +15,7 @@ from fastprune.graph.latency.timing import measure
 from fastprune.graph.plan import PruningPlan
 from fastprune.graph.structure import GraphStructure
 from fastprune.host.distributed import Distributed
+from fastprune.host.wording import Facts, card, count, html_card, percent
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class ChannelGraph(GraphStructure):
 
     _latencies: dict[tuple[Any, ...], LatencyModel] = field(default_factory=dict, repr=False, compare=False)
     _counted: dict[str, CostModel] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but latency models, which hold operators of torch and are cached on disk."""
+        return {**vars(self), "_latencies": {}}
 
     def cost(self, mask: Tensor | None = None, *, flops: Flops = "mac") -> Cost:
         """Return MACs and parameters per sample, exact for 0/1 masks and differentiable for soft ones.
@@ -94,3 +99,28 @@ class ChannelGraph(GraphStructure):
             ValueError: if the mask has another shape, holds anything but 0 and 1, or empties a group.
         """
         return PruningPlan.from_mask(self, mask)
+
+    def __repr__(self) -> str:
+        """Show groups and cost; ``graph.groups`` and ``graph.table()`` have the rest."""
+        return card(*self._card())
+
+    def _repr_html_(self) -> str:
+        """Show the same in a notebook."""
+        return html_card(*self._card())
+
+    def _card(self) -> tuple[str, Facts]:
+        cost, groups = self.cost(), self.groups
+        streams = sum(group.kind == "stream" for group in groups)
+        largest = sorted(groups, key=lambda group: -group.share)[:3]
+        stay = len({layer for layer, _ in self.unprunable})
+        shapes = ", ".join(f"{'×'.join(map(str, spec.shape))} {spec.dtype}" for spec in self.traced.inputs.specs)
+        return f"ChannelGraph: {len(groups)} groups of {self.num_units:,} units", [
+            ("MACs", f"{count(float(cost.macs))} per sample"),
+            ("parameters", count(float(cost.params))),
+            ("groups", f"{streams} pass residual additions, {len(groups) - streams} do not"),
+            ("largest", ", ".join(f"{g.name} ({g.size} units, {percent(g.share)} of the MACs)" for g in largest)),
+            ("layers", f"{len({layer.name for layer in self.layers})} convolutions and linear layers"),
+            ("kept", f"{stay} layers keep some or all channels; graph.unprunable says why" if stay else "no layer"),
+            ("inputs", shapes),
+            ("exact", "yes" if self.exact else f"not for {int(self.inexact_units.sum()):,} units; see graph.inexact"),
+        ]

@@ -17,6 +17,12 @@ ACTIVATIONS = {
     *("selu", "softplus", "tanh", "sigmoid", "hardsigmoid", "threshold", "clamp", "clamp_min"),
 }
 
+GROUPS = (
+    "prunable channels: all; interior: only those inside blocks (no residual stream, stem or classifier input); auto: "
+    "interior in networks with residual blocks, all in others"
+)
+"""What the option ``groups`` of methods means."""
+
 
 def interior_units(graph: GraphStructure) -> Tensor:
     """Return the units inside blocks, on which DMC, DDNP and SANP put gates.
@@ -30,7 +36,7 @@ def interior_units(graph: GraphStructure) -> Tensor:
 
     This gives two groups per ResNet bottleneck, one per ResNet basic block, and one per inverted residual block with an
     expansion. In a plain network (VGG) all convolutions but the first and the last count; hidden layers of a classifier
-    do not. Where there are no residual streams, ``groups="all"`` is often the better choice.
+    do not. Where there are no residual streams, the option ``groups="auto"`` of methods takes all groups instead.
 
     Args:
         graph: the network.
@@ -197,11 +203,27 @@ class Flow:
         return 0
 
 
+def choose_groups(graph: GraphStructure, groups: str) -> str:
+    """Return "interior" or "all" for the option "auto", and any other value as it is.
+
+    The papers put gates inside residual blocks. A plain network has no blocks: there "interior" would leave out the
+    first layer, and with it everything in a network of two or three layers.
+    """
+    if groups != "auto":
+        return groups
+    inside = any(group.kind == "stream" for group in graph.groups) and bool(interior_units(graph).any())
+    return "interior" if inside else "all"
+
+
 def gated_units(graph: GraphStructure, groups: str) -> Tensor:
     """Return the units that an option ``groups`` means, bool [U].
 
-    The option is "all", "interior" (``interior_units``) or "one_gate" (``last_gated_units``).
+    Args:
+        graph: the network.
+        groups: "all"; "interior" (``interior_units``); "one_gate" (``last_gated_units``); or "auto": "interior" in
+            networks with residual streams, "all" in others, see ``choose_groups``.
     """
+    groups = choose_groups(graph, groups)
     if groups == "one_gate":
         return last_gated_units(graph, interior_units(graph))
     return interior_units(graph) if groups == "interior" else torch.ones(graph.num_units, dtype=torch.bool)

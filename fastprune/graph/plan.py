@@ -16,6 +16,7 @@ from fastprune.graph.export.inputs import Inputs, InputSpec
 from fastprune.graph.plan_json import Code, decode, encode
 from fastprune.graph.structure import GraphStructure, Slice, belong_to, index_slices
 from fastprune.host.atomic import write_text
+from fastprune.host.wording import Facts, card, change, html_card, narrowest, percent
 
 
 class PlanError(ValueError):
@@ -83,6 +84,39 @@ class PruningPlan:
         """{group: indices of the kept units within the group}."""
         parts = self.mask.split(list(self.groups.values()))
         return {name: part.nonzero().flatten().tolist() for name, part in zip(self.groups, parts, strict=True)}
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """{layer whose output channels can go: (channels that stay, all channels)}, in the order of the network."""
+        made: dict[str, tuple[int, int]] = {}
+        for piece in self.slices:
+            layer, _, kind = piece.tensor.rpartition(".")
+            if piece.role in ("out", "depthwise") and kind != "bias" and layer not in made:
+                made[layer] = (len(self.kept_indices(piece)), len(piece.units))
+        return made
+
+    def __repr__(self) -> str:
+        """Show cost, widths and code; ``plan.keep`` and ``plan.slices`` have the indices."""
+        return card(*self._card())
+
+    def _repr_html_(self) -> str:
+        """Show the same in a notebook."""
+        return html_card(*self._card())
+
+    def _card(self) -> tuple[str, Facts]:
+        kept, all_units = int(self.mask.sum()), len(self.mask)
+        part = f" ({percent(kept / all_units)})" if all_units else ""
+        shapes = ", ".join(f"{'×'.join(map(str, spec.shape))} {spec.dtype}" for spec in self.inputs)
+        code = {"own": "the model's own", "rewritten": "the rewritten graph", "either": "own if it can, else rewritten"}
+        title = f"PruningPlan: {kept:,} of {all_units:,} units stay{part}, in {len(self.groups)} groups"
+        return title, [
+            ("MACs", change(*self.macs)),
+            ("parameters", change(*self.params)),
+            ("narrowest", narrowest(self.widths)),
+            ("inputs", shapes),
+            ("code", code[self.code]),
+            ("exact", "yes" if self.exact else "no: norms or statistics change, see trace(exact=False)"),
+        ]
 
     @property
     def removes_nothing(self) -> bool:

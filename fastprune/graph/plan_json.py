@@ -31,10 +31,7 @@ def encode(fields: Mapping[str, Any], keep: Mapping[str, list[int]]) -> dict[str
         "macs": {"full": macs[0], "planned": macs[1]},
         "params": {"full": params[0], "planned": params[1]},
         "groups": [{"name": name, "size": fields["groups"][name], "keep": kept} for name, kept in keep.items()],
-        "inputs": [
-            {"shape": list(spec.shape), "dtype": spec.dtype} | ({"name": spec.name} if spec.name else {})
-            for spec in fields["inputs"]
-        ],
+        "inputs": [encode_input(spec) for spec in fields["inputs"]],
         "slices": [
             {"tensor": s.tensor, "dim": s.dim, "role": s.role, "units": encode_runs(s.units)}
             | ({"computed": True} if s.computed else {})
@@ -88,6 +85,11 @@ def decode_slice(values: Mapping[str, Any], num_units: int) -> Slice:
         role=require_choice(Role, values["role"], "role"),
         computed=require_bool(values.get("computed", False), "computed"),
     )
+
+
+def encode_input(spec: InputSpec) -> dict[str, Any]:
+    """Return the JSON of an input."""
+    return {"shape": list(spec.shape), "dtype": spec.dtype} | ({"name": spec.name} if spec.name else {})
 
 
 def decode_input(values: Mapping[str, Any]) -> InputSpec:

@@ -7,7 +7,7 @@ progress, logging, checkpoints, resume).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -22,6 +22,7 @@ from fastprune.networks.masked import MaskedNetwork
 from fastprune.planning.budget import Budget
 from fastprune.planning.fitting import fit
 from fastprune.planning.limits import Limits
+from fastprune.training.objective import Network, Objective
 from fastprune.training.phases import Metrics, Phase, Rounds
 
 
@@ -50,11 +51,15 @@ class TaskData(Protocol):
             ValueError: if nothing is held out.
         """
 
-    def accuracy(self, network: Callable[[Tensor], Tensor]) -> float:
-        """Measure the top-1 accuracy in [0, 1] of ``network`` on the held-out samples, over all ranks."""
+    def accuracy(self, network: Network) -> float:
+        """Measure the top-1 accuracy in [0, 1] of ``network`` on the held-out samples, over all ranks.
 
-    def loss(self, network: Callable[[Tensor], Tensor]) -> float:
-        """Measure the mean cross-entropy of ``network`` on the held-out samples, over all ranks."""
+        Raises:
+            ValueError: if the task's objective has no accuracy.
+        """
+
+    def loss(self, network: Network) -> float:
+        """Measure the mean loss of ``network`` on the held-out samples, over all ranks."""
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Task:
         distributed: this process among its peers.
         data: held-out measurements and facts of the data set; None where the user gave no data.
         rng: a CPU generator with the same state on every rank; the engine saves and restores it.
+        objective: how networks run on a batch, and their loss.
     """
 
     model: nn.Module
@@ -82,11 +88,24 @@ class Task:
     distributed: Distributed = field(default_factory=Distributed)
     data: TaskData | None = None
     rng: torch.Generator = field(default_factory=torch.Generator)
+    objective: Objective = field(default_factory=Objective)
 
     @cached_property
     def masked(self) -> MaskedNetwork:
         """The network with a gate in front of every reader of a prunable channel; built on first use."""
         return MaskedNetwork(self.graph, self.model)
+
+    def measure(self, network: Network) -> float:
+        """Measure the held-out accuracy, or the loss if the objective has none: ``objective.measure_name`` says which.
+
+        Args:
+            network: the model, or a function that is called like it, such as ``masked.under(gates)``.
+
+        Raises:
+            ValueError: if nothing is held out.
+        """
+        assert self.data is not None
+        return self.data.accuracy(network) if self.objective.classifies else self.data.loss(network)
 
     def require_feasible(self, prunable: Tensor) -> None:
         """Refuse a budget that is out of reach, before a search that could not meet it.

@@ -1,4 +1,4 @@
-"""Networks by name: our own, ``torchvision:…``, ``timm:…`` and ``package.module:factory``."""
+"""Networks by name: our own, ``torchvision:…``, ``timm:…``, ``package.module:factory`` and ``file.py:factory``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from typing import Any
 
 from torch import nn
 
+from fastprune.host.objects import load_object
 from fastprune.host.spelling import did_you_mean
 from fastprune.models.mobilenet import mobilenetv2
+from fastprune.models.pretrained import fetching, find_torchvision_weights, names_weights, refuse_named
 from fastprune.models.resnet import resnet20, resnet32, resnet56, resnet110
 from fastprune.models.weights import load_weights
 
 _suggestion = partial(did_you_mean, form=" ({})", most=3, show=str)
+
+MARK = "_fastprune_source"
+"""Attribute of a network with the arguments of ``create``: a plain tuple, so that pickles need no class of ours."""
 
 OWN: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet20,
@@ -33,80 +38,134 @@ def available() -> list[str]:
 
 
 def create(
-    spec: str, num_classes: int | None = None, in_channels: int | None = None, weights: str | Path | None = None
+    spec: str,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    weights: str | Path | None = None,
+    *,
+    ema: bool = False,
 ) -> nn.Module:
-    """Build a network, without any download.
+    """Build a network; only weights by name are ever fetched, if they are not in the cache.
 
     Args:
         spec: one of ``available()``, such as ``resnet56``; ``torchvision:resnet50``, ``timm:efficientnet_b0``; or
-            ``package.module:factory`` for your own function or class that returns a ``torch.nn.Module``.
+            ``package.module:factory`` or ``file.py:factory`` for your own function or class that returns a
+            ``torch.nn.Module``.
         num_classes: size of the output; None = the factory's default.
         in_channels: channels of the image; None = the factory's default. torchvision's networks take 3 only.
-        weights: a file for ``load_weights``; None = random initialisation.
+        weights: a file for ``load_weights``; for networks of torchvision and timm also the name of published weights:
+            ``DEFAULT``, ``IMAGENET1K_V2``, ``pretrained``, …; None = random initialisation.
+        ema: whether a file's moving average of the weights is taken.
 
     Returns:
         The network on the CPU, in train mode, like any new torch module.
 
     Raises:
-        ValueError: for an unknown name, a package that is not installed, an argument that the factory does not take, or
-            weights that do not fit.
+        ValueError: for an unknown name, a package that is not installed, an argument that the factory does not take,
+            weights that do not fit, or cannot be fetched.
 
     >>> create("resnet20", num_classes=100).fc.out_features
     100
     """
-    source, colon, name = spec.partition(":")
+    source, colon, name = spec.rpartition(":")
+    named = str(weights) if weights is not None and names_weights(weights) else None
     if not colon:
         if spec not in OWN:
             raise ValueError(
-                f"model {spec!r} is unknown{_suggestion(spec, OWN)}; this package has {', '.join(OWN)}; for another "
-                "network give 'torchvision:NAME', 'timm:NAME' or 'package.module:factory'"
+                f"model {spec!r} is unknown{_elsewhere(spec) or _suggestion(spec, OWN)}; this package has "
+                f"{', '.join(OWN)}; for another network give 'torchvision:NAME', 'timm:NAME', 'package.module:factory' "
+                "or 'file.py:factory'"
             )
+        if named is not None:
+            refuse_named(spec, named)
         model = _call(spec, OWN[spec], num_classes=num_classes, in_channels=in_channels)
     elif source == "torchvision":
-        model = _create_from_torchvision(name, num_classes, in_channels)
+        model = _create_from_torchvision(name, num_classes, in_channels, named)
     elif source == "timm":
-        model = _create_from_timm(name, num_classes, in_channels)
+        model = _create_from_timm(name, num_classes, in_channels, named)
     else:
-        model = _create_by_factory(source, name, num_classes, in_channels)
-    if weights is not None:
-        load_weights(model, weights)
+        if named is not None:
+            refuse_named(spec, named)
+        model = _create_by_factory(spec, num_classes, in_channels)
+    if weights is not None and named is None:
+        load_weights(model, weights, ema=ema)
+    file, _, function = spec.rpartition(":")
+    place = f"{Path(file).expanduser().absolute()}:{function}" if file.endswith(".py") else spec
+    vars(model)[MARK] = (place, num_classes, in_channels)
     return model
 
 
-def _create_from_torchvision(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
-    models = _import_vision("torchvision.models", f"torchvision:{name}")
+def _elsewhere(name: str) -> str:
+    """Return the suggestion of a network of that name in an installed package; "" if there is none."""
+    found = []
+    for package, known in (("torchvision", _knows_torchvision), ("timm", _knows_timm)):
+        try:
+            found += [f"{package}:{name}"] if known(name) else []
+        except ImportError:
+            continue
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def _knows_torchvision(name: str) -> bool:
+    models: Any = importlib.import_module("torchvision.models")
+    return name in models.list_models(module=models)
+
+
+def _knows_timm(name: str) -> bool:
+    return bool(importlib.import_module("timm").is_model(name))
+
+
+def _create_from_torchvision(
+    name: str, num_classes: int | None, in_channels: int | None, weights: str | None
+) -> nn.Module:
+    spec = f"torchvision:{name}"
+    models = _import_vision("torchvision.models", spec)
     names = models.list_models(module=models)
     if name not in names:
-        raise ValueError(f"model 'torchvision:{name}' is unknown{_suggestion(name, names)}")
+        raise ValueError(f"model {spec!r} is unknown{_suggestion(name, names)}")
     if in_channels not in (None, 3):
-        raise ValueError(f"model 'torchvision:{name}' takes images of 3 channels, not {in_channels}")
+        raise ValueError(f"model {spec!r} takes images of 3 channels, not {in_channels}")
+    if weights is not None:
+        chosen = find_torchvision_weights(models, name, weights)
+        classes = len(chosen.meta["categories"])
+        if num_classes not in (None, classes):
+            raise ValueError(
+                f"weights {weights!r} of {spec!r} are for {classes} classes, not {num_classes}; first train a network "
+                "with a head for these classes, then give the file of its weights"
+            )
+        with fetching(spec, weights):
+            return _call(spec, lambda: models.get_model(name, weights=chosen))
     arguments: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
         arguments["init_weights"] = True  # given, as torchvision warns that the default will change
-    return _call(f"torchvision:{name}", lambda **given: models.get_model(name, **given), **arguments)
+    return _call(spec, lambda **given: models.get_model(name, **given), **arguments)
 
 
-def _create_from_timm(name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
+def _create_from_timm(name: str, num_classes: int | None, in_channels: int | None, weights: str | None) -> nn.Module:
     timm = _import_vision("timm", f"timm:{name}")
     if not timm.is_model(name):
         raise ValueError(f"model 'timm:{name}' is unknown{_suggestion(name, timm.list_models())}")
-    return _call(
-        f"timm:{name}",
-        lambda **given: timm.create_model(name, pretrained=False, **given),
-        num_classes=num_classes,
-        in_chans=in_channels,
-    )
+    if weights not in (None, "DEFAULT", "pretrained"):
+        raise ValueError(
+            f"weights {weights!r} of 'timm:{name}': timm names them within the model, as in "
+            "'timm:resnet50.a1_in1k'; give pretrained"
+        )
+
+    def make(**given: Any) -> Any:
+        if weights is None:
+            return timm.create_model(name, pretrained=False, **given)
+        with fetching(f"timm:{name}", weights):
+            return timm.create_model(name, pretrained=True, **given)
+
+    return _call(f"timm:{name}", make, num_classes=num_classes, in_chans=in_channels)
 
 
-def _create_by_factory(module: str, name: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
-    spec = f"{module}:{name}"
-    try:
-        container = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"model {spec!r}: cannot import {module!r} ({error})") from error
-    factory = getattr(container, name, None)
+def _create_by_factory(spec: str, num_classes: int | None, in_channels: int | None) -> nn.Module:
+    factory = load_object(spec, "model")
+    if isinstance(factory, nn.Module):
+        raise ValueError(f"model {spec!r} is a network already; name a function that returns it")
     if not callable(factory):
-        raise ValueError(f"model {spec!r}: {module!r} has no function {name!r}{_suggestion(name, dir(container))}")
+        raise ValueError(f"model {spec!r} is a {type(factory).__name__}; name a function that returns the network")
     return _call(spec, factory, num_classes=num_classes, in_channels=in_channels)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastprune.host import atomic
+
+log = logging.getLogger(__name__)
+
+NESTS = ("state_dict", "model_state_dict", "model", "net", "network")
+"""Keys under which training scripts keep the state dict."""
+
+EMA = ("model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema")
+"""Keys under which they keep the moving average of the weights."""
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
@@ -26,33 +36,68 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     atomic.write(Path(path), lambda temporary: save_file(tensors, temporary))
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict.
+def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """Read a state dict from a safetensors file or a torch file; its content says which it is, not its name.
 
-    A torch file may hold it under the key ``state_dict`` or ``model``; the prefix ``module.`` of data-parallel wrappers
-    is removed.
+    A torch file may hold it in mappings such as ``state_dict`` or ``model``, one within the other, beside an epoch, an
+    optimiser and a moving average (EMA) of the weights. The prefixes ``module.`` and ``_orig_mod.`` of wrappers are
+    removed.
 
     Args:
-        path: a ``.safetensors`` file, or a ``.pt`` / ``.pth`` file.
+        path: the file: .safetensors, .pt, .pth, .ckpt, .th, .tar, .bin, ….
+        ema: whether the moving average is taken; False = only if the file holds nothing else.
 
     Returns:
         Tensors on the CPU by name.
 
     Raises:
-        ValueError: if the file is missing, of another kind or damaged, or holds other objects than tensors.
+        ValueError: if the file is missing, of another kind or damaged, holds other objects than tensors, or no moving
+            average that was asked for.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"weights {str(path)!r}: there is no such file")
-    if path.suffix == ".safetensors":
+    kind = kind_of(path)
+    if kind == "safetensors":
         try:
-            return load_file(path)
+            content: Any = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"weights {str(path)!r}: not a whole safetensors file ({error})") from error
-    if path.suffix not in (".pt", ".pth"):
-        raise ValueError(f"weights {str(path)!r}: give a .safetensors, .pt or .pth file")
+    elif kind == "torch":
+        content = _read_torch(path)
+    else:
+        raise ValueError(
+            f"weights {str(path)!r}: neither a safetensors file nor a torch file; save model.state_dict() with "
+            "torch.save or safetensors"
+        )
+    state, places = _find_state_dict(content, ema=ema)
+    where = ".".join(places)
+    if state is None:
+        found = f"its keys: {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else "no mapping"
+        need = "no moving average (EMA) of the weights" if ema else "no state dict"
+        raise ValueError(f"weights {str(path)!r}: got {need}; a mapping from names to tensors is needed ({found})")
+    if where:
+        others = [key for key in content if key in EMA and key not in places]
+        log.info("weights %s: took %r%s", path, where, f"; {others[0]!r} is there too (ema)" if others else "")
+    return _without_wrappers(state)
+
+
+def kind_of(path: Path) -> str:
+    """Return "safetensors" or "torch" by the first bytes of a file; "" for neither."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":
+        return "safetensors"
+    # A zip archive, or the pickles of torch before 1.6, which begin with a protocol of 2 or more.
+    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        return "torch"
+    return {".safetensors": "safetensors", ".pt": "torch", ".pth": "torch"}.get(path.suffix, "")
+
+
+def _read_torch(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # of a path torch looks at the name
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"weights {str(path)!r}: the file is damaged, or holds Python objects, which are never unpickled; save "
@@ -60,28 +105,53 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"weights {str(path)!r}: not a whole torch file ({error})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"weights {str(path)!r}: got no state dict; a mapping from names to tensors is needed")
-    return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def _find_state_dict(content: Any, *, ema: bool) -> tuple[Mapping[Any, Any] | None, list[str]]:
+    """Return the state dict within a file's content, and the keys that lead to it; None if there is none."""
+    if not isinstance(content, Mapping):
+        return None, []
+    # A plain state dict of a network that has a layer called "model" holds no mapping under that name.
+    for key in (*(EMA if ema else ()), *NESTS, *(() if ema else EMA)):
+        if isinstance(content.get(key), Mapping):
+            inside = key in EMA and ema
+            state, places = _find_state_dict(content[key], ema=ema and not inside)
+            if state is not None:
+                return state, [key, *places]
+    if ema or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        return None, []
+    return content, []
+
+
+def _without_wrappers(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return a state dict without the prefixes of wrappers, and without the counter of torch's averaged models."""
+    found = {str(name): value for name, value in state.items()}
+    if "n_averaged" in found and all(name.startswith("module.") for name in found if name != "n_averaged"):
+        del found["n_averaged"]
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False) -> None:
     """Load the weights at ``path`` into ``model``; all names and shapes must agree.
 
     Only ``num_batches_tracked`` may be missing, as in files from before torch 0.4.1, such as torchvision's first ones.
-    The model then keeps its own.
+    The model then keeps its own. A prefix such as ``model.`` in front of all names, as training frameworks write it, is
+    removed if the model has none of these names.
 
     Args:
         model: the network, changed in place.
         path: a file for ``read_weights``.
+        ema: as in ``read_weights``.
 
     Raises:
         ValueError: as in ``read_weights``, or if names or shapes do not agree; the model is then unchanged.
     """
-    given, wanted = read_weights(path), model.state_dict()
+    given, wanted = read_weights(path, ema=ema), model.state_dict()
+    for prefix in ("model.", "net.", "network."):
+        if given and not given.keys() & wanted.keys() and all(name.startswith(prefix) for name in given):
+            given = {name.removeprefix(prefix): value for name, value in given.items()}
     counters = {name: tensor for name, tensor in wanted.items() if name.rpartition(".")[2] == "num_batches_tracked"}
     given = {**counters, **given}
     problems = [
@@ -99,6 +169,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if problems:
         raise ValueError(f"weights {str(path)!r} do not fit {type(model).__name__}: " + "; ".join(problems))
     model.load_state_dict(given)
+
+
+def count_classes(path: str | Path) -> int | None:
+    """Return the number of classes of the last linear layer in a weights file; None without such a layer."""
+    matrices = [tensor for tensor in read_weights(path).values() if tensor.dim() == 2]
+    return matrices[-1].shape[0] if matrices else None
 
 
 def _describe(what: str, names: list[str], limit: int = 5) -> list[str]:

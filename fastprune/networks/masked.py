@@ -7,7 +7,10 @@ them, for ``torch.compile``, and for training weights.
 
 from __future__ import annotations
 
+import inspect
 import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -59,6 +62,7 @@ class MaskedNetwork(nn.Module):
     def __init__(self, graph: ChannelGraph, model: nn.Module, units: Tensor | None = None) -> None:
         super().__init__()
         self.num_units = graph.num_units
+        self.signature = inspect.signature(model.forward)
         self.any_batch = graph.traced.any_batch
         self.batch = graph.traced.inputs.batch
         codegen: Any = graph.traced.evaluation.graph._codegen
@@ -107,11 +111,23 @@ class MaskedNetwork(nn.Module):
             The mean square, over batch and positions, of what the unit's readers see, averaged over the readers, [U];
             0 for units that have no gate.
         """
+        return self.run_energies(images)[0]
+
+    def run_energies(self, images: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """Return the energies, and the network's outputs."""
         gates = torch.ones(self.num_units, device=images[0].device)
         energies = _Energies(self.network, gates)
         with restore_modes():
-            energies.run(*images, gates)
-        return energies.sums / energies.counts.clamp(min=1)
+            outputs = energies.run(*images, gates)
+        return energies.sums / energies.counts.clamp(min=1), pytree.tree_unflatten(outputs, self.out_spec)
+
+    def under(self, gates: Tensor) -> GatedCall:
+        """Return the network under gates [U], to be called as the model is: inputs by position or by name."""
+        return GatedCall(self, gates)
+
+    def in_order(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """Return inputs of the model by position, in the order of its signature."""
+        return tuple(self.signature.bind(*args, **kwargs).arguments.values())
 
     def note_new_statistics(self) -> None:
         """Give statistics a new version where batch norms have seen batches since the last call.
@@ -130,6 +146,44 @@ class MaskedNetwork(nn.Module):
         if torch.compiler.is_compiling():
             return False
         return not torch.is_grad_enabled() or not any(p.requires_grad for p in self.network.parameters())
+
+
+@dataclass(frozen=True)
+class GatedCall:
+    """A masked network under fixed gates, which is called as the model is.
+
+    Args:
+        masked: the network.
+        gates: the gates, [U].
+    """
+
+    masked: MaskedNetwork
+    gates: Tensor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the network's outputs."""
+        inputs = self.masked.in_order(args, kwargs) if kwargs else args
+        return self.masked(*inputs, self.gates)
+
+
+@dataclass
+class EnergyMeter:
+    """A masked network with open gates, which is called as the model is and keeps the energies that it measures.
+
+    Args:
+        masked: the network.
+        energies: the sum of the energies of all calls, [U].
+    """
+
+    masked: MaskedNetwork
+    energies: Tensor | float = 0.0
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Measure; return the network's outputs."""
+        energies, outputs = self.masked.run_energies(self.masked.in_order(args, kwargs) if kwargs else args)
+        self.energies = self.energies + energies
+        return outputs
 
 
 class _Energies(torch.fx.Interpreter):

@@ -18,6 +18,7 @@ from fastprune.planning.resources import RESOURCES, BudgetError, Conditions, Met
 
 __all__ = ["TOLERANCE", "Budget", "BudgetError", "Conditions"]
 
+ALIASES = {"macs": "flops"}  # names of resources that people use
 TOLERANCE = 0.01  # of the full cost: how far below the budget a plan may be
 
 
@@ -56,7 +57,8 @@ class Budget:
 
         Args:
             text: ``flops=0.5``, ``params=0.3``, ``latency=0.6``, ``flops=2G``, ``params=1.5M`` (suffixes K, M, G, T),
-                ``latency=12ms`` (us, ms, s), ``auth=0.5``.
+                ``latency=12ms`` (us, ms, s), ``auth=0.5``. ``macs`` is another name of ``flops``, which is meant if
+                none is given (``0.5``); a fraction may be in per cent (``50%``, ``params=30%``).
             conditions: the conditions of a latency.
 
         Raises:
@@ -66,18 +68,44 @@ class Budget:
             >>> Budget.parse("flops=0.5").value, Budget.parse("flops=2G").value, Budget.parse("latency=12ms").value
             (0.5, 2000000000.0, 12.0)
         """
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Z]*)\s*", text, re.IGNORECASE)
-        resource = found.group(1).lower() if found else ""
+        found = re.fullmatch(r"\s*(?:(\w+)\s*=)?\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Z]*|%)\s*", text, re.IGNORECASE)
+        resource = (found.group(1) or "flops").lower() if found else ""
+        resource = ALIASES.get(resource, resource)
         if found is None or resource not in RESOURCES:
             raise BudgetError(
                 f"budget {text!r}: 'flops=…', 'params=…' or 'latency=…' is needed, "
                 "with a fraction or an absolute number (flops=0.5, flops=2G, latency=12ms)"
             )
+        number, suffix = found.group(2), found.group(3)
         try:
-            value, absolute = RESOURCES[resource].parse(found.group(2), found.group(3))
+            if suffix == "%":
+                number, suffix = percent(number), ""
+            value, absolute = RESOURCES[resource].parse(number, suffix)
         except ValueError as error:
             raise BudgetError(f"budget {text!r}: {error}") from None
         return Budget(cast("ResourceName", resource), value, absolute, conditions or Conditions())
+
+    @staticmethod
+    def of(budget: object) -> Budget:
+        """Return what a user gives as a budget: a ``Budget``, the text of one, or a fraction of the FLOPs.
+
+        Raises:
+            BudgetError: if it is none of them, or no budget that ``parse`` reads.
+
+        Example:
+            >>> Budget.of(0.5) == Budget.of("50%") == Budget.of("macs=0.5") == Budget("flops", 0.5)
+            True
+        """
+        if isinstance(budget, Budget):
+            return budget
+        if isinstance(budget, (int, float)) and not isinstance(budget, bool):
+            return Budget.parse(f"flops={float(budget)!r}")
+        if isinstance(budget, str):
+            return Budget.parse(budget)
+        raise BudgetError(
+            f"budget: got {type(budget).__name__}; a fraction of the FLOPs (0.5), a text ('params=0.3') or a Budget is "
+            "needed"
+        )
 
     def __str__(self) -> str:
         return f"{self.resource}={self.value:g}{self._unit}"
@@ -180,6 +208,21 @@ class Budget:
         total = max(1.0, float(self.cost(graph, mask)))
         largest = sorted(costs, key=lambda name: costs[name], reverse=True)[:count]
         return [(name, costs[name] / total) for name in largest]
+
+
+def percent(number: str) -> str:
+    """Return the fraction, as text, of a number in per cent.
+
+    Raises:
+        ValueError: for a malformed number, or one above 100.
+    """
+    try:
+        fraction = float(number) / 100
+    except ValueError:
+        raise ValueError(f"{number!r} is not a number") from None
+    if fraction > 1:
+        raise ValueError(f"{number}% is more than the whole network; at most 100% is needed")
+    return repr(fraction)
 
 
 @dataclass(frozen=True)

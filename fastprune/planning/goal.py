@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,16 @@ class Goal:
     text: str
 
     @staticmethod
-    def make(budget: str | Budget, conditions: Conditions | None, limits: Limits | None, device: torch.device) -> Goal:
+    def make(
+        budget: str | float | Budget,
+        conditions: Conditions | None,
+        limits: Limits | Mapping[str, Any] | None,
+        device: torch.device,
+    ) -> Goal:
         """Return the goal of the arguments of ``prune``; a latency counts on ``device`` if it names no other."""
-        parsed = Budget.parse(budget) if isinstance(budget, str) else budget
-        text = budget if isinstance(budget, str) else budget.text
-        return Goal(parsed.under(conditions, device), limits or Limits(), text)
+        parsed = Budget.of(budget)
+        text = budget if isinstance(budget, str) else parsed.text
+        return Goal(parsed.under(conditions, device), Limits.of(limits), text)
 
     def require_reachable(self, graph: ChannelGraph, peers: Distributed) -> None:
         """Refuse a budget or limits that do not fit the network."""

@@ -82,6 +82,32 @@ class Limits:
                 raise LimitError(f"keep_ratio {text!r}: write PATTERN=LEAST:MOST, for example 'layer1=0.5:1'")
         return Limits(min_keep, round_to, ratios)
 
+    @staticmethod
+    def of(limits: object) -> Limits:
+        """Return what a user gives as limits: ``Limits``, their fields by name, or None for no limits.
+
+        Raises:
+            LimitError: if it is none of them, for an unknown name, or a value of another type.
+
+        Example:
+            >>> Limits.of({"round_to": 8, "keep_ratios": {"layer1": (0.5, 1.0)}}).round_to
+            8
+        """
+        if limits is None or isinstance(limits, Limits):
+            return limits or Limits()
+        if not isinstance(limits, Mapping):
+            raise LimitError(
+                f"limits: got {type(limits).__name__}; Limits(round_to=8) or a dict such as {{'round_to': 8}} is needed"
+            )
+        known = ("min_keep", "round_to", "keep_ratios")
+        for name, value in limits.items():
+            if name not in known:
+                hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
+                raise LimitError(f"limits: there is no {name!r}; {hint}")
+            if name != "keep_ratios" and (not isinstance(value, int) or isinstance(value, bool)):
+                raise LimitError(f"limits: {name} {value!r}: a whole number is needed")
+        return Limits(**{**limits, "keep_ratios": read_ratios(limits.get("keep_ratios", {}))})
+
     def as_settings(self) -> dict[str, Any]:
         """Return the arguments of ``parse``, as YAML has them."""
         ratios = [f"{pattern}={least!r}:{most!r}" for pattern, (least, most) in self.keep_ratios.items()]
@@ -133,6 +159,21 @@ class Limits:
             if kept not in widths:
                 return f"{kept} of the {group.size} units of group {group.name!r} stay, but {widths} must ({self})"
         return None
+
+
+def read_ratios(ratios: object) -> dict[str, tuple[float, float]]:
+    """Return ``keep_ratios`` as a user gives them, checked.
+
+    Raises:
+        LimitError: for anything but pairs of numbers by name.
+    """
+    if not isinstance(ratios, Mapping):
+        raise LimitError(f"limits: keep_ratios {ratios!r}: pairs by name are needed, as in {{'layer1': (0.5, 1.0)}}")
+    for pattern, pair in ratios.items():
+        numbers = isinstance(pair, (tuple, list)) and all(isinstance(x, (int, float)) for x in pair)
+        if not numbers or len(pair) != 2:
+            raise LimitError(f"limits: keep_ratios {pattern!r} {pair!r}: a pair (least, most) of numbers is needed")
+    return {str(pattern): (float(pair[0]), float(pair[1])) for pattern, pair in ratios.items()}
 
 
 @dataclass(frozen=True)

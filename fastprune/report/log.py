@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from fastprune.engine import RunDirectory, RunError
 from fastprune.graph.plan import PruningPlan
@@ -28,12 +30,14 @@ class PruningRun:
         config: the content of ``config.yaml``.
         records: the lines of ``metrics.jsonl``.
         plan: its plan; None before the search is finished.
+        finetuning: the content of ``finetune.yaml``; empty without one.
     """
 
     name: str
     config: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
     plan: PruningPlan | None
+    finetuning: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def read(path: str | Path, name: str | None = None) -> PruningRun:
@@ -45,12 +49,13 @@ class PruningRun:
         """
         directory = RunDirectory.open(path)
         config = directory.config
-        if config.get("command") != "prune":
+        if config.get("command") not in ("prune", "demo"):
             raise RunError(f"{str(path)!r} is a run of 'fastprune {config.get('command')}': a run of 'prune' is needed")
         if not (isinstance(config.get("method"), str) and isinstance(config.get("budget"), str)):
             raise RunError(f"{str(directory.path / 'config.yaml')!r} does not name a method and a budget")
         plan = PruningPlan.load(directory.plan_path) if directory.plan_path.is_file() else None
-        run = PruningRun(name or directory.path.resolve().name, config, directory.metrics(), plan)
+        own_name = name or directory.path.resolve().name
+        run = PruningRun(own_name, config, directory.metrics(), plan, read_finetuning(directory.path / "finetune.yaml"))
         for record in run.search:
             places = [record.get(key) for key in ("epoch", "step")]
             if not all(isinstance(place, int) and place >= 0 for place in places):
@@ -114,6 +119,16 @@ class PruningRun:
             done, begun = done + phase[-1]["epoch"] + 1, phase[-1]["step"]
         return places
 
+    def tuning(self, metric: str) -> dict[float, float]:
+        """Return a metric of the fine-tuning by epochs done; of the training that a demonstration logs, too."""
+        lines = [r for r in self.records if r.get("stage") == "finetune" and number(r, "epoch") is not None]
+        points = {}
+        for record in lines:
+            value = number(record, metric)
+            if value is not None:
+                points[float(record["epoch"]) + 1] = value  # the line at an epoch's end is its last
+        return points
+
     def curve(self, metric: str, over: Over = "epochs") -> dict[float, float]:
         """Return a metric of the search by epochs done or by steps; nan if it was not finite.
 
@@ -139,6 +154,15 @@ class PruningRun:
         """Return the newest line of a stage, and of a method; empty if there is none."""
         found = [r for r in self.records if r.get("stage") == stage and method in (None, r.get("method"))]
         return found[-1] if found else {}
+
+
+def read_finetuning(path: Path) -> Mapping[str, Any]:
+    """Read the settings of a fine-tuning; empty if there is none, or nothing that can be read."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 Metric = Callable[[PruningRun], str]
@@ -173,6 +197,7 @@ def read_runs(paths: Sequence[str]) -> list[PruningRun]:
         ValueError: if a run is given twice.
         RunError, PlanError: see ``PruningRun.read``.
     """
+    paths = [step for path in paths for step in steps_of(path)]
     parts = [Path(path).resolve().parts for path in paths]
     twice = [path for number, path in enumerate(paths) if parts[number] in parts[:number]]
     if twice:
@@ -180,6 +205,16 @@ def read_runs(paths: Sequence[str]) -> list[PruningRun]:
     lengths = range(1, max(map(len, parts), default=0) + 1)
     names = next((ends for n in lengths if len(set(ends := ["/".join(p[-n:]) for p in parts])) == len(ends)), [])
     return [PruningRun.read(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def steps_of(path: str) -> list[str]:
+    """Return the runs of ``prune_in_steps`` in a directory, or the directory itself."""
+    if (Path(path) / "config.yaml").is_file():
+        return [path]
+    steps = [
+        step for step in Path(path).glob("step-*") if step.name[5:].isdecimal() and (step / "config.yaml").is_file()
+    ]
+    return [str(step) for step in sorted(steps, key=lambda step: int(step.name[5:]))] or [path]
 
 
 def group_by_seed(runs: Sequence[PruningRun]) -> list[list[PruningRun]]:

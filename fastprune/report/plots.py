@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 
 import matplotlib.style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -16,9 +19,11 @@ from fastprune.host import atomic
 from fastprune.report.log import Line
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart; their yellow is too light for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+INK = "#1A1B1C"  # a colour of its own, so that pages can replace it
+GRID = "#E5E6E7"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5B5C")
 DASHES = ("-", "--", ":", "-.")  # for more runs than colours
-GREY = "#E3E3E3"
+GREY = "#DFE0E1"
 ROUND_NUMBERS = partial(MaxNLocator, nbins=8, integer=True, steps=[1, 2, 5, 10])
 
 STYLE = {
@@ -28,14 +33,22 @@ STYLE = {
     "axes.spines.top": False,
     "figure.dpi": 150,
     "font.size": 9,
-    "grid.color": "#E6E6E6",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.fontsize": 8,
     "legend.frameon": False,
     "lines.linewidth": 1.5,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
     "svg.hashsalt": "fastprune",  # the same figure is the same file
     "text.parse_math": False,  # a dollar in the name of a run or layer is a dollar
 }
+
+
+MOST_INCHES = 13.0  # of bars below one another
 
 
 @contextmanager
@@ -84,7 +97,7 @@ def curves(
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
     for text, value in (dashed or {}).items():
-        axes.axhline(value, color="#555555", linestyle=(0, (5, 3)), linewidth=1, label=text)
+        axes.axhline(value, color=INK, linestyle=(0, (5, 3)), linewidth=1, label=text)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_xlim(left=0)
@@ -104,14 +117,16 @@ def heat_map(title: str, kept: Mapping[str, Mapping[float, float]]) -> Figure:
     """
     epochs = sorted({epoch for curve in kept.values() for epoch in curve})
     values = [[curve.get(epoch, float("nan")) for epoch in epochs] for curve in kept.values()]
-    figure = Figure(figsize=(6.4, 1.4 + 0.17 * len(kept)), layout="constrained")
+    row = min(0.17, 9 / len(kept))  # inches; a figure of hundreds of layers still fits a screen
+    figure = Figure(figsize=(6.4, 1.4 + row * len(kept)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
         values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
         extent=(epochs[0] - 0.5, epochs[-1] + 0.5, len(kept) - 0.5, -0.5),
     )  # fmt: skip
     axes.grid(visible=False)
-    axes.set_yticks(range(len(kept)), list(kept), fontsize=7)
+    every = ceil(0.13 / row)  # rows that one name covers
+    axes.set_yticks(range(0, len(kept), every), list(kept)[::every], fontsize=7)
     axes.xaxis.set_major_locator(ROUND_NUMBERS())
     axes.set_xlabel("epochs of the search")
     axes.set_title(title, fontsize=9, loc="left")
@@ -127,8 +142,10 @@ def widths(layers: Mapping[str, int], runs: Mapping[str, Sequence[int]], numbers
         runs: {run: channels that stay, by layer}.
         numbers: places of these runs among all runs of the report.
     """
-    bar = 0.8 / len(runs)
     row = max(0.2, 0.13 * len(runs) + 0.06)  # inches
+    if row * len(layers) > MOST_INCHES:
+        return profile(layers, runs, numbers)
+    bar = 0.8 / len(runs)
     figure = Figure(figsize=(6.4, 1.2 + row * len(layers) + 0.15 * len(runs)), layout="constrained")
     axes = figure.subplots()
     places = range(len(layers))
@@ -146,3 +163,110 @@ def widths(layers: Mapping[str, int], runs: Mapping[str, Sequence[int]], numbers
     handles += [Patch(color=look(number)[0], label=run) for number, run in zip(numbers, runs, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=2 if max(map(len, runs)) < 40 else 1)
     return figure
+
+
+def profile(layers: Mapping[str, int], runs: Mapping[str, Sequence[int]], numbers: Sequence[int]) -> Figure:
+    """Draw the channels that stay along the depth of a network that has too many layers for a bar with a name each.
+
+    Args: as for ``widths``.
+    """
+    figure = Figure(figsize=(12.8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    edges = [place - 0.5 for place in range(len(layers) + 1)]
+    axes.stairs(list(layers.values()), edges, fill=True, color=GREY, label="all channels")
+    for number, (run, kept) in zip(numbers, runs.items(), strict=True):
+        colour, dashes = look(number)
+        axes.stairs(kept, edges, color=colour, linestyle=dashes, linewidth=1.3, label=run, fill=len(runs) == 1)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layers, from the image to the classes")
+    axes.set_ylabel("channels that stay")
+    axes.xaxis.set_major_locator(ROUND_NUMBERS())
+    axes.grid(visible=False, axis="x")
+    figure.legend(loc="outside lower center", ncols=2 if max(map(len, runs)) < 40 else 1)
+    return figure
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a trade-off chart.
+
+    Args:
+        number: place of its method or family among the colours.
+        label: its text at the point.
+        x: cost of the compact network.
+        pruned: accuracy before fine-tuning; None if it is unknown.
+        last: accuracy in the end.
+    """
+
+    number: int
+    label: str
+    x: float
+    pruned: float | None
+    last: float
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """Accuracy over one cost, of several runs.
+
+    Args:
+        points: the runs.
+        families: the text in the legend for each number of the points.
+        baseline: (cost, accuracy) of the full network.
+        x_label: label of the x-axis, with its unit.
+    """
+
+    points: Sequence[Point]
+    families: Sequence[str]
+    baseline: tuple[float, float] | None
+    x_label: str
+
+
+def trade_offs(*charts: TradeOff) -> Figure:
+    """Draw accuracy over costs side by side: one point for each run, and the full network.
+
+    A hollow point is the accuracy before fine-tuning.
+    """
+    figure = Figure(figsize=(6.4 * len(charts), 4.2), layout="constrained")
+    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        draw_trade_off(axes, chart)
+    families = charts[0].families
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = 2 if max(map(len, families)) < 40 else 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns * len(charts))
+    return figure
+
+
+def draw_trade_off(axes: Axes, chart: TradeOff) -> None:
+    """Draw one chart of ``trade_offs``."""
+    widest = max(point.x for point in chart.points)
+    for number, family in enumerate(chart.families):
+        own = sorted((point for point in chart.points if point.number == number), key=lambda point: point.x)
+        colour, dashes = look(number)
+        axes.plot([p.x for p in own], [p.last for p in own], color=colour, linestyle=dashes, marker="o", label=family)
+        for point in own:
+            if point.pruned is not None and point.pruned != point.last:
+                axes.plot([point.x] * 2, [point.pruned, point.last], color=colour, linewidth=0.7, linestyle=":")
+                axes.plot(point.x, point.pruned, color=colour, marker="o", fillstyle="none", markersize=5)
+    for point in chart.points:
+        below = any(other.last > point.last and abs(other.x - point.x) < 0.1 * widest for other in chart.points)
+        axes.annotate(
+            point.label, (point.x, point.last), xytext=(0, -14 if below else 7), textcoords="offset points",
+            ha="center", fontsize=8,
+        )  # fmt: skip
+    if chart.baseline is not None:
+        axes.plot(*chart.baseline, color=INK, marker="D", linestyle="", label="full network")
+        axes.axhline(chart.baseline[1], color=INK, linestyle=(0, (5, 3)), linewidth=0.8)
+    if any(point.pruned not in (None, point.last) for point in chart.points):
+        axes.plot([], [], color=INK, marker="o", fillstyle="none", linestyle="", label="before fine-tuning")
+    axes.margins(x=0.12, y=0.14)
+    # Accuracies before fine-tuning may be at chance: they must not squeeze those that count.
+    heights = [point.last for point in chart.points] + ([] if chart.baseline is None else [chart.baseline[1]])
+    lowest = min(heights) - max(0.8 * (max(heights) - min(heights)), 0.01)
+    bottom = max(axes.get_ylim()[0], lowest)
+    axes.set_ylim(bottom, max(heights) + 0.25 * (max(heights) - bottom))
+    axes.set_xlim(left=max(0, axes.get_xlim()[0]))
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel("test accuracy (top 1)")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))

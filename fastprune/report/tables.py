@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastprune.methods.plugins import MethodInfo
+
+PIPED = 10_000  # columns of a table that goes into a pipe or a file: enough for every line
 
 
 def millions(value: float) -> str:
@@ -23,21 +27,57 @@ def percent(value: float) -> str:
 
 
 def show(table: Table) -> None:
-    """Print a table on standard output, without markup: a layer's name may look like rich's."""
-    Console(markup=False).print(table)
+    """Print a table on standard output, without markup: a layer's name may look like rich's.
+
+    On a terminal, cells fold at its width. A pipe gets whole lines, unless ``COLUMNS`` says how long they may be.
+    """
+    for column in table.columns:
+        column.overflow = "fold" if column.overflow == "ellipsis" and not column.no_wrap else column.overflow
+    make_console().print(table)
+
+
+def make_console() -> Console:
+    """Return the console of standard output, as wide as a table needs where nobody looks at it directly."""
+    piped = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
+    return Console(markup=False, highlight=False, width=PIPED if piped else None)
 
 
 def print_methods(methods: Iterable[MethodInfo]) -> None:
-    """Print one line for each method, cut off at the width of the terminal; ``print_method`` shows the rest."""
+    """Print one line for each method; on a terminal what it does is cut off at the margin."""
     table = Table()
     table.add_column("method", no_wrap=True)
-    table.add_column("paper, or what it does")  # this column gives way where the terminal is narrow
-    table.add_column("package", no_wrap=True)
+    table.add_column("data", no_wrap=True)
+    table.add_column("paper", no_wrap=True)
+    table.add_column("what it does")  # this column gives way where the terminal is narrow
     for info in methods:
-        paper = Text(info.paper or info.summary, no_wrap=True, overflow="ellipsis")
-        table.add_row(info.name, paper, f"{info.package} {info.version}")
+        needs = "needs data" if info.needs_data else ""
+        foreign = f" ({info.package} {info.version})" if info.package != "fastprune" else ""
+        table.add_row(
+            info.name, needs, short_paper(info.paper), Text(info.summary + foreign, no_wrap=True, overflow="ellipsis")
+        )
     show(table)
-    Console(markup=False).print("fastprune methods NAME shows a method's options", soft_wrap=True, highlight=False)
+    Console(markup=False).print("next: fastprune methods NAME", soft_wrap=True, highlight=False)
+
+
+def short_paper(paper: str) -> str:
+    """Return authors and venue of "Li et al., Title, ICLR 2017"; texts of another form as they are."""
+    authors, _, rest = paper.partition(", ")
+    venue = rest.rpartition(", ")[2]
+    return f"{authors}, {venue}" if authors and venue and len(venue) <= 16 else authors
+
+
+def print_recipes(recipes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print one line for each recipe."""
+    table = Table()
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("budget", "top-1 of the paper"):
+        table.add_column(heading)
+    for name, recipe in recipes.items():
+        paper = recipe.get("paper", {})
+        tops = [paper.get(key) for key in ("baseline_top1", "pruned_top1")]
+        shown = " → ".join("–" if top is None else f"{top:.2f}" for top in tops)
+        table.add_row(name, as_text(recipe.get("budget", "")), shown)
+    show(table)
 
 
 def print_method(info: MethodInfo) -> None:
@@ -57,6 +97,8 @@ def print_method(info: MethodInfo) -> None:
         choices = f" ({option.type})" if "'" in option.type else ""
         table.add_row(option.name, as_text(option.default), option.help + choices)
     show(table)
+    data = " --data DATA" if info.needs_data else ""
+    console.print(f"next: fastprune prune --method {info.name} --model MODEL --weights FILE{data} --out RUN")
 
 
 def print_broken(reasons: Mapping[str, str]) -> None:
@@ -104,6 +146,7 @@ def print_demo(result: Mapping[str, Any]) -> None:
 
 COLUMNS: dict[str, tuple[str, Any]] = {
     "accuracy": ("accuracy", percent),
+    "held_out_accuracy": ("held-out accuracy", percent),
     "macs": ("MACs", millions),
     "params": ("parameters", millions),
     "ms": ("modelled latency", lambda value: f"{value:.2f} ms"),

@@ -53,3 +53,11 @@ class TrainConfig(WeightOptions):
     deterministic: bool = option(
         False, "the same bits in every run on CUDA, at some cost in speed; runs on the CPU always give the same bits"
     )
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(TrainConfig):
+    """Recipe of a fine-tuning: as a training, with a cosine schedule from a lower learning rate."""
+
+    lr: float = option(0.02, "largest learning rate", minimum=0.0)
+    schedule: str = option("cosine", "shape of the learning rate over the epochs", choices=SCHEDULES)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 Metrics = Mapping[str, float | Tensor]
 
 
-Step = Callable[[Tensor, Tensor], Metrics]
-"""The work on one batch: images [N, C, H, W], labels [N] on the task's device; returns the metrics to log."""
+Step = Callable[[Any, Any], Metrics]
+"""The work on one batch: images [N, C, H, W], labels [N] on the task's device; returns the metrics to log.
+
+With data of a user's own, inputs and targets may be any nest of tensors; ``training.objective`` runs networks on them.
+"""
 
 
 class PhaseRunner(Protocol):

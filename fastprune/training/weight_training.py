@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 
 from fastprune.host.distributed import Distributed
+from fastprune.training.objective import Objective
 from fastprune.training.options import WeightOptions
 from fastprune.training.schedule import learning_rate
-
-AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary heads (Szegedy et al., CVPR 2015, §5)
 
 
 class WeightTraining:
@@ -29,9 +27,10 @@ class WeightTraining:
         peers: this process among its peers; gradients are means over all of them.
         several_passes: whether the gradients of an update come from several passes; the caller then averages them over
             all processes with ``average_gradients``.
+        objective: the loss that is minimised.
 
     Raises:
-        ValueError: for a model without a parameter that requires gradients.
+        ValueError: for a model without a parameter that requires gradients, or options that only cross-entropy has.
     """
 
     def __init__(
@@ -43,7 +42,11 @@ class WeightTraining:
         device: torch.device,
         peers: Distributed,
         several_passes: bool = False,
+        objective: Objective | None = None,
     ) -> None:
+        self.objective = objective or Objective()
+        if options.label_smoothing:
+            self.objective.require_classification("label_smoothing")
         self.model, self.options, self.peers = model, options, peers
         self.steps_per_epoch = steps_per_epoch
         self.steps = 0
@@ -85,19 +88,24 @@ class WeightTraining:
             warmup_epochs=options.warmup_epochs,
         )
 
-    def gradients(self, images: Tensor, labels: Tensor) -> dict[str, float | Tensor]:
-        """Run forward and backward on this rank's share of a batch: images [N, C, H, W], labels [N] or targets [N, K].
+    def gradients(self, inputs: Any, targets: Any, *, soft: bool = False) -> dict[str, float | Tensor]:
+        """Run forward and backward on this rank's share of a batch.
+
+        Args:
+            inputs: images [N, C, H, W], or what else the objective takes.
+            targets: labels [N], or what else the objective takes.
+            soft: whether targets are probabilities of classes [N, K], as mixup makes them.
 
         Returns:
-            The metrics to log: loss, accuracy, lr.
+            The metrics to log: loss, accuracy (of class scores), lr.
         """
-        loss, scores = classification_loss(self.network(images), labels, self.options.label_smoothing)
+        output, targets = self.objective.run(self.network, inputs, targets)
+        loss, metrics = self.objective.measure(output, targets, label_smoothing=self.options.label_smoothing, soft=soft)
         self.optimizer.zero_grad(set_to_none=True)
         # Backward runs outside autocast: each gradient takes the precision of its forward.
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(loss.device.type, enabled=False):
             loss.backward()
-        accuracy = (scores.argmax(1) == (labels if labels.dim() == 1 else labels.argmax(1))).float().mean()
-        return {"loss": loss.detach(), "accuracy": accuracy, "lr": self.learning_rate}
+        return {"loss": loss.detach(), **metrics, "lr": self.learning_rate}
 
     def average_gradients(self) -> None:
         """Replace the present gradients by their means over all processes."""
@@ -135,34 +143,6 @@ class WeightTraining:
         """Restore what ``state_dict`` returned."""
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.steps = int(state["steps"])
-
-
-def classification_loss(outputs: Any, labels: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return the loss of a network's outputs, including those of auxiliary heads.
-
-    Args:
-        outputs: scores [N, classes], or a tuple of them from the main head and others, as torchvision's GoogLeNet and
-            Inception return in training mode; a head may be None.
-        labels: [N], or probabilities of the first K classes [N, K].
-        label_smoothing: share of the target that is spread over all classes.
-
-    Returns:
-        The mean cross-entropy in nats, with a weight of 0.3 for auxiliary heads, and the main head's scores.
-
-    Raises:
-        ValueError: for probabilities of more classes than there are scores.
-    """
-    scores, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-    if labels.dim() == 2:
-        missing = scores.shape[1] - labels.shape[1]
-        if missing < 0:
-            raise ValueError(f"the network has {scores.shape[1]} outputs, the data have {labels.shape[1]} classes")
-        labels = F.pad(labels, (0, missing))
-    loss = F.cross_entropy(scores.float(), labels, label_smoothing=label_smoothing)
-    for other in auxiliary:
-        if other is not None:
-            loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(other.float(), labels, label_smoothing=label_smoothing)
-    return loss, scores
 
 
 def make_optimizer(groups: list[dict[str, Any]], options: WeightOptions) -> torch.optim.Optimizer:

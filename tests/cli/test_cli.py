@@ -64,6 +64,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / name / file).unlink()
         else:
             (folder / name / file).write_bytes(content)
+    for file in ("network.json", "baseline.safetensors"):  # as in a run of an earlier version
+        (folder / "noweights" / file).unlink()
     return folder
 
 
@@ -88,16 +90,16 @@ BAD = [
     ("prun --model resnet20", "there is no command 'prun': did you mean 'prune'?"),
     ("--nope", "there is no option --nope"),
     (f"{TRAIN} --out new --epohcs 3", "there is no option --epohcs: did you mean --epochs?"),
-    (f"{TRAIN} --out new --batch-size 3", "there is no option --batch-size: did you mean --batch_size?"),
+    (f"{TRAIN} --out new --batch-sizes 3", "there is no option --batch-sizes: did you mean --batch_size?"),
     (f"{TRAIN} --out new --epochs x", "--epochs x: a whole number is needed"),
     (f"{TRAIN} --out new --lr nan", "--lr nan: a finite number is needed"),
     (f"{TRAIN} --out new --milestones 0.5", r"--milestones 0.5: a list such as \[0.5,0.75\] is needed"),
     (f"{TRAIN} --out new --nesterov maybe", "--nesterov maybe: true or false is needed"),
     (f"{L1} --metho l1", "there is no option --metho: did you mean --method?"),
     # train
-    ("train", "--model and --data and --out are needed"),
+    ("train", "--model and --data are needed"),
     (f"train --model resnet21 --data {DATA} --out new", r"model 'resnet21' is unknown \(did you mean resnet"),
-    ("train --model resnet20 --data digitz --out new", "data 'digitz' is unknown; give one of digits"),
+    ("train --model resnet20 --data digitz --out new", r"'digitz' is unknown \(did you mean digits\?\); give one of"),
     ("train --model resnet20 --data cifar10:/nowhere --out new", "'/nowhere' is no folder"),
     (f"train --model resnet20 --data {DATA} --out t", "exists already: continue that run with --resume"),
     (f"{TRAIN} --out file/new", "cannot make the run directory"),
@@ -153,7 +155,7 @@ BAD = [
     (f"{DMC} --out new --dmc.epochs 0", "epochs 0: must be at least 1"),
     (f"{DMC} --out new --dmc.sampling dice", "--dmc.sampling dice: one of 'stochastic', 'deterministic' is needed"),
     (f"{DMC} --out new --dmc 3", "--dmc 3: a YAML file with options of 'dmc' is needed"),
-    (f"{L1} --budget 0.5", "budget '0.5': 'flops=…', 'params=…' or 'latency=…' is needed"),
+    (f"{L1} --budget half", "budget 'half': 'flops=…', 'params=…' or 'latency=…' is needed"),
     (f"{L1} --budget flops=1.5", r"the fraction to keep must be in \(0, 1\]"),
     (f"{L1} --budget flops=2G", "so there is nothing to prune"),
     (f"{L1} --budget flops=0.001", "with every prunable channel gone 0.011 remains"),
@@ -193,7 +195,7 @@ BAD = [
     ("finetune --run typeyaml", "seed 'x': type int is needed"),
     ("finetune --run p --precision fp16", "--precision fp16: one of"),
     ("finetune --run p --momentum -1", "momentum -1.0"),
-    ("finetune --run p --data synthetic:3x8x8:9:128", r"needs \[9, \d+\]"),
+    ("finetune --run p --data synthetic:3x8x8:9:128", "has 9 classes, the run's network tells 4 apart"),
     ("finetune --run p --resume", "p/finetune.yaml; there is none, so there is nothing to resume"),
     ("finetune --run p --resume --epochs 3", "leave out --epochs"),
     # evaluate
@@ -204,7 +206,7 @@ BAD = [
     ("evaluate --run badplan", "not a pruning plan"),
     ("evaluate --run noweights", "gone/model.safetensors': there is no such file"),
     ("evaluate --run p --model resnet20", "--run p has a network of its own: leave out --model"),
-    ("evaluate --run p --data synthetic:3x8x8:9:128", r"needs \[9, 64\]"),
+    ("evaluate --run p --data synthetic:3x8x8:9:128", "has 9 classes, the run's network tells 4 apart"),
     (f"evaluate --model torchvision:alexnet --data {DATA}", "cannot take images of 3x8x8"),
 ]  # fmt: skip
 
@@ -215,9 +217,9 @@ def test_bad_input(line: str, message: str, here: Path, capfd: pytest.CaptureFix
     assert main(shlex.split(line)) == 2
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.startswith("fastprune: error: ")
-    assert err.count("\n") == 1
-    assert re.search(message, err), err
+    (last,) = [text for text in err.splitlines() if not text.startswith("warning: no --weights")]
+    assert last.startswith("fastprune: error: ")
+    assert re.search(message, last), err
     assert contents(here) == before
 
 
@@ -257,12 +259,12 @@ def test_tables_fit_80_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main(shlex.split(line)) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = [text for text in capsys.readouterr().out.splitlines() if not text.startswith("next: ")]
     assert len(lines) > 4
     assert max(map(len, lines)) <= 80
 
 
-def test_every_flag_has_its_own_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_flag_has_its_own_help() -> None:
     for command in commands.COMMANDS:
         method = "dmc" if commands.COMMANDS[command].takes_method else None
         invocation = Invocation(command, method)
@@ -274,13 +276,6 @@ def test_every_flag_has_its_own_help(capsys: pytest.CaptureFixture[str], monkeyp
         # The names that are told apart before there is a parser are the parser's.
         known = [name.removeprefix("--") for name in parser._option_string_actions if name.startswith("--")]
         assert sorted(list_options(invocation)) == sorted(known)
-    monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(SystemExit) as stop:
-        main(["prune", "--help"])
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert "what may stay: flops=0.5, params=0.3, latency=0.6, flops=2G, latency=12ms, …" in shown
-    assert "--dmc.epochs EPOCHS   passes over the samples (type: int, default: 300)" in shown
 
 
 def test_prune_evaluate_and_finetune(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -416,8 +411,8 @@ def test_interrupted_prune_resumes_to_the_same_bytes(
     ended = stopped(f"{DMC} --dmc.epochs 4 --out {run}", run / "checkpoints" / "search", signal.SIGTERM)
     assert ended.returncode == 130
     assert ended.stdout == ""
-    told = re.fullmatch(
-        r"fastprune: search was interrupted at step \d+; resume it from .*: fastprune (.*)\n", ended.stderr
+    told = re.search(
+        r"(?m)^fastprune: search was interrupted at step \d+; resume it from .*: fastprune (.*)\n", ended.stderr
     )
     assert told, ended.stderr
     assert not (run / "plan.json").exists()

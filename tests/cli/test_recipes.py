@@ -16,12 +16,13 @@ from fastprune.cli.main import main
 from fastprune.cli.networks import build_model, check_recipe
 from fastprune.cli.recipes import read_recipe
 from fastprune.cli.settings import FinetuneConfig, ModelSettings, pick
+from fastprune.cli.shelf import find_recipe
 from fastprune.engine import RunDirectory
 from fastprune.graph.interior import gated_units
 from fastprune.methods.gates.gated import GatePlacement
 from fastprune.planning.budget import Budget
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+FOLDER = Path(__file__).parents[2] / "fastprune" / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 DATA = "synthetic:3x8x8:4:128"
 SMALL = f"--model resnet20 --data {DATA} --device cpu --held_out 0.25"
@@ -209,7 +210,7 @@ def test_bad_recipes(text: str, words: str, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--recipe nowhere.yaml", "--recipe nowhere.yaml: No such file"),
+        ("--recipe nowhere.yaml", "--recipe nowhere.yaml: No such file or recipe"),
         ("--recipe {ddnp} --method dmc", "is for method 'ddnp', not 'dmc'; leave out --method"),
         ("--recipe {ddnp} --dmc.epochs 3", "there is no option --dmc.epochs"),
         ("--recipe {ddnp} --from_run nowhere", "has a network of its own: leave out --recipe"),
@@ -252,3 +253,42 @@ def test_an_imagenet_row_runs_on_a_folder_of_pictures(name: str, tmp_path: Path)
     assert main(shlex.split(f"prune --recipe {path_of(name)} {places} {smaller}")) == 0
     assert main(shlex.split(f"finetune --run {run} --epochs 1 --batch_size 4 --device cpu")) == 0
     assert RunDirectory.open(run).config["finetune"]["milestones"] == [30, 60, 90]
+
+
+@pytest.mark.parametrize(
+    "name", ["dmc-resnet56-cifar10", "recipes/dmc-resnet56-cifar10.yaml", "dmc-resnet56-cifar10.yaml"]
+)
+def test_names_of_shipped_recipes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(name) == FOLDER / "dmc-resnet56-cifar10.yaml"
+    (tmp_path / "dmc-resnet56-cifar10.yaml").write_text("a file of one's own wins")
+    assert (find_recipe("dmc-resnet56-cifar10.yaml").parent == FOLDER) is False
+
+
+def test_ls_show_and_cp(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "ls", "--json"]) == 0
+    assert sorted(json.loads(capsys.readouterr().out)) == RECIPES
+    name = "gcp-resnet50d-imagenet-highest"
+    assert main(["recipes", "show", name]) == 0
+    shown = capsys.readouterr().out
+    assert yaml.safe_load(shown) == yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert shown.splitlines()[-1].startswith(f"# next: fastprune prune --recipe {name}")
+    assert main(["recipes", "cp", name]) == 0
+    assert (tmp_path / f"{name}.yaml").read_bytes() == (FOLDER / f"{name}.yaml").read_bytes()
+    assert main(["recipes", "cp", name]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["recipes", "show"]) == 2
+    assert "give a recipe's name" in capsys.readouterr().err
+
+
+def test_a_pipe_gets_whole_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for line in ("recipes ls", "methods"):
+        assert main(line.split()) == 0
+        assert "…" not in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    for line in ("recipes ls", "methods", "methods sp", "inspect --model resnet20"):
+        assert main(line.split()) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, [text for text in lines if text[:1] in "│┃┏└"])) <= 60

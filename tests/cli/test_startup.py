@@ -49,7 +49,7 @@ def run(line: str, cache: Path) -> tuple[int, set[str], str]:
 @pytest.mark.parametrize(
     ("line", "code", "text"),
     [
-        ("", 0, "Available subcommands"),
+        ("", 0, "commands:"),
         ("--help", 0, "Prune a trained network."),
         ("--version", 0, f"fastprune {fastprune.__version__}"),
         ("bench --help", 0, "Time the kernels beside their peers."),
@@ -64,6 +64,12 @@ def run(line: str, cache: Path) -> tuple[int, set[str], str]:
         ("methods", 0, "│ dmc "),
         ("methods dmc", 0, "passes over the samples"),
         ("methods --json", 0, '"name": "dmc"'),
+        ("prune --help", 0, "--dmc.epochs 300"),
+        ("prune --method sp --help-all", 0, "--sp.workers 0"),
+        ("recipes ls", 0, "dmc-resnet50-imagenet"),
+        ("recipes show dmc-resnet50-imagenet", 0, "learning_rate: 0.001"),
+        ("recipes show dmc-resnet50-imagent", 2, "did you mean 'dmc-resnet50-imagenet'?"),
+        ("completion fish", 0, "complete --command fastprune"),
         ("inspect --help", 0, "network: resnet20, torchvision:NAME"),
     ],
 )
@@ -76,7 +82,7 @@ def test_no_torch(line: str, code: int, text: str, cache: Path) -> None:
 def test_help_parses_no_other_command(cache: Path) -> None:
     _, modules, _ = run("--help", cache)
     assert {name for name in modules if name.startswith("fastprune.cli.")} == {
-        f"fastprune.cli.{name}" for name in ("arguments", "commands", "main", "parser", "settings")
+        f"fastprune.cli.{name}" for name in ("arguments", "commands", "help", "main", "parser", "settings")
     }
 
 

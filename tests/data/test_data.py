@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import struct
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fastprune.data import SourceData, load_data
-from fastprune.data.archives import read_cifar10, read_idx
+from fastprune.data.archives import CIFAR10, CIFAR100, read_cifar, read_idx
+from fastprune.data.plain_pickle import read_plain_pickle
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -94,7 +98,7 @@ def write_cifar10(folder: Path) -> dict[str, np.ndarray]:
 
 def test_cifar10_binary(tmp_path: Path) -> None:
     records = write_cifar10(tmp_path / "cifar-10-batches-bin")
-    images, labels = read_cifar10(tmp_path, "train")
+    images, labels = read_cifar(CIFAR10, tmp_path, "train")
     assert images.shape == (20, 3, 32, 32)
     assert np.array_equal(images[5].numpy().ravel(), records["data_batch_2.bin"][1, 1:])
     assert int(labels[5]) == records["data_batch_2.bin"][1, 0]
@@ -103,9 +107,81 @@ def test_cifar10_binary(tmp_path: Path) -> None:
     assert data.shape == (3, 32, 32)
 
 
+def write_python_cifar(folder: Path, names: list[str], labels: str, protocol: int) -> dict[str, dict[bytes, Any]]:
+    """Write files as the Python version has them: with protocol 2 and bytes as keys, or as people write them again."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(2)
+    written = {}
+    for name in names:
+        written[name] = {
+            b"batch_label": b"a batch",
+            labels.encode(): random.integers(0, 10, 4).tolist(),
+            b"data": random.integers(0, 256, (4, 3072)).astype(np.uint8),
+            b"filenames": [b"one.png", b"two.png", b"three.png", b"four.png"],
+        }
+        (folder / name).write_bytes(pickle.dumps(written[name], protocol))
+    return written
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_the_python_version_of_cifar_is_read_without_unpickling(
+    tmp_path: Path, protocol: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ten = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    written = write_python_cifar(tmp_path / "cifar-10-batches-py", ten, "labels", protocol)
+    hundred = write_python_cifar(tmp_path / "cifar-100-python", ["train", "test"], "fine_labels", protocol)
+    monkeypatch.setattr(pickle, "load", None)
+    monkeypatch.setattr(pickle, "loads", None)
+    monkeypatch.setattr(pickle, "Unpickler", None)
+    images, labels = read_cifar(CIFAR10, tmp_path, "train")
+    assert np.array_equal(images.flatten(1).numpy(), np.concatenate([written[name][b"data"] for name in ten[:5]]))
+    assert labels.tolist() == [label for name in ten[:5] for label in written[name][b"labels"]]
+    images, labels = read_cifar(CIFAR100, tmp_path, "test")
+    assert np.array_equal(images.flatten(1).numpy(), hundred["test"][b"data"])
+    assert labels.tolist() == hundred["test"][b"fine_labels"]
+    assert parts(load_data(f"cifar100:{tmp_path}", held_out=1)) == (3, 1, 4)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit('unpickled')",))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (Bomb(), "the name .*exec is not allowed"),
+        ({b"data": np.zeros(3, dtype=np.float32)}, "not of bytes"),
+        ({b"data": np.dtype("u1")}, "no array"),
+        ({b"data": np.ndarray}, "a name in place of a value"),
+        ({b"data": Path("x")}, "is not allowed"),
+        ([1], "no array 'data'"),
+        ({b"data": np.zeros((2, 3), dtype=np.uint8), b"labels": [0, 1]}, "3072 bytes per image"),
+        ({b"data": np.zeros((2, 3072), dtype=np.uint8), b"labels": [0]}, "label for each image"),
+        ({b"data": np.zeros((1, 3072), dtype=np.uint8), b"labels": [10]}, "label 10"),
+    ],
+)
+def test_pickles_of_anything_else_are_refused(tmp_path: Path, value: Any, message: str, protocol: int) -> None:
+    (tmp_path / "cifar").mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (tmp_path / "cifar" / name).write_bytes(pickle.dumps(value, protocol))
+    with pytest.raises(ValueError, match=message):
+        load_data(f"cifar10:{tmp_path / 'cifar'}")
+
+
+def test_a_pickle_that_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "batch"
+    whole = pickle.dumps({b"data": np.zeros((2, 3072), dtype=np.uint8), b"labels": [0, 1]}, 2)
+    for length in (0, 1, 3, 20, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="batch"):
+            read_plain_pickle(path)
+
+
 def test_cifar10_errors(tmp_path: Path) -> None:
     (tmp_path / "python" / "cifar-10-batches-py").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"pickles.*cifar-10-binary\.tar\.gz"):
+    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz or cifar-10-python\.tar\.gz"):
         load_data(f"cifar10:{tmp_path / 'python'}")
     with pytest.raises(ValueError, match=r"no data_batch_1\.bin"):
         load_data(f"cifar10:{tmp_path}")
@@ -219,3 +295,56 @@ def test_imagefolder_errors(pictures: Path) -> None:
     (pictures / "val").rename(pictures / "test")
     with pytest.raises(ValueError, match="no folder 'val'"):
         load_data(f"imagefolder:{pictures}")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_image_data_sets_of_the_package_datasets(tmp_path: Path, saved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 4)):
+        for index in range(count):
+            folder = tmp_path / "pictures" / part / ("cat", "dog")[index % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    place = tmp_path / "pictures"
+    if saved:
+        datasets.load_dataset("imagefolder", data_dir=str(place)).save_to_disk(str(tmp_path / "saved"))
+        place = tmp_path / "saved"
+    data = load_data(f"hf:{place}", image_size=16, held_out=2, workers=0)
+    assert parts(data) == (4, 2, 4)
+    assert (data.shape, data.num_classes) == ((3, 16, 16), 2)
+    images, labels = next(data.batches("test", 4))
+    assert images.shape == (4, 3, 16, 16)
+    assert sorted(labels.tolist()) == [0, 0, 1, 1]
+    other, _ = next(
+        load_data(f"hf:{place}", image_size=16, held_out=2, workers=0, mean=[0] * 3, std=[1] * 3).batches("test", 4)
+    )
+    imagenet = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close((other - imagenet[0][:, None, None]) / imagenet[1][:, None, None], images)
+    with pytest.raises(ValueError, match="cannot be fetched from the hub"):
+        load_data("hf:no-such-owner/no-such-set")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'fastprune\[hf\]'"):
+        load_data("hf:anything")
+
+
+def test_the_scale_of_pixels(made_mnist: Path) -> None:
+    raw = load_data(f"fashion-mnist:{made_mnist}", mean=[0.0], std=[1.0])
+    own = load_data(f"fashion-mnist:{made_mnist}", mean=[0.5], std=[0.25])
+    images, scaled = (next(data.batches("test", 20))[0] for data in (raw, own))
+    assert 0 <= float(images.min()) < 0.01
+    assert 0.99 < float(images.max()) <= 1
+    torch.testing.assert_close(scaled, (images - 0.5) / 0.25)
+    for arguments, message in (
+        ({"mean": [0.5]}, "both are needed"),
+        ({"mean": [0.5] * 3, "std": [1.0] * 3}, r"1 channel\(s\)"),
+        ({"mean": [0.5], "std": [0.0]}, "above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_data(f"fashion-mnist:{made_mnist}", **arguments)

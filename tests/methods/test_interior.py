@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torchvision
 
+import fastprune
 from fastprune import models
 from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.interior import gated_units, interior_units, last_gated_units
@@ -126,3 +129,39 @@ def test_parameters_of_gated_layers():
     blocks = [(16, 16)] * 3 + [(16, 32)] + [(32, 32)] * 2 + [(32, 64)] + [(64, 64)] * 2
     expected = sum(9 * before * width + 9 * width * width + 2 * width for before, width in blocks)
     assert prunable_cost(graph, Budget("params", 0.5), interior_units(graph)) == expected
+
+
+class ThreeConvolutions(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [3, 16, 24, 24]
+        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(*pair, 3, padding=1) for pair in pairwise(widths))
+        self.head = torch.nn.Linear(24, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_auto_means_interior_in_residual_networks_and_all_in_others():
+    plain = trace(ThreeConvolutions(), torch.zeros(1, 3, 16, 16))
+    assert int(interior_units(plain).sum()) == 24
+    assert bool(gated_units(plain, "auto").all())
+    for name, size in (("resnet20", 32), ("mobilenetv2-cifar", 32)):
+        graph = trace(models.create(name), torch.zeros(1, 3, size, size))
+        assert torch.equal(gated_units(graph, "auto"), interior_units(graph))
+        assert not bool(gated_units(graph, "auto").all())
+
+
+@pytest.mark.parametrize("method", ["dmc", "ddnp", "dp", "sanp"])
+def test_gates_of_a_plain_network_are_everywhere_and_said_aloud(method, caplog):
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 4
+    options = {"epochs": 1, "batch_size": 8, "evaluate_every": 0} | ({} if method == "sanp" else {"samples": 16})
+    with caplog.at_level("INFO", "fastprune"):
+        result = fastprune.prune(
+            ThreeConvolutions(), images[:1], method=method, budget="params=0.2", data=[(images, labels)], **options
+        )
+    assert f"{method}: groups auto = all, because this network has no residual blocks" in caplog.text
+    kept = [int(result.plan.mask[group.units].sum()) for group in result.graph.groups]
+    assert all(k < group.size for k, group in zip(kept, result.graph.groups, strict=True))

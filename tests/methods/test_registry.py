@@ -36,7 +36,7 @@ def test_built_in_methods_come_through_the_entry_points():
     options = {o.name: o for o in dmc.options}
     assert options["epochs"].type == "int"
     assert options["epochs"].default == 300
-    assert options["groups"].type == "'interior' | 'one_gate' | 'all'"
+    assert options["groups"].type == "'auto' | 'interior' | 'one_gate' | 'all'"
     assert all(o.help for info in methods.values() for o in info.options)
     assert load("dmc") is DMC
     assert load("l1") is L1

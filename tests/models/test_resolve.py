@@ -116,10 +116,13 @@ def test_damaged_and_missing_weights(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"cut\.safetensors.*not a whole"):
         models.read_weights(path)
-    other = tmp_path / "weights.bin"
-    other.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"\.safetensors, \.pt or \.pth"):
-        models.read_weights(other)
+    for content in (b"", b"not weights", b"\x80"):
+        other = tmp_path / "weights.bin"
+        other.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"neither a safetensors file nor a torch file; save model\.state_dict\(\)"
+        ):
+            models.read_weights(other)
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(ValueError, match=r"cut\.pt"):
         models.read_weights(tmp_path / "cut.pt")
@@ -139,3 +142,123 @@ def test_python_objects_are_never_unpickled(tmp_path: Path, writer: str) -> None
         path.write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(ValueError, match=r"bomb\.pt"):
         models.read_weights(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".th", ".tar", ".bin", ".safetensors", ""])
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_the_content_says_what_a_file_is(tmp_path: Path, suffix: str, form: str) -> None:
+    path, state = tmp_path / f"weights{suffix}", tiny().state_dict()
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=form == "zip")
+    found = models.read_weights(path)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def ones(value: float, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": torch.full_like(tensor, value) for name, tensor in tiny().state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "plain", "ema"),
+    [
+        ({"epoch": 3, "state_dict": ones(1), "state_dict_ema": ones(2), "optimizer": {"state": {}}}, 1, 2),
+        ({"model": ones(1, "module."), "model_ema": {**ones(2, "module."), "n_averaged": torch.tensor(9)}}, 1, 2),
+        ({"model": {"state_dict": ones(1)}, "ema_state_dict": ones(2)}, 1, 2),
+        ({"checkpoint": 1, "net": ones(1, "_orig_mod.module."), "args": {"lr": 0.1}}, 1, None),
+        ({"state_dict": ones(1, "model.")}, 1, None),  # a LightningModule's
+        ({"state_dict_ema": ones(2)}, 2, 2),
+        (ones(1), 1, None),
+    ],
+)
+def test_nests_and_moving_averages(
+    tmp_path: Path, content: object, plain: float, ema: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "checkpoint.tar"
+    torch.save(content, path)
+    with caplog.at_level("INFO", "fastprune"):
+        assert models.create(f"{__name__}:tiny", weights=path)[1].bias[0].item() == plain
+    if ema is not None and plain != ema:
+        assert "took '" in caplog.text
+        assert "ema" in caplog.text
+    if ema is None:
+        with pytest.raises(ValueError, match="no moving average"):
+            models.create(f"{__name__}:tiny", weights=path, ema=True)
+    else:
+        assert models.create(f"{__name__}:tiny", weights=path, ema=True)[1].bias[0].item() == ema
+
+
+NETWORK = """
+from torch import nn
+from layers import make_layer
+
+def net(num_classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), make_layer(num_classes))
+
+network = net()
+broken = 3
+"""
+
+
+def test_a_factory_in_a_file_beside_its_own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "own_net.py").write_text(NETWORK)
+    (tmp_path / "sub" / "layers.py").write_text("from torch import nn\ndef make_layer(n): return nn.Linear(4, n)\n")
+    (tmp_path / "wrong.py").write_text("def net(:\n")
+    (tmp_path / "own_package_2").mkdir()
+    (tmp_path / "own_package_2" / "nets.py").write_text("from torch import nn\ndef net(): return nn.Linear(4, 2)\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("own_net", "layers", "own_package_2", "own_package_2.nets"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert models.create("sub/own_net.py:net", num_classes=7)[1].out_features == 7
+    assert type(models.create(f"{tmp_path}/sub/own_net.py:net")) is nn.Sequential
+    assert models.create("own_package_2.nets:net").out_features == 2
+    for spec, message in {
+        "sub/own_net.py:nets": "no function 'nets'.*did you mean net",
+        "sub/own_net.py:network": "a network already",
+        "sub/own_net.py:broken": "is a int",
+        "gone.py:net": "no such file",
+        "wrong.py:net": "SyntaxError",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            models.create(spec)
+
+
+def test_names_of_other_packages_are_suggested() -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(ValueError, match=r"did you mean torchvision:resnet50"):
+        models.create("resnet50")
+
+
+def test_weights_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    vision = pytest.importorskip("torchvision")
+    asked: list[bool] = []
+
+    def from_cache(weights: object, *args: object, **options: object) -> dict[str, torch.Tensor]:
+        asked.append(True)
+        return vision.models.resnet18(weights=None).state_dict()
+
+    monkeypatch.setattr(vision.models._api.WeightsEnum, "get_state_dict", from_cache)
+    assert models.create("torchvision:resnet18", weights="IMAGENET1K_V1").fc.out_features == 1000
+    assert models.create("torchvision:resnet18", weights="pretrained").fc.out_features == 1000
+    assert asked == [True, True]
+    with pytest.raises(ValueError, match="did you mean 'IMAGENET1K_V1'"):
+        models.create("torchvision:resnet18", weights="IMAGENET1K_V3")
+    with pytest.raises(ValueError, match="for 1000 classes, not 10"):
+        models.create("torchvision:resnet18", 10, weights="DEFAULT")
+    with pytest.raises(ValueError, match="'resnet20' has no weights of that name"):
+        models.create("resnet20", weights="DEFAULT")
+
+    def offline(*args: object, **options: object) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(vision.models._api.WeightsEnum, "get_state_dict", offline)
+    with pytest.raises(ValueError, match=r"not in the cache.*Network is unreachable.*give the file"):
+        models.create("torchvision:resnet18", weights="DEFAULT")
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", offline)
+    with pytest.raises(ValueError, match=r"'timm:resnet18'.*not in the cache"):
+        models.create("timm:resnet18", weights="pretrained")

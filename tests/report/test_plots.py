@@ -19,7 +19,8 @@ import pytest
 from fastprune.cli.main import main
 from fastprune.report import plots
 from fastprune.report.log import Line, PruningRun, read_runs
-from fastprune.report.page import Picture, page, write_report
+from fastprune.report.page import Picture, page
+from fastprune.report.pictures import write_report
 
 WriteRun = Callable[..., Path]
 
@@ -45,16 +46,21 @@ class Page(HTMLParser):
         self.files: list[str] = []
         self.tags: list[str] = []
         self.rows: list[list[str]] = []
+        self.in_row = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.files += [value for name, value in attrs if name in ("src", "href") and value]
         if tag == "tr":
+            self.in_row = True
             self.rows.append([])
 
+    def handle_endtag(self, tag: str) -> None:
+        self.in_row = self.in_row and tag != "tr"
+
     def handle_data(self, data: str) -> None:
-        if self.rows and data.strip():
+        if self.in_row and data.strip():
             self.rows[-1].append(data)
 
 
@@ -135,7 +141,11 @@ def test_a_report_of_several_runs(write_run: WriteRun, tmp_path: Path) -> None:
     )
     pictures = {picture.name: picture for picture in write_report(runs, tmp_path / "new" / "out")}
     left_out = {name: picture.note for name, picture in pictures.items() if picture.draw is None}
-    assert left_out == {"keep_over_epochs_3": "Left out: l1 · l1 (logged no widths)."}
+    assert left_out == {
+        "trade_off_macs": "Left out: two, l1 (MACs or accuracy not measured).",
+        "trade_off_latency": "Left out: one, two, l1 (measured latency or accuracy not measured).",
+        "keep_over_epochs_3": "Left out: l1 · l1 (logged no widths).",
+    }
     assert pictures["randomness"].note == "Left out: ddnp · two, l1 · l1 (logged no such metric)."
     assert pictures["widths"].note == "Left out: ddnp · two (has no plan yet)."
 
@@ -158,15 +168,19 @@ def test_a_report_of_several_runs(write_run: WriteRun, tmp_path: Path) -> None:
 
     text = (tmp_path / "new" / "out" / "index.html").read_text()
     found = Page(text)
-    assert set(found.files) == files - {"index.html"}  # nothing from the network, nothing that is not there
+    assert found.files == ["data:,"]  # the page is complete: nothing from the network, no other file
     assert "script" not in found.tags
-    rows = {row[0]: row[1:] for row in found.rows if row}
-    assert rows["method"] == ["dmc", "ddnp", "l1"]
-    assert rows["model"] == ["–", "–", "<resnet>"]
-    assert rows["MACs"][0] == "0.00 M → 0.00 M (40.00 %)"
-    assert rows["test accuracy after pruning"] == ["62.50 %", "–", "–"]
-    assert rows["test accuracy after fine-tuning"] == ["87.50 %", "–", "–"]
-    assert rows["epochs"] == ["2", "5", "–"]
+    assert found.tags.count("svg") == len(drawn) - 1  # the page's widths are bars of its own
+    rows = [[cell.replace("\u00a0", " ") for cell in row] for row in found.rows if row]
+    table = {row[0]: row for row in rows}
+    head = ["run", "method", "budget", "MACs", "parameters", "accuracy before", "pruned", "fine-tuned", "time"]
+    assert table["run"] == head
+    assert table["one"] == ["one", "dmc", "flops=0.5", "400 (40.0 %)", "50 (50.0 %)", "90.0 %", "62.5 %",
+                            "87.5 % (−2.5 points)", "12 s"]  # fmt: skip
+    assert table["l1"][5:] == ["–", "–", "–", "–"]
+    assert ["model", "<resnet>"] in rows
+    assert ["dmc.epochs", "2"] in rows
+    assert ["ddnp.epochs", "5"] in rows
     assert "keep_over_epochs_3</code>: Left out: l1 · l1" in text
 
 
@@ -199,9 +213,10 @@ def test_a_users_own_style_changes_nothing() -> None:
 
 def test_names_are_escaped(write_run: WriteRun) -> None:
     run = PruningRun.read(write_run("a", SEARCH, data="<img src=x>", dmc={"<b>": "&"}), "<script>")
-    text = page([run], [Picture("widths", 'of "a" & <b>', lambda: None, "<i>")])  # type: ignore[arg-type, return-value]
-    assert not {"script", "b", "i"} & set(Page(text).tags)
-    assert Page(text).tags.count("img") == 1
+    figure = plots.curves([Line(0, "<script>", [1, 2], [3, 4])], "<script>", "R")
+    found = Page(page([run], [Picture("curve", 'of "a" & <script>', lambda: figure, "<script>")]))
+    assert not {"script", "img"} & set(found.tags)
+    assert ["dmc.<b>", "&"] in found.rows
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -41,6 +42,23 @@ class Traced:
     inputs: Inputs
     any_batch: bool
     guards: Mapping[bool, Guards] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the operator graphs, which hold functions of the exporter."""
+        return {name: value for name, value in vars(self).items() if name not in ("evaluation", "training")}
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse the operator graphs of an object that was pickled."""
+        if name in ("evaluation", "training"):
+            raise TraceError(
+                "this channel graph was pickled, and its operator graphs were left out; trace the model again: "
+                "fastprune.trace(model, example)"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
+        """Copy the operator graphs too."""
+        return Traced(**{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in fields(self)})
 
 
 def trace_graphs(model: nn.Module, example: Example | Inputs) -> Traced:

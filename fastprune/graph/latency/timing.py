@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from fastprune.graph.latency.calls import Call, Timer
@@ -20,6 +18,7 @@ from fastprune.graph.latency.recording import record
 from fastprune.graph.latency.segments import Segment, split_segments
 from fastprune.graph.latency.stopwatch import Stopwatch, pool_bytes
 from fastprune.graph.structure import GraphStructure
+from fastprune.host import progress
 from fastprune.host.cache import cache_folder
 from fastprune.host.distributed import Distributed
 from fastprune.host.machine import machine
@@ -60,10 +59,12 @@ def measure(
     found, missing = look_up(parts, known if cache else None)
     if missing:
         stopwatch = Stopwatch(device, recording.footprint, timer)
-        for name, part in show_progress(missing):
-            found[name] = stopwatch.tables(part)
-            if cache:
-                known.put(part.key, found[name])
+        with progress.begin("measuring layers", len(missing), wanted=peers.is_main) as work:
+            for name, part in missing.items():
+                found[name] = stopwatch.tables(part)
+                if cache:
+                    known.put(part.key, found[name])
+                work.advance()
     measured = [
         Measured(operation, table)
         for part in parts
@@ -130,15 +131,3 @@ def module_call_ms(calls: int = 2000, repeats: int = 7) -> float:
             module(x)
         times.append(time.perf_counter() - begin)
     return 1000 * statistics.median(times) / calls
-
-
-def show_progress(missing: dict[str, Segment]) -> Iterator[tuple[str, Segment]]:
-    """Yield the segments one after the other, with a progress bar on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[layer]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("measuring layers", total=len(missing), layer="")
-        for name, segment in missing.items():
-            progress.update(task, layer=segment.operations[0].module)
-            yield name, segment
-            progress.advance(task)

@@ -22,9 +22,9 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastprune.graph.interior import GROUPS
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
 from fastprune.methods.gates.ddnp_release import ReleaseTerms
@@ -39,6 +39,7 @@ from fastprune.methods.gates.generators import (
 )
 from fastprune.methods.gates.regularisers import SIDES
 from fastprune.methods.scores.ranking import ranks
+from fastprune.networks.masked import EnergyMeter
 from fastprune.ops import topk_mask
 from fastprune.options import option
 from fastprune.planning.fitting import fit
@@ -78,9 +79,7 @@ class DDNPConfig:
     resource: Literal["one_sided", "two_sided"] = option(
         "one_sided", "cost term: log(max(T, pT)/pT) as in the paper, or |log(T/pT)|, which also raises a cost below pT"
     )
-    groups: Literal["interior", "all"] = option(
-        "interior", "gates inside blocks only, as in the paper, or on all channels"
-    )
+    groups: Literal["auto", "interior", "all"] = option("auto", GROUPS)
     augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
@@ -151,8 +150,10 @@ class DDNP(GateSearch):
     def phases(self, task: Task) -> Iterator[Phase]:
         """Yield the phases of the terms, then the training."""
 
-        def energies(images: Tensor) -> Tensor:
-            return task.distributed.mean_(self.masked.energies(images))[self.placement.index]
+        def energies(inputs: Any, targets: Any) -> Tensor:
+            meter = EnergyMeter(self.masked)
+            task.objective.run(meter, inputs, targets)
+            return task.distributed.mean_(torch.as_tensor(meter.energies))[self.placement.index]
 
         yield from self.terms.phases(energies)
         yield from super().phases(task)
@@ -175,23 +176,22 @@ class DDNP(GateSearch):
         """Compute the cost of the network with ``widths`` [L] channels in the gated groups; differentiable in them."""
         return task.budget.meter(task.graph).of_widths(self.full_widths.index_copy(0, self.gated, widths.double()))
 
-    def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+    def step_on(self, task: Task, inputs: Any, targets: Any) -> Metrics:
         """Take one step of Algorithm 1."""
         config = self.config
         with torch.autocast(task.device.type, enabled=False):  # bfloat16 would round different scores to equal ones
             raw, keep = self.raw_scores(), self.keep()
             mask, widths, coupling = self.terms.step(raw, keep)
         with freeze_weights(self.weights):
-            outputs = self.masked(images, self.placement.spread(mask))
-            cross_entropy = F.cross_entropy(outputs.float(), labels)
+            data_loss = self.data_loss(task, inputs, targets, self.placement.spread(mask))
             cost = self.cost(task, widths)
             regulariser = SIDES[config.resource](self.placement.ratio(cost), self.placement.target)
-            loss = cross_entropy + config.regularisation * regulariser.float() + config.coupling * coupling
+            loss = data_loss + config.regularisation * regulariser.float() + config.coupling * coupling
             gradients = torch.autograd.grad(loss, self.parameters)
         apply_gradients(self.optimizer, self.parameters, gradients, task.distributed)
         return {
             "loss": loss.detach(),
-            "cross_entropy": cross_entropy.detach(),
+            task.objective.loss_name: data_loss.detach(),
             "regulariser": regulariser.detach(),
             "coupling": coupling.detach(),
             f"{task.budget.resource}_ratio": cost.detach() / self.placement.full,

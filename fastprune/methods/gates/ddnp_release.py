@@ -60,11 +60,11 @@ class ReleaseTerms(Terms):
         ]
         return torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
 
-    def phases(self, energies: Callable[[Tensor], Tensor]) -> Iterator[Phase]:
+    def phases(self, energies: Callable[[Any, Any], Tensor]) -> Iterator[Phase]:
         """Yield one phase: the measurement of the channels' energies."""
 
-        def measure(images: Tensor, labels: Tensor) -> Metrics:
-            self.collect(energies(images))
+        def measure(inputs: Any, targets: Any) -> Metrics:
+            self.collect(energies(inputs, targets))
             return {}
 
         yield Phase("features", 1, measure, self.samples, self.batch_size)

@@ -68,11 +68,11 @@ class Terms(ABC):
     def make_optimizer(self, scores: nn.Module, widths: nn.Module) -> torch.optim.Optimizer:
         """Create the optimiser of both generators."""
 
-    def phases(self, energies: Callable[[Tensor], Tensor]) -> Iterator[Phase]:
+    def phases(self, energies: Callable[[Any, Any], Tensor]) -> Iterator[Phase]:
         """Yield the phases before the training.
 
         Args:
-            energies: measures the mean square of each channel's features, [n], on images and over all ranks.
+            energies: measures the mean square of each channel's features, [n], on a batch and over all ranks.
         """
         return iter(())
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprune.graph.interior import GROUPS
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
 from fastprune.methods.gates.gated import GateSearch, freeze_weights
@@ -47,8 +47,8 @@ class DMCConfig:
     sampling: Literal["stochastic", "deterministic"] = option(
         "stochastic", "gates of the cross-entropy term: drawn with probability θ (eq. 4), or θ ≥ ½ (eq. 1)"
     )
-    groups: Literal["interior", "one_gate", "all"] = option(
-        "interior", "gates inside blocks, as in the paper; on the last one of each block only; or on all channels"
+    groups: Literal["auto", "interior", "one_gate", "all"] = option(
+        "auto", f"{GROUPS}; one_gate: only the last gate of each block"
     )
     augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
@@ -77,14 +77,14 @@ class DMC(GateSearch):
         self.optimizer = torch.optim.Adam([self.theta], lr=self.config.learning_rate)
         self.step = 0
 
-    def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+    def step_on(self, task: Task, inputs: Any, targets: Any) -> Metrics:
         """Take one step of Algorithm 1."""
         with freeze_weights(self.weights):
-            scores = self.masked(images, self.placement.spread(self.sample(task.seed)))
-            cross_entropy = F.cross_entropy(scores.float(), labels)
+            gates = self.placement.spread(self.sample(task.seed))
+            data_loss = self.data_loss(task, inputs, targets, gates)
             cost = self.cost(task)
             regulariser = log_distance(self.placement.ratio(cost), self.placement.target)
-            loss = cross_entropy + self.config.regularisation * regulariser.float()
+            loss = data_loss + self.config.regularisation * regulariser.float()
             (gradient,) = torch.autograd.grad(loss, [self.theta])
         # Gates and cost term are equal on all ranks; the images differ.
         self.theta.grad = task.distributed.mean_(gradient)
@@ -95,7 +95,7 @@ class DMC(GateSearch):
         self.step += 1
         return {
             "loss": loss.detach(),
-            "cross_entropy": cross_entropy.detach(),
+            task.objective.loss_name: data_loss.detach(),
             "regulariser": regulariser.detach(),
             f"{task.budget.resource}_ratio": cost.detach() / self.placement.full,
             "randomness": (self.theta.detach() - 0.5).abs().mean(),  # s of Fig. 5: ½ = decided, 0 = a coin toss

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastprune.graph.interior import GROUPS
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
 from fastprune.methods.gates.gated import GateSearch, freeze_weights
@@ -56,7 +56,7 @@ class DPConfig(RelaxedGates):
     resource: Literal["one_sided", "two_sided"] = option(
         "one_sided", "cost term: log(max(T, pT)/pT), or |log(T/pT)|, which also raises a cost below pT"
     )
-    groups: Literal["interior", "all"] = option("interior", "gates inside blocks only, or on all channels")
+    groups: Literal["auto", "interior", "all"] = option("auto", GROUPS)
     augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
@@ -97,22 +97,22 @@ class DP(GateSearch):
         """Compute R of the cost ratio r = T̂/T under the gates."""
         return SIDES[self.config.resource](ratio, self.placement.target)
 
-    def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+    def step_on(self, task: Task, inputs: Any, targets: Any) -> Metrics:
         """Take one step."""
         config, parameters = self.config, list(self.scores.parameters())
         with torch.autocast(task.device.type, enabled=False):  # bfloat16 would round different scores to equal ones
             gates = self.placement.spread(self.draw(self.scores(), task.seed))
         with freeze_weights(self.weights):
-            cross_entropy = F.cross_entropy(self.masked(images, gates).float(), labels)
+            data_loss = self.data_loss(task, inputs, targets, gates)
             cost = task.budget.cost(task.graph, gates)
             regulariser = self.cost_term(self.placement.ratio(cost))
-            loss = cross_entropy + config.regularisation * regulariser.float()
+            loss = data_loss + config.regularisation * regulariser.float()
             gradients = torch.autograd.grad(loss, parameters)
         apply_gradients(self.optimizer, parameters, gradients, task.distributed)
         self.step += 1
         return {
             "loss": loss.detach(),
-            "cross_entropy": cross_entropy.detach(),
+            task.objective.loss_name: data_loss.detach(),
             "regulariser": regulariser.detach(),
             f"{task.budget.resource}_ratio": cost.detach() / self.placement.full,
             "open": gates.detach()[self.placement.index].mean(),

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.graph import ChannelGraph
-from fastprune.graph.interior import gated_units
+from fastprune.graph.interior import choose_groups, gated_units
 from fastprune.graph.plan import PruningPlan, unique_names
 from fastprune.graph.structure import belong_to
 from fastprune.methods.contract import Method, Task, is_evaluation_due
-from fastprune.networks.masked import MaskedNetwork
+from fastprune.networks.masked import GatedCall, MaskedNetwork
 from fastprune.planning.budget import TOLERANCE, Budget
 from fastprune.planning.fitting import fit
 from fastprune.training.phases import Metrics, Phase
@@ -117,7 +117,11 @@ class GateSearch(Method):
         Raises:
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
         """
-        units = gated_units(task.graph, self.config.groups)
+        groups = choose_groups(task.graph, self.config.groups)
+        if groups != self.config.groups and task.distributed.is_main:
+            why = "this network has residual blocks" if groups == "interior" else "this network has no residual blocks"
+            log.info("%s: groups auto = %s, because %s", self.name, groups, why)
+        units = gated_units(task.graph, groups)
         task.require_feasible(units)
         self.placement = GatePlacement.build(task.graph, task.budget, units, task.device)
         self.masked = MaskedNetwork(task.graph, task.model, units)
@@ -126,8 +130,13 @@ class GateSearch(Method):
         return units
 
     @abstractmethod
-    def step_on(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+    def step_on(self, task: Task, inputs: Any, targets: Any) -> Metrics:
         """Take one step on a batch; return the metrics to log."""
+
+    def data_loss(self, task: Task, inputs: Any, targets: Any, gates: Tensor) -> Tensor:
+        """Return the loss of the network under gates [U] on a batch; differentiable in the gates."""
+        output, target = task.objective.run(GatedCall(self.masked, gates), inputs, targets)
+        return task.objective.compute(output, target)
 
     @abstractmethod
     def gates(self) -> Tensor:
@@ -136,8 +145,8 @@ class GateSearch(Method):
     def phases(self, task: Task) -> Iterator[Phase]:
         """Yield one phase: the training."""
 
-        def step(images: Tensor, labels: Tensor) -> Metrics:
-            return self.step_on(task, images, labels)
+        def step(inputs: Any, targets: Any) -> Metrics:
+            return self.step_on(task, inputs, targets)
 
         def end_epoch(epoch: int) -> Metrics:
             return self.end_epoch(task, epoch)
@@ -161,11 +170,11 @@ class GateSearch(Method):
         return {f"keep/{name}": mask[g.units].float().mean() for name, g in names if bool(gated[g.units].any())}
 
     def proxy_accuracy(self, task: Task) -> Metrics:
-        """Measure the held-out accuracy of the network under the hard gates, before any fine-tuning."""
+        """Measure the held-out accuracy, or loss, of the network under the hard gates, before any fine-tuning."""
         assert task.data is not None
         with torch.no_grad():
             gates = self.placement.spread(self.gates())
-            return {"proxy_accuracy": task.data.accuracy(lambda images: self.masked(images, gates))}
+            return {f"proxy_{task.objective.measure_name}": task.measure(GatedCall(self.masked, gates))}
 
     def keep_open(self, task: Task, open_gates: Tensor, scores: Tensor) -> PruningPlan:
         """Return the plan that keeps the channels of open gates, and at least one channel of each group.

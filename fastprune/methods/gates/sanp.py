@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastprune.graph.interior import GROUPS
 from fastprune.graph.plan import PruningPlan
 from fastprune.graph.structure import Role
 from fastprune.methods.contract import Task
@@ -73,7 +74,7 @@ class SANPConfig(WeightOptions, RelaxedGates):
     generator_lr: float = option(1e-3, "learning rate of the generator, constant", minimum=0.0)
     generator_decay: float = option(1e-2, "weight decay of the generator's matrices", minimum=0.0)
     regularisation: float = option(4.0, "λ_R, the weight of the cost term", minimum=0.0)
-    groups: Literal["interior", "all"] = option("interior", "gates inside blocks only, or on all channels")
+    groups: Literal["auto", "interior", "all"] = option("auto", GROUPS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +108,7 @@ class SANP(DP):
             steps_per_epoch=task.data.steps(config.batch_size),
             device=task.device,
             peers=task.distributed,
+            objective=task.objective,
         )
         self.tables = [
             unit_table(task.graph, task.model, roles, self.placement.units()) for roles in NORM_ROLES[config.lasso]
@@ -141,7 +143,7 @@ class SANP(DP):
         epochs = [round(end * config.epochs) for end in ends]
         generator = SideSteps(
             every=config.every,
-            step=lambda images, labels: self.generator_step(task, images, labels),
+            step=lambda inputs, targets: self.generator_step(task, inputs, targets),
             samples=max(1, round(config.part * task.data.samples)),
             batch_size=config.batch_size,
             augment=config.augment,
@@ -163,16 +165,16 @@ class SANP(DP):
         self.training.share_buffers()
         task.model.eval()
 
-    def weight_step(self, images: Tensor, labels: Tensor) -> Metrics:
+    def weight_step(self, inputs: Any, targets: Any) -> Metrics:
         """Take one step of the weights."""
-        metrics = self.training.gradients(images, labels)
+        metrics = self.training.gradients(inputs, targets)
         self.training.update()
         return metrics
 
-    def align_step(self, images: Tensor, labels: Tensor) -> Metrics:
+    def align_step(self, inputs: Any, targets: Any) -> Metrics:
         """Take one step of the weights, then the proximal step on the pruned channels."""
         rate = self.training.learning_rate
-        metrics = self.weight_step(images, labels)
+        metrics = self.weight_step(inputs, targets)
         if self.penalty is None:
             self.penalty = self.find_penalty()
         if self.penalty:
@@ -180,9 +182,9 @@ class SANP(DP):
                 group_prox_(table, (rate * self.penalty) * self.balance)
         return metrics
 
-    def generator_step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+    def generator_step(self, task: Task, inputs: Any, targets: Any) -> Metrics:
         """Take one step of the generator on the current weights, then choose the pruned channels again."""
-        metrics = self.step_on(task, images, labels)
+        metrics = self.step_on(task, inputs, targets)
         self.choose_channels()
         return {f"generator_{name}": value for name, value in metrics.items()}
 
@@ -209,9 +211,10 @@ class SANP(DP):
         """Return the keep ratios, the fraction of pruned channels at zero, and, when due, the alignment gap."""
         self.training.share_buffers()
         metrics = dict(super().end_epoch(task, epoch))
-        if "proxy_accuracy" in metrics and task.data is not None:
-            metrics["held_out_accuracy"] = task.data.accuracy(task.model)
-            metrics["alignment_gap"] = metrics["held_out_accuracy"] - metrics["proxy_accuracy"]
+        measure = task.objective.measure_name
+        if f"proxy_{measure}" in metrics and task.data is not None:
+            metrics[f"held_out_{measure}"] = task.measure(task.model)
+            metrics["alignment_gap"] = metrics[f"held_out_{measure}"] - metrics[f"proxy_{measure}"]
         pruned = self.balance > 0
         if bool(pruned.any()):
             metrics["zero_channels"] = (self.norms()[pruned] == 0).float().mean()
@@ -227,9 +230,9 @@ class SANP(DP):
         if task.data is not None and task.data.held_out:
             gates = plan.mask.to(task.device, torch.float32)
             with torch.no_grad():
-                masked = task.data.accuracy(lambda images: self.masked(images, gates))
-            full = task.data.accuracy(task.model)
-            self._results |= {"accuracy_full": full, "accuracy_masked": masked, "alignment_gap": full - masked}
+                masked = task.measure(self.masked.under(gates))
+            full, measure = task.measure(task.model), task.objective.measure_name
+            self._results |= {f"{measure}_full": full, f"{measure}_masked": masked, "alignment_gap": full - masked}
         if self.penalty is not None:
             self._results["penalty"] = self.penalty
         return plan

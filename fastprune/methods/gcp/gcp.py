@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastprune.graph.interior import gated_units
+from fastprune.graph.interior import GROUPS, gated_units
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.gates.gated import freeze_weights
@@ -43,7 +43,6 @@ from fastprune.networks.masked import MaskedNetwork
 from fastprune.options import check, option
 from fastprune.planning.fitting import fit
 from fastprune.training.phases import Metrics, Phase, Step
-from fastprune.training.weight_training import classification_loss
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +70,7 @@ class GCPConfig:
     )
     slices: Literal["equal", "geometric"] = option("equal", "the cost falls by equal amounts or factors per round")
     fold_bias: bool = option(True, "fold the constants act(β) of closed channels into the next layers")
-    groups: Literal["all", "interior"] = option(
-        "all", "prunable channels: all, as in the paper, or only those inside blocks"
-    )
+    groups: Literal["all", "interior", "auto"] = option("all", GROUPS)
 
     def __post_init__(self) -> None:
         check(self)
@@ -174,10 +171,10 @@ class GCP(Method):
     def make_step(self, task: Task, *, sparsify: bool) -> Step:
         """Return the step of a phase."""
 
-        def step(images: Tensor, labels: Tensor) -> Metrics:
+        def step(inputs: Any, targets: Any) -> Metrics:
             if task.model.training == sparsify:  # batch norm off to sparsify, on to recover
                 task.model.train(not sparsify)
-            metrics = self.train_step(task, images, labels)
+            metrics = self.train_step(task, inputs, targets)
             if sparsify:
                 self.scales.shrink_(self.threshold)
             else:
@@ -190,13 +187,17 @@ class GCP(Method):
         """Return the hook of a phase after its epochs: ``end`` after the last one."""
         return lambda epoch: end(task) if epoch + 1 == self.config.epochs else {}
 
-    def train_step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+    def train_step(self, task: Task, inputs: Any, targets: Any) -> Metrics:
         """Take one step on γ, β, m and θ."""
         parameters = self.parameters
         with freeze_weights(self.tensors.frozen):
-            outputs = torch.func.functional_call(task.model, self.scales.effective(), (images,))
-            loss, scores = classification_loss(outputs, labels)
-            with torch.autocast(images.device.type, enabled=False):
+            values = self.scales.effective()
+
+            def network(*args: Any, **kwargs: Any) -> Any:
+                return torch.func.functional_call(task.model, values, args, kwargs)
+
+            loss, metrics = task.objective.measure(*task.objective.run(network, inputs, targets))
+            with torch.autocast(loss.device.type, enabled=False):
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
         pairs = zip(parameters, found, strict=True)
         gradients = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs]
@@ -204,8 +205,8 @@ class GCP(Method):
         gradients[:3] = [gradient * rate for gradient, rate in zip(gradients, rates, strict=False)]
         apply_gradients(self.optimizer, parameters, gradients, task.distributed)
         # The engine stops a run when a metric named "…loss" diverges; one of several candidates may diverge and loses.
-        name = "loss" if len(self.candidates) == 1 else "cross_entropy"
-        return {name: loss.detach(), "accuracy": (scores.argmax(1) == labels).float().mean()}
+        name = "loss" if len(self.candidates) == 1 else "cross_entropy" if task.objective.classifies else "objective"
+        return {name: loss.detach(), **metrics}
 
     @torch.no_grad()
     def end_sparsify(self, task: Task) -> Metrics:

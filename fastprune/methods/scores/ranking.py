@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastprune.graph import ChannelGraph
-from fastprune.graph.interior import gated_units
+from fastprune.graph.interior import GROUPS, gated_units
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Method, Task
 from fastprune.options import option
@@ -21,9 +21,7 @@ from fastprune.planning.fitting import fit
 class KeepConfig:
     """The option of a score-based method that selects the prunable channels."""
 
-    groups: Literal["all", "interior"] = option(
-        "all", "prunable channels: all, or only those inside blocks (no residual stream, stem or classifier input)"
-    )
+    groups: Literal["all", "interior", "auto"] = option("all", GROUPS)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
-
+from fastprune.graph.interior import GROUPS
 from fastprune.methods.contract import Task, is_evaluation_due
 from fastprune.methods.scores.ranking import ScoreMethod
 from fastprune.options import option
@@ -20,9 +19,7 @@ from fastprune.training.weight_training import WeightTraining
 class TrainedConfig(WeightOptions):
     """Options of the training, the prunable channels, and their ranking after the training."""
 
-    groups: Literal["all", "interior"] = option(
-        "all", "prunable channels: all, or only those inside blocks (no residual stream, stem or classifier input)"
-    )
+    groups: Literal["all", "interior", "auto"] = option("all", GROUPS)
     ranking: Literal["local", "global"] = option(
         "global", "local: keep the same fraction of every group; global: all channels of the network compete"
     )
@@ -55,13 +52,14 @@ class TrainedMethod(ScoreMethod):
             steps_per_epoch=task.data.steps(self.config.batch_size),
             device=task.device,
             peers=task.distributed,
+            objective=task.objective,
         )
 
     def phases(self, task: Task) -> Iterator[Phase]:
         """Yield one phase: the training."""
 
-        def step(images: Tensor, labels: Tensor) -> Metrics:
-            metrics = self.training.gradients(images, labels)
+        def step(inputs: Any, targets: Any) -> Metrics:
+            metrics = self.training.gradients(inputs, targets)
             self.before_update(task)
             rate = self.training.learning_rate
             self.training.update()
@@ -95,7 +93,7 @@ class TrainedMethod(ScoreMethod):
         metrics = dict(self.after_epoch(task))
         if is_evaluation_due(epoch, self.config.epochs, self.config.evaluate_every) and task.data.held_out:
             self.training.share_buffers()
-            metrics["held_out_accuracy"] = task.data.accuracy(task.model)
+            metrics[f"held_out_{task.objective.measure_name}"] = task.measure(task.model)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

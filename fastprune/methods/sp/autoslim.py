@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprune.graph.interior import gated_units
+from fastprune.graph.interior import GROUPS, gated_units
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
 from fastprune.methods.sp.supernet import SuperNet
@@ -46,7 +46,7 @@ class AutoSlimConfig(WeightSharingConfig):
 
     random: int = option(2, "random sub-networks per step, besides the full and the smallest one", minimum=0)
     stride: int = option(3, "how many of its 31 widths a group shrinks by at a time", minimum=1, maximum=30)
-    groups: Literal["all", "interior"] = option("all", "prunable channels: all, or only those inside blocks")
+    groups: Literal["all", "interior", "auto"] = option("all", GROUPS)
 
 
 class AutoSlim(WeightSharing):
@@ -62,8 +62,9 @@ class AutoSlim(WeightSharing):
 
         Raises:
             BudgetError: if the budget is out of reach; says what is in reach.
-            ValueError: if nothing is held out to measure accuracies on.
+            ValueError: if nothing is held out to measure accuracies on, or outputs are no scores of classes.
         """
+        task.objective.require_classification("autoslim")
         graph = task.graph
         gated = gated_units(graph, self.config.groups)
         self.groups = [g for g, group in enumerate(graph.groups) if bool(gated[group.units].all())]
@@ -85,7 +86,7 @@ class AutoSlim(WeightSharing):
 
     # --- the slimmable network ----------------------------------------------------------------------------------------
 
-    def learn(self, task: Task, features: Sequence[Tensor], scores: Tensor) -> Metrics:
+    def learn(self, task: Task, features: Sequence[Tensor], scores: Any) -> Metrics:
         """Learn with random networks and the smallest one from the cross-entropy to the full network's outputs."""
         target = scores.float().softmax(1)
         random = [random_widths(self.choices, task.rng) for _ in range(self.config.random)]

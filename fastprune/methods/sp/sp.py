@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.graph import ChannelGraph
-from fastprune.graph.interior import gated_units
+from fastprune.graph.interior import GROUPS, gated_units
 from fastprune.graph.plan import PruningPlan
 from fastprune.graph.stages import Stage, find_stages
 from fastprune.methods.contract import Task
@@ -38,7 +38,7 @@ from fastprune.methods.sp.evolution import EvolutionSettings
 from fastprune.methods.sp.spaces import StageWidths
 from fastprune.methods.sp.stage_losses import LocalLosses, Query, make_stage_data
 from fastprune.methods.sp.stage_search import StageSearch
-from fastprune.methods.sp.stage_workers import ExecutorLosses
+from fastprune.methods.sp.stage_workers import ExecutorLosses, prepare_worker
 from fastprune.methods.sp.supernet import SuperNet
 from fastprune.methods.sp.weight_sharing import WeightSharing, WeightSharingConfig, backward
 from fastprune.methods.sp.widths import (
@@ -61,9 +61,7 @@ class SPConfig(WeightSharingConfig):
     """Options of SP; those of the training have the paper's defaults for CIFAR-10."""
 
     stages: tuple[str, ...] = option((), "modules that end stages; none = where the resolution changes")
-    groups: Literal["all", "interior"] = option(
-        "all", "prunable channels: all that one stage makes, including its features, or those inside blocks"
-    )
+    groups: Literal["all", "interior", "auto"] = option("all", GROUPS)
     last_features: bool = option(True, "prune the features of the last stage too")
     relative: bool = option(False, "divide losses by the variance of the stage's features")
     population: int = option(128, "genes per generation of every evolution", minimum=2)
@@ -123,7 +121,7 @@ class SP(WeightSharing):
             yield Rounds("search", lambda: self.run_round(task, stack), self.search.progress)
         self.measure = None
 
-    def learn(self, task: Task, features: Sequence[Tensor], scores: Tensor) -> Metrics:
+    def learn(self, task: Task, features: Sequence[Tensor], scores: Any) -> Metrics:
         """Learn eq. 7 with random widths and with the smallest ones."""
         random = self.mask([random_widths(choices, task.rng) for choices in self.choices], task)
         smallest = self.mask(self.smallest, task)
@@ -213,7 +211,7 @@ class SP(WeightSharing):
         """
         threads = max(1, torch.get_num_threads() // self.config.workers)
         return ProcessPoolExecutor(
-            self.config.workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+            self.config.workers, get_context("spawn"), initializer=prepare_worker, initargs=(threads,)
         )
 
     def plan(self, task: Task) -> PruningPlan:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from fastprune.graph import trace
 from fastprune.graph.model_state import state_of
+from fastprune.host.signals import follow_parent, interrupts_wait
 from fastprune.methods.sp.stage_losses import Query, StageData, make_stage_data
 from fastprune.networks.subnetworks import SubNetworks
 from fastprune.ops.layout import layout_of
@@ -80,6 +81,12 @@ class SavedStage:
         return stage
 
 
+def prepare_worker(threads: int) -> None:
+    """Prepare a new worker process: its number of threads, and its end with the process that started it."""
+    follow_parent()
+    torch.set_num_threads(threads)
+
+
 _loaded: dict[str, StageData] = {}  # stages of a worker process, by file
 
 
@@ -135,12 +142,13 @@ class ExecutorLosses:
         futures: list[Future[list[float]]] = []
         lost: list[Chunk] = []
         reason: BrokenExecutor | None = None
-        for stage, numbers in chunks:
-            try:
-                futures.append(self.executor.submit(measure, self.stages[stage], [queries[n][1] for n in numbers]))
-            except BrokenExecutor as error:
-                reason = error
-                break
+        with interrupts_wait():  # the first task starts the processes
+            for stage, numbers in chunks:
+                try:
+                    futures.append(self.executor.submit(measure, self.stages[stage], [queries[n][1] for n in numbers]))
+                except BrokenExecutor as error:
+                    reason = error
+                    break
         lost += chunks[len(futures) :]
         for chunk, future in zip(chunks, futures, strict=False):
             try:

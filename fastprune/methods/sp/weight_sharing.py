@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fastprune.methods.contract import Method, Task, is_evaluation_due
 from fastprune.methods.sp.supernet import SuperNet
 from fastprune.options import option
+from fastprune.training.objective import main_scores, split
 from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase
-from fastprune.training.weight_training import WeightTraining, classification_loss
+from fastprune.training.weight_training import WeightTraining
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class WeightSharing(Method):
     training: WeightTraining
 
     @abstractmethod
-    def learn(self, task: Task, features: Sequence[Tensor], scores: Tensor) -> Metrics:
+    def learn(self, task: Task, features: Sequence[Tensor], scores: Any) -> Metrics:
         """Run forward and backward passes of sub-networks.
 
         Args:
             task: the task.
             features: the images, then the full network's features at the ends of the stages of ``net``, detached.
-            scores: the class scores of the full network, detached, [N, classes].
+            scores: the outputs of the full network, detached: class scores [N, classes], or what the loss takes.
 
         Returns:
             The metrics to log.
@@ -64,8 +65,13 @@ class WeightSharing(Method):
 
         Raises:
             BudgetError: if the budget is out of reach with the units ``prunable_units``; says what is in reach.
-            ValueError: if nothing is held out.
+            ValueError: if nothing is held out, or batches are no pairs of images and targets.
         """
+        if task.objective.forward is not None or len(task.graph.traced.inputs.tensors) > 1:
+            raise ValueError(
+                f"{self.name}: features of stages are those of one batch of images; networks of several inputs and "
+                "forward= are not supported; choose another method"
+            )
         assert task.data is not None
         if task.data.held_out < 2:
             raise ValueError(
@@ -83,6 +89,7 @@ class WeightSharing(Method):
             device=task.device,
             peers=task.distributed,
             several_passes=True,
+            objective=task.objective,
         )
 
     def train(self, task: Task, name: str) -> Iterator[Phase]:
@@ -92,31 +99,32 @@ class WeightSharing(Method):
         yield Phase(
             name,
             config.epochs,
-            lambda images, labels: self.step(task, images, labels),
+            lambda inputs, targets: self.step(task, inputs, targets),
             batch_size=config.batch_size,
             augment=config.augment,
             end_epoch=lambda epoch: self.end_epoch(task, epoch),
         )
         task.model.eval()
 
-    def step(self, task: Task, images: Tensor, labels: Tensor) -> Metrics:
+    def step(self, task: Task, inputs: Any, targets: Any) -> Metrics:
         """Run the full network, then sub-networks; update the weights once with the gradients of all."""
+        images, targets = split(inputs, targets)
         self.training.optimizer.zero_grad(set_to_none=True)
         features, outputs = self.net.run_full(images)
-        loss, scores = classification_loss(outputs, labels, self.config.label_smoothing)
+        loss, metrics = task.objective.measure(outputs, targets, label_smoothing=self.config.label_smoothing)
         backward(loss)
-        metrics = self.learn(task, features, scores.detach())
+        scores = main_scores(outputs).detach() if task.objective.classifies else outputs
+        learned = self.learn(task, features, scores)
         self.training.average_gradients()
         self.training.update()
-        accuracy = (scores.argmax(1) == labels).float().mean()
-        return {"loss": loss.detach(), "accuracy": accuracy, **metrics}
+        return {"loss": loss.detach(), **metrics, **learned}
 
     def end_epoch(self, task: Task, epoch: int) -> Metrics:
         """Give all ranks the same statistics; return the held-out accuracy of the full network if it is due."""
         assert task.data is not None
         self.training.share_buffers()
         if is_evaluation_due(epoch, self.config.epochs, self.config.evaluate_every):
-            return {"held_out_accuracy": task.data.accuracy(task.model)}
+            return {f"held_out_{task.objective.measure_name}": task.measure(task.model)}
         return {}
 
 

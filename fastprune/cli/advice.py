@@ -1,0 +1,82 @@
+"""What a command tells people at its end: what is odd about the results, and the command to type next."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from fastprune.cli.settings import EvaluateSettings, InspectSettings, ModelSettings, NetworkSettings, PruneSettings
+from fastprune.data import Data
+from fastprune.host.distributed import Distributed
+
+ODD = "odd: "
+
+
+def print_advice(lines: Sequence[str]) -> None:
+    """Print lines; what is odd in yellow."""
+    for line in lines:
+        odd = line.startswith(ODD)  # a command stays on one line, so that it can be copied
+        Console(markup=False, highlight=False).print(line, style="yellow" if odd else None, soft_wrap=not odd)
+
+
+def warn_of_random_weights(settings: PruneSettings, peers: Distributed) -> None:
+    """Say in red, before the search, that the weights are random."""
+    own_code = ":" in settings.model and not settings.model.startswith(("torchvision:", "timm:"))
+    if settings.weights is None and settings.from_run is None and not own_code and peers.is_main:
+        text = "warning: no --weights: the weights are random, so the channels that stay mean nothing"
+        Console(stderr=True, markup=False, highlight=False).print(text, style="bold red", soft_wrap=True)
+
+
+def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None) -> list[str]:
+    """Return a line for accuracies that guessing would reach, if there are some."""
+    if data is None or not data.knows_classes or not data.size("test"):
+        return []
+    chance, samples = 1 / data.num_classes, data.size("test")
+    limit = chance + 3 * math.sqrt(chance * (1 - chance) / samples)  # three standard deviations of guessing
+    low = [name for name, row in results.items() if row.get("accuracy", 1.0) <= limit]
+    if not low:
+        return []
+    guess = f"at chance ({100 * chance:.1f} % for {data.num_classes} classes)"
+    if "compact" in low and "baseline" in results and "baseline" not in low:
+        return [f"{ODD}the compact network is {guess}, as pruned networks often are: fine-tune it"]
+    if low == ["compact"]:
+        return [f"{ODD}the compact network is {guess}: train it longer, or with another --lr"]
+    return [f"{ODD}the {' and the '.join(low)} is {guess}: are the weights trained on these data?"]
+
+
+def after_training(settings: NetworkSettings) -> str:
+    """Return the command that prunes what was trained."""
+    return prune_command(settings, f" --data {word(settings.data)}", f"{settings.out}/model.safetensors")
+
+
+def after_pruning(settings: PruneSettings, results: Mapping[str, Any]) -> str:
+    """Return the command that trains the compact network."""
+    data = "" if settings.data else " --data DATA"
+    return f"next: fastprune finetune --run {word(settings.out)}{data}"
+
+
+def after_evaluating(settings: EvaluateSettings) -> str:
+    """Return the command that shows more of a run, or prunes a network."""
+    if settings.run is not None:
+        return f"next: fastprune report --run {word(settings.run)}"
+    return prune_command(settings, f" --data {word(settings.data)}")
+
+
+def after_inspecting(settings: InspectSettings) -> str:
+    """Return the command that prunes the network."""
+    return prune_command(settings, " --data DATA")
+
+
+def prune_command(settings: ModelSettings, data: str, weights: str | None = None) -> str:
+    """Return the command that prunes a network."""
+    weights = word(weights or settings.weights or "FILE")
+    return f"next: fastprune prune --model {word(settings.model)} --weights {weights}{data} --out RUN"
+
+
+def word(value: object) -> str:
+    """Return a value as one word of a shell."""
+    return shlex.quote(str(value))

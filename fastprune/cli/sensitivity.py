@@ -1,0 +1,89 @@
+"""``fastprune sensitivity``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastprune.cli.advice import at_chance, print_advice, word
+from fastprune.cli.networks import build_model, check_fit, image_shape, make_example, open_data
+from fastprune.cli.settings import RunSettings, SensitivitySettings, pick, require
+from fastprune.report.tables import percent, show
+from fastprune.sensitivity import Sensitivity, sensitivity
+
+CHART, SUGGESTION = "sensitivity.png", "keep_ratio.yaml"
+
+
+def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
+    """Measure held-out accuracy over the part of each group that stays."""
+    settings = pick(SensitivitySettings, values)
+    require(model=settings.model, data=settings.data)
+    folder = Path(settings.out) if settings.out else None
+    draw = load_chart() if folder is not None else None
+    if folder is not None and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} exists already: give another --out")
+    data = open_data(str(settings.data), pick(RunSettings, {**values, "out": None}))
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, data)
+    shape = image_shape(data)
+    check_fit(model, settings.model, shape)
+    found = sensitivity(
+        model, make_example(shape), data, ratios=settings.ratios, device=settings.device, ignore=settings.ignore
+    )
+    if folder is not None and draw is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(found, folder / CHART)
+        found.save(folder / SUGGESTION, settings.drop)
+    if values["json"]:
+        print(json.dumps({**asdict(found), "keep_ratio": list(found.keep_ratio(settings.drop))}))
+        return 0
+    print_sensitivity(found, settings.drop)
+    odd = at_chance({"network": {"accuracy": found.accuracy}}, data)
+    print_advice([*odd, *(written(settings, folder))])
+    return 0
+
+
+def load_chart() -> Any:
+    """Import what draws the chart, before anything is measured."""
+    try:
+        from fastprune.report.sensitivity_chart import draw_sensitivity  # matplotlib
+    except ImportError as error:
+        raise ValueError(
+            "--out: the chart needs matplotlib: pip install 'fastprune[report]', or leave --out out"
+        ) from error
+    return draw_sensitivity
+
+
+def print_sensitivity(found: Sensitivity, drop: float) -> None:
+    """Print accuracies, a row for each group, and the suggestion."""
+    ratios = sorted({point.ratio for point in found.points})
+    suggested = found.suggest(drop)
+    table = Table()
+    table.add_column("group", overflow="fold")
+    for ratio in ratios:
+        table.add_column(f"{ratio:g}", justify="right")
+    table.add_column("keep", justify="right")
+    for name, least in suggested.items():
+        accuracies = [f"{100 * point.accuracy:.1f}" for point in found.of_group(name)]
+        table.add_row(name, *accuracies, f"{least:g}")
+    head = f"held-out accuracy in % over the part of a group that stays; {percent(found.accuracy)} for the full network"
+    console = Console(markup=False, highlight=False)
+    console.print(f"{head}, on {found.samples} samples, untrained")
+    show(table)
+    console.print(f"keep: the smallest part that costs at most {percent(drop)} accuracy, one group at a time")
+
+
+def written(settings: SensitivitySettings, folder: Path | None) -> list[str]:
+    """Return the lines about files and the next command."""
+    same = f"fastprune prune --model {word(settings.model)} --weights {word(settings.weights or 'FILE')}"
+    same += f" --data {word(settings.data)}"
+    if folder is None:
+        return ["next: the same with --out FOLDER writes the chart and a file for fastprune prune --config"]
+    place = folder / SUGGESTION
+    return [f"written: {folder / CHART}, {place}", f"next: {same} --config {word(place)} --out RUN"]

@@ -1,0 +1,129 @@
+"""The commands that make a run again, from the settings in its directory."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fastprune.host.wording import fill_command
+from fastprune.methods import catalogue
+from fastprune.training.options import TrainConfig
+
+FIRST = ("model", "weights", "from_run", "data")  # the order of the command; other settings follow as in config.yaml
+ELSEWHERE = {
+    "command",
+    "fastprune",
+    "method",
+    "budget",
+    "finetune",
+    "train",
+    "recipe",
+}  # has a place of its own, or none
+ALWAYS = ("epochs", "batch_size", "lr", "schedule")  # of a training: its defaults differ between commands
+SEVERAL = ("ignore", "keep_ratio", "mean", "std")  # several words, not a list in brackets
+SWITCHES = ("ema", "keep_class", "inexact", "channels_last", "latency_channels_last")
+NOT_OPTIONS = {"command", "fastprune", "data", "device", "seed", "run", "out"}
+DEFAULTS = {
+    "seed": 0, "device": "auto", "min_keep": 1, "round_to": 1, "latency_batch": 1, "latency_dtype": "float32",
+    "precision": "float32",
+}  # fmt: skip
+
+
+def commands(settings: Mapping[str, Any], finetuning: Mapping[str, Any], out: str) -> list[str]:
+    """Return the commands that make a run, ready for a shell; Python code for a run of ``fastprune.prune``.
+
+    Args:
+        settings: the content of ``config.yaml``.
+        finetuning: the settings of its fine-tuning; empty without one.
+        out: the directory of the run to make.
+    """
+    command, end = settings.get("command"), ["--out", shlex.quote(out)]
+    if command == "demo":
+        return [fill_command(["fastprune", "demo", "--seed", str(settings.get("seed", 0)), *end])]
+    if command == "train":
+        words = ["fastprune", "train", *flags(settings), *training_flags(settings)]
+        return [fill_command([*words, *end])]
+    if not settings.get("model") and not settings.get("from_run"):
+        return [python_call(settings)]
+    found = [fill_command(["fastprune", "prune", *flags(settings), *method_flags(settings), *end])]
+    if finetuning:
+        found.append(fill_command(["fastprune", "finetune", "--run", shlex.quote(out), *training_flags(finetuning)]))
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return a value as YAML has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the options of a command that are not at their defaults, without those of a method or a training."""
+    names = [name for name in settings if name not in {*FIRST, *ELSEWHERE, *asdict(TrainConfig())}]
+    if settings.get("command") == "prune":
+        names = ["method", "budget", *(name for name in names if name != settings.get("method")), "precision"]
+        names += ["channels_last"]
+    for name in dict.fromkeys((*FIRST, *names)):
+        if name in ("method", "budget") or settings.get(name) != DEFAULTS.get(name):
+            yield from flag(name, settings.get(name))
+
+
+def training_flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the options of a training that are not at their defaults, and those that every reader looks for."""
+    usual = {**asdict(TrainConfig()), "from_scratch": False}
+    for name, value in settings.items():
+        if name in usual and name not in NOT_OPTIONS and (name in ALWAYS or value != plain(usual[name])):
+            yield from flag(name, value)
+
+
+def method_flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the options of a pruning's method that are not at their defaults."""
+    for name, value in changed_options(settings).items():
+        yield from flag(f"{settings['method']}.{name}", value)
+
+
+def changed_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the method's options that differ from their defaults; all of them if the method is not installed."""
+    options = settings.get(str(settings.get("method")))
+    if not isinstance(options, Mapping):
+        return {}
+    try:
+        usual = {option.name: plain(option.default) for option in catalogue.find(str(settings["method"])).options}
+    except ValueError:
+        usual = {}
+    return {name: value for name, value in options.items() if name not in usual or value != usual[name]}
+
+
+def flag(name: str, value: Any) -> list[str]:
+    """Return an option as words of a command; none for values that stand for "not given"."""
+    if value is None or value == [] or isinstance(value, Mapping):
+        return []
+    if name in SWITCHES:
+        return [f"--{name}"] if value else []
+    if isinstance(value, bool):
+        return [f"--{name}", str(value).lower()]
+    if isinstance(value, (list, tuple)):
+        texts = [str(item) for item in value]
+        return [f"--{name}", *map(shlex.quote, texts)] if name in SEVERAL else [f"--{name}", f"[{','.join(texts)}]"]
+    return [f"--{name}", shlex.quote(str(value))]
+
+
+def python_call(settings: Mapping[str, Any]) -> str:
+    """Return the call of ``fastprune.prune`` that a run without a named network was made by."""
+    given = {name: settings.get(name) for name in ("method", "budget", "seed")}
+    for name, usual in (("ignore", []), ("precision", "float32"), ("channels_last", False)):
+        if settings.get(name) not in (None, usual):
+            given[name] = settings[name]
+    lines = [f"{name}={value!r}" for name, value in given.items()]
+    lines += [
+        text for name, text in (("keep_class", "rewrite=False"), ("inexact", "exact=False")) if settings.get(name)
+    ]
+    limits = {name: settings[name] for name in ("min_keep", "round_to") if settings.get(name) not in (None, 1)}
+    if limits or settings.get("keep_ratio"):
+        words = [repr(settings.get("keep_ratio") or []), *(f"{name}={value}" for name, value in limits.items())]
+        lines.append(f"limits=fp.Limits.parse({', '.join(words)})")
+    lines += [f"{name}={value!r}" for name, value in changed_options(settings).items()]
+    return "\n".join(
+        ["import fastprune as fp", "", "fp.prune(", *(f"    {line}," for line in ("net, example", *lines)), ")"]
+    )

@@ -1,0 +1,167 @@
+"""How much accuracy each group costs: one group at a time is narrowed, without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from fastprune.data import Data
+from fastprune.engine import Placement, choose_device, evaluate
+from fastprune.graph import ChannelGraph, Group, trace
+from fastprune.graph.export.inputs import Example, Inputs
+from fastprune.graph.model_state import device_of
+from fastprune.host import atomic, progress
+from fastprune.methods.scores.filters import unit_norms
+from fastprune.methods.scores.ranking import ranks
+from fastprune.networks.masked import MaskedNetwork
+from fastprune.surgery.slicing import copy_model
+
+RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement with one group narrowed.
+
+    Args:
+        group: the group's name.
+        ratio: the part of its units that stays, as it was asked for.
+        kept: the number of units that stay.
+        size: the number of its units.
+        accuracy: top-1 on the held-out samples, in [0, 1].
+        loss: mean cross-entropy on them.
+    """
+
+    group: str
+    ratio: float
+    kept: int
+    size: int
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The measurements of ``sensitivity``.
+
+    Args:
+        accuracy: top-1 of the full network on the held-out samples.
+        loss: its mean cross-entropy.
+        samples: number of held-out samples.
+        points: the measurements, group by group, ratios rising.
+    """
+
+    accuracy: float
+    loss: float
+    samples: int
+    points: tuple[Point, ...]
+
+    def of_group(self, name: str) -> list[Point]:
+        """Return the measurements of a group, ratios rising."""
+        return [point for point in self.points if point.group == name]
+
+    def suggest(self, drop: float = 0.01) -> dict[str, float]:
+        """Return for each group the smallest ratio from which on accuracy stays within ``drop`` of the full network's.
+
+        Args:
+            drop: the accuracy that a group may cost, as a fraction: 0.01 is one point. The groups add up: all of them
+                together cost more, until the network is fine-tuned.
+        """
+        found = {}
+        for name in dict.fromkeys(point.group for point in self.points):
+            least = 1.0
+            for point in reversed(self.of_group(name)):
+                if self.accuracy - point.accuracy > drop:
+                    break
+                least = point.ratio
+            found[name] = least
+        return found
+
+    def keep_ratio(self, drop: float = 0.01) -> tuple[str, ...]:
+        """Return the suggestion as values of ``--keep_ratio`` and of ``Limits.parse``: ``layer1.0.conv1=0.25:1``."""
+        return tuple(f"{name}={least:g}:1" for name, least in self.suggest(drop).items())
+
+    def save(self, path: str | Path, drop: float = 0.01) -> None:
+        """Write the suggestion as a YAML file that ``fastprune prune --config`` reads."""
+        head = f"# Parts that cost at most {drop:g} of {self.accuracy:g} held-out accuracy, one group at a time.\n"
+        atomic.write_text(Path(path), head + yaml.safe_dump({"keep_ratio": list(self.keep_ratio(drop))}))
+
+
+def sensitivity(
+    model: nn.Module,
+    example_inputs: Example,
+    data: Data,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    device: str | None = None,
+    ignore: Sequence[str] = (),
+    batch_size: int = 256,
+) -> Sensitivity:
+    """Measure held-out accuracy and loss over the part of each group that stays, one group at a time.
+
+    Within a group the channels with the largest filters stay (by their ℓ₁ norm). Nothing is trained: channels are
+    masked.
+
+    Args:
+        model: the trained network; it is not changed.
+        example_inputs: a batch of inputs, as for ``prune``.
+        data: the data set; its held-out part is what is measured on.
+        ratios: parts that stay, each above 0 and below 1.
+        device: as for ``prune``.
+        ignore: layers whose channels stay; see ``trace``.
+        batch_size: samples per step.
+
+    Raises:
+        ValueError: for ratios out of range, data without a held-out part, or a network without prunable channels.
+
+    Example:
+        >>> import torch, fastprune as fp
+        >>> data = fp.data.load_data("synthetic:3x8x8:4:64")
+        >>> model = fp.models.create("resnet20", num_classes=4)
+        >>> found = fp.sensitivity(model, torch.zeros(1, 3, 8, 8), data, ratios=[0.5])
+        >>> found.points[0].group, found.points[0].kept, found.points[0].size
+        ('conv1', 8, 16)
+    """
+    wrong = [ratio for ratio in ratios if not 0 < ratio < 1]
+    if wrong or not ratios:
+        raise ValueError(f"ratios {list(ratios)}: numbers above 0 and below 1 are needed")
+    if not data.size("held_out"):
+        raise ValueError(f"data {data.name!r} holds nothing out to measure on: give held_out (--held_out 0.1)")
+    place = Placement(device_of(model) if device is None else choose_device(device))
+    network, data = place.model(copy_model(model)).eval(), data.to(place.device)
+    inputs = Inputs.from_example(example_inputs, network).map(lambda x: x.to(place.device))
+    with progress.begin("tracing the network"):
+        graph = trace(network, inputs, ignore=ignore)
+    if not graph.groups:
+        raise ValueError("no channels of this network can be pruned: 'fastprune inspect' says why")
+    masked, order = MaskedNetwork(graph, network), unit_norms(graph, network, p=1)
+
+    def measure(mask: Tensor) -> tuple[float, float]:
+        gates = mask.float().to(place.device)
+        result = evaluate(lambda x: masked(x, gates), data, "held_out", batch_size=batch_size, placement=place)
+        return result["accuracy"], result["loss"]
+
+    accuracy, loss = measure(torch.ones(graph.num_units))
+    points = []
+    with progress.begin("measuring groups", len(graph.groups) * len(ratios)) as work, progress.muted():
+        for group, ratio, mask in narrowings(graph, order, sorted(ratios)):
+            points.append(Point(group.name, ratio, int(mask[group.units].sum()), group.size, *measure(mask)))
+            work.advance(metrics={"accuracy": points[-1].accuracy})
+    return Sensitivity(accuracy, loss, data.size("held_out"), tuple(points))
+
+
+def narrowings(graph: ChannelGraph, scores: Tensor, ratios: Sequence[float]) -> list[tuple[Group, float, Tensor]]:
+    """Return (group, ratio, mask [U]) for each group and ratio: the best units of one group, and all of the others."""
+    found = []
+    for group in graph.groups:
+        place = ranks(scores[group.units])
+        for ratio in ratios:
+            mask = torch.ones(graph.num_units, dtype=torch.bool)
+            mask[group.units] = place < max(1, round(ratio * group.size))
+            found.append((group, ratio, mask))
+    return found
