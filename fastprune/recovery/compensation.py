@@ -20,26 +20,32 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fastprune.data.given import GivenData, as_data
+from fastprune.engine import Placement
 from fastprune.graph import ChannelGraph, Layer, trace
 from fastprune.graph.export.nodes import argument_of
 from fastprune.graph.export.regions import restore_modes
-from fastprune.graph.model_state import state_of
+from fastprune.graph.model_state import device_of, state_of
 from fastprune.graph.plan import PruningPlan
 from fastprune.graph.structure import belong_to
+from fastprune.host import progress
 from fastprune.host.distributed import Distributed
 from fastprune.networks.chains import is_stored
+from fastprune.recovery.calibration import calibration_inputs
 from fastprune.recovery.moments import Moments, Sums, choose_ridge, solve, sum_rows, zero_sums
 from fastprune.recovery.readers import Reader, Shift, count_unknowns
 from fastprune.recovery.statistics import measure_statistics
 from fastprune.recovery.walk import Walk
 from fastprune.surgery import apply, masked
 from fastprune.surgery.slicing import copy_model
+from fastprune.training.objective import Forward, Objective
 
 aten = torch.ops.aten
 
 How = Literal["sequential", "one_pass", "mean", "bn", "none"]
 COMPENSATIONS: tuple[How, ...] = ("sequential", "one_pass", "mean", "bn", "none")
 
+CALIBRATION_IMAGES = 512
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' mean variance; the best on held-out batches is taken
 HELD_OUT = 4  # every fourth batch chooses the ridge; then the fit takes all
 ROWS = 8  # rows per unknown that a fit takes at most; more change the result by less than its noise
@@ -65,9 +71,12 @@ class Compensation:
 def compensate(
     model: nn.Module,
     plan: PruningPlan,
-    batches: Sequence[Tensor],
+    data: GivenData | Sequence[Tensor],
     how: How = "sequential",
     *,
+    images: int = CALIBRATION_IMAGES,
+    forward: Forward | None = None,
+    seed: int = 0,
     graph: ChannelGraph | None = None,
 ) -> nn.Module:
     """Return the compact model of a plan with compensated weights, verified against the masked model.
@@ -75,17 +84,48 @@ def compensate(
     Args:
         model: the full model; it is not changed.
         plan: what stays.
-        batches: calibration images, [N, C, H, W] each.
+        data: training data, as for ``prune``; or calibration images, a list of batches [N, C, H, W].
         how: the kind of compensation.
+        images: number of samples that are taken from training data.
+        forward: how the model runs on a batch of the data, as for ``prune``.
+        seed: seed of the choice of samples.
         graph: the channel graph of the model; None = traced here.
 
     Raises:
         ValueError: for an unknown kind, or no images.
         PlanError, SurgeryError: see ``apply``.
+
+    Example:
+        >>> import torch, fastprune as fp
+        >>> network, images = fp.models.create("resnet20"), [torch.randn(16, 3, 32, 32) for _ in range(4)]
+        >>> plan = fp.prune(network, images[0], method="l1").plan
+        >>> compact = fp.compensate(network, plan, images)
     """
+    require_kind(how)
     graph = graph or trace(model, plan.example(model), exact=plan.exact)
-    compensated, _ = compensate_weights(graph, model, plan, [(batch,) for batch in batches], how)
+    if isinstance(data, Sequence) and all(isinstance(batch, Tensor) for batch in data) and not isinstance(data, str):
+        batches: Sequence[Sequence[Tensor]] = [[batch] for batch in data if isinstance(batch, Tensor)]
+    else:
+        source = as_data(data, seed=seed)
+        assert source is not None
+        place = Placement(device_of(model))
+        batches = calibration_inputs(
+            graph,
+            model,
+            source.to(place.device),
+            images,
+            seed=seed,
+            placement=place,
+            objective=Objective(None, forward),
+        )
+    compensated, _ = compensate_weights(graph, model, plan, batches, how)
     return apply(plan, compensated)
+
+
+def require_kind(how: str) -> None:
+    """Refuse a kind of compensation that does not exist."""
+    if how not in COMPENSATIONS:
+        raise ValueError(f"compensate: got {how!r}; choose one of {', '.join(COMPENSATIONS)}")
 
 
 def compensate_weights(
@@ -97,6 +137,7 @@ def compensate_weights(
     *,
     norms: bool = False,
     peers: Distributed | None = None,
+    show: bool = False,
 ) -> tuple[nn.Module, Compensation]:
     """Return a copy of the full model in which the readers of removed channels make up for their loss.
 
@@ -108,6 +149,7 @@ def compensate_weights(
         how: the kind of compensation.
         norms: whether the statistics of batch norms are measured again afterwards.
         peers: this process among its peers.
+        show: whether to show progress.
 
     Returns:
         The copy, whose plan cuts it as it would cut the model; and what was done.
@@ -115,13 +157,12 @@ def compensate_weights(
     Raises:
         ValueError: for an unknown kind, or if there are no batches.
     """
-    if how not in COMPENSATIONS:
-        raise ValueError(f"compensate: got {how!r}; choose one of {', '.join(COMPENSATIONS)}")
+    require_kind(how)
     if not batches:
         raise ValueError("compensate: got no calibration images; at least one batch is needed")
     changed = copy_model(model)
     work = Compensation()
-    with torch.no_grad(), restore_modes():
+    with torch.no_grad(), restore_modes(), progress.muted(not show):
         if how in ("sequential", "one_pass", "mean"):
             _Fit(graph, model, changed, plan, batches, how, peers or Distributed(), work).run()
         if how == "bn" or norms:
@@ -155,10 +196,16 @@ class _Fit:
 
     def run(self) -> None:
         """Walk, and fit every layer that reads removed channels or, in ``sequential``, others than before."""
-        for number, node in enumerate(self.walk.steps()):
-            layer = self.layers.get(node.name)
-            if layer is not None and self.wants(node, layer):
-                self.fit(node, layer, number)
+        with progress.begin("compensating", len(self.walk.nodes)) as shown:
+            for number, node in enumerate(self.walk.steps()):
+                shown.advance(1)
+                self.visit(node, number)
+
+    def visit(self, node: Node, number: int) -> None:
+        """Fit the layer of a node, if there is one and its inputs have changed."""
+        layer = self.layers.get(node.name)
+        if layer is not None and self.wants(node, layer):
+            self.fit(node, layer, number)
 
     def wants(self, node: Node, layer: Layer) -> bool:
         """Return whether a layer's inputs are no longer what they were."""

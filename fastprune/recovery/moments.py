@@ -154,8 +154,10 @@ def solve(moments: Moments, prior: Tensor, open_inputs: Tensor, ridge: float) ->
     right = (moments.xy + epsilon.view(-1, 1, 1) * prior.mT) * open_inputs.unsqueeze(2)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if bool((failed != 0).any()):  # inputs that depend on each other, or none that varies
-        return (torch.linalg.pinv(gram, hermitian=True) @ right).mT
-    return torch.cholesky_solve(right, factor).mT
+        found: Tensor = torch.linalg.pinv(gram, hermitian=True) @ right
+    else:
+        found = torch.cholesky_solve(right, factor)
+    return found.mT
 
 
 def choose_ridge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastprune as fp
+from fastprune.engine import RunDirectory
 from fastprune.graph import ChannelGraph
 from fastprune.host.distributed import Distributed
 from fastprune.recovery import compensate, compensate_weights
@@ -174,3 +176,50 @@ def test_what_is_refused(tiny: nn.Module) -> None:
         compensate_weights(graph, tiny, plan, batches(), "exact")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got no calibration images"):
         compensate_weights(graph, tiny, plan, [])
+
+
+def test_prune_compensates_and_says_so(randomised: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    net = randomised(nn.Sequential(
+        nn.Conv2d(3, 48, 3, bias=False), nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )).eval()  # fmt: skip
+    images = [x for (x,) in batches()]
+    loader = [(x, torch.zeros(len(x), dtype=torch.long)) for x in images]
+    example = torch.zeros(1, 3, 16, 16)
+    raw = fp.prune(net, example, method="l1", data=loader)
+    result = fp.prune(
+        net, example, method="l1", data=loader, compensate="sequential", calibration=64, out=tmp_path / "run"
+    )
+    assert torch.equal(raw.plan.mask, result.plan.mask)
+    assert result.metrics["compensation"] == {"how": "sequential", "fitted": 2, "shifted": 0, "skipped": {}}
+    assert distance(result.model, net, batches()) < 0.5 * distance(raw.model, net, batches())
+    config = RunDirectory.open(tmp_path / "run").config
+    assert (config["compensate"], config["calibration"]) == ("sequential", 64)
+    assert RunDirectory.open(tmp_path / "run").metrics()[-1]["compensation"]["fitted"] == 2
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(fp.load(tmp_path / "run", model=net)(x), result.model(x))
+    again = fp.compensate(net, result.plan, loader, images=64)
+    torch.testing.assert_close(again(x), result.model(x))
+
+
+def test_prune_refuses_to_compensate_without_images(tiny: nn.Module) -> None:
+    example = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="compensate 'sequential' needs calibration images: give data="):
+        fp.prune(tiny, example, method="l1", compensate="sequential")
+    with pytest.raises(ValueError, match="compensate: got 'no'"):
+        fp.prune(tiny, example, method="l1", compensate="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="calibration: got 0"):
+        fp.prune(tiny, example, method="l1", compensate="bn", data=[], calibration=0)
+
+
+@pytest.mark.parametrize("name", ["torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5"])
+def test_networks_with_attention_over_channels_and_rewritten_graphs(name: str) -> None:
+    torch.manual_seed(0)
+    model = fp.models.create(name, num_classes=10).eval()
+    images = [torch.randn(8, 3, 64, 64) for _ in range(4)]
+    for _ in range(2):
+        measure_statistics(model, [(x,) for x in images], Distributed())  # so that random weights give varied outputs
+    plan = fp.prune(model, images[0], method="l1", budget="flops=0.6").plan
+    compact = fp.compensate(model, plan, images)  # verified against the masked model with the same weights
+    held_out = [(torch.randn(8, 3, 64, 64),) for _ in range(2)]
+    assert distance(compact, model, held_out) < distance(fp.apply(plan, model), model, held_out)
