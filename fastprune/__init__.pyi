@@ -7,6 +7,7 @@ from .graph.plan import PlanError, PruningPlan
 from .planning.budget import Budget, BudgetError, Conditions
 from .planning.limits import LimitError, Limits
 from .pruning import PruningResult, prune
+from .recovery import compensate
 from .report.compare import Comparison, compare
 from .runs import load
 from .sensitivity import Sensitivity, sensitivity
@@ -39,6 +40,7 @@ __all__ = [
     "UserData",
     "apply",
     "compare",
+    "compensate",
     "data",
     "engine",
     "evaluate",

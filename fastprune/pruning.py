@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from fastprune.options import fields_of
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
+from fastprune.recovery import CALIBRATION_IMAGES, How, calibration_inputs, compensate_weights, require_kind
 from fastprune.result import PruningResult
 from fastprune.runs.origin import Origin
 from fastprune.surgery import cut
@@ -78,6 +79,8 @@ def prune(
     conditions: Conditions | None = None,
     after: PruningPlan | None = None,
     exact: bool = True,
+    compensate: How = "none",
+    calibration: int = CALIBRATION_IMAGES,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
     origin: Source | Origin | None = None,
@@ -117,6 +120,9 @@ def prune(
         exact: whether only channels go whose removal equals zeroing what reads them; see ``trace``. False = the compact
             network may differ from the masked one: ``metrics["difference"]`` says by how much on a random input, and
             ``graph.inexact`` because of which operators.
+        compensate: how the layers that read removed channels make up for them, without training: "sequential" is best,
+            then "one_pass", "mean", "bn" (see ``fastprune.recovery``); needs ``data``. "none" = they stay as they are.
+        calibration: number of training samples that ``compensate`` takes.
         loop: how often log and checkpoints are written.
         run_config: settings for ``config.yaml`` beside the arguments.
         origin: what builds the full network again, so that ``fastprune.load`` needs no ``model=``:
@@ -149,9 +155,11 @@ def prune(
     goal = Goal.make(budget, conditions, limits, where)
     tracing = Tracing(rewrite, layer_names(model, ignore), exact)
     running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
+    recovery = Recovery(compensate, calibration)
+    recovery.require_data(data)
     makers = load_loggers(log)
     worker = make_worker(method, options, data)
-    job = Job(worker, goal, tracing, running, Distributed.from_environment(), make_objective(loss, forward))
+    job = Job(worker, goal, tracing, running, Distributed.from_environment(), make_objective(loss, forward), recovery)
     begun_as = origin if isinstance(origin, Origin) else Origin.find(model, origin, after)
     network, inputs, source = job.prepare(model, example_inputs, as_data(data, held_out, seed=seed))
     task = job.trace(network, inputs, source)
@@ -159,7 +167,7 @@ def prune(
         with run_directory(out, job.settings(), job.peers, resume=resume) as run:
             records = logging.enter_context(job.open_records(makers, callbacks, run))
             found = job.search(task, source, run, records)
-            compact = job.cut(task)
+            compact, compensation = job.cut(task, source)
             plan = compact.plan if after is None else after.then(compact.plan)
         metrics: dict[str, Any] = {
             "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
@@ -167,6 +175,7 @@ def prune(
             "difference": compact.difference,
             "seconds": time.monotonic() - begun,
             "search": {**found, **floats(worker.results())},
+            **compensation,
         }
         if run is not None and job.peers.is_main:
             begun_as.keep(run, model, plan.inputs, is_full=after is None)
@@ -194,6 +203,36 @@ class Tracing:
     def settings(self) -> dict[str, Any]:
         """Return the fields as options of the command line."""
         return {"keep_class": not self.rewrite, "inexact": not self.exact, "ignore": list(self.ignore)}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What is done for accuracy after the cut, without training.
+
+    Args:
+        how: the kind of compensation.
+        images: number of calibration samples.
+
+    Raises:
+        ValueError: for an unknown kind, or fewer than one sample.
+    """
+
+    how: How = "none"
+    images: int = CALIBRATION_IMAGES
+
+    def __post_init__(self) -> None:
+        require_kind(self.how)
+        if self.images < 1:
+            raise ValueError(f"calibration: got {self.images}; at least 1 sample is needed")
+
+    def require_data(self, data: object) -> None:
+        """Refuse to compensate without data."""
+        if self.how != "none" and data is None:
+            raise ValueError(f"compensate {self.how!r} needs calibration images: give data=")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields as options of the command line; none if nothing is compensated."""
+        return {} if self.how == "none" else {"compensate": self.how, "calibration": self.images}
 
 
 @dataclass(frozen=True)
@@ -265,6 +304,7 @@ class Job:
     running: RunOptions
     peers: Distributed
     objective: Objective
+    recovery: Recovery = field(default_factory=Recovery)
 
     @property
     def shows(self) -> bool:
@@ -281,6 +321,7 @@ class Job:
             **self.goal.settings(),
             **self.tracing.settings(),
             **self.running.settings(),
+            **self.recovery.settings(),
             self.worker.name: plain({f.name: getattr(config, f.name) for f in fields_of(type(config))}),
         }
 
@@ -341,13 +382,28 @@ class Job:
             records=records,
         )
 
-    def cut(self, task: Task) -> Cut:
-        """Remove the channels that the method's plan gives up."""
+    def cut(self, task: Task, source: Data | None) -> tuple[Cut, dict[str, Any]]:
+        """Remove the channels that the method's plan gives up; return what was compensated too."""
         with progress.begin("choosing channels", wanted=self.shows):
             plan = self.worker.plan(task)
         self.goal.check(plan, task.graph)
+        model, found = task.model, dict[str, Any]()
+        if self.recovery.how != "none" and source is not None:
+            model, found = self.compensate(task, plan, source)
         with progress.begin("cutting and verifying", wanted=self.shows):
-            return cut(plan, task.model, task.graph.traced)
+            return cut(plan, model, task.graph.traced), found
+
+    def compensate(self, task: Task, plan: PruningPlan, source: Data) -> tuple[nn.Module, dict[str, Any]]:
+        """Return a copy of the full model with compensated weights, and what was done, for the metrics."""
+        placement = replace(self.running.placement, precision="float32")
+        inputs = calibration_inputs(
+            task.graph, task.model, source, self.recovery.images, seed=task.seed, placement=placement,
+            objective=self.objective, peers=self.peers,
+        )  # fmt: skip
+        model, work = compensate_weights(
+            task.graph, task.model, plan, inputs, self.recovery.how, peers=self.peers, show=self.shows
+        )
+        return model, {"compensation": {"how": self.recovery.how, **asdict(work)}}
 
     def save(self, run: RunDirectory | None, model: nn.Module, plan: PruningPlan) -> None:
         """Write plan and weights."""
@@ -427,7 +483,7 @@ def require_same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
     begun_with = run.config
     result_depends_on = {name for name in config if name.startswith("latency_")} | {
         *("method", "budget", "seed", config["method"], "min_keep", "round_to", "keep_ratio"),
-        *("keep_class", "inexact", "ignore", "precision", "channels_last"),
+        *("keep_class", "inexact", "ignore", "precision", "channels_last", "compensate", "calibration"),
     }
     for name in sorted(result_depends_on):
         if name in begun_with and begun_with[name] != config[name]:

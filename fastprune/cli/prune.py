@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from fastprune.models import source_of
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.limits import Limits
 from fastprune.pruning import PruningResult, prune
+from fastprune.recovery import How
 from fastprune.report.graph_tables import print_difference
 from fastprune.runs import Origin, load_pruned
 
@@ -77,6 +78,8 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         conditions=conditions,
         after=subject.before,
         exact=not settings.inexact,
+        compensate=cast("How", settings.compensate),
+        calibration=settings.calibration,
         run_config=make_config(settings, "prune", {} if recipe is None else recipe.sections),
         origin=subject.origin,
         log=split_names(settings.log),

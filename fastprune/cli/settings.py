@@ -22,6 +22,7 @@ DEVICE = "device: auto, cpu, cuda or cuda:N"
 LOG = "loggers beside metrics.jsonl, with commas between them: csv, tensorboard, wandb, mlflow"
 IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their output channels"
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
+COMPENSATE = "fit the layers that read removed channels anew, on images of --data without training; sequential is best"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
 
 
@@ -114,6 +115,8 @@ class PruneSettings(NetworkSettings):
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
+    compensate: str = option("none", COMPENSATE, choices=("sequential", "one_pass", "mean", "bn", "none"))
+    calibration: int = option(512, "training samples that --compensate takes", minimum=1)
     dry_run: bool = option(False, "say what would be done: groups, widths, cost, time; write nothing", flag=SWITCH)
 
 

@@ -27,7 +27,7 @@ SWITCHES = ("ema", "keep_class", "inexact", "channels_last", "latency_channels_l
 NOT_OPTIONS = {"command", "fastprune", "data", "device", "seed", "run", "out"}
 DEFAULTS = {
     "seed": 0, "device": "auto", "min_keep": 1, "round_to": 1, "latency_batch": 1, "latency_dtype": "float32",
-    "precision": "float32",
+    "precision": "float32", "compensate": "none", "calibration": 512,
 }  # fmt: skip
 
 

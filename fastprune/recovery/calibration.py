@@ -1,0 +1,76 @@
+"""Calibration inputs: what the network gets, taken from the training data without augmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastprune.data import Data
+from fastprune.engine import Placement
+from fastprune.graph import ChannelGraph
+from fastprune.graph.model_state import in_eval_mode
+from fastprune.host.distributed import Distributed
+from fastprune.training.objective import Objective
+
+BATCH = 32  # samples of a batch; so many patches are summed in float32
+
+
+class Recorder:
+    """Stands for a network and keeps the inputs of every call."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.seen: list[list[Tensor]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network."""
+        self.seen.append([x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
+        return self.network(*args, **kwargs)
+
+
+@torch.no_grad()
+def calibration_inputs(
+    graph: ChannelGraph,
+    network: nn.Module,
+    data: Data,
+    images: int,
+    *,
+    seed: int = 0,
+    placement: Placement | None = None,
+    objective: Objective | None = None,
+    peers: Distributed | None = None,
+) -> list[list[Tensor]]:
+    """Return the inputs that the network gets for some training samples, batch by batch.
+
+    Args:
+        graph: the channel graph of the network.
+        network: the network.
+        data: the data set.
+        images: number of samples over all processes together.
+        seed: seed of the choice.
+        placement: where the network computes.
+        objective: how the network runs on a batch.
+        peers: this process among its peers, which share the samples.
+
+    Raises:
+        ValueError: if there are no samples, or if batches have another size than the only one the network's graph
+            holds for.
+    """
+    place, aim, recorder = placement or Placement(), objective or Objective(), Recorder(network)
+    size = BATCH if graph.traced.any_batch else graph.traced.inputs.batch
+    batches = data.batches("train", size, seed=seed, samples=images, distributed=peers or Distributed())
+    with in_eval_mode(network):
+        for inputs, targets in batches:
+            aim.run(recorder, place.images(inputs), place.labels(targets))
+    if not recorder.seen:
+        raise ValueError(f"compensate: data {data.name!r} gave no calibration images; give data with training samples")
+    if not graph.traced.any_batch:
+        recorder.seen = [inputs for inputs in recorder.seen if len(inputs[0]) == size]
+        if not recorder.seen:
+            raise ValueError(
+                f"compensate: this network could only be traced for batches of {size}; give a loader of this batch size"
+            )
+    return recorder.seen
