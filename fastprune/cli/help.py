@@ -49,8 +49,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 MAIN: dict[str, tuple[str, ...]] = {
     "train": ("model", "data", "out", "weights", "epochs", "batch_size", "lr", "schedule", "resume", "json"),
     "prune": (
-        *("model", "weights", "data", "method", "budget", "out", "recipe", "from_run", "round_to", "dry_run"),
-        *("seed", "device", "log", "resume", "config", "json"),
+        *("model", "weights", "data", "method", "budget", "out", "recipe", "compensate", "round_to", "dry_run"),
+        *("seed", "device", "resume", "config", "json"),
     ),
     "finetune": ("run", "data", "epochs", "batch_size", "lr", "schedule", "from_scratch", "device", "resume", "json"),
 }

@@ -212,6 +212,7 @@ def test_prune_refuses_to_compensate_without_images(tiny: nn.Module) -> None:
         fp.prune(tiny, example, method="l1", compensate="bn", data=[], calibration=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5"])
 def test_networks_with_attention_over_channels_and_rewritten_graphs(name: str) -> None:
     torch.manual_seed(0)
