@@ -59,18 +59,17 @@ def calibration_inputs(
         ValueError: if there are no samples, or if batches have another size than the only one the network's graph
             holds for.
     """
+    peers = peers or Distributed()
     place, aim, recorder = placement or Placement(), objective or Objective(), Recorder(network)
     size = BATCH if graph.traced.any_batch else graph.traced.inputs.batch
-    batches = data.batches("train", size, seed=seed, samples=images, distributed=peers or Distributed())
+    batches = data.batches("train", size, seed=seed, samples=images, distributed=peers)
     with in_eval_mode(network):
         for inputs, targets in batches:
             aim.run(recorder, place.images(inputs), place.labels(targets))
-    if not recorder.seen:
-        raise ValueError(f"compensate: data {data.name!r} gave no calibration images; give data with training samples")
-    if not graph.traced.any_batch:
-        recorder.seen = [inputs for inputs in recorder.seen if len(inputs[0]) == size]
-        if not recorder.seen:
-            raise ValueError(
-                f"compensate: this network could only be traced for batches of {size}; give a loader of this batch size"
-            )
-    return recorder.seen
+    seen = [inputs for inputs in recorder.seen if graph.traced.any_batch or len(inputs[0]) == size]
+    if int(peers.sum_(torch.tensor([int(bool(seen))]))) < peers.world_size:  # all ranks raise, so that none waits
+        only = "" if graph.traced.any_batch else f" of {size}, the only batch size that this network was traced for"
+        raise ValueError(
+            f"compensate: data {data.name!r} gave no calibration batch{only}; give a loader with more samples"
+        )
+    return seen
