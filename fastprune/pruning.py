@@ -231,8 +231,8 @@ class Recovery:
             raise ValueError(f"compensate {self.how!r} needs calibration images: give data=")
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields as options of the command line; none if nothing is compensated."""
-        return {} if self.how == "none" else {"compensate": self.how, "calibration": self.images}
+        """Return the fields as options of the command line."""
+        return {"compensate": self.how, "calibration": self.images}
 
 
 @dataclass(frozen=True)
@@ -485,10 +485,12 @@ def require_same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
         *("method", "budget", "seed", config["method"], "min_keep", "round_to", "keep_ratio"),
         *("keep_class", "inexact", "ignore", "precision", "channels_last", "compensate", "calibration"),
     }
+    earlier = {"compensate": "none", "calibration": CALIBRATION_IMAGES}  # what runs of earlier versions did
     for name in sorted(result_depends_on):
-        if name in begun_with and begun_with[name] != config[name]:
+        before = begun_with.get(name, earlier.get(name, config[name]))
+        if before != config[name]:
             raise ValueError(
-                f"resume: {str(run.path)!r} was begun with {name} {begun_with[name]!r}, not {config[name]!r}; "
+                f"resume: {str(run.path)!r} was begun with {name} {before!r}, not {config[name]!r}; "
                 "give the same, or another directory"
             )
 

@@ -114,7 +114,7 @@ def normalise(arguments: Sequence[str], invocation: Invocation) -> list[str]:
     known, words = set(list_options(invocation)), len(invocation.command.split())
     rest = list(arguments[words:])
     if rest and not rest[0].startswith("-") and not takes_words(invocation.command):
-        is_run = "run" in known and ("model" not in known or (Path(rest[0]) / "config.yaml").is_file())
+        is_run = "run" in known and ("weights" not in known or (Path(rest[0]) / "config.yaml").is_file())
         rest[:0] = ["--run"] if is_run else ["--model"] if "model" in known else []
     return [*arguments[:words], *(with_underscores(argument, known) for argument in rest)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,24 +12,51 @@ from torch.utils import _pytree as pytree
 from fastprune.data import Data
 from fastprune.engine import Placement
 from fastprune.graph import ChannelGraph
+from fastprune.graph.export.inputs import Inputs
 from fastprune.graph.model_state import in_eval_mode
 from fastprune.host.distributed import Distributed
 from fastprune.training.objective import Objective
 
-BATCH = 32  # samples of a batch; so many patches are summed in float32
+BATCH = 32  # samples of a batch of each process
 
 
 class Recorder:
-    """Stands for a network and keeps the inputs of every call."""
+    """Stands for a network and keeps the inputs of every call, in the order in which the graph takes them.
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
+    Args:
+        network: the network.
+        inputs: the inputs with which it was traced.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        self.network, self.inputs = network, inputs
+        self.signature = inspect.signature(network.forward)
+        self.names = list(self.signature.bind(*inputs.args, **inputs.kwargs).arguments)
         self.seen: list[list[Tensor]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network."""
-        self.seen.append([x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
+        """Call the network.
+
+        Raises:
+            ValueError: for other arguments, or samples of another shape or dtype, than those of the trace.
+        """
+        given = self.signature.bind(*args, **kwargs).arguments
+        tensors = [x for x in pytree.tree_leaves(dict(given)) if isinstance(x, Tensor)]
+        found = [(tuple(x.shape[1:]), x.dtype) for x in tensors]
+        wanted = [(tuple(x.shape[1:]), x.dtype) for x in self.inputs.tensors]
+        if list(given) != self.names or found != wanted:
+            raise ValueError(
+                f"compensate: the data give {self.describe(list(given), found)}, the network was traced with "
+                f"{self.describe(self.names, wanted)}; give both in the same form"
+            )
+        self.seen.append(tensors)
         return self.network(*args, **kwargs)
+
+    @staticmethod
+    def describe(names: list[str], kinds: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
+        """Return arguments in words."""
+        shapes = ", ".join(f"{'×'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}" for shape, dtype in kinds)
+        return f"{', '.join(names)} of {shapes}"
 
 
 @torch.no_grad()
@@ -60,9 +88,9 @@ def calibration_inputs(
             holds for.
     """
     peers = peers or Distributed()
-    place, aim, recorder = placement or Placement(), objective or Objective(), Recorder(network)
+    place, aim, recorder = placement or Placement(), objective or Objective(), Recorder(network, graph.traced.inputs)
     size = BATCH if graph.traced.any_batch else graph.traced.inputs.batch
-    batches = data.batches("train", size, seed=seed, samples=images, distributed=peers)
+    batches = data.batches("train", size * peers.world_size, seed=seed, samples=images, distributed=peers)
     with in_eval_mode(network):
         for inputs, targets in batches:
             aim.run(recorder, place.images(inputs), place.labels(targets))

@@ -50,6 +50,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' mean variance; the best
 HELD_OUT = 4  # every fourth batch chooses the ridge; then the fit takes all
 ROWS = 8  # rows per unknown that a fit takes at most; more change the result by less than its noise
 LEAST_ROWS = 16384
+MOST_UNKNOWNS = 8192  # inputs of an output; a matrix of their products takes half a gigabyte
 SMALL_GAIN = 1e-2  # of the largest; a channel that a norm multiplies by less cannot make up for others
 
 
@@ -103,8 +104,15 @@ def compensate(
     """
     require_kind(how)
     graph = graph or trace(model, plan.example(model), exact=plan.exact)
+    if graph.num_units != len(plan.mask):
+        raise ValueError(
+            f"plan: it has {len(plan.mask)} units, the channel graph of this model {graph.num_units}; a plan made "
+            "with ignore= or rewrite=False needs its own graph: give graph=result.graph"
+        )
     if isinstance(data, Sequence) and all(isinstance(batch, Tensor) for batch in data) and not isinstance(data, str):
-        batches: Sequence[Sequence[Tensor]] = [[batch] for batch in data if isinstance(batch, Tensor)]
+        batches: Sequence[Sequence[Tensor]] = [
+            [batch.to(device_of(model))] for batch in data if isinstance(batch, Tensor)
+        ]
     else:
         source = as_data(data, seed=seed)
         assert source is not None
@@ -193,6 +201,17 @@ class _Fit:
         self.layers = {layer.node: layer for layer in graph.layers}
         uses = [layer.weight for layer in graph.layers]
         self.shared = {name for name in uses if uses.count(name) > 1}
+        self.device = device_of(model)
+        readers: dict[int, set[Node]] = {}  # of each tensor, which may have several names
+        for node in self.walk.nodes:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and str(source.target) in self.tensors:
+                    readers.setdefault(id(self.tensors[str(source.target)]), set()).add(node)
+        self.readers = readers
+
+    def is_alone(self, name: str) -> bool:
+        """Return whether one node alone reads a tensor, under any of its names."""
+        return len(self.readers.get(id(self.tensors[name]), ())) == 1
 
     def run(self) -> None:
         """Walk, and fit every layer that reads removed channels or, in ``sequential``, others than before."""
@@ -213,18 +232,24 @@ class _Fit:
 
     def fit(self, node: Node, layer: Layer, seed: int) -> None:
         """Fit one layer and write its tensors."""
-        reader = Reader.of(node, layer)
+        reader = Reader.of(node, layer, self.is_alone)
         reason = self.why_not(reader, layer)
         if reader is None or reason is not None:
-            self.work.skipped[layer.name] = reason or "its weight is computed from others, or it is transposed"
+            self.skip(layer, reason or "its weight is computed from others, or it is transposed")
             return
+        with torch.no_grad():  # the graph may be in a region with gradients, or under autocast
+            self.fit_reader(reader, layer, seed)
+
+    def fit_reader(self, reader: Reader, layer: Layer, seed: int) -> None:
+        """Fit a layer that can be fitted."""
         weight = self.tensors[layer.weight]
         grouped = weight.double().reshape(reader.groups, weight.shape[0] // reader.groups, -1)
         open_inputs = self.open_inputs(reader, weight)
-        fitted, held_out = self.measure(reader, weight, seed)
+        refit = self.how != "mean" and self.fits_memory(reader, layer, weight)
+        fitted, held_out = self.measure(reader, weight, seed, second=refit)
         both, shifted = fitted + held_out, reader.shift is not None
         moments = Moments.of(both, shifted=shifted)
-        if self.how == "mean":
+        if not refit:
             new = grouped * open_inputs.unsqueeze(1)
         else:
             ridge = RIDGES[1]
@@ -232,7 +257,21 @@ class _Fit:
                 parts = Moments.of(fitted, shifted=shifted), Moments.of(held_out, shifted=shifted)
                 ridge = choose_ridge(*parts, grouped, open_inputs, RIDGES)
             new = solve(moments, grouped, open_inputs, ridge)
-        self.write(reader, weight, grouped, new, moments)
+        if not bool(new.isfinite().all()):
+            self.skip(layer, "its inputs or outputs are not finite")
+            return
+        self.write(reader, weight, grouped, new, moments, refit=refit)
+
+    def skip(self, layer: Layer, reason: str) -> None:
+        """Leave a layer as it is; it no longer reads the closed channels, so that later layers see what is lost."""
+        self.work.skipped[layer.name] = reason
+        for piece in self.plan.slices:
+            if piece.tensor == layer.weight and piece.role == "in" and not piece.computed:
+                weight = self.tensors[piece.tensor]
+                closed = belong_to(piece.units, self.closed).nonzero().flatten()
+                with torch.no_grad():
+                    weight.index_fill_(piece.dim, closed.to(weight.device), 0.0)
+                self.walk.changed.add(piece.tensor)
 
     def why_not(self, reader: Reader | None, layer: Layer) -> str | None:
         """Return why a layer cannot be fitted; None if it can."""
@@ -249,21 +288,38 @@ class _Fit:
         flat = open_channels.to(weight.device).repeat_interleave(per_channel)
         return flat.reshape(reader.groups, -1)
 
-    def measure(self, reader: Reader, weight: Tensor, seed: int) -> tuple[Sums, Sums]:
+    def fits_memory(self, reader: Reader, layer: Layer, weight: Tensor) -> bool:
+        """Return whether the products of a layer's inputs fit in memory; otherwise note that only means are kept."""
+        unknowns = count_unknowns(reader, weight)
+        if unknowns <= MOST_UNKNOWNS:
+            return True
+        self.work.skipped[layer.name] = f"{unknowns} inputs are too many for a fit; its outputs keep their means"
+        return False
+
+    def measure(self, reader: Reader, weight: Tensor, seed: int, *, second: bool) -> tuple[Sums, Sums]:
         """Sum over the rows of the batches to fit and of those held out."""
         values = self.walk.fitted
         unknowns = count_unknowns(reader, weight)
         shape = (reader.groups, unknowns, weight.shape[0] // reader.groups)
-        parts = [zero_sums(*shape, weight.device), zero_sums(*shape, weight.device)]
+        parts = [zero_sums(*shape, weight.device, second=second) for _ in range(2)]
         most = max(LEAST_ROWS, ROWS * unknowns) // (values.count * self.peers.world_size) + 1
         generator = torch.Generator().manual_seed(seed)
         for batch in range(values.count):
             x, target = values.argument(reader.node, batch), self.target(reader.node, batch)
             count = reader.count_places(target)
             places = torch.arange(count) if count <= most else torch.randperm(count, generator=generator)[:most]
-            rows = reader.rows(x, target, weight, places.to(x.device))
-            parts[batch % HELD_OUT == HELD_OUT - 1] += sum_rows(*rows)
+            with torch.autocast(self.device.type, enabled=False):
+                rows = reader.rows(x, target - self.fixed_bias(reader, target), weight, places.to(x.device))
+                parts[batch % HELD_OUT == HELD_OUT - 1] += sum_rows(*rows, second=second)
         return parts[0].reduce_(self.peers), parts[1].reduce_(self.peers)
+
+    def fixed_bias(self, reader: Reader, target: Tensor) -> Tensor:
+        """Return the bias of a layer that must not change, in the shape of its output; 0 without one."""
+        name = reader.bias
+        if name is None or (reader.shift is not None and reader.shift.tensor == name):
+            return target.new_zeros(())
+        bias = self.tensors[name].to(target.dtype)
+        return bias.view(-1, *[1] * (target.dim() - 2)) if reader.is_convolution else bias
 
     def target(self, node: Node, batch: int) -> Tensor:
         """Return what a layer returns in the full network."""
@@ -272,7 +328,7 @@ class _Fit:
         kwargs: Any = torch.utils._pytree.tree_map_only(Node, lambda n: full.fetch(n, batch), node.kwargs)
         result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
         lost = self.lost_in_stream(node, batch)
-        return result if lost is None else result + lost
+        return result if lost is None else result + lost.to(result.dtype)
 
     def lost_in_stream(self, node: Node, batch: int) -> Tensor | None:
         """Return what the other summand of a residual sum has lost, in units of the layer's output; None if nothing.
@@ -290,18 +346,20 @@ class _Fit:
         if not isinstance(summand, Node) or summand not in other.at or not self.walk.has_changed(summand):
             return None
         lost: Tensor = self.walk.full.fetch(summand, batch) - other.fetch(summand, batch)
+        if summand.meta["val"].dim() != node.meta["val"].dim() or lost.shape[1:] != node.meta["val"].shape[1:]:
+            return None  # one of them is broadcast
         return lost if scale is None else lost * scale.to(lost)
 
-    def write(self, reader: Reader, weight: Tensor, before: Tensor, after: Tensor, moments: Moments) -> None:
+    def write(
+        self, reader: Reader, weight: Tensor, before: Tensor, after: Tensor, moments: Moments, *, refit: bool
+    ) -> None:
         """Write the weights of outputs that stay, and the shift that keeps their means."""
         kept = ~belong_to(reader.layer.out_units, self.closed).to(weight.device)
         new = torch.where(kept.view(reader.groups, -1, 1), after, before)
         weight.copy_(new.reshape(weight.shape))
         self.walk.changed.add(reader.layer.weight)
-        if self.how == "mean":
-            self.work.shifted += 1
-        else:
-            self.work.fitted += 1
+        self.work.fitted += refit
+        self.work.shifted += not refit
         if reader.shift is not None:
             self.move(reader.shift, reader, kept, moments, weight)
 
@@ -335,7 +393,7 @@ def follow_norm(node: Node, tensors: dict[str, Tensor]) -> tuple[Node, Tensor | 
     gain = (tensors[str(variance.target)].double() + argument_of(norm, "eps")).rsqrt()
     if is_stored(weight):
         gain = gain * tensors[str(weight.target)].double()
-    small = gain.abs() < SMALL_GAIN * gain.abs().max()
+    small = gain.abs() <= SMALL_GAIN * gain.abs().max()  # all of them, if all are 0
     inverse = torch.where(small, 0.0, 1 / torch.where(small, 1.0, gain))
     return norm, inverse.view(-1, *[1] * (norm.meta["val"].dim() - 2))
 

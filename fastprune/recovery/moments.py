@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ class Sums:
         count: number of rows, a scalar.
         x: sum of x, [G, I].
         y: sum of y, [G, O].
-        xx: sum of x xᵀ, [G, I, I].
-        xy: sum of x yᵀ, [G, I, O].
+        xx: sum of x xᵀ, [G, I, I]; [G, 0, I] if it is not summed.
+        xy: sum of x yᵀ, [G, I, O]; [G, 0, O] if it is not summed.
         yy: sum of y², [G, O].
     """
 
@@ -41,14 +41,20 @@ class Sums:
         return self
 
 
-def zero_sums(groups: int, inputs: int, outputs: int, device: torch.device) -> Sums:
-    """Return sums over no rows."""
-    shapes = ((), (groups, inputs), (groups, outputs), (groups, inputs, inputs), (groups, inputs, outputs))
+def zero_sums(groups: int, inputs: int, outputs: int, device: torch.device, *, second: bool = True) -> Sums:
+    """Return sums over no rows; ``second``: with products of x, which are large."""
+    shapes = (
+        (),
+        (groups, inputs),
+        (groups, outputs),
+        (groups, inputs if second else 0, inputs),
+        (groups, inputs if second else 0, outputs),
+    )
     return Sums(*(torch.zeros(s, dtype=torch.float64, device=device) for s in (*shapes, (groups, outputs))))
 
 
-def sum_rows(x: Tensor, y: Tensor) -> Sums:
-    """Sum over rows, ``[G, R, I]`` and ``[G, R, O]``.
+def sum_rows(x: Tensor, y: Tensor, *, second: bool = True) -> Sums:
+    """Sum over rows, ``[G, R, I]`` and ``[G, R, O]``; ``second``: with products of x.
 
     Products are computed in the dtype of the rows, relative to the rows' mean, so that a large mean costs no digits;
     the mean's part is added in float64.
@@ -56,6 +62,13 @@ def sum_rows(x: Tensor, y: Tensor) -> Sums:
     count = x.shape[1]
     mean_x, mean_y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
     x, y = x - mean_x, y - mean_y
+    if not second:
+        empty = zero_sums(len(x), x.shape[2], y.shape[2], x.device, second=False)
+        sums = [
+            total.sum(1, dtype=torch.float64) + count * mean.squeeze(1).double()
+            for total, mean in ((x, mean_x), (y, mean_y))
+        ]
+        return replace(empty, count=empty.count + count, x=sums[0], y=sums[1])
     xx, xy, yy = (x.mT @ x).double(), (x.mT @ y).double(), y.square().sum(1, dtype=torch.float64)
     rest_x, rest_y = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)  # what rounding left of 0
     mx, my = mean_x.squeeze(1).double(), mean_y.squeeze(1).double()
@@ -99,8 +112,8 @@ class Moments:
         return Moments(
             x,
             y,
-            sums.xx / sums.count - x.unsqueeze(2) * x.unsqueeze(1),
-            sums.xy / sums.count - x.unsqueeze(2) * y.unsqueeze(1),
+            sums.xx / sums.count - x.unsqueeze(2) * x.unsqueeze(1) if sums.xx.numel() else sums.xx,
+            sums.xy / sums.count - x.unsqueeze(2) * y.unsqueeze(1) if sums.xx.numel() else sums.xy,
             sums.yy / sums.count - y.square(),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -48,24 +49,35 @@ class Reader:
         node: its node in the traced graph.
         layer: the layer.
         groups: number of its groups; each maps its own inputs to its own outputs.
-        shift: what shifts its outputs; None = nothing does, so that the fit goes through the origin.
+        shift: what shifts its outputs; None = nothing that may change, so that the fit goes through the origin.
+        bias: name of its bias, if it has one.
     """
 
     node: Node
     layer: Layer
     groups: int
     shift: Shift | None
+    bias: str | None = None
 
     @staticmethod
-    def of(node: Node, layer: Layer) -> Reader | None:
-        """Return the reader of a node; None if its weight is computed, or it is neither convolution nor linear."""
+    def of(node: Node, layer: Layer, is_alone: Callable[[str], bool] = lambda name: True) -> Reader | None:
+        """Return the reader of a node; None if its weight is computed, or it is neither convolution nor linear.
+
+        Args:
+            node: the node.
+            layer: the layer.
+            is_alone: whether one node alone reads a tensor, so that it may change.
+        """
         if node.target not in CONVOLUTIONS and node.target is not aten.linear.default:
             return None
         weight = argument_of(node, "weight")
         if not is_stored(weight) or str(weight.target) != layer.weight:
             return None
         groups = int(argument_of(node, "groups")) if node.target in CONVOLUTIONS else 1
-        return Reader(node, layer, groups, find_shift(node))
+        shift, bias = find_shift(node), argument_of(node, "bias")
+        if shift is not None and not is_alone(shift.tensor):
+            shift = None
+        return Reader(node, layer, groups, shift, str(bias.target) if is_stored(bias) else None)
 
     @property
     def is_convolution(self) -> bool:
@@ -89,6 +101,8 @@ class Reader:
             outputs = y.movedim(1, -1).reshape(-1, y.shape[1])[places]
         else:
             patches, outputs = x.reshape(-1, x.shape[-1])[places], y.reshape(-1, y.shape[-1])[places]
+        if patches.dtype != torch.float64:  # products of half-precision numbers would have few digits, or overflow
+            patches, outputs = patches.float(), outputs.float()
         split = len(places), self.groups, -1
         return patches.reshape(split).transpose(0, 1), outputs.reshape(split).transpose(0, 1)
 

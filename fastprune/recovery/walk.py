@@ -93,12 +93,25 @@ class Walk:
             if node.op == "output":
                 return
             if node.op == "call_function":
-                if node.target not in MODES:
+                if node.target in MODES:
+                    self.switch(node)
+                else:
                     yield node
-                self.run(node)
+                    self.run(node)
             for values in (self.full, self.other):
                 if values is not None:
                     values.drop(self._last.get(node, ()))
+
+    def switch(self, node: Node) -> None:
+        """Enter or leave a mode, once for all batches and both networks."""
+        count, self.full.count = self.full.count, 1
+        try:
+            self.full.run(node)
+        finally:
+            self.full.count = count
+        self.full.at[node] *= count
+        if self.other is not None:
+            self.other.at[node] = self.full.at[node]
 
     def run(self, node: Node) -> None:
         """Compute a node in both networks."""

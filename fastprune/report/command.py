@@ -115,7 +115,10 @@ def python_call(settings: Mapping[str, Any]) -> str:
     for name, usual in (("ignore", []), ("precision", "float32"), ("channels_last", False)):
         if settings.get(name) not in (None, usual):
             given[name] = settings[name]
+    if settings.get("compensate", "none") != "none":
+        given |= {name: settings[name] for name in ("compensate", "calibration") if name in settings}
     lines = [f"{name}={value!r}" for name, value in given.items()]
+    lines += ["data=data"] if "compensate" in given else []
     lines += [
         text for name, text in (("keep_class", "rewrite=False"), ("inexact", "exact=False")) if settings.get(name)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from fastprune.graph.interior import gated_units
 from fastprune.methods.gates.gated import GatePlacement
 from fastprune.planning.budget import Budget
 
-FOLDER = Path(__file__).parents[2] / "fastprune" / "recipes"
+FOLDER = Path(str(files("fastprune") / "recipes"))  # of the installed package
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 DATA = "synthetic:3x8x8:4:128"
 SMALL = f"--model resnet20 --data {DATA} --device cpu --held_out 0.25"

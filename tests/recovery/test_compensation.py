@@ -129,7 +129,9 @@ def test_a_weight_that_is_used_twice_stays_and_is_named() -> None:
     changed, work = compensate_weights(graph, net, graph.plan(half(graph)), batches())
     assert work.skipped == {"shared": "its weight is used more than once"}
     assert work.fitted == 1
-    assert torch.equal(changed.shared.weight, net.shared.weight)  # type: ignore[union-attr]
+    kept = torch.arange(0, 8, 2)  # the others are no longer read
+    assert torch.equal(changed.shared.weight[:, kept], net.shared.weight[:, kept])  # type: ignore[index]
+    assert (changed.shared.weight[:, 1::2] == 0).all()  # type: ignore[index]
 
 
 def test_overwritten_values(randomised: Callable[[nn.Module], nn.Module]) -> None:
@@ -224,3 +226,111 @@ def test_networks_with_attention_over_channels_and_rewritten_graphs(name: str) -
     compact = fp.compensate(model, plan, images)  # verified against the masked model with the same weights
     held_out = [(torch.randn(8, 3, 64, 64),) for _ in range(2)]
     assert distance(compact, model, held_out) < distance(fp.apply(plan, model), model, held_out)
+
+
+class Streams(nn.Module):
+    """Sums of unlike shapes, a batch norm that two layers share, and one that closes its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 12, 3), nn.Conv2d(16, 12, 3)
+        self.shared, self.closed = nn.BatchNorm2d(12), nn.BatchNorm2d(12)
+        self.gate, self.c, self.last = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 1), nn.Conv2d(12, 4, 1)
+        nn.init.zeros_(self.closed.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        y = torch.relu(self.shared(self.a(x)) + self.shared(self.b(x)))
+        y = y + self.gate(y.mean((2, 3), keepdim=True))
+        y = torch.relu(y + self.closed(self.c(y)))
+        return self.last(y)
+
+
+@pytest.mark.parametrize("how", ["mean", "one_pass", "sequential"])
+def test_shared_and_closed_norms_and_broadcast_sums(randomised: Callable[[nn.Module], nn.Module], how: How) -> None:
+    net = randomised(Streams()).eval()
+    nn.init.zeros_(net.closed.weight)  # type: ignore[arg-type]
+    graph = fp.trace(net, torch.randn(2, 3, 16, 16))
+    plan = graph.plan(half(graph))
+    compact = compensate(net, plan, [x for (x,) in batches()], how, graph=graph)
+    assert distance(compact, net, batches()) < distance(fp.apply(plan, net), net, batches())
+
+
+def test_a_region_under_autocast_is_left_and_does_not_round_the_fit() -> None:
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = torch.relu(self.b(torch.relu(self.a(x))))
+            return self.c(y.float())
+
+    net = Region().eval()
+    graph = fp.trace(net, torch.randn(2, 3, 16, 16))
+    plan = graph.plan(half(graph))
+    compact = compensate(net, plan, [x for (x,) in batches()], graph=graph)
+    assert not torch.is_autocast_enabled("cpu")
+    assert distance(compact, net, batches()) < 0.5 * distance(fp.apply(plan, net), net, batches())
+
+
+def test_inputs_by_name_come_in_the_order_of_the_graph() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 24, 3), nn.Conv2d(3, 24, 3), nn.Conv2d(24, 4, 1)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.c(torch.relu(self.a(a) - 2 * self.b(b)))
+
+    net = Two().eval()
+    loader = [((x, 3 * x), torch.zeros(len(x))) for (x,) in batches()]
+    plan = fp.prune(net, (torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)), method="l1").plan
+    by_place = fp.compensate(net, plan, loader, forward=lambda m, x: (m(x[0][0], x[0][1]), x[1]))
+    by_name = fp.compensate(net, plan, loader, forward=lambda m, x: (m(b=x[0][1], a=x[0][0]), x[1]))
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(by_place(x, x), by_name(x, x))
+    small = [((x[:, :, :8, :8], x[:, :, :8, :8]), y) for (x, _), y in loader]
+    with pytest.raises(ValueError, match=r"the data give a, b of 3×8×8 float32.*traced with a, b of 3×16×16"):
+        fp.compensate(net, plan, small, forward=lambda m, x: (m(*x[0]), x[1]))
+
+
+def test_half_precision_is_fitted_in_float32() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 8, 3)).eval().bfloat16()
+    graph = fp.trace(net, torch.randn(2, 3, 16, 16, dtype=torch.bfloat16))
+    plan = graph.plan(half(graph))
+    images = [(x.bfloat16(),) for (x,) in batches()]
+    compact = compensate(net, plan, [50 * x for (x,) in images], graph=graph)
+    raw = fp.apply(plan, net)
+    big = [(50 * x,) for (x,) in images]
+    assert distance(compact, net, big) < 0.5 * distance(raw, net, big)
+
+
+def test_layers_behind_a_skipped_one_make_up_for_it() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(), nn.ConvTranspose2d(24, 24, 3), nn.ReLU(), nn.Conv2d(24, 8, 3)
+    ).eval()  # fmt: skip
+    graph = fp.trace(net, torch.randn(2, 3, 16, 16))
+    mask = torch.ones(graph.num_units)
+    mask[1 : graph.groups[0].size : 2] = 0  # of the first layer only
+    plan = graph.plan(mask)
+    changed, work = compensate_weights(graph, net, plan, batches())
+    assert work.fitted == 1
+    assert list(work.skipped) == ["2"]
+    compact = cut(plan, changed, graph.traced).model
+    assert distance(compact, net, batches()) < 0.9 * distance(fp.apply(plan, net), net, batches())
+
+
+def test_a_plan_of_another_graph_is_refused(tiny: nn.Module) -> None:
+    plan = fp.prune(tiny, torch.zeros(2, 3, 16, 16), method="l1", ignore=["conv1"], budget="flops=0.8").plan
+    with pytest.raises(ValueError, match=r"give graph=result\.graph"):
+        fp.compensate(tiny, plan, [x for (x,) in batches()])
+
+
+def test_a_resumed_run_keeps_its_compensation(tiny: nn.Module, tmp_path: Path) -> None:
+    loader = [(x, torch.zeros(len(x), dtype=torch.long)) for (x,) in batches()]
+    arguments = {"method": "l1", "budget": "flops=0.8", "data": loader, "out": tmp_path / "run"}
+    fp.prune(tiny, torch.zeros(2, 3, 16, 16), compensate="bn", **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="was begun with compensate 'bn', not 'none'"):
+        fp.prune(tiny, torch.zeros(2, 3, 16, 16), resume=True, **arguments)  # type: ignore[arg-type]
