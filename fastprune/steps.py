@@ -15,11 +15,12 @@ from fastprune.graph.build import layer_names
 from fastprune.graph.export.inputs import Example, Inputs
 from fastprune.graph.model_state import device_of
 from fastprune.host.distributed import Distributed
+from fastprune.job import Tracing
 from fastprune.planning.budget import Budget
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
 from fastprune.planning.lineage import Lineage
-from fastprune.pruning import PruningResult, Tracing, prune
+from fastprune.pruning import PruningResult, prune
 from fastprune.runs.origin import Origin
 
 

@@ -120,7 +120,7 @@ def test_a_network_that_cannot_be_timed_is_pruned(tiny: nn.Module, monkeypatch: 
     def fail(*given: Any, **named: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr("fastprune.pruning.time_calls", fail)
+    monkeypatch.setattr("fastprune.job.time_calls", fail)
     result = fp.prune(tiny, torch.zeros(1, 3, 16, 16), method="l1", budget="flops=0.5")
     assert "measured_ms" not in result.metrics
     assert "latency" not in repr(result)

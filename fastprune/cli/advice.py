@@ -45,7 +45,8 @@ def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None) -> li
         return [f"{ODD}the compact network is {guess}, as pruned networks often are: fine-tune it"]
     if low == ["compact"]:
         return [f"{ODD}the compact network is {guess}: train it longer, or with another --lr"]
-    return [f"{ODD}the {' and the '.join(low)} is {guess}: are the weights trained on these data?"]
+    verb = "is" if len(low) == 1 else "are"
+    return [f"{ODD}the {' and the '.join(low)} {verb} {guess}: are the weights trained on these data?"]
 
 
 def after_training(settings: NetworkSettings) -> str:

@@ -15,12 +15,12 @@ from fastprune.cli.settings import PruneSettings
 from fastprune.engine import Placement, choose_device
 from fastprune.host.distributed import Distributed
 from fastprune.host.progress import duration
+from fastprune.job import Job, RunOptions, Tracing, make_worker
 from fastprune.methods.contract import Method
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
 from fastprune.preview import Preview, preview
-from fastprune.pruning import Job, RunOptions, Tracing, make_worker
 from fastprune.report.tables import millions, percent, show
 from fastprune.training.objective import Objective
 

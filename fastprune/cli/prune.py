@@ -52,6 +52,8 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     options = method_options(method, values.get(settings.method))
     if method.needs_data and not settings.data:
         raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
+    if settings.compensate != "none" and not settings.data:
+        raise ValueError(f"--data is needed: --compensate {settings.compensate} fits layers on its images")
     Budget.parse(settings.budget)
     load_loggers(split_names(settings.log))
     limits, conditions = make_limits(settings), make_conditions(settings)

@@ -143,7 +143,6 @@ def compensate_weights(
     batches: Sequence[Sequence[Tensor]],
     how: How = "sequential",
     *,
-    norms: bool = False,
     peers: Distributed | None = None,
     show: bool = False,
 ) -> tuple[nn.Module, Compensation]:
@@ -155,7 +154,6 @@ def compensate_weights(
         plan: what stays.
         batches: the network's inputs, batch by batch; under several processes each rank has its share.
         how: the kind of compensation.
-        norms: whether the statistics of batch norms are measured again afterwards.
         peers: this process among its peers.
         show: whether to show progress.
 
@@ -173,7 +171,7 @@ def compensate_weights(
     with torch.no_grad(), restore_modes(), progress.muted(not show):
         if how in ("sequential", "one_pass", "mean"):
             _Fit(graph, model, changed, plan, batches, how, peers or Distributed(), work).run()
-        if how == "bn" or norms:
+        if how == "bn":
             closed = masked(changed, plan)
             measure_statistics(closed, batches, peers or Distributed())
             copy_statistics(closed, changed)

@@ -39,7 +39,7 @@ def loading_text(repository: str, given: str, subject: Subject) -> str:
     sizes = ", ".join("×".join(map(str, spec.shape[1:])) for spec in subject.inputs)
     code = f'import fastprune as fp\n\nmodel = fp.from_pretrained("{repository}"{given})'
     note = f"\n\n`net` is the full network, a `{subject.class_name}`, with any weights." if given else ""
-    return f"```python\n{code}\n```{note}\n\nIt takes inputs of {sizes}, in batches of any size."
+    return f"```python\n{code}\n```{note}\n\nIt was pruned with inputs of {sizes}."
 
 
 def table(subject: Subject) -> str:

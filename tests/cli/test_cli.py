@@ -148,6 +148,7 @@ BAD = [
     # prune: the method, its options, the budget
     ("prune --model resnet20 --out new --method dmcc", "no pruning method is called 'dmcc': did you mean 'dmc'"),
     ("prune --model resnet20 --out new", "--data is needed: method 'dmc' searches on training data"),
+    ("prune --model resnet20 --method l1 --compensate bn --dry_run", "--data is needed: --compensate bn fits layers"),
     (f"{L1} --dmc.epochs 3", "there is no option --dmc.epochs: the method is 'l1'; --method dmc has"),
     (f"{DMC} --out new --dmc.nope 3", "there is no option --dmc.nope"),
     (f"{DMC} --out new --dmc.epoch 3", "there is no option --dmc.epoch: did you mean --dmc.epochs?"),

@@ -53,7 +53,7 @@ def test_an_interrupt_that_became_another_error(
         except KeyboardInterrupt:
             raise RuntimeError("the exporter failed") from None
 
-    monkeypatch.setattr("fastprune.pruning.trace", trace)
+    monkeypatch.setattr("fastprune.job.trace", trace)
     before = signal.getsignal(signal.SIGINT)  # ignored in a job of a shell's background
     assert main(f"{LINE} l1 --out {tmp_path}/run".split()) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "fastprune: interrupted"
@@ -66,7 +66,7 @@ def test_the_resume_command_is_told_where_something_was_begun(
     def cut(*arguments: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("fastprune.pruning.cut", cut)
+    monkeypatch.setattr("fastprune.job.cut", cut)
     assert main([*f"{LINE} l1 --out".split(), str(tmp_path / "a run")]) == 130
     told = f"fastprune: interrupted: fastprune prune --out '{tmp_path}/a run' --resume"
     assert capsys.readouterr().err.splitlines()[-1] == told

@@ -336,3 +336,11 @@ def test_a_resumed_run_keeps_its_compensation(tiny: nn.Module, tmp_path: Path) -
     fp.prune(tiny, torch.zeros(2, 3, 16, 16), compensate="bn", **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="was begun with compensate 'bn', not 'none'"):
         fp.prune(tiny, torch.zeros(2, 3, 16, 16), resume=True, **arguments)  # type: ignore[arg-type]
+
+
+def test_data_of_another_form_are_refused_before_the_search(tiny: nn.Module, tmp_path: Path) -> None:
+    loader = [(x.double(), torch.zeros(len(x), dtype=torch.long)) for (x,) in batches()]
+    example, out = torch.zeros(2, 3, 16, 16), tmp_path / "run"
+    with pytest.raises(ValueError, match=r"the data give x of 3×16×16 float64, the network was traced with x of"):
+        fp.prune(tiny, example, method="l1", data=loader, compensate="bn", out=out)
+    assert not out.exists()
