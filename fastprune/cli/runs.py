@@ -94,7 +94,7 @@ def choose_out(values: dict[str, Any], what: str, peers: Distributed) -> None:
         what: the method, or what else is done.
         peers: this process among its peers, which must choose the same.
     """
-    if values.get("out") or values["resume"]:
+    if values.get("out") or values["resume"] or values.get("dry_run"):  # a dry run writes nothing
         return
     model = str(values.get("model") or Path(str(values.get("from_run"))).name).rpartition(":")[2]
     name = f"{what}-{re.sub(r'[^A-Za-z0-9_.]+', '-', model)}"
