@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fastprune.graph import ChannelGraph, Group
-from fastprune.planning.budget import Budget, BudgetError
+from fastprune.planning.budget import TOLERANCE, Budget, BudgetError
 from fastprune.planning.limits import LimitError, Limits, Widths
 from fastprune.planning.resources import Meter
 
 PREFIXES = 512  # prefixes of a ranking whose costs are computed at a time
-SLACK = 0.005  # part of the full cost that may stay unused; the promise is TOLERANCE, 0.01
+SLACK = 0.005  # part of the full cost that may stay unused; the promise is TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def fit(
             f"gone {least / total:.3f} remains{describe_rest(graph, budget, ranking.of_unit < 0, limits)}; "
             "raise the budget, or let more groups be pruned"
         )
-    return fill(graph, meter, ranking, low, limit, SLACK * total)
+    mask = fill(graph, meter, ranking, ranking.of_unit < low, limit, SLACK * total)
+    return exchange(graph, meter, ranking, mask, limit, SLACK * total, TOLERANCE * total)
 
 
 def longest_prefix(graph: ChannelGraph, meter: Meter, ranking: Ranking, limit: float, *, grows: bool) -> int | None:
@@ -157,15 +158,29 @@ def rank_group(group: Group, widths: Widths, scores: Tensor, may_go: Tensor, gon
     return order, [bound for bound in bounds if bound <= most]
 
 
-def fill(graph: ChannelGraph, meter: Meter, ranking: Ranking, low: int, limit: float, slack: float) -> Tensor:
-    """Keep the first ``low`` blocks, and add the next ones that fit, until the slack is small or none fits.
+def fill(
+    graph: ChannelGraph, meter: Meter, ranking: Ranking, mask: Tensor, limit: float, slack: float, skip: int = -1
+) -> Tensor:
+    """Add to what is kept the next blocks of the ranking that fit, until the slack is small or none fits.
 
     A block is added only after the blocks of its group that come before it in the ranking: the best units stay.
+
+    Args:
+        graph: the network.
+        meter: the cost.
+        ranking: the blocks.
+        mask: the units that are kept so far, whole blocks.
+        limit: the largest cost.
+        slack: the part of it that may stay unused.
+        skip: a group that gets no blocks.
     """
-    mask = ranking.of_unit < low
-    kept = torch.zeros(len(graph.groups), dtype=torch.float64).index_add(0, graph.group_of_unit, mask.double())
-    blocks = list(zip(range(low, len(ranking.sizes)), *(x[low:].tolist() for x in (ranking.groups, ranking.sizes)),
-                      strict=True))  # fmt: skip
+    mask = mask.clone()
+    kept = graph.cost_model.kept(mask)
+    left = torch.ones(len(ranking.sizes), dtype=torch.bool)
+    left[ranking.of_unit[mask & (ranking.of_unit >= 0)]] = False
+    left &= ranking.groups != skip
+    places = left.nonzero().flatten().tolist()
+    blocks = [(place, int(ranking.groups[place]), int(ranking.sizes[place])) for place in places]
     while blocks and limit - float(meter.of_widths(kept)) > slack:
         more = torch.zeros(len(graph.groups), dtype=torch.float64)
         for _, g, size in reversed(blocks):
@@ -177,6 +192,38 @@ def fill(graph: ChannelGraph, meter: Meter, ranking: Ranking, low: int, limit: f
             mask |= ranking.of_unit == place
             kept[g] += size
     return mask
+
+
+def exchange(
+    graph: ChannelGraph, meter: Meter, ranking: Ranking, mask: Tensor, limit: float, slack: float, tolerance: float
+) -> Tensor:
+    """Give up the last block of one group for blocks of others, where that uses a budget that is hardly used.
+
+    In a small network no single block may fit into a gap of several per cent, while an exchange of two does.
+
+    Args:
+        graph: the network.
+        meter: the cost.
+        ranking: the blocks.
+        mask: the units that are kept.
+        limit: the largest cost.
+        slack: the part of it that may stay unused after an exchange.
+        tolerance: the part of it that may stay unused without one.
+    """
+    unused = limit - float(meter(mask))
+    if unused <= tolerance:
+        return mask
+    best = mask
+    for g, group in enumerate(graph.groups):
+        places = ranking.of_unit[group.units]
+        kept = places[mask[group.units] & (places >= 0) & (places < len(ranking.sizes))]
+        if len(kept):
+            without = mask & (ranking.of_unit != kept.max())
+            other = fill(graph, meter, ranking, without, limit, slack, skip=g)
+            left = limit - float(meter(other))
+            if left < unused:
+                best, unused = other, left
+    return best
 
 
 def describe_rest(graph: ChannelGraph, budget: Budget, mask: Tensor, limits: Limits) -> str:

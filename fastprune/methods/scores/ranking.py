@@ -14,7 +14,16 @@ from fastprune.graph.interior import GROUPS, gated_units
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Method, Task
 from fastprune.options import option
+from fastprune.planning.allocation import allocate
 from fastprune.planning.fitting import fit
+
+Ranking = Literal["local", "global", "isomorphic", "knapsack"]
+
+RANKINGS = (
+    "local: keep the same fraction of every group; global: all channels of the network compete, each score divided by "
+    "the mean of its group; isomorphic: groups of the same layers compete; knapsack: scores are losses, least in sum"
+)
+"""What the option ``ranking`` of methods means."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,7 @@ class KeepConfig:
 class RankingConfig(KeepConfig):
     """Options of a method whose scores are compared within a group or over the whole network."""
 
-    ranking: Literal["local", "global"] = option(
-        "local",
-        "local: keep the same fraction of every group; global: all channels of the network compete, "
-        "each score divided by the mean of its group",
-    )
+    ranking: Ranking = option("local", RANKINGS)
 
 
 class ScoreMethod(Method):
@@ -84,11 +89,43 @@ class ScoreMethod(Method):
             )
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"{self.name}: scores must be finite; check the model's weights for NaN and infinity")
-        if getattr(self.config, "ranking", "local") == "local":  # the Config of Uniform has no option ``ranking``
+        ranking = getattr(self.config, "ranking", "local")  # the Config of Uniform has no option ``ranking``
+        prunable = self.prunable(task)
+        if ranking == "knapsack":
+            return graph.plan(allocate(graph, task.budget, scores, prunable=prunable, limits=task.limits))
+        if ranking == "local":
             priority = local_priority(graph, scores)
+        elif ranking == "isomorphic":
+            priority = isomorphic_priority(graph, scores)
         else:
             priority = scores if self.comparable else normalise_scores(graph, scores)
-        return graph.plan(fit(graph, task.budget, priority, prunable=self.prunable(task), limits=task.limits))
+        return graph.plan(fit(graph, task.budget, priority, prunable=prunable, limits=task.limits))
+
+
+def isomorphic_priority(graph: ChannelGraph, scores: Tensor) -> Tensor:
+    """Turn ranks within groups of the same structure into priorities in (-1, 0), as in Isomorphic Pruning (§3.3).
+
+    Two groups are isomorphic if the same kinds of layers make, pass and read their channels, whatever their widths.
+    Scores compare within such a class; all classes keep the same fraction.
+
+    Args:
+        graph: the network.
+        scores: scores of all units, [U]; ties go to the lower index.
+
+    Returns:
+        ``-(rank + ½) / size`` over the units of each class, float64 [U].
+    """
+    classes: dict[tuple[Any, ...], list[Tensor]] = {}
+    kinds = {layer.weight: layer.kind for layer in graph.layers}
+    for group in graph.groups:
+        pieces = graph.weights_of_group(group, ("out", "in", "depthwise", "channel"))
+        shape = sorted((piece.role, piece.dim, kinds.get(piece.tensor, "")) for piece in pieces)
+        classes.setdefault(tuple(shape), []).append(torch.arange(group.start, group.start + group.size))
+    priority = torch.empty(graph.num_units, dtype=torch.float64)
+    for members in classes.values():
+        units = torch.cat(members)
+        priority[units] = -(ranks(scores[units]).double() + 0.5) / len(units)
+    return priority
 
 
 def local_priority(graph: ChannelGraph, scores: Tensor) -> Tensor:

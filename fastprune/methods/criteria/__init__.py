@@ -1,0 +1,1 @@
+"""Criteria: scores of channels by their weights, gradients or features, each with its equation and source."""
