@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastprune.methods.contract import Task
-from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod, add_to_units
+from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod, add_to_units, count_samples
 from fastprune.methods.criteria.readings import feature_maps, true_readers
 from fastprune.methods.scores.ranking import RANKINGS, Ranking
 from fastprune.networks.observed import ObservedNetwork
@@ -49,7 +49,7 @@ class Fisher(CalibratedMethod):
             output, target = task.objective.run(self.network, inputs, targets)
             loss = task.objective.compute(output, target)
             gradients = self.network.input_gradients(loss)
-        samples = len(torch.utils._pytree.tree_leaves(inputs)[0])
+        samples = count_samples(inputs)
         slopes = torch.zeros(samples, task.graph.num_units, dtype=torch.float64)
         for reading, gradient in zip(self.network.readings, gradients, strict=True):
             products = feature_maps(reading, reading.x.detach() * gradient)

@@ -230,4 +230,4 @@ def rising(values: Tensor) -> Tensor:
             means[-2:] = [(means[-2] * counts[-2] + means[-1] * counts[-1]) / count]
             counts[-2:] = [count]
     result = torch.repeat_interleave(torch.tensor(means, dtype=torch.float64), torch.tensor(counts))
-    return result * (1 + 1e-12 * torch.arange(len(result)))
+    return result * (1 + 1e-12 * torch.arange(len(result), dtype=torch.float64))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprune.methods.contract import Task
-from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod
+from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod, count_samples
 from fastprune.methods.criteria.unit_values import FILTERS, GroupConfig, is_bias, unit_values
 from fastprune.options import option
 
@@ -49,18 +49,20 @@ class Taylor(CalibratedMethod):
         finally:
             for w in frozen:
                 w.requires_grad_(False)
+        samples = count_samples(inputs)
+        self.add("samples", torch.tensor(float(samples)))
         for name, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
-                self.add(name, gradient)
+                self.add(f"of {name}", gradient * samples)
 
     def scores(self, task: Task) -> Tensor:
         """Return the importance of each unit."""
-        gradients, signed = self.reduced(task), self.config.signed
+        totals, signed = self.reduced(task), self.config.signed
 
         def change(name: str, w: Tensor) -> Tensor | None:
-            if name not in gradients:
+            if f"of {name}" not in totals:
                 return None
-            product = w * gradients[name]
+            product = w * totals[f"of {name}"] / totals["samples"]
             return product if signed else product.abs()
 
         return unit_values(task.graph, task.model, change, reduction=self.config.reduction, absolute=signed)
