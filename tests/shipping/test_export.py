@@ -105,7 +105,7 @@ def test_two_inputs_and_two_results(images: Tensor, tmp_path: Path) -> None:
     file = fp.export(result, tmp_path / "net.onnx")
     assert file.difference < 1e-5
     assert file.trtexec is not None
-    assert "--minShapes=input_0:1x3x8x8,input_1:1x5" in file.trtexec
+    assert "--minShapes=image:1x3x8x8,other:1x5" in file.trtexec
     assert fp.export(result, tmp_path / "net.pt2").difference < 1e-5
 
 
