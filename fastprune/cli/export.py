@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fastprune import models
+from fastprune.cli.networks import choose_sizes
 from fastprune.cli.settings import ExportSettings, pick, require
 from fastprune.engine import RunDirectory
 from fastprune.runs import NetworkRecord
@@ -25,7 +26,7 @@ def run_export(values: dict[str, Any], given: set[str]) -> int:
     if settings.model:
         record = NetworkRecord.read(RunDirectory.open(settings.run))
         channels = record.inputs[0].shape[1] if record.inputs and len(record.inputs[0].shape) == 4 else 3
-        model = models.create(settings.model, settings.num_classes, None if channels == 3 else channels)
+        model = models.create(settings.model, settings.num_classes, choose_sizes(settings.model, None, channels)[1])
     file = export(
         settings.run, settings.out, format=settings.format, opset=settings.opset, batch=settings.batch, model=model
     )

@@ -12,12 +12,13 @@ import torch
 import yaml
 
 from fastprune.cli.advice import at_chance, word
+from fastprune.cli.inputs import check_batch, data_example, load_objective
 from fastprune.cli.networks import (
     build_code,
     check_classes,
     check_fit,
     check_recipe,
-    image_shape,
+    count_data_classes,
     measure,
     open_run_data,
 )
@@ -47,6 +48,7 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     settings, config = choose_settings(run, settings, values, given)
     check_recipe(config, choose_device(settings.device))
     origin = pick(NetworkSettings, run.config)
+    objective = load_objective(settings, origin)
     load_loggers(split_names(settings.log))
     data = open_run_data(origin, settings.data)
     torch.manual_seed(settings.seed)
@@ -57,18 +59,20 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
         raise ValueError(f"--run {settings.run} has a network of its own: leave out --model")
     known = record.source is not None and config.from_scratch
     full = build_code(settings.model, data) if settings.model else None
-    classes = data.num_classes if known else None
+    classes = count_data_classes(data) if known else None
     compact = load_pruned(run, full, data=data, trained=not config.from_scratch, classes=classes)
-    check_fit(compact, record.name, image_shape(data), training=True)
-    check_classes(compact, data)
+    example = data_example(data, objective, compact)
+    check_fit(compact, record.name, example, training=True)
+    check_classes(compact, data, example, objective)
+    check_batch(compact, data, objective)
     with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
         train(
             compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
-            resume=values["resume"], stage="finetune", log=split_names(settings.log),
+            resume=values["resume"], stage="finetune", log=split_names(settings.log), objective=objective,
         )  # fmt: skip
-    if known and peers.is_main and run.network_path.is_file():
-        record.with_classes(data.num_classes).save(run)
-    result = measure({"compact": compact}, data, settings.device, peers)
+    if classes is not None and peers.is_main and run.network_path.is_file():
+        record.with_classes(classes).save(run)
+    result = measure({"compact": compact}, data, settings.device, peers, objective)
     run.log({"stage": "result", "method": "finetune", **result})
     odd = at_chance(result, data)
     print_results(result, values["json"], peers, run.path, [*odd, f"next: fastprune report --run {word(settings.run)}"])

@@ -18,7 +18,7 @@ def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     """Show a network's channel groups and what stands in the way of pruning."""
     settings = pick(InspectSettings, values)
     model, shape = build_model(settings, None), input_shape(settings, None)
-    check_fit(model, settings.model, shape)
+    check_fit(model, settings.model, make_example(shape))
     begun = time.monotonic()
     graph = trace(
         model, make_example(shape), rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact

@@ -12,7 +12,8 @@ from torch import nn
 
 from fastprune.cli.advice import after_pruning, at_chance, warn_of_random_weights
 from fastprune.cli.dry_run import dry_run
-from fastprune.cli.networks import build_model, check_fit, input_shape, make_example, measure, open_data
+from fastprune.cli.inputs import check_batch, find_example, load_objective
+from fastprune.cli.networks import build_model, check_classes, check_fit, measure, open_data
 from fastprune.cli.recipes import read_recipe
 from fastprune.cli.runs import (
     FINETUNE_CONFIG,
@@ -26,6 +27,7 @@ from fastprune.cli.settings import PruneSettings, pick, require
 from fastprune.data import Data
 from fastprune.engine import RunDirectory
 from fastprune.engine.loggers import load_loggers, split_names
+from fastprune.graph.export.inputs import Example
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
 from fastprune.methods import registry
@@ -37,6 +39,7 @@ from fastprune.pruning import PruningResult, prune
 from fastprune.recovery import How
 from fastprune.report.graph_tables import print_difference
 from fastprune.runs import Origin, load_pruned
+from fastprune.training.objective import Objective
 
 
 def run_prune(values: dict[str, Any], given: set[str]) -> int:
@@ -64,10 +67,12 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     warn_of_random_weights(settings, peers)
     result = prune(
         subject.model,
-        make_example(subject.shape),
+        subject.example,
         method=method,
         budget=settings.budget,
         data=subject.data,
+        loss=subject.objective.loss,
+        forward=subject.objective.forward,
         out=settings.out,
         resume=values["resume"],
         seed=settings.seed,
@@ -131,24 +136,27 @@ class Subject:
 
     Args:
         model: the network.
-        shape: (C, H, W) of its images.
+        example: a batch of its inputs.
         data: the data set; None if there is none.
+        objective: how the network runs on a batch, and its loss.
         before: the plan that the network was pruned by already; None for a full one.
         origin: what the full network can be built from again.
     """
 
     model: nn.Module
-    shape: tuple[int, int, int]
+    example: Example
     data: Data | None
+    objective: Objective
     before: PruningPlan | None
     origin: Origin
 
 
 def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
     """Build the network to prune, or return to the compact one of an earlier run."""
+    objective = load_objective(settings)
     data = open_data(settings.data, settings) if settings.data else None
     torch.manual_seed(settings.seed)
-    shape, before = input_shape(settings, data), None
+    before = None
     if settings.from_run is None:
         model = build_model(settings, data)
         source = source_of(model)
@@ -158,15 +166,20 @@ def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
     else:
         base = RunDirectory.open(settings.from_run, peers)
         model, before, origin = load_pruned(base, data=data), PruningPlan.load(base.plan_path), Origin.of_run(base)
-    check_fit(model, settings.model, shape)
-    return Subject(model, shape, data, before, origin)
+    example = find_example(settings, data, objective, model)
+    check_fit(model, settings.model, example)
+    check_batch(model, data, objective)
+    if data is not None:
+        check_classes(model, data, example, objective, more=True)
+    return Subject(model, example, data, objective, before, origin)
 
 
 def tell(
     settings: PruneSettings, subject: Subject, result: PruningResult, peers: Distributed, *, as_json: bool
 ) -> None:
     """Measure both networks, log the result and print it."""
-    compared = measure({"baseline": subject.model, "compact": result.model}, subject.data, settings.device, peers)
+    networks = {"baseline": subject.model, "compact": result.model}
+    compared = measure(networks, subject.data, settings.device, peers, subject.objective)
     begun_with = result.graph.cost()  # with --from_run that of a compact network already
     compared["baseline"] |= {"macs": round(float(begun_with.macs)), "params": round(float(begun_with.params))}
     compared["compact"] |= {what: result.metrics[what]["planned"] for what in ("macs", "params")}

@@ -32,7 +32,7 @@ def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
     torch.manual_seed(settings.seed)
     model = build_model(settings, data)
     shape = image_shape(data)
-    check_fit(model, settings.model, shape)
+    check_fit(model, settings.model, make_example(shape))
     found = sensitivity(
         model, make_example(shape), data, ratios=settings.ratios, device=settings.device, ignore=settings.ignore
     )

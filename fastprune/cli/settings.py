@@ -22,6 +22,8 @@ DEVICE = "device: auto, cpu, cuda or cuda:N"
 LOG = "loggers beside metrics.jsonl, with commas between them: csv, tensorboard, wandb, mlflow"
 IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their output channels"
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
+LOSS = "loss(output, target) of your own, file.py:function; by default cross-entropy to class labels"
+FORWARD = "forward(model, batch) that returns (output, target), file.py:function; for batches of your own"
 COMPENSATE = "fit the layers that read removed channels anew, on images of --data without training; sequential is best"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
 
@@ -38,6 +40,14 @@ class ModelSettings:
     )
     input: str | None = option(None, "size of one image, CxHxW; by default the data's, or the model's usual size")
     ema: bool = option(False, "take the moving average of the weights (EMA) that the file holds", flag=SWITCH)
+
+
+@dataclass
+class ObjectiveSettings:
+    """The loss, and how the network runs on a batch."""
+
+    loss: str | None = option(None, LOSS)
+    forward: str | None = option(None, FORWARD)
 
 
 @dataclass
@@ -67,7 +77,7 @@ class RunSettings:
 
 
 @dataclass
-class NetworkSettings(ModelSettings, RunSettings):
+class NetworkSettings(ModelSettings, RunSettings, ObjectiveSettings):
     """A network, its data and its run."""
 
 
@@ -141,7 +151,7 @@ class SensitivitySettings(ModelSettings):
 
 
 @dataclass
-class FinetuneSettings:
+class FinetuneSettings(ObjectiveSettings):
     """Train the compact network of a run."""
 
     run: str = option("", "directory of a pruning run")
@@ -163,7 +173,7 @@ class FinetuneConfig(FinetuneRecipe):
 
 
 @dataclass
-class EvaluateSettings(ModelSettings):
+class EvaluateSettings(ModelSettings, ObjectiveSettings):
     """Measure a run's networks, or one network with weights, on the test set."""
 
     run: str | None = option(None, "directory of a run")

@@ -147,6 +147,8 @@ def print_demo(result: Mapping[str, Any]) -> None:
 COLUMNS: dict[str, tuple[str, Any]] = {
     "accuracy": ("accuracy", percent),
     "held_out_accuracy": ("held-out accuracy", percent),
+    "loss": ("loss", lambda value: f"{value:.4g}"),
+    "held_out_loss": ("held-out loss", lambda value: f"{value:.4g}"),
     "macs": ("MACs", millions),
     "params": ("parameters", millions),
     "ms": ("modelled latency", lambda value: f"{value:.2f} ms"),

@@ -38,6 +38,8 @@ def example_of(objective: Objective, network: nn.Module, batch: tuple[Any, Any])
         objective.run(keep, inputs, targets)
     except _Called as called:
         args, kwargs = called.args
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"forward: it fails on the first batch: {type(error).__name__}: {error}") from error
     else:
         raise ValueError("forward: it did not call the model, which it gets as its first argument")
     if not kwargs:

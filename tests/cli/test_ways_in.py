@@ -56,7 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_data.py").write_text(DATA)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("my_net", "my_data"):
+    for name in ("my_net", "my_data", "sized"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -113,7 +113,7 @@ def test_options_with_hyphens_and_the_model_as_first_word(here: Path, capsys: py
         "inspect resnet50": "did you mean torchvision:resnet50",
         "prun --model resnet20": "there is no command 'prun': did you mean 'prune'?",
         "inspect resnet20 --kep-class": "did you mean --keep_class?",
-        "prune resnet20 --method l1 --data my_data.py:vectors": r"no image \[C, H, W\]",
+        "prune resnet20 --method l1 --data my_data.py:vectors": "cannot take inputs of 5: .*--forward file.py:f",
         "prune resnet20 --method l1 --data my_data.py:nothing": "returned a int as train",
         "prune resnet20 --method l1 --data my_data.py:gone": "no function 'gone'",
         "prune resnet20 --method l1 --data my_data.py:one --held-out 0.1": "held_out: the function",
@@ -124,6 +124,33 @@ def test_options_with_hyphens_and_the_model_as_first_word(here: Path, capsys: py
         error = capsys.readouterr().err
         assert re.search(message, error), error
         assert not (here / "runs").exists()
+
+
+def test_a_function_is_asked_for_sizes_only_if_it_takes_them(here: Path) -> None:
+    head = "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, {0}))"
+    body = "return nn.Sequential(nn.Conv2d({1}, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), " + head
+    source = ["from torch import nn"]
+    for name, arguments, classes, channels in (
+        ("fixed", "", "10", "1"),
+        ("asked", "num_classes, in_channels", "num_classes", "in_channels"),
+        ("any", "**sizes", "sizes['num_classes']", "sizes['in_channels']"),
+    ):
+        source += [f"def {name}({arguments}):", "    " + body.format(classes, channels)]
+    (here / "sized.py").write_text("\n".join(source))
+    for name in ("fixed", "asked", "any"):
+        assert run(f"prune sized.py:{name} --data digits --method l1 --out {name}") == 0
+        assert run(f"evaluate --run {name}") == 0
+
+
+@pytest.mark.parametrize(("name", "message"), [("three", "cannot take images of 1x8x8"), ("four", "10 classes.* 4 ap")])
+def test_a_function_of_other_sizes_is_refused(
+    name: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    channels, classes = (3, 10) if name == "three" else (1, 4)
+    layers = f"nn.Conv2d({channels}, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, {classes})"
+    (here / "sized.py").write_text(f"from torch import nn\ndef {name}(): return nn.Sequential({layers})\n")
+    assert run(f"prune sized.py:{name} --data digits --method l1 --out a") == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_means_and_deviations(here: Path) -> None:
