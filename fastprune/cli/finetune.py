@@ -32,7 +32,7 @@ from fastprune.cli.runs import (
 )
 from fastprune.cli.settings import FinetuneConfig, FinetuneSettings, NetworkSettings, pick, require
 from fastprune.engine import RunDirectory, choose_device, train
-from fastprune.engine.loggers import load_loggers, split_names
+from fastprune.engine.loggers import OpenLoggers, split_names
 from fastprune.engine.run import plain, took_steps
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
@@ -49,7 +49,7 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     check_recipe(config, choose_device(settings.device))
     origin = pick(NetworkSettings, run.config)
     objective = load_objective(settings, origin)
-    load_loggers(split_names(settings.log))
+    loggers = OpenLoggers(split_names(settings.log))
     data = open_run_data(origin, settings.data)
     torch.manual_seed(settings.seed)
     if not run.plan_path.is_file():
@@ -65,15 +65,19 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     check_fit(compact, record.name, example, training=True)
     check_classes(compact, data, example, objective)
     check_batch(compact, data, objective)
-    with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
-        train(
-            compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
-            resume=values["resume"], stage="finetune", log=split_names(settings.log), objective=objective,
-        )  # fmt: skip
-    if classes is not None and peers.is_main and run.network_path.is_file():
-        record.with_classes(classes).save(run)
-    result = measure({"compact": compact}, data, settings.device, peers, objective)
-    run.log({"stage": "result", "method": "finetune", **result})
+    recipe = recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"])
+    with loggers:
+        with recipe:
+            train(
+                compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
+                resume=values["resume"], stage="finetune", log=loggers.makers, objective=objective,
+            )  # fmt: skip
+        if classes is not None and peers.is_main and run.network_path.is_file():
+            record.with_classes(classes).save(run)
+        result = measure({"compact": compact}, data, settings.device, peers, objective)
+        line = {"stage": "result", "method": "finetune", **result}
+        run.log(line)
+        loggers.log(line)
     odd = at_chance(result, data)
     print_results(result, values["json"], peers, run.path, [*odd, f"next: fastprune report --run {word(settings.run)}"])
     return 0

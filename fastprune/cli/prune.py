@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastprune.cli.runs import (
 from fastprune.cli.settings import PruneSettings, pick, require
 from fastprune.data import Data
 from fastprune.engine import RunDirectory
-from fastprune.engine.loggers import load_loggers, split_names
+from fastprune.engine.loggers import OpenLoggers, split_names
 from fastprune.graph.export.inputs import Example
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
@@ -58,14 +59,32 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     if settings.compensate != "none" and not settings.data:
         raise ValueError(f"--data is needed: --compensate {settings.compensate} fits layers on its images")
     Budget.parse(settings.budget)
-    load_loggers(split_names(settings.log))
+    loggers = OpenLoggers(split_names(settings.log))
     limits, conditions = make_limits(settings), make_conditions(settings)
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
     subject = load_subject(settings, peers)
     if settings.dry_run:
         return dry_run(settings, subject, method, options, limits, conditions, peers, as_json=values["json"])
     warn_of_random_weights(settings, peers)
-    result = prune(
+    sections = {} if recipe is None else recipe.sections
+    with loggers:
+        result = search(settings, subject, method, options, loggers, sections, resume=values["resume"])
+        tell(settings, subject, result, peers, loggers, as_json=values["json"])
+    return 0
+
+
+def search(
+    settings: PruneSettings,
+    subject: Subject,
+    method: type[Method],
+    options: Mapping[str, Any],
+    loggers: OpenLoggers,
+    sections: Mapping[str, Any],
+    *,
+    resume: bool,
+) -> PruningResult:
+    """Prune the network; ``config.yaml`` keeps the sections of a recipe."""
+    return prune(
         subject.model,
         subject.example,
         method=method,
@@ -74,26 +93,24 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
         loss=subject.objective.loss,
         forward=subject.objective.forward,
         out=settings.out,
-        resume=values["resume"],
+        resume=resume,
         seed=settings.seed,
         device=settings.device,
         precision=settings.precision,
         channels_last=settings.channels_last,
         rewrite=not settings.keep_class,
         ignore=settings.ignore,
-        limits=limits,
-        conditions=conditions,
+        limits=make_limits(settings),
+        conditions=make_conditions(settings),
         after=subject.before,
         exact=not settings.inexact,
         compensate=cast("How", settings.compensate),
         calibration=settings.calibration,
-        run_config=make_config(settings, "prune", {} if recipe is None else recipe.sections),
+        run_config=make_config(settings, "prune", sections),
         origin=subject.origin,
-        log=split_names(settings.log),
+        log=loggers.makers,
         **options,
     )
-    tell(settings, subject, result, peers, as_json=values["json"])
-    return 0
 
 
 def read_search_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
@@ -175,7 +192,13 @@ def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
 
 
 def tell(
-    settings: PruneSettings, subject: Subject, result: PruningResult, peers: Distributed, *, as_json: bool
+    settings: PruneSettings,
+    subject: Subject,
+    result: PruningResult,
+    peers: Distributed,
+    loggers: OpenLoggers,
+    *,
+    as_json: bool,
 ) -> None:
     """Measure both networks, log the result and print it."""
     networks = {"baseline": subject.model, "compact": result.model}
@@ -187,7 +210,9 @@ def tell(
         times = {"ms", "measured_ms"} & result.metrics.keys() if "ms" in result.metrics else set()
         compared[name] |= {what: result.metrics[what][column] for what in times}
     run = RunDirectory.open(str(settings.out), peers)
-    run.log({"stage": "result", "method": settings.method, "budget": settings.budget, **compared})
+    line = {"stage": "result", "method": settings.method, "budget": settings.budget, **copy.deepcopy(compared)}
+    run.log(line)
+    loggers.log(line)
     if not result.plan.exact:
         difference, operators = result.metrics["difference"], list(result.graph.inexact)
         if as_json:

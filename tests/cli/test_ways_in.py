@@ -97,6 +97,9 @@ def test_runs_get_the_next_free_directory(here: Path, capsys: pytest.CaptureFixt
         assert f"files go to runs/l1-resnet20-{number}\n" in capsys.readouterr().err
     assert run("prune --from-run runs/l1-resnet20-1 --method l1 --budget 0.5") == 0
     assert "files go to runs/l1-l1-resnet20-1-1\n" in capsys.readouterr().err
+    assert run("prune runs/l1-resnet20-1 --method l1") == 2
+    hint = "'runs/l1-resnet20-1' is a run; to prune its network further give --from_run runs/l1-resnet20-1"
+    assert hint in capsys.readouterr().err
     assert run("train my_net.py:net --data my_data.py:one --epochs 1 --batch_size 16") == 0
     assert (here / "runs" / "train-net-1" / "model.safetensors").is_file()
     assert run("prune resnet20 --method l1 --resume") == 2
