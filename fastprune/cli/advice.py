@@ -49,6 +49,16 @@ def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None) -> li
     return [f"{ODD}the {' and the '.join(low)} {verb} {guess}: are the weights trained on these data?"]
 
 
+def unmeasured(results: Mapping[str, Mapping[str, Any]], data: Data) -> list[str]:
+    """Return a line if a user's data have no part to measure on."""
+    if data.size("test") or data.size("held_out") or not results:
+        return []
+    return [
+        f"{ODD}{data.name} gives training batches alone, so nothing is measured: let it return (train, held out) or "
+        "(train, held out, test)"
+    ]
+
+
 def after_training(settings: NetworkSettings) -> str:
     """Return the command that prunes what was trained."""
     return prune_command(settings, f" --data {word(settings.data)}", f"{settings.out}/model.safetensors")
@@ -69,7 +79,8 @@ def after_evaluating(settings: EvaluateSettings) -> str:
 
 def after_inspecting(settings: InspectSettings) -> str:
     """Return the command that prunes the network."""
-    return prune_command(settings, " --data DATA")
+    data = word(settings.data or "DATA")
+    return prune_command(settings, f" --data {data}" + (f" --forward {settings.forward}" if settings.forward else ""))
 
 
 def prune_command(settings: ModelSettings, data: str, weights: str | None = None) -> str:

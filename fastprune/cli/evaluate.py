@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastprune.cli.advice import after_evaluating, at_chance
+from fastprune.cli.advice import after_evaluating, at_chance, unmeasured
 from fastprune.cli.inputs import check_batch, data_example, load_objective
 from fastprune.cli.networks import (
     build_code,
@@ -56,7 +56,8 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
     results = measure(networks, data, settings.device, peers, objective)
     for key, network in networks.items():
         results[key] |= count_size(network, example)
-    print_results(results, values["json"], peers, None, [*at_chance(results, data), after_evaluating(settings)])
+    odd = [*at_chance(results, data), *unmeasured(results, data)]
+    print_results(results, values["json"], peers, None, [*odd, after_evaluating(settings)])
     return 0
 
 

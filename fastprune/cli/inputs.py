@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastprune.arguments import make_objective
 from fastprune.cli.networks import image_shape, input_shape, make_example
-from fastprune.cli.settings import ModelSettings, ObjectiveSettings
+from fastprune.cli.settings import InspectSettings, ModelSettings, ObjectiveSettings
 from fastprune.data import Data, UserData
 from fastprune.engine import Placement
 from fastprune.graph.export.inputs import Example
@@ -18,7 +18,9 @@ from fastprune.training.example import example_of
 from fastprune.training.objective import Objective
 
 
-def load_objective(settings: ObjectiveSettings, earlier: ObjectiveSettings | None = None) -> Objective:
+def load_objective(
+    settings: ObjectiveSettings | InspectSettings, earlier: ObjectiveSettings | None = None
+) -> Objective:
     """Import the functions of ``--loss`` and ``--forward``.
 
     Args:
@@ -30,7 +32,7 @@ def load_objective(settings: ObjectiveSettings, earlier: ObjectiveSettings | Non
     """
     found: dict[str, Any] = {"loss": None, "forward": None}
     for name in found:
-        spec = getattr(settings, name) or getattr(earlier, name, None)
+        spec = getattr(settings, name, None) or getattr(earlier, name, None)
         if spec is None:
             continue
         try:

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fastprune.cli.advice import at_chance, print_advice, word
+from fastprune.cli.inputs import has_images
 from fastprune.cli.networks import build_model, check_fit, image_shape, make_example, open_data
 from fastprune.cli.settings import RunSettings, SensitivitySettings, pick, require
 from fastprune.report.tables import percent, show
 from fastprune.sensitivity import Sensitivity, sensitivity
+from fastprune.training.objective import Objective
 
 CHART, SUGGESTION = "sensitivity.png", "keep_ratio.yaml"
 
@@ -30,6 +32,10 @@ def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
         raise ValueError(f"{str(folder)!r} exists already: give another --out")
     data = open_data(str(settings.data), pick(RunSettings, {**values, "out": None}))
     torch.manual_seed(settings.seed)
+    if not has_images(data, Objective()):
+        raise ValueError(
+            f"--data {settings.data}: sensitivity takes batches of images [N, C, H, W] and class labels [N]"
+        )
     model = build_model(settings, data)
     shape = image_shape(data)
     check_fit(model, settings.model, make_example(shape))

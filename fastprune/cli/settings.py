@@ -85,6 +85,10 @@ class NetworkSettings(ModelSettings, RunSettings, ObjectiveSettings):
 class InspectSettings(ModelSettings):
     """Show a network's channel groups and its cost."""
 
+    data: str | None = option(
+        None, "data set whose first batch is the example, for networks of other inputs than images"
+    )
+    forward: str | None = option(None, FORWARD)
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)

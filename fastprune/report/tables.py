@@ -17,8 +17,8 @@ PIPED = 10_000  # columns of a table that goes into a pipe or a file: enough for
 
 
 def millions(value: float) -> str:
-    """Return a count in millions, with two decimals."""
-    return f"{value / 1e6:,.2f} M"
+    """Return a count in millions, with two decimals; in thousands if that would leave no digit."""
+    return f"{value / 1e6:,.2f} M" if value >= 1e4 or not value else f"{value / 1e3:,.2f} K"
 
 
 def percent(value: float) -> str:

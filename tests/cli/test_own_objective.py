@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_networks import TwoInputs
 
 import fastprune as fp
 from fastprune.cli.main import main
@@ -37,6 +38,9 @@ def regression():
 def masks():
     labels = (images.mean(1) > 0).long() + (images.mean(1) > 0.5).long()
     return three(DataLoader([{"image": x, "mask": y} for x, y in zip(images, labels)], batch_size=16))
+
+def alone():
+    return masks()[0]
 
 def swapped():
     target = images.mean((1, 2, 3))[:, None] + numbers[:, :1]
@@ -134,10 +138,39 @@ def test_training_and_pruning_in_two_steps(here: Path, capsys: pytest.CaptureFix
     assert second["compact"]["macs"] <= 0.7 * second["baseline"]["macs"]
 
 
+def test_a_run_of_the_api_and_a_run_that_is_resumed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    fp.prune(TwoInputs(), (torch.randn(2, 3, 16, 16), torch.randn(2, 5)), method="l1", out="runs/a")
+    line = "--run runs/a --model nets.py:TwoInputs --data own.py:regression"
+    assert run(f"evaluate {line}") == 2
+    assert "--loss" in capsys.readouterr().err
+    assert found(f"evaluate {line} --loss own.py:squared", capsys)["compact"]["loss"] > 0
+    once = found(f"finetune {line} --epochs 2 --batch_size 16 --lr 0.01 --loss own.py:squared", capsys)
+    network = fp.load("runs/a", model=TwoInputs())
+    again = found("finetune --run runs/a --resume", capsys)  # with the loss that finetune.yaml names
+    assert again["compact"] == once["compact"]
+    assert all(map(torch.equal, network.parameters(), fp.load("runs/a", model=TwoInputs()).parameters()))
+
+
 def test_a_dry_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preview = found(f"prune {CHAINS['inputs by name']} --dry_run", capsys)
     assert preview["seconds"] > 0
     assert [group["units"] for group in preview["groups"]]
+
+
+def test_inspect_takes_its_example_from_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = found("inspect nets.py:TwoInputs --data own.py:regression", capsys)
+    assert [group["name"] for group in shown["groups"]] == ["image.0", "image.3", "numbers"]
+    again = found("inspect nets.py:TwoInputs --data own.py:swapped --forward own.py:by_name", capsys)
+    assert again["macs"] == shown["macs"]
+    assert run("sensitivity nets.py:TwoInputs --data own.py:regression") == 2
+    assert "sensitivity takes batches of images" in capsys.readouterr().err
+
+
+def test_data_without_a_part_to_measure_are_odd(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate nets.py:UNet --data own.py:alone --forward own.py:segment") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "odd: own.py:alone gives training batches alone, so nothing is measured: let it return (train, held" in shown
 
 
 TWO, SWAPPED = "nets.py:TwoInputs --data own.py:regression", "nets.py:TwoInputs --data own.py:swapped"
