@@ -52,7 +52,7 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
         check_fit(network, name, example)
         if settings.run is not None:
             check_classes(network, data, example, objective)
-        check_batch(network, data, objective)
+        check_batch(network, data, objective, settings.device)
     results = measure(networks, data, settings.device, peers, objective)
     for key, network in networks.items():
         results[key] |= count_size(network, example)

@@ -64,7 +64,7 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     example = data_example(data, objective, compact)
     check_fit(compact, record.name, example, training=True)
     check_classes(compact, data, example, objective)
-    check_batch(compact, data, objective)
+    check_batch(compact, data, objective, settings.device)
     recipe = recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"])
     with loggers:
         with recipe:

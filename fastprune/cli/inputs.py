@@ -10,7 +10,7 @@ from fastprune.arguments import make_objective
 from fastprune.cli.networks import image_shape, input_shape, make_example
 from fastprune.cli.settings import InspectSettings, ModelSettings, ObjectiveSettings
 from fastprune.data import Data, UserData
-from fastprune.engine import Placement
+from fastprune.engine import Placement, choose_device
 from fastprune.graph.export.inputs import Example
 from fastprune.graph.model_state import in_eval_mode
 from fastprune.host.objects import load_object
@@ -87,7 +87,7 @@ def data_example(data: Data, objective: Objective, network: nn.Module) -> Exampl
     return make_example(image_shape(data))
 
 
-def check_batch(network: nn.Module, data: Data | None, objective: Objective) -> None:
+def check_batch(network: nn.Module, data: Data | None, objective: Objective, device: str) -> None:
     """Try the first batch of a user's data, before anything is written or searched.
 
     Raises:
@@ -95,10 +95,10 @@ def check_batch(network: nn.Module, data: Data | None, objective: Objective) -> 
     """
     if not isinstance(data, UserData):
         return
-    place = Placement()
+    place = Placement(choose_device(device))
     inputs, targets = data.first
     try:
         with in_eval_mode(network):
-            objective.check(network, place.images(inputs), place.labels(targets))
+            objective.check(place.model(network), place.images(inputs), place.labels(targets))
     except ValueError as error:
         raise ValueError(f"{error} (in a command, loss= is --loss and forward= is --forward)") from error

@@ -218,5 +218,6 @@ def measure(
 
 def count_size(model: nn.Module, example: Example) -> dict[str, int]:
     """Count MACs and parameters on the network itself."""
-    cost = trace(model, example).cost()
+    inputs = Inputs.from_example(example, model).map(lambda x: x.to(device_of(model)))  # it was measured there
+    cost = trace(model, inputs).cost()
     return {"macs": round(float(cost.macs)), "params": round(float(cost.params))}

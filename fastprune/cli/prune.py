@@ -185,7 +185,7 @@ def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
         model, before, origin = load_pruned(base, data=data), PruningPlan.load(base.plan_path), Origin.of_run(base)
     example = find_example(settings, data, objective, model)
     check_fit(model, settings.model, example)
-    check_batch(model, data, objective)
+    check_batch(model, data, objective, settings.device)
     if data is not None:
         check_classes(model, data, example, objective, more=True)
     return Subject(model, example, data, objective, before, origin)

@@ -37,7 +37,7 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
     model = build_model(settings, data)
     example = data_example(data, objective, model)
     check_fit(model, settings.model, example, training=True)
-    check_batch(model, data, objective)
+    check_batch(model, data, objective, settings.device)
     check_classes(model, data, example, objective, more=True)
     file = make_config(settings, "train", plain(asdict(config)))
     with run_directory(settings.out, file, peers, resume=values["resume"]) as run:
