@@ -42,3 +42,18 @@ def test_groups_without_gates_log_no_keep_ratio(tiny: nn.Module) -> None:
     names = {f"keep/{group.name}" for group in task.graph.groups if gated[group.units].all()}
     assert method.keep_ratios(task) == dict.fromkeys(names, 1.0)
     assert 0 < len(names) < len(task.graph.groups)
+
+
+@pytest.mark.parametrize(("theta", "odd"), [(0.9, True), (0.4, False)])
+def test_a_search_that_has_not_settled_is_odd(
+    theta: float, odd: bool, tiny: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    method_class: Any = load("dmc")
+    method = method_class(method_class.Config(epochs=2, groups="all"))
+    task = Task(tiny, trace(tiny, torch.zeros(2, 3, 16, 16)), Budget("flops", 0.5))
+    method.setup(task)
+    with torch.no_grad():
+        method.theta.fill_(theta)
+    method.plan(task)
+    assert ("odd: the gates ended far above the budget" in caplog.text) == odd
+    assert ("more epochs than 2" in caplog.text) == odd

@@ -24,6 +24,8 @@ from fastprune.training.phases import Metrics, Phase
 
 log = logging.getLogger(__name__)
 
+UNSETTLED = 0.2  # part of the network by which a search ends above its plan if its gates have hardly moved
+
 
 def prunable_cost(graph: ChannelGraph, budget: Budget, units: Tensor) -> float:
     """Compute the cost of the layers that shrink with ``units``, T_total of the papers.
@@ -205,6 +207,12 @@ class GateSearch(Method):
             "channels_changed_by_projection": float((chosen != projected).sum()),
         }
         log.info("the %s cost %.4f of the network, the plan %.4f (budget %s)", what, cost, final, budget)
+        if cost - final > UNSETTLED:
+            log.warning(
+                "odd: the %s ended far above the budget, so the plan is little more than a guess; search for more epochs "
+                "than %d, or with a greater learning rate",
+                *(what, self.config.epochs),
+            )
 
     def results(self) -> Metrics:
         """Report the cost of the search's choice and of the plan, relative to the full network."""
