@@ -31,5 +31,5 @@ def run_compare(values: dict[str, Any], given: set[str]) -> int:
         # Into a file or a pipe the table goes whole, however wide it is.
         has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
         print(compared.to_text(shutil.get_terminal_size().columns if has_width else None))
-        print(f"chart: {drawn}" if drawn else f"no chart. {why}")
+        print(f"chart: {drawn}" if drawn else f"no {why}")
     return 0

@@ -135,7 +135,8 @@ def test_no_chart_is_said(write_run: WriteRun, capfd: Any) -> None:
     run = write_run("a", [])
     code, out, _ = command(str(run), capfd)
     assert code == 0
-    assert "no chart. chart: two runs with a test accuracy are needed" in out
+    assert "no chart: got one run; give two or more to compare" in out
+    assert "no chart: two runs with a test accuracy are needed" in command(f"{run} {write_run('b', [])}", capfd)[1]
     assert command(f"{run} --chart c.svg", capfd)[0] == 2
 
 
