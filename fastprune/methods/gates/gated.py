@@ -209,8 +209,8 @@ class GateSearch(Method):
         log.info("the %s cost %.4f of the network, the plan %.4f (budget %s)", what, cost, final, budget)
         if cost - final > UNSETTLED:
             log.warning(
-                "odd: the %s ended far above the budget, so the plan is little more than a guess; search for more epochs "
-                "than %d, or with a greater learning rate",
+                "odd: the %s ended far above the budget, so the plan is little more than a guess; search for more "
+                "epochs than %d, or with a greater learning rate",
                 *(what, self.config.epochs),
             )
 
