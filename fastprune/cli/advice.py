@@ -9,7 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from fastprune.cli.settings import EvaluateSettings, InspectSettings, ModelSettings, NetworkSettings, PruneSettings
+from fastprune.cli.settings import (
+    EvaluateSettings,
+    InspectSettings,
+    ModelSettings,
+    NetworkSettings,
+    PruneSettings,
+    SensitivitySettings,
+)
 from fastprune.data import Data
 from fastprune.host.distributed import Distributed
 
@@ -23,11 +30,22 @@ def print_advice(lines: Sequence[str]) -> None:
         Console(markup=False, highlight=False).print(line, style="yellow" if odd else None, soft_wrap=not odd)
 
 
-def warn_of_random_weights(settings: PruneSettings, peers: Distributed) -> None:
-    """Say in red, before the search, that the weights are random."""
+def warn_of_random_weights(
+    settings: PruneSettings | SensitivitySettings,
+    peers: Distributed,
+    so: str = "so the channels that stay mean nothing",
+) -> None:
+    """Say in red, before the work, that the weights are random.
+
+    Args:
+        settings: the network.
+        peers: this process among its peers; one of them speaks.
+        so: what follows from it.
+    """
     own_code = ":" in settings.model and not settings.model.startswith(("torchvision:", "timm:"))
-    if settings.weights is None and settings.from_run is None and not own_code and peers.is_main:
-        text = "warning: no --weights: the weights are random, so the channels that stay mean nothing"
+    is_new = settings.weights is None and getattr(settings, "from_run", None) is None
+    if is_new and not own_code and peers.is_main:
+        text = f"warning: no --weights: the weights are random, {so}"
         Console(stderr=True, markup=False, highlight=False).print(text, style="bold red", soft_wrap=True)
 
 
@@ -47,6 +65,17 @@ def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None) -> li
         return [f"{ODD}the compact network is {guess}: train it longer, or with another --lr"]
     verb = "is" if len(low) == 1 else "are"
     return [f"{ODD}the {' and the '.join(low)} {verb} {guess}: are the weights trained on these data?"]
+
+
+def too_few(samples: int, drop: float) -> list[str]:
+    """Return a line if one sample more or less is a larger difference than the one that is looked for."""
+    if not drop or 1 / samples <= drop:
+        return []
+    need = math.ceil(1 / drop)
+    part = f"{100 / samples:.1f} %"
+    return [
+        f"{ODD}one of {samples} held-out samples is {part}, more than --drop {drop:g}: hold out {need} (--held_out)"
+    ]
 
 
 def after_training(settings: NetworkSettings) -> str:

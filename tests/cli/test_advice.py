@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastprune.cli.advice import at_chance
+from fastprune.cli.advice import at_chance, too_few
 from fastprune.cli.main import main
 from fastprune.data import load_data
 
@@ -44,6 +44,20 @@ def test_random_weights_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixt
     assert last == f"next: fastprune finetune --run {tmp_path}/run --data DATA"
     assert main(shlex.split(f"prune --model resnet20 --method l1 --out {tmp_path}/other --json")) == 0
     assert "next:" not in capsys.readouterr().out
+
+
+def test_sensitivity_warns_of_random_weights_and_few_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "sensitivity --model resnet20 --data synthetic:3x8x8:4:64 --ratios [0.5] --device cpu"
+    assert main(shlex.split(line)) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: no --weights: the weights are random, so the accuracies mean nothing")
+    assert "more than --drop 0.01: hold out 100 (--held_out)" in printed.out.replace("\n", " ").replace("  ", " ")
+
+
+def test_few_samples() -> None:
+    assert too_few(100, 0.01) == too_few(12, 0.1) == too_few(12, 0.0) == []
+    (line,) = too_few(12, 0.01)
+    assert line == "odd: one of 12 held-out samples is 8.3 %, more than --drop 0.01: hold out 100 (--held_out)"
 
 
 def test_accuracies_at_chance() -> None:
