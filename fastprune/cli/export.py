@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def run_export(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps({**asdict(file), "path": str(file.path), "advice": file.advice}))
     else:
         print_file(file)
+        print(f"next: fastprune report --run {shlex.quote(settings.run)}")
     return 0
 
 
