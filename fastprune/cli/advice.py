@@ -49,8 +49,14 @@ def warn_of_random_weights(
         Console(stderr=True, markup=False, highlight=False).print(text, style="bold red", soft_wrap=True)
 
 
-def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None) -> list[str]:
-    """Return a line for accuracies that guessing would reach, if there are some."""
+def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None, *, trained: bool = False) -> list[str]:
+    """Return a line for accuracies that guessing would reach, if there are some.
+
+    Args:
+        results: the measurements of each network.
+        data: the data set.
+        trained: whether the command has just trained the network.
+    """
     if data is None or not data.knows_classes or not data.size("test"):
         return []
     chance, samples = 1 / data.num_classes, data.size("test")
@@ -61,8 +67,9 @@ def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None) -> li
     guess = f"at chance ({100 * chance:.1f} % for {data.num_classes} classes)"
     if "compact" in low and "baseline" in results and "baseline" not in low:
         return [f"{ODD}the compact network is {guess}, as pruned networks often are: fine-tune it"]
-    if low == ["compact"]:
-        return [f"{ODD}the compact network is {guess}: train it longer, or with another --lr"]
+    if low == ["compact"] or trained:
+        name = "compact network" if low == ["compact"] else low[0]
+        return [f"{ODD}the {name} is {guess}: train it longer, or with another --lr"]
     verb = "is" if len(low) == 1 else "are"
     return [f"{ODD}the {' and the '.join(low)} {verb} {guess}: are the weights trained on these data?"]
 

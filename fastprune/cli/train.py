@@ -51,6 +51,6 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
             inputs = (InputSpec((2, *data.shape), "float32"),)
             NetworkRecord(type(model).__name__, source_of(model), inputs).save(run)
     result = measure({"model": model}, data, settings.device, peers)
-    advice = [*at_chance(result, data), after_training(settings)]
+    advice = [*at_chance(result, data, trained=True), after_training(settings)]
     print_results(result, values["json"], peers, Path(str(settings.out)), advice)
     return 0

@@ -72,4 +72,6 @@ def test_accuracies_at_chance() -> None:
     assert line.endswith("are the weights trained on these data?")
     (line,) = at_chance({"compact": {"accuracy": 0.2}}, data)
     assert "train it longer" in line
+    (line,) = at_chance({"model": {"accuracy": 0.2}}, data, trained=True)
+    assert line == "odd: the model is at chance (25.0 % for 4 classes): train it longer, or with another --lr"
     assert at_chance({"model": {}}, None) == []

@@ -24,7 +24,7 @@ from fastprune.training.phases import Metrics, Phase
 
 log = logging.getLogger(__name__)
 
-UNSETTLED = 0.2  # part of the network by which a search ends above its plan if its gates have hardly moved
+UNSETTLED = 0.2  # part of the network by which a search misses its plan if its gates hardly moved, or nearly all closed
 
 
 def prunable_cost(graph: ChannelGraph, budget: Budget, units: Tensor) -> float:
@@ -207,11 +207,15 @@ class GateSearch(Method):
             "channels_changed_by_projection": float((chosen != projected).sum()),
         }
         log.info("the %s cost %.4f of the network, the plan %.4f (budget %s)", what, cost, final, budget)
-        if cost - final > UNSETTLED:
+        if abs(cost - final) > UNSETTLED:
+            where, what_to_do = (
+                ("above", f"for more epochs than {self.config.epochs}, or with a greater learning rate")
+                if cost > final
+                else ("below", "with a smaller learning rate")
+            )
             log.warning(
-                "odd: the %s ended far above the budget, so the plan is little more than a guess; search for more "
-                "epochs than %d, or with a greater learning rate",
-                *(what, self.config.epochs),
+                "odd: the %s ended far %s the budget, so the plan is little more than a guess; search %s",
+                *(what, where, what_to_do),
             )
 
     def results(self) -> Metrics:
