@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastprune.arguments import check_arguments, check_kind, make_objective
-from fastprune.data.given import GivenData, as_data
+from fastprune.data.given import GivenData, as_data, note_data
 from fastprune.data.user_data import Loader
 from fastprune.engine import (
     LoopOptions,
@@ -139,7 +139,8 @@ def prune(
     where = device_of(model) if device is None else choose_device(str(device))
     goal = Goal.make(budget, conditions, limits, where)
     tracing = Tracing(rewrite, layer_names(model, ignore), exact)
-    running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
+    config = {**note_data(data, held_out), **(run_config or {})}
+    running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, config)
     recovery = Recovery(compensate, calibration)
     recovery.require_data(data)
     makers = load_loggers(log)

@@ -84,7 +84,7 @@ def print_preview(settings: PruneSettings, budget: Budget, found: Preview) -> No
         ),
         "time: " + (f"about {duration(found.seconds)}: " if found.seconds is not None else "") + found.how,
         "nothing was written; the method chooses widths of its own, an equal ratio is an example of the budget",
-        "next: the same command without --dry_run, with --out RUN",
+        "next: the same command without --dry-run",
     ]
     for part in parts:
         console.print(part)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +23,8 @@ def run_export(values: dict[str, Any], given: set[str]) -> int:
     settings = pick(ExportSettings, values)
     if not settings.run:
         raise ValueError("the directory of a run is needed: fastprune export RUN --out FILE")
+    if not settings.out and settings.format in ("onnx", "pt2"):  # a run has a file of weights already
+        settings.out = str(Path(settings.run) / f"{Path(settings.run).resolve().name}.{settings.format}")
     require(out=settings.out)
     model = None
     if settings.model:
@@ -34,6 +38,7 @@ def run_export(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps({**asdict(file), "path": str(file.path), "advice": file.advice}))
     else:
         print_file(file)
+        print(f"next: fastprune report --run {shlex.quote(settings.run)}")
     return 0
 
 

@@ -210,7 +210,10 @@ class ExportSettings:
     """Write the network of a run as a file for other runtimes."""
 
     run: str | None = option(None, "directory of a run", flag=POSITIONAL)
-    out: str = option("", "the file; it is kept only if it computes what the network computes")
+    out: str = option(
+        "",
+        "the file, kept only if it computes what the network computes; by default RUN/NAME.onnx or .pt2 by --format",
+    )
     format: str | None = option(None, "safetensors, pt2 or onnx; by default as the file's suffix says")
     opset: int | None = option(None, "opset of an ONNX file; by default torch's choice", minimum=1)
     batch: int | None = option(None, "fixed batch size; by default any", minimum=1)

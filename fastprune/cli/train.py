@@ -57,6 +57,6 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
             inputs = Inputs.from_example(example, model).specs
             NetworkRecord(type(model).__name__, source_of(model), inputs).save(run)
     result = measure({"model": model}, data, settings.device, peers, objective)
-    advice = [*at_chance(result, data), after_training(settings)]
+    advice = [*at_chance(result, data, trained=True), after_training(settings)]
     print_results(result, values["json"], peers, Path(str(settings.out)), advice)
     return 0

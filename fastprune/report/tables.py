@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from fastprune.methods.plugins import MethodInfo
 
+NARROW = 110  # columns of a terminal that has no room for venues beside what methods do
 PIPED = 10_000  # columns of a table that goes into a pipe or a file: enough for every line
 
 
@@ -44,25 +46,31 @@ def make_console() -> Console:
 
 def print_methods(methods: Iterable[MethodInfo]) -> None:
     """Print one line for each method; on a terminal what it does is cut off at the margin."""
-    table = Table()
+    table, is_narrow = Table(), make_console().width < NARROW
     table.add_column("method", no_wrap=True)
-    table.add_column("data", no_wrap=True)
+    table.add_column("needs", no_wrap=True)
     table.add_column("paper", no_wrap=True)
     table.add_column("what it does")  # this column gives way where the terminal is narrow
     for info in methods:
-        needs = "needs data" if info.needs_data else ""
+        needs = "data" if info.needs_data else ""
         foreign = f" ({info.package} {info.version})" if info.package != "fastprune" else ""
-        table.add_row(
-            info.name, needs, short_paper(info.paper), Text(info.summary + foreign, no_wrap=True, overflow="ellipsis")
-        )
+        summary = Text(info.summary + foreign, no_wrap=True, overflow="ellipsis")
+        table.add_row(info.name, needs, short_paper(info.paper, very=is_narrow), summary)
     show(table)
     Console(markup=False).print("next: fastprune methods NAME", soft_wrap=True, highlight=False)
 
 
-def short_paper(paper: str) -> str:
-    """Return authors and venue of "Li et al., Title, ICLR 2017"; texts of another form as they are."""
+def short_paper(paper: str, *, very: bool = False) -> str:
+    """Return authors and venue of "Li et al., Title, ICLR 2017"; texts of another form as they are.
+
+    Args:
+        paper: the paper as a method names it.
+        very: whether a name and a year are enough: "Li 2017".
+    """
     authors, _, rest = paper.partition(", ")
-    venue = rest.rpartition(", ")[2]
+    if very:
+        return " ".join([*authors.split()[:1], *re.findall(r"\b\d{4}\b", rest)[-1:]])
+    venue = re.sub(r" \(.*\)$", "", rest.rpartition(", ")[2])  # without a remark such as "(its baseline)"
     return f"{authors}, {venue}" if authors and venue and len(venue) <= 16 else authors
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import fastprune as fp
 from fastprune.cli.main import main
 
 NETWORK = """
@@ -170,9 +171,21 @@ def test_moving_averages_and_named_weights(here: Path, capsys: pytest.CaptureFix
     plain, ema = net().state_dict(), net().state_dict()
     torch.save({"state_dict": plain, "state_dict_ema": ema}, here / "best.ckpt")
     assert run("prune my_net.py:net --weights best.ckpt --method l1 --out a") == 0
-    assert "took 'state_dict'; 'state_dict_ema' is there too" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("took 'state_dict'; 'state_dict_ema' is there too") == 1
     assert run("prune my_net.py:net --weights best.ckpt --ema --method l1 --out b") == 0
     assert "took 'state_dict_ema'" in capsys.readouterr().err
     assert (here / "a" / "model.safetensors").read_bytes() != (here / "b" / "model.safetensors").read_bytes()
     assert run("inspect my_net.py:net --weights DEFAULT") == 2
     assert "has no weights of that name" in capsys.readouterr().err
+
+
+def test_a_run_of_the_python_interface_keeps_the_name_of_its_data(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fp.models.create("resnet20", num_classes=10, in_channels=1)
+    fp.prune(model, torch.zeros(1, 1, 8, 8), method="l1", data="digits", held_out=0.2, out=here / "run")
+    config = yaml.safe_load((here / "run" / "config.yaml").read_text())
+    assert (config["data"], config["held_out"]) == ("digits", 0.2)
+    assert run("evaluate run --json") == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"baseline", "compact"}
+    assert run("finetune run --epochs 1 --batch_size 512") == 0
