@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,26 @@ def make_objective(loss: Loss | None, forward: Forward | None) -> Objective:
             raise TypeError(f"{name}: got the class {value.__name__}; give an instance of it, {value.__name__}()")
         if value is not None and not callable(value):
             raise TypeError(f"{name}: got {type(value).__name__}; a function {form} is needed")
+        if value is not None:
+            require_two_arguments(name, value, form)
     return Objective(loss, forward)
+
+
+def require_two_arguments(name: str, function: Any, form: str) -> None:
+    """Refuse a function that cannot be called with two arguments.
+
+    Raises:
+        TypeError: says what it takes and how it is called.
+    """
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # of functions in C, which have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        got = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(f"{name}: got {got}{signature}; it is called as {form}: {error}") from error
 
 
 def refuse_resources(options: Mapping[str, Any]) -> None:

@@ -10,16 +10,19 @@ from torch import nn
 
 from fastprune import engine
 from fastprune.arguments import check_arguments, check_kind, make_objective
-from fastprune.data import Split, UserData
+from fastprune.data import Data, Split, UserData
 from fastprune.data.given import GivenData, as_data
 from fastprune.data.user_data import Loader
-from fastprune.engine import Evaluation, LoopOptions, Placement, choose_device, train
+from fastprune.engine import Evaluation, LoopOptions, Placement, RunDirectory, choose_device, train
 from fastprune.engine.run import plain, run_directory
+from fastprune.graph.export.inputs import Inputs, InputSpec
 from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.host.distributed import Distributed
 from fastprune.options import build, fields_of
 from fastprune.pruning import PruningResult
-from fastprune.training.objective import Forward, Loss
+from fastprune.runs import NetworkRecord, Origin
+from fastprune.training.example import example_of
+from fastprune.training.objective import Forward, Loss, Objective
 from fastprune.training.options import FinetuneRecipe
 
 
@@ -45,7 +48,7 @@ def finetune(
         held_out: held-out samples, as for ``prune``; measured after each epoch.
         loss: the loss, as for ``prune``.
         forward: how the model runs on a batch, as for ``prune``.
-        out: directory for log, checkpoints and the weights; None = nothing is written.
+        out: directory for log, checkpoints and the weights, which ``fastprune.load`` reads; None = nothing is written.
         resume: whether to continue the training in ``out`` from its last checkpoint.
         seed: seed of order, augmentation and dropout.
         device: "cpu", "cuda", "cuda:N" or "auto"; None = where the model is.
@@ -90,10 +93,29 @@ def finetune(
         **plain({f.name: getattr(recipe, f.name) for f in fields_of(FinetuneRecipe)}),
     }
     with run_directory(out, settings, peers, resume=resume) as run:
-        return train(
+        metrics = train(
             network, source, recipe, run=run, seed=seed, device=where, distributed=peers, resume=resume, options=loop,
             stage="finetune", objective=objective,
         )  # fmt: skip
+        if run is not None and peers.is_main:
+            keep_network(run, model, source, objective)
+    return metrics
+
+
+def keep_network(run: RunDirectory, model: nn.Module | PruningResult, data: Data, objective: Objective) -> None:
+    """Write what ``fastprune.load`` needs into the run of a fine-tuning: the plan too, if it is known."""
+    if isinstance(model, PruningResult):
+        model.plan.save(run.plan_path)
+        model.origin.keep(run, model.model, model.plan.inputs, is_full=False)
+        return
+    inputs: tuple[InputSpec, ...] = (InputSpec((2, *data.shape), "float32"),)
+    if isinstance(data, UserData):
+        try:
+            inputs = Inputs.from_example(example_of(objective, model, data.first), model).specs
+        except (TypeError, ValueError):  # what is no tensor, as a switch; export then asks for an example
+            inputs = ()
+    origin = Origin.find(model)
+    NetworkRecord(origin.class_name, origin.source, inputs).save(run)
 
 
 def evaluate(

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from fastprune.arguments import check_arguments, check_kind, make_objective
-from fastprune.data.given import GivenData, as_data
+from fastprune.data.given import GivenData, as_data, note_data
 from fastprune.data.user_data import Loader
 from fastprune.engine import (
     LoopOptions,
     Placement,
     choose_device,
 )
-from fastprune.engine.loggers import Callback, Logger, load_loggers
+from fastprune.engine.loggers import Callback, Logger, MakeLogger, load_loggers
 from fastprune.engine.loop import floats
 from fastprune.engine.run import run_directory
 from fastprune.graph.build import layer_names
@@ -68,7 +68,7 @@ def prune(
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
     origin: Source | Origin | None = None,
-    log: Sequence[str | Logger] = (),
+    log: Sequence[str | MakeLogger | Logger] = (),
     callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> PruningResult:
@@ -112,7 +112,8 @@ def prune(
         origin: what builds the full network again, so that ``fastprune.load`` needs no ``model=``:
             ``fastprune.models.Source("torchvision:resnet50", num_classes=10)``. None = what ``models.create`` has noted
             in the model, if it made it.
-        log: loggers: names ("tensorboard", "csv", "wandb", "mlflow"), which need ``out``, or ``Logger`` objects.
+        log: loggers: names ("tensorboard", "csv", "wandb", "mlflow") or functions of the run's folder and settings that
+            return one, which need ``out``; or ``Logger`` objects.
         callbacks: functions that get every record of the log, a dict with ``stage``, ``step`` and metrics.
         **options: fields of the method's ``Config``.
 
@@ -138,7 +139,8 @@ def prune(
     where = device_of(model) if device is None else choose_device(str(device))
     goal = Goal.make(budget, conditions, limits, where)
     tracing = Tracing(rewrite, layer_names(model, ignore), exact)
-    running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, run_config or {})
+    config = {**note_data(data, held_out), **(run_config or {})}
+    running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, config)
     recovery = Recovery(compensate, calibration)
     recovery.require_data(data)
     makers = load_loggers(log)

@@ -9,7 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from fastprune.cli.settings import EvaluateSettings, InspectSettings, ModelSettings, NetworkSettings, PruneSettings
+from fastprune.cli.settings import (
+    EvaluateSettings,
+    InspectSettings,
+    ModelSettings,
+    NetworkSettings,
+    PruneSettings,
+    SensitivitySettings,
+)
 from fastprune.data import Data
 from fastprune.host.distributed import Distributed
 
@@ -23,16 +30,33 @@ def print_advice(lines: Sequence[str]) -> None:
         Console(markup=False, highlight=False).print(line, style="yellow" if odd else None, soft_wrap=not odd)
 
 
-def warn_of_random_weights(settings: PruneSettings, peers: Distributed) -> None:
-    """Say in red, before the search, that the weights are random."""
+def warn_of_random_weights(
+    settings: PruneSettings | SensitivitySettings,
+    peers: Distributed,
+    so: str = "so the channels that stay mean nothing",
+) -> None:
+    """Say in red, before the work, that the weights are random.
+
+    Args:
+        settings: the network.
+        peers: this process among its peers; one of them speaks.
+        so: what follows from it.
+    """
     own_code = ":" in settings.model and not settings.model.startswith(("torchvision:", "timm:"))
-    if settings.weights is None and settings.from_run is None and not own_code and peers.is_main:
-        text = "warning: no --weights: the weights are random, so the channels that stay mean nothing"
+    is_new = settings.weights is None and getattr(settings, "from_run", None) is None
+    if is_new and not own_code and peers.is_main:
+        text = f"warning: no --weights: the weights are random, {so}"
         Console(stderr=True, markup=False, highlight=False).print(text, style="bold red", soft_wrap=True)
 
 
-def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None) -> list[str]:
-    """Return a line for accuracies that guessing would reach, if there are some."""
+def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None, *, trained: bool = False) -> list[str]:
+    """Return a line for accuracies that guessing would reach, if there are some.
+
+    Args:
+        results: the measurements of each network.
+        data: the data set.
+        trained: whether the command has just trained the network.
+    """
     if data is None or not data.knows_classes or not data.size("test"):
         return []
     chance, samples = 1 / data.num_classes, data.size("test")
@@ -43,10 +67,32 @@ def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None) -> li
     guess = f"at chance ({100 * chance:.1f} % for {data.num_classes} classes)"
     if "compact" in low and "baseline" in results and "baseline" not in low:
         return [f"{ODD}the compact network is {guess}, as pruned networks often are: fine-tune it"]
-    if low == ["compact"]:
-        return [f"{ODD}the compact network is {guess}: train it longer, or with another --lr"]
+    if low == ["compact"] or trained:
+        name = "compact network" if low == ["compact"] else low[0]
+        return [f"{ODD}the {name} is {guess}: train it longer, or with another --lr"]
     verb = "is" if len(low) == 1 else "are"
     return [f"{ODD}the {' and the '.join(low)} {verb} {guess}: are the weights trained on these data?"]
+
+
+def unmeasured(results: Mapping[str, Mapping[str, Any]], data: Data) -> list[str]:
+    """Return a line if a user's data have no part to measure on."""
+    if data.size("test") or data.size("held_out") or not results:
+        return []
+    return [
+        f"{ODD}{data.name} gives training batches alone, so nothing is measured: let it return (train, held out) or "
+        "(train, held out, test)"
+    ]
+
+
+def too_few(samples: int, drop: float) -> list[str]:
+    """Return a line if one sample more or less is a larger difference than the one that is looked for."""
+    if not drop or 1 / samples <= drop:
+        return []
+    need = math.ceil(1 / drop)
+    part = f"{100 / samples:.1f} %"
+    return [
+        f"{ODD}one of {samples} held-out samples is {part}, more than --drop {drop:g}: hold out {need} (--held_out)"
+    ]
 
 
 def after_training(settings: NetworkSettings) -> str:
@@ -69,7 +115,8 @@ def after_evaluating(settings: EvaluateSettings) -> str:
 
 def after_inspecting(settings: InspectSettings) -> str:
     """Return the command that prunes the network."""
-    return prune_command(settings, " --data DATA")
+    data = word(settings.data or "DATA")
+    return prune_command(settings, f" --data {data}" + (f" --forward {settings.forward}" if settings.forward else ""))
 
 
 def prune_command(settings: ModelSettings, data: str, weights: str | None = None) -> str:

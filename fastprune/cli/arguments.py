@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,13 +109,21 @@ def normalise(arguments: Sequence[str], invocation: Invocation) -> list[str]:
     Args:
         arguments: what the user typed.
         invocation: what it chooses.
+
+    Raises:
+        ValueError: for a run where a command takes a model, but could take the run by another option.
     """
     if invocation.command is None:
         return list(arguments)
     known, words = set(list_options(invocation)), len(invocation.command.split())
     rest = list(arguments[words:])
     if rest and not rest[0].startswith("-") and not takes_words(invocation.command):
-        is_run = "run" in known and ("weights" not in known or (Path(rest[0]) / "config.yaml").is_file())
+        holds_run = (Path(rest[0]) / "config.yaml").is_file()
+        if holds_run and "from_run" in known:
+            raise ValueError(
+                f"{rest[0]!r} is a run; to prune its network further give --from_run {shlex.quote(rest[0])}"
+            )
+        is_run = "run" in known and ("weights" not in known or holds_run)
         rest[:0] = ["--run"] if is_run else ["--model"] if "model" in known else []
     return [*arguments[:words], *(with_underscores(argument, known) for argument in rest)]
 

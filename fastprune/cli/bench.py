@@ -16,7 +16,7 @@ from fastprune.bench.run import (
     bench_search,
     bench_step,
 )
-from fastprune.cli.networks import build_model, check_fit, input_shape
+from fastprune.cli.networks import build_model, check_fit, input_shape, make_example
 from fastprune.cli.settings import ModelSettings, pick
 
 
@@ -39,7 +39,7 @@ def run_latency(values: dict[str, Any], given: set[str]) -> int:
     """Compare modelled latencies of random plans with measured ones."""
     settings, network = pick(LatencyBenchSettings, values), pick(ModelSettings, values)
     model, shape = build_model(network, None), input_shape(network, None)
-    check_fit(model, network.model, shape)
+    check_fit(model, network.model, make_example(shape))
     bench_latency(settings, model, shape)
     return 0
 

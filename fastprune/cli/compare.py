@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from typing import Any
@@ -31,5 +32,7 @@ def run_compare(values: dict[str, Any], given: set[str]) -> int:
         # Into a file or a pipe the table goes whole, however wide it is.
         has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
         print(compared.to_text(shutil.get_terminal_size().columns if has_width else None))
-        print(f"chart: {drawn}" if drawn else f"no chart. {why}")
+        print(f"chart: {drawn}" if drawn else f"no {why}")
+        page = " --out PAGE" if len(settings.runs) > 1 else ""
+        print(f"next: fastprune report --run {' '.join(map(shlex.quote, settings.runs))}{page}")
     return 0

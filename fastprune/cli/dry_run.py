@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastprune.cli.networks import make_example
 from fastprune.cli.settings import PruneSettings
 from fastprune.engine import Placement, choose_device
 from fastprune.host.distributed import Distributed
@@ -22,7 +21,6 @@ from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
 from fastprune.preview import Preview, preview
 from fastprune.report.tables import millions, percent, show
-from fastprune.training.objective import Objective
 
 
 def dry_run(
@@ -42,8 +40,8 @@ def dry_run(
     goal = Goal.make(settings.budget, conditions, limits, device)
     tracing = Tracing(not settings.keep_class, settings.ignore, not settings.inexact)
     running = RunOptions(placement, settings.seed, None, None, False, {})
-    job = Job(make_worker(method, options, subject.data), goal, tracing, running, peers, Objective())
-    network, inputs, source = job.prepare(subject.model, make_example(subject.shape), subject.data)
+    job = Job(make_worker(method, options, subject.data), goal, tracing, running, peers, subject.objective)
+    network, inputs, source = job.prepare(subject.model, subject.example, subject.data)
     task = job.trace(network, inputs, source)
     found = preview(job.worker, task, source, placement)
     if as_json:
@@ -86,7 +84,7 @@ def print_preview(settings: PruneSettings, budget: Budget, found: Preview) -> No
         ),
         "time: " + (f"about {duration(found.seconds)}: " if found.seconds is not None else "") + found.how,
         "nothing was written; the method chooses widths of its own, an equal ratio is an example of the budget",
-        "next: the same command without --dry_run, with --out RUN",
+        "next: the same command without --dry-run",
     ]
     for part in parts:
         console.print(part)

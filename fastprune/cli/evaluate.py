@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from fastprune.cli.advice import after_evaluating, at_chance
+from fastprune.cli.advice import after_evaluating, at_chance, unmeasured
+from fastprune.cli.inputs import check_batch, data_example, load_objective
 from fastprune.cli.networks import (
     build_code,
     build_model,
     check_classes,
     check_fit,
     count_size,
-    image_shape,
     lacks_builder,
     measure,
     open_run_data,
@@ -33,6 +33,7 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
     peers = Distributed.from_environment()
     if settings.run is None:
         require(model=settings.model, data=settings.data)
+        objective = load_objective(settings)
         data = load_data(str(settings.data), mean=settings.mean, std=settings.std)
         networks, name = {"model": build_model(settings, data)}, settings.model
     else:
@@ -42,17 +43,21 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
         if own:
             raise ValueError(f"--run {settings.run} has a network of its own: leave out --{own[0]}, or --run")
         origin = pick(NetworkSettings, run.config)
+        objective = load_objective(settings, origin)
         data = open_run_data(origin, settings.data)
         full = build_code(settings.model, data) if settings.model else None
         networks, name = load_networks(run, data, peers, full), NetworkRecord.read(run, data).name
+    example = data_example(data, objective, next(iter(networks.values())))
     for network in networks.values():
-        check_fit(network, name, image_shape(data))
+        check_fit(network, name, example)
         if settings.run is not None:
-            check_classes(network, data)
-    results = measure(networks, data, settings.device, peers)
+            check_classes(network, data, example, objective)
+        check_batch(network, data, objective, settings.device)
+    results = measure(networks, data, settings.device, peers, objective)
     for key, network in networks.items():
-        results[key] |= count_size(network, image_shape(data))
-    print_results(results, values["json"], peers, None, [*at_chance(results, data), after_evaluating(settings)])
+        results[key] |= count_size(network, example)
+    odd = [*at_chance(results, data), *unmeasured(results, data)]
+    print_results(results, values["json"], peers, None, [*odd, after_evaluating(settings)])
     return 0
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from fastprune import models
+from fastprune.cli.networks import choose_sizes
 from fastprune.cli.settings import ExportSettings, pick, require
 from fastprune.engine import RunDirectory
 from fastprune.runs import NetworkRecord
@@ -20,12 +23,14 @@ def run_export(values: dict[str, Any], given: set[str]) -> int:
     settings = pick(ExportSettings, values)
     if not settings.run:
         raise ValueError("the directory of a run is needed: fastprune export RUN --out FILE")
+    if not settings.out and settings.format in ("onnx", "pt2"):  # a run has a file of weights already
+        settings.out = str(Path(settings.run) / f"{Path(settings.run).resolve().name}.{settings.format}")
     require(out=settings.out)
     model = None
     if settings.model:
         record = NetworkRecord.read(RunDirectory.open(settings.run))
         channels = record.inputs[0].shape[1] if record.inputs and len(record.inputs[0].shape) == 4 else 3
-        model = models.create(settings.model, settings.num_classes, None if channels == 3 else channels)
+        model = models.create(settings.model, settings.num_classes, choose_sizes(settings.model, None, channels)[1])
     file = export(
         settings.run, settings.out, format=settings.format, opset=settings.opset, batch=settings.batch, model=model
     )
@@ -33,6 +38,7 @@ def run_export(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps({**asdict(file), "path": str(file.path), "advice": file.advice}))
     else:
         print_file(file)
+        print(f"next: fastprune report --run {shlex.quote(settings.run)}")
     return 0
 
 

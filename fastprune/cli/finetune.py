@@ -12,12 +12,13 @@ import torch
 import yaml
 
 from fastprune.cli.advice import at_chance, word
+from fastprune.cli.inputs import check_batch, data_example, load_objective
 from fastprune.cli.networks import (
     build_code,
     check_classes,
     check_fit,
     check_recipe,
-    image_shape,
+    count_data_classes,
     measure,
     open_run_data,
 )
@@ -31,7 +32,7 @@ from fastprune.cli.runs import (
 )
 from fastprune.cli.settings import FinetuneConfig, FinetuneSettings, NetworkSettings, pick, require
 from fastprune.engine import RunDirectory, choose_device, train
-from fastprune.engine.loggers import load_loggers, split_names
+from fastprune.engine.loggers import OpenLoggers, split_names
 from fastprune.engine.run import plain, took_steps
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
@@ -47,7 +48,8 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     settings, config = choose_settings(run, settings, values, given)
     check_recipe(config, choose_device(settings.device))
     origin = pick(NetworkSettings, run.config)
-    load_loggers(split_names(settings.log))
+    objective = load_objective(settings, origin)
+    loggers = OpenLoggers(split_names(settings.log))
     data = open_run_data(origin, settings.data)
     torch.manual_seed(settings.seed)
     if not run.plan_path.is_file():
@@ -57,19 +59,25 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
         raise ValueError(f"--run {settings.run} has a network of its own: leave out --model")
     known = record.source is not None and config.from_scratch
     full = build_code(settings.model, data) if settings.model else None
-    classes = data.num_classes if known else None
+    classes = count_data_classes(data) if known else None
     compact = load_pruned(run, full, data=data, trained=not config.from_scratch, classes=classes)
-    check_fit(compact, record.name, image_shape(data), training=True)
-    check_classes(compact, data)
-    with recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"]):
-        train(
-            compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
-            resume=values["resume"], stage="finetune", log=split_names(settings.log),
-        )  # fmt: skip
-    if known and peers.is_main and run.network_path.is_file():
-        record.with_classes(data.num_classes).save(run)
-    result = measure({"compact": compact}, data, settings.device, peers)
-    run.log({"stage": "result", "method": "finetune", **result})
+    example = data_example(data, objective, compact)
+    check_fit(compact, record.name, example, training=True)
+    check_classes(compact, data, example, objective)
+    check_batch(compact, data, objective, settings.device)
+    recipe = recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"])
+    with loggers:
+        with recipe:
+            train(
+                compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
+                resume=values["resume"], stage="finetune", log=loggers.makers, objective=objective,
+            )  # fmt: skip
+        if classes is not None and peers.is_main and run.network_path.is_file():
+            record.with_classes(classes).save(run)
+        result = measure({"compact": compact}, data, settings.device, peers, objective)
+        line = {"stage": "result", "method": "finetune", **result}
+        run.log(line)
+        loggers.log(line)
     odd = at_chance(result, data)
     print_results(result, values["json"], peers, run.path, [*odd, f"next: fastprune report --run {word(settings.run)}"])
     return 0

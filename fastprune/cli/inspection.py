@@ -8,8 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from fastprune.cli.advice import after_inspecting
-from fastprune.cli.networks import build_model, check_fit, input_shape, make_example
+from fastprune.cli.inputs import find_example, load_objective
+from fastprune.cli.networks import build_model, check_fit
 from fastprune.cli.settings import InspectSettings, pick
+from fastprune.data import load_data
 from fastprune.graph import ChannelGraph, trace
 from fastprune.report.graph_tables import print_graph
 
@@ -17,12 +19,13 @@ from fastprune.report.graph_tables import print_graph
 def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     """Show a network's channel groups and what stands in the way of pruning."""
     settings = pick(InspectSettings, values)
-    model, shape = build_model(settings, None), input_shape(settings, None)
-    check_fit(model, settings.model, shape)
+    objective = load_objective(settings)
+    data = load_data(settings.data) if settings.data else None
+    model = build_model(settings, data)
+    example = find_example(settings, data, objective, model)
+    check_fit(model, settings.model, example)
     begun = time.monotonic()
-    graph = trace(
-        model, make_example(shape), rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact
-    )
+    graph = trace(model, example, rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact)
     seconds = time.monotonic() - begun
     if values["json"]:
         print(json.dumps(as_json(graph, seconds)))

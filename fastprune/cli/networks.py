@@ -14,8 +14,11 @@ from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, 
 from fastprune.data import Data, Split, UserData, load_data
 from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate
 from fastprune.graph import trace
+from fastprune.graph.export.inputs import Example, Inputs
+from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.host.distributed import Distributed
 from fastprune.runs import NetworkRecord
+from fastprune.training.objective import Objective
 
 
 def open_data(spec: str, settings: RunSettings) -> Data:
@@ -58,12 +61,11 @@ def image_shape(data: Data) -> tuple[int, int, int]:
     """Return (C, H, W) of the images of a data set.
 
     Raises:
-        ValueError: for data of another kind, which the command line has no example for.
+        ValueError: for data of another kind.
     """
     if len(data.shape) != 3:
         raise ValueError(
-            f"--data {data.name}: its first input is of shape {list(data.shape)}, no image [C, H, W]; for such "
-            "networks use fastprune.prune in Python"
+            f"--data {data.name}: its first input is of shape {list(data.shape)}; images [C, H, W] are needed"
         )
     channels, height, width = data.shape
     return channels, height, width
@@ -87,20 +89,27 @@ def build_model(settings: ModelSettings, data: Data | None) -> nn.Module:
         data: the data set, which gives the numbers of channels and classes; None = the weights give the classes.
     """
     require(model=settings.model)
-    channels = input_shape(settings, data)[0]
+    channels = 3 if data is not None and len(data.shape) != 3 else input_shape(settings, data)[0]
     if data is not None:
         classes = count_data_classes(data)
     else:
         weights = settings.weights
         classes = models.count_classes(weights) if weights is not None and not models.names_weights(weights) else None
-    # Every factory makes networks for 3 channels; only some can be asked for another number.
-    in_channels = None if channels == 3 else channels
     try:
-        return models.create(
-            settings.model, num_classes=classes, in_channels=in_channels, weights=settings.weights, ema=settings.ema
-        )
+        sizes = choose_sizes(settings.model, classes, channels)
+        return models.create(settings.model, *sizes, weights=settings.weights, ema=settings.ema)
     except RuntimeError as error:  # torch's, where the sizes are absurd
         raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
+
+
+def choose_sizes(name: str, classes: int | None, channels: int) -> tuple[int | None, int | None]:
+    """Return ``num_classes`` and ``in_channels`` for a network's builder; None where a user's function has no such one.
+
+    Every builder makes networks for 3 channels; only some can be asked for another number.
+    """
+    asks_classes = classes is not None and models.takes(name, "num_classes")
+    asks_channels = channels != 3 and models.takes(name, "in_channels")
+    return classes if asks_classes else None, channels if asks_channels else None
 
 
 def lacks_builder(run: RunDirectory) -> bool:
@@ -110,17 +119,17 @@ def lacks_builder(run: RunDirectory) -> bool:
 
 def build_code(name: str, data: Data) -> nn.Module:
     """Build the full network of a run that does not say what builds it; its weights do not matter."""
-    channels = data.shape[0]
-    return models.create(name, count_data_classes(data), None if channels == 3 else channels)
+    channels = data.shape[0] if len(data.shape) == 3 else 3
+    return models.create(name, *choose_sizes(name, count_data_classes(data), channels))
 
 
-def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, training: bool = False) -> None:
-    """Refuse a network that cannot take the images, before anything is written or traced.
+def check_fit(model: nn.Module, name: str, example: Example, *, training: bool = False) -> None:
+    """Refuse a network that cannot take the example, before anything is written or traced.
 
     Args:
         model: the network; it is not changed.
         name: what the user calls it.
-        shape: (C, H, W) of the images.
+        example: a batch of its inputs.
         training: whether to try it in train mode, in which auxiliary heads run too.
 
     Raises:
@@ -128,28 +137,49 @@ def check_fit(model: nn.Module, name: str, shape: tuple[int, int, int], *, train
     """
     trial = copy.deepcopy(model).train(training)
     try:
+        inputs = Inputs.from_example(example, trial)
+    except TypeError as error:
+        text = str(error).removeprefix("example_inputs: ").removesuffix("; give inputs by name as a dict")
+        raise ValueError(
+            f"model {name!r}: {text}; give --data file.py:function with batches that it takes: the first one, without "
+            "its target, is the example"
+        ) from error
+    shapes = ["x".join(map(str, x.shape[1:])) for x in inputs.tensors]
+    images = len(shapes) == 1 and inputs.tensors[0].dim() == 4
+    try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            trial(torch.zeros(2, *shape, device=next((p.device for p in model.parameters()), None)))
+            inputs.map(lambda x: x.to(device_of(trial))).run(trial)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # whatever the model's own code raises
         raise ValueError(
-            f"model {name!r} cannot take images of {'x'.join(map(str, shape))}: {error}; give images of another "
-            "size (--input, --image_size) or another model"
-        ) from error
+            f"model {name!r} cannot take {'images' if images else 'inputs'} of {', '.join(shapes)}: {error}; give "
+            + ("images of another size (--input, --image_size) or another model" if images else
+               "a batch as the network takes it, or --forward file.py:function, which calls it")
+        ) from error  # fmt: skip
 
 
-def check_classes(model: nn.Module, data: Data) -> None:
-    """Refuse data of other classes than a run's network tells apart; labels would mean something else.
+def check_classes(model: nn.Module, data: Data, example: Example, objective: Objective, *, more: bool = False) -> None:
+    """Refuse data of other classes than a network tells apart; labels would mean something else.
+
+    Args:
+        model: the network.
+        data: the data set.
+        example: a batch of the network's inputs.
+        objective: how the network is judged.
+        more: whether the network may tell more classes apart than the data have.
 
     Raises:
         ValueError: with both numbers.
     """
-    if not data.knows_classes:
+    if not data.knows_classes or not objective.classifies:
         return
-    with torch.no_grad():
-        scores = model(torch.zeros(2, *data.shape))
-    if isinstance(scores, Tensor) and scores.dim() == 2 and scores.shape[1] != data.num_classes:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), in_eval_mode(model):
+        scores = Inputs.from_example(example, model).map(lambda x: x.to(device_of(model))).run(model)
+    if not isinstance(scores, Tensor) or scores.dim() != 2:
+        return
+    if scores.shape[1] != data.num_classes and not (more and scores.shape[1] > data.num_classes):
+        owner = "" if more else "run's "
         raise ValueError(
-            f"data {data.name!r} has {data.num_classes} classes, the run's network tells {scores.shape[1]} apart; "
+            f"data {data.name!r} has {data.num_classes} classes, the {owner}network tells {scores.shape[1]} apart; "
             "give data of the same classes"
         )
 
@@ -162,25 +192,32 @@ def check_recipe(config: TrainConfig, device: torch.device) -> None:
 
 
 def measure(
-    networks: Mapping[str, nn.Module], data: Data | None, device: str, peers: Distributed
+    networks: Mapping[str, nn.Module],
+    data: Data | None,
+    device: str,
+    peers: Distributed,
+    objective: Objective | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure the top-1 accuracy of each network on the test set; of a user's data without one, on the held-out part.
 
-    Without any the results are empty.
+    With a loss of the user's own it is the loss. Without any such part the results are empty.
     """
+    aim = objective or Objective()
     splits: tuple[Split, ...] = ("test", "held_out") if isinstance(data, UserData) else ("test",)
     split = next((split for split in splits if data is not None and data.size(split)), None)
     if data is None or split is None:
         return {name: {} for name in networks}
-    key = "accuracy" if split == "test" else "held_out_accuracy"
+    key = aim.measure_name if split == "test" else f"held_out_{aim.measure_name}"
     placement = Placement(choose_device(device))
-    return {
-        name: {key: evaluate(placement.model(network), data, split, placement=placement, distributed=peers)["accuracy"]}
-        for name, network in networks.items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, network in networks.items():
+        result = evaluate(placement.model(network), data, split, placement=placement, distributed=peers, objective=aim)
+        found[name] = {key: result["accuracy"] if aim.classifies else result["loss"]}
+    return found
 
 
-def count_size(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int]:
+def count_size(model: nn.Module, example: Example) -> dict[str, int]:
     """Count MACs and parameters on the network itself."""
-    cost = trace(model, make_example(shape)).cost()
+    inputs = Inputs.from_example(example, model).map(lambda x: x.to(device_of(model)))  # it was measured there
+    cost = trace(model, inputs).cost()
     return {"macs": round(float(cost.macs)), "params": round(float(cost.params))}

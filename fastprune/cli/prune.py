@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import nn
 
 from fastprune.cli.advice import after_pruning, at_chance, warn_of_random_weights
 from fastprune.cli.dry_run import dry_run
-from fastprune.cli.networks import build_model, check_fit, input_shape, make_example, measure, open_data
+from fastprune.cli.inputs import check_batch, find_example, load_objective
+from fastprune.cli.networks import build_model, check_classes, check_fit, measure, open_data
 from fastprune.cli.recipes import read_recipe
 from fastprune.cli.runs import (
     FINETUNE_CONFIG,
@@ -25,7 +27,8 @@ from fastprune.cli.runs import (
 from fastprune.cli.settings import PruneSettings, pick, require
 from fastprune.data import Data
 from fastprune.engine import RunDirectory
-from fastprune.engine.loggers import load_loggers, split_names
+from fastprune.engine.loggers import OpenLoggers, split_names
+from fastprune.graph.export.inputs import Example
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
 from fastprune.methods import registry
@@ -37,6 +40,7 @@ from fastprune.pruning import PruningResult, prune
 from fastprune.recovery import How
 from fastprune.report.graph_tables import print_difference
 from fastprune.runs import Origin, load_pruned
+from fastprune.training.objective import Objective
 
 
 def run_prune(values: dict[str, Any], given: set[str]) -> int:
@@ -55,40 +59,58 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     if settings.compensate != "none" and not settings.data:
         raise ValueError(f"--data is needed: --compensate {settings.compensate} fits layers on its images")
     Budget.parse(settings.budget)
-    load_loggers(split_names(settings.log))
+    loggers = OpenLoggers(split_names(settings.log))
     limits, conditions = make_limits(settings), make_conditions(settings)
     recipe = None if settings.recipe is None or values["resume"] else read_recipe(settings.recipe)
     subject = load_subject(settings, peers)
     if settings.dry_run:
         return dry_run(settings, subject, method, options, limits, conditions, peers, as_json=values["json"])
     warn_of_random_weights(settings, peers)
-    result = prune(
+    sections = {} if recipe is None else recipe.sections
+    with loggers:
+        result = search(settings, subject, method, options, loggers, sections, resume=values["resume"])
+        tell(settings, subject, result, peers, loggers, as_json=values["json"])
+    return 0
+
+
+def search(
+    settings: PruneSettings,
+    subject: Subject,
+    method: type[Method],
+    options: Mapping[str, Any],
+    loggers: OpenLoggers,
+    sections: Mapping[str, Any],
+    *,
+    resume: bool,
+) -> PruningResult:
+    """Prune the network; ``config.yaml`` keeps the sections of a recipe."""
+    return prune(
         subject.model,
-        make_example(subject.shape),
+        subject.example,
         method=method,
         budget=settings.budget,
         data=subject.data,
+        loss=subject.objective.loss,
+        forward=subject.objective.forward,
         out=settings.out,
-        resume=values["resume"],
+        resume=resume,
         seed=settings.seed,
         device=settings.device,
         precision=settings.precision,
         channels_last=settings.channels_last,
         rewrite=not settings.keep_class,
         ignore=settings.ignore,
-        limits=limits,
-        conditions=conditions,
+        limits=make_limits(settings),
+        conditions=make_conditions(settings),
         after=subject.before,
         exact=not settings.inexact,
         compensate=cast("How", settings.compensate),
         calibration=settings.calibration,
-        run_config=make_config(settings, "prune", {} if recipe is None else recipe.sections),
+        run_config=make_config(settings, "prune", sections),
         origin=subject.origin,
-        log=split_names(settings.log),
+        log=loggers.makers,
         **options,
     )
-    tell(settings, subject, result, peers, as_json=values["json"])
-    return 0
 
 
 def read_search_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
@@ -131,24 +153,27 @@ class Subject:
 
     Args:
         model: the network.
-        shape: (C, H, W) of its images.
+        example: a batch of its inputs.
         data: the data set; None if there is none.
+        objective: how the network runs on a batch, and its loss.
         before: the plan that the network was pruned by already; None for a full one.
         origin: what the full network can be built from again.
     """
 
     model: nn.Module
-    shape: tuple[int, int, int]
+    example: Example
     data: Data | None
+    objective: Objective
     before: PruningPlan | None
     origin: Origin
 
 
 def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
     """Build the network to prune, or return to the compact one of an earlier run."""
+    objective = load_objective(settings)
     data = open_data(settings.data, settings) if settings.data else None
     torch.manual_seed(settings.seed)
-    shape, before = input_shape(settings, data), None
+    before = None
     if settings.from_run is None:
         model = build_model(settings, data)
         source = source_of(model)
@@ -158,15 +183,26 @@ def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
     else:
         base = RunDirectory.open(settings.from_run, peers)
         model, before, origin = load_pruned(base, data=data), PruningPlan.load(base.plan_path), Origin.of_run(base)
-    check_fit(model, settings.model, shape)
-    return Subject(model, shape, data, before, origin)
+    example = find_example(settings, data, objective, model)
+    check_fit(model, settings.model, example)
+    check_batch(model, data, objective, settings.device)
+    if data is not None:
+        check_classes(model, data, example, objective, more=True)
+    return Subject(model, example, data, objective, before, origin)
 
 
 def tell(
-    settings: PruneSettings, subject: Subject, result: PruningResult, peers: Distributed, *, as_json: bool
+    settings: PruneSettings,
+    subject: Subject,
+    result: PruningResult,
+    peers: Distributed,
+    loggers: OpenLoggers,
+    *,
+    as_json: bool,
 ) -> None:
     """Measure both networks, log the result and print it."""
-    compared = measure({"baseline": subject.model, "compact": result.model}, subject.data, settings.device, peers)
+    networks = {"baseline": subject.model, "compact": result.model}
+    compared = measure(networks, subject.data, settings.device, peers, subject.objective)
     begun_with = result.graph.cost()  # with --from_run that of a compact network already
     compared["baseline"] |= {"macs": round(float(begun_with.macs)), "params": round(float(begun_with.params))}
     compared["compact"] |= {what: result.metrics[what]["planned"] for what in ("macs", "params")}
@@ -174,7 +210,9 @@ def tell(
         times = {"ms", "measured_ms"} & result.metrics.keys() if "ms" in result.metrics else set()
         compared[name] |= {what: result.metrics[what][column] for what in times}
     run = RunDirectory.open(str(settings.out), peers)
-    run.log({"stage": "result", "method": settings.method, "budget": settings.budget, **compared})
+    line = {"stage": "result", "method": settings.method, "budget": settings.budget, **copy.deepcopy(compared)}
+    run.log(line)
+    loggers.log(line)
     if not result.plan.exact:
         difference, operators = result.metrics["difference"], list(result.graph.inexact)
         if as_json:

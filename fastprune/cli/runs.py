@@ -59,7 +59,7 @@ def inherit_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     if earlier.get("command") not in ("prune", "demo"):
         raise ValueError(f"--from_run {values['from_run']}: this is a run of 'fastprune {earlier.get('command')}'")
     # The held-out part stays what it was: the earlier run has trained on the rest.
-    names = {"data", "image_size", "held_out", "seed"} - given
+    names = {"data", "image_size", "held_out", "seed", "loss", "forward"} - given
     if not values["data"]:
         names.add("input")  # the size that the earlier run was given for want of images
     return {**values, **{name: earlier.get(name) for name in ("model", "weights", *(names - given))}}
@@ -116,7 +116,7 @@ def make_config(settings: Any, command: str, extra: Mapping[str, Any]) -> dict[s
             if name == "recipe" and not path.is_absolute():  # a resumed run need not find the file again
                 path = find_recipe(values[name])
             values[name] = str(path.absolute())
-    for name in ("model", "data"):
+    for name in ("model", "data", "loss", "forward"):
         file, _, function = str(values.get(name) or "").rpartition(":")
         if file.endswith(".py"):
             values[name] = f"{Path(file).expanduser().absolute()}:{function}"

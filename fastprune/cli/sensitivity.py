@@ -11,11 +11,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastprune.cli.advice import at_chance, print_advice, word
+from fastprune.cli.advice import at_chance, print_advice, too_few, warn_of_random_weights, word
+from fastprune.cli.inputs import has_images
 from fastprune.cli.networks import build_model, check_fit, image_shape, make_example, open_data
 from fastprune.cli.settings import RunSettings, SensitivitySettings, pick, require
+from fastprune.host.distributed import Distributed
 from fastprune.report.tables import percent, show
 from fastprune.sensitivity import Sensitivity, sensitivity
+from fastprune.training.objective import Objective
 
 CHART, SUGGESTION = "sensitivity.png", "keep_ratio.yaml"
 
@@ -30,9 +33,14 @@ def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
         raise ValueError(f"{str(folder)!r} exists already: give another --out")
     data = open_data(str(settings.data), pick(RunSettings, {**values, "out": None}))
     torch.manual_seed(settings.seed)
+    if not has_images(data, Objective()):
+        raise ValueError(
+            f"--data {settings.data}: sensitivity takes batches of images [N, C, H, W] and class labels [N]"
+        )
     model = build_model(settings, data)
     shape = image_shape(data)
-    check_fit(model, settings.model, shape)
+    check_fit(model, settings.model, make_example(shape))
+    warn_of_random_weights(settings, Distributed(), "so the accuracies mean nothing")
     found = sensitivity(
         model, make_example(shape), data, ratios=settings.ratios, device=settings.device, ignore=settings.ignore
     )
@@ -45,7 +53,7 @@ def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
         return 0
     print_sensitivity(found, settings.drop)
     odd = at_chance({"network": {"accuracy": found.accuracy}}, data)
-    print_advice([*odd, *(written(settings, folder))])
+    print_advice([*odd, *too_few(found.samples, settings.drop), *(written(settings, folder))])
     return 0
 
 

@@ -22,6 +22,8 @@ DEVICE = "device: auto, cpu, cuda or cuda:N"
 LOG = "loggers beside metrics.jsonl, with commas between them: csv, tensorboard, wandb, mlflow"
 IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their output channels"
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
+LOSS = "loss(output, target) of your own, file.py:function; by default cross-entropy to class labels"
+FORWARD = "forward(model, batch) that returns (output, target), file.py:function; for batches of your own"
 COMPENSATE = "fit the layers that read removed channels anew, on images of --data without training; sequential is best"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
 
@@ -38,6 +40,14 @@ class ModelSettings:
     )
     input: str | None = option(None, "size of one image, CxHxW; by default the data's, or the model's usual size")
     ema: bool = option(False, "take the moving average of the weights (EMA) that the file holds", flag=SWITCH)
+
+
+@dataclass
+class ObjectiveSettings:
+    """The loss, and how the network runs on a batch."""
+
+    loss: str | None = option(None, LOSS)
+    forward: str | None = option(None, FORWARD)
 
 
 @dataclass
@@ -67,7 +77,7 @@ class RunSettings:
 
 
 @dataclass
-class NetworkSettings(ModelSettings, RunSettings):
+class NetworkSettings(ModelSettings, RunSettings, ObjectiveSettings):
     """A network, its data and its run."""
 
 
@@ -75,6 +85,10 @@ class NetworkSettings(ModelSettings, RunSettings):
 class InspectSettings(ModelSettings):
     """Show a network's channel groups and its cost."""
 
+    data: str | None = option(
+        None, "data set whose first batch is the example, for networks of other inputs than images"
+    )
+    forward: str | None = option(None, FORWARD)
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
@@ -141,7 +155,7 @@ class SensitivitySettings(ModelSettings):
 
 
 @dataclass
-class FinetuneSettings:
+class FinetuneSettings(ObjectiveSettings):
     """Train the compact network of a run."""
 
     run: str = option("", "directory of a pruning run")
@@ -163,7 +177,7 @@ class FinetuneConfig(FinetuneRecipe):
 
 
 @dataclass
-class EvaluateSettings(ModelSettings):
+class EvaluateSettings(ModelSettings, ObjectiveSettings):
     """Measure a run's networks, or one network with weights, on the test set."""
 
     run: str | None = option(None, "directory of a run")
@@ -196,7 +210,10 @@ class ExportSettings:
     """Write the network of a run as a file for other runtimes."""
 
     run: str | None = option(None, "directory of a run", flag=POSITIONAL)
-    out: str = option("", "the file; it is kept only if it computes what the network computes")
+    out: str = option(
+        "",
+        "the file, kept only if it computes what the network computes; by default RUN/NAME.onnx or .pt2 by --format",
+    )
     format: str | None = option(None, "safetensors, pt2 or onnx; by default as the file's suffix says")
     opset: int | None = option(None, "opset of an ONNX file; by default torch's choice", minimum=1)
     batch: int | None = option(None, "fixed batch size; by default any", minimum=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -43,6 +45,20 @@ def as_data(data: object, held_out: object = None, *, seed: int = 0) -> Data | N
             raise ValueError("held_out: data= is a pair already, for training and held out; give one of them")
         data, held_out = data
     return UserData(require_loader("data", data), held_out=require_held_out(held_out))
+
+
+def note_data(data: object, held_out: object = None) -> dict[str, Any]:
+    """Return settings by which commands find data again that were given by name; none for others.
+
+    Args:
+        data: what was given to a function as its data.
+        held_out: the part that is held out.
+    """
+    if not isinstance(data, str):
+        return {}
+    file, _, function = data.rpartition(":")
+    name = f"{Path(file).expanduser().absolute()}:{function}" if file.endswith(".py") else data
+    return {"data": name, "held_out": held_out}
 
 
 def require_held_out(loader: object) -> Loader | None:

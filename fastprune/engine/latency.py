@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -21,8 +22,10 @@ def measure_latencies(
     repeats: int = 30,
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
+    choose: Callable[[Sequence[float]], float] = statistics.median,
+    seconds: float = math.inf,
 ) -> dict[str, float]:
-    """Measure the median time of one forward pass of each network, in milliseconds.
+    """Measure the time of one forward pass of each network, in milliseconds: the median, or what ``choose`` returns.
 
     Each round times every network once, in turn. The networks run in eval mode, on their own device and in their own
     precision and layout, on one random batch.
@@ -34,6 +37,9 @@ def measure_latencies(
         repeats: rounds that count.
         warmup: rounds before these, which do not count.
         clock: returns seconds. For one thread the processor's clock leaves out the time of other jobs.
+        choose: makes one number of a network's times. On a machine with other jobs ``min`` is closest to the truth: a
+            pass on several threads waits for each thread that another job delays.
+        seconds: time after which no further round begins, once one has counted.
 
     Returns:
         {name: milliseconds per pass}.
@@ -50,7 +56,7 @@ def measure_latencies(
         calls[name] = partial(model, batch_of)
     device = {name: _device_of(model) for name, model in models.items()}
     with in_eval_mode(*models.values()):
-        return time_calls(calls, device, repeats=repeats, warmup=warmup, clock=clock)
+        return time_calls(calls, device, repeats=repeats, warmup=warmup, clock=clock, choose=choose, seconds=seconds)
 
 
 def time_calls(
@@ -60,8 +66,10 @@ def time_calls(
     repeats: int,
     warmup: int,
     clock: Callable[[], float] = time.perf_counter,
+    choose: Callable[[Sequence[float]], float] = statistics.median,
+    seconds: float = math.inf,
 ) -> dict[str, float]:
-    """Measure the median time of calls in milliseconds; each round makes every call once, in turn.
+    """Measure the time of calls in milliseconds; each round makes every call once, in turn.
 
     Args:
         calls: calls by name, of networks in eval mode.
@@ -69,17 +77,22 @@ def time_calls(
         repeats: rounds that count.
         warmup: rounds before these, which do not count.
         clock: returns seconds.
+        choose: makes one number of a call's times.
+        seconds: time after which no further round begins, once one has counted.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.monotonic()
     with torch.inference_mode():
-        for _ in range(warmup + repeats):
+        for done in range(warmup + repeats):
+            if done > warmup and time.monotonic() - begun > seconds:
+                break
             for name, call in calls.items():
                 _wait(devices[name])
                 begin = clock()
                 call()
                 _wait(devices[name])
                 times[name].append(clock() - begin)
-    return {name: 1000 * statistics.median(values[warmup:]) for name, values in times.items()}
+    return {name: 1000 * choose(values[warmup:]) for name, values in times.items()}
 
 
 def measure_latency(

@@ -16,7 +16,7 @@ from fastprune.data.batches import hashed
 from fastprune.data.data import Data
 from fastprune.engine.device import Placement, choose_device, seed_everything
 from fastprune.engine.evaluate import evaluate
-from fastprune.engine.loggers import Callback, Logger, load_loggers, open_records
+from fastprune.engine.loggers import Callback, Logger, MakeLogger, load_loggers, open_records
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
 from fastprune.host.distributed import Distributed
@@ -146,7 +146,7 @@ def train(
     resume: bool = False,
     options: LoopOptions | None = None,
     stage: str = "training",
-    log: Sequence[str | Logger] = (),
+    log: Sequence[str | MakeLogger | Logger] = (),
     callbacks: Sequence[Callback] = (),
     objective: Objective | None = None,
 ) -> dict[str, float]:
@@ -166,7 +166,7 @@ def train(
         resume: whether to continue from the newest checkpoint in ``run``, if there is one.
         options: how often to write.
         stage: name of the checkpoints' folder, and of the stage in the log.
-        log: loggers, by name or as objects; see ``fastprune.engine.loggers``.
+        log: loggers, by name, as objects, or what makes them; see ``fastprune.engine.loggers``.
         callbacks: functions that get every record of the log.
         objective: the loss that is minimised, and how the model runs on a batch; None = cross-entropy.
 

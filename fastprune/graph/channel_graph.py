@@ -117,10 +117,18 @@ class ChannelGraph(GraphStructure):
         return f"ChannelGraph: {len(groups)} groups of {self.num_units:,} units", [
             ("MACs", f"{count(float(cost.macs))} per sample"),
             ("parameters", count(float(cost.params))),
-            ("groups", f"{streams} pass residual additions, {len(groups) - streams} do not"),
+            (
+                "groups",
+                f"{streams} of them pass residual additions" if streams else "none of them passes residual additions",
+            ),
             ("largest", ", ".join(f"{g.name} ({g.size} units, {percent(g.share)} of the MACs)" for g in largest)),
             ("layers", f"{len({layer.name for layer in self.layers})} convolutions and linear layers"),
-            ("kept", f"{stay} layers keep some or all channels; graph.unprunable says why" if stay else "no layer"),
+            (
+                "kept",
+                f"{stay} {'layer keeps' if stay == 1 else 'layers keep'} some or all channels; see graph.unprunable"
+                if stay
+                else "no layer",
+            ),
             ("inputs", shapes),
             ("exact", "yes" if self.exact else f"not for {int(self.inexact_units.sum()):,} units; see graph.inexact"),
         ]

@@ -22,7 +22,9 @@ def load_object(spec: str, what: str) -> Any:
     Raises:
         ValueError: if there is no such file, module or name, or the import fails.
     """
-    source, _, name = spec.rpartition(":")
+    source, colon, name = spec.rpartition(":")
+    if not colon or not source or not name:
+        raise ValueError(f"{what} {spec!r}: a function is named file.py:name or package.module:name")
     try:
         module = import_file(Path(source).expanduser()) if source.endswith(".py") else import_module(source)
     except Exception as error:  # whatever the user's code raises

@@ -99,11 +99,11 @@ def narrowest(widths: Mapping[str, tuple[int, int]], most: int = 3) -> str:
     """Return the groups that lose the largest part of their units.
 
     >>> narrowest({"a": (8, 8), "b": (2, 16), "c": (4, 8)})
-    'b 2 of 16, c 4 of 8'
+    'b: 2 of 16, c: 4 of 8'
     """
     cut = {name: pair for name, pair in widths.items() if pair[0] < pair[1]}
     chosen = sorted(cut, key=lambda name: cut[name][0] / cut[name][1])[:most]
-    return ", ".join(f"{name} {cut[name][0]} of {cut[name][1]}" for name in chosen) or "no group is pruned"
+    return ", ".join(f"{name}: {cut[name][0]} of {cut[name][1]}" for name in chosen) or "no group is pruned"
 
 
 def card(title: str, facts: Facts) -> str:

@@ -95,6 +95,27 @@ def create(
     return model
 
 
+def takes(spec: str, argument: str) -> bool:
+    """Return whether what builds a network can be asked for a size; a user's function need not have the argument.
+
+    Args:
+        spec: as for ``create``.
+        argument: "num_classes" or "in_channels".
+
+    Raises:
+        ValueError: for a function that cannot be imported.
+    """
+    source, colon, _ = spec.rpartition(":")
+    if not colon or source in ("torchvision", "timm"):
+        return True
+    factory = load_object(spec, "model")
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # of functions in C, which have none
+        return True
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def _elsewhere(name: str) -> str:
     """Return the suggestion of a network of that name in an installed package; "" if there is none."""
     found = []

@@ -54,7 +54,14 @@ def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
         ValueError: if the file is missing, of another kind or damaged, holds other objects than tensors, or no moving
             average that was asked for.
     """
-    path = Path(path)
+    state, note = _read(Path(path), ema=ema)
+    if note:
+        log.info("weights %s: took %s", path, note)
+    return state
+
+
+def _read(path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], str]:
+    """Return what ``read_weights`` does, and the place within the file that it came from; "" for the whole file."""
     if not path.is_file():
         raise ValueError(f"weights {str(path)!r}: there is no such file")
     kind = kind_of(path)
@@ -76,10 +83,9 @@ def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
         found = f"its keys: {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else "no mapping"
         need = "no moving average (EMA) of the weights" if ema else "no state dict"
         raise ValueError(f"weights {str(path)!r}: got {need}; a mapping from names to tensors is needed ({found})")
-    if where:
-        others = [key for key in content if key in EMA and key not in places]
-        log.info("weights %s: took %r%s", path, where, f"; {others[0]!r} is there too (ema)" if others else "")
-    return _without_wrappers(state)
+    others = [key for key in content if key in EMA and key not in places] if where else []
+    note = f"{where!r}" + (f"; {others[0]!r} is there too (ema)" if others else "") if where else ""
+    return _without_wrappers(state), note
 
 
 def kind_of(path: Path) -> str:
@@ -173,7 +179,8 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False) -> No
 
 def count_classes(path: str | Path) -> int | None:
     """Return the number of classes of the last linear layer in a weights file; None without such a layer."""
-    matrices = [tensor for tensor in read_weights(path).values() if tensor.dim() == 2]
+    state, _ = _read(Path(path))  # load_weights says what was taken
+    matrices = [tensor for tensor in state.values() if tensor.dim() == 2]
     return matrices[-1].shape[0] if matrices else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastprune.host.wording import fill_command
 from fastprune.methods import catalogue
+from fastprune.planning.budget import Conditions
 from fastprune.training.options import TrainConfig
 
 FIRST = ("model", "weights", "from_run", "data")  # the order of the command; other settings follow as in config.yaml
@@ -49,7 +50,9 @@ def commands(settings: Mapping[str, Any], finetuning: Mapping[str, Any], out: st
         return [python_call(settings)]
     found = [fill_command(["fastprune", "prune", *flags(settings), *method_flags(settings), *end])]
     if finetuning:
-        found.append(fill_command(["fastprune", "finetune", "--run", shlex.quote(out), *training_flags(finetuning)]))
+        words = ["fastprune", "finetune", "--run", shlex.quote(out)]
+        words += [word for name in ("loss", "forward") for word in flag(name, finetuning.get(name))]
+        found.append(fill_command([*words, *training_flags(finetuning)]))
     return found
 
 
@@ -118,7 +121,7 @@ def python_call(settings: Mapping[str, Any]) -> str:
     if settings.get("compensate", "none") != "none":
         given |= {name: settings[name] for name in ("compensate", "calibration") if name in settings}
     lines = [f"{name}={value!r}" for name, value in given.items()]
-    lines += ["data=data"] if "compensate" in given else []
+    lines += conditions_of(settings)
     lines += [
         text for name, text in (("keep_class", "rewrite=False"), ("inexact", "exact=False")) if settings.get(name)
     ]
@@ -127,6 +130,21 @@ def python_call(settings: Mapping[str, Any]) -> str:
         words = [repr(settings.get("keep_ratio") or []), *(f"{name}={value}" for name, value in limits.items())]
         lines.append(f"limits=fp.Limits.parse({', '.join(words)})")
     lines += [f"{name}={value!r}" for name, value in changed_options(settings).items()]
-    return "\n".join(
-        ["import fastprune as fp", "", "fp.prune(", *(f"    {line}," for line in ("net, example", *lines)), ")"]
-    )
+    first = "net, example, data=data" if "compensate" in given or needs_data(settings) else "net, example"
+    return "\n".join(["import fastprune as fp", "", "fp.prune(", *(f"    {line}," for line in (first, *lines)), ")"])
+
+
+def conditions_of(settings: Mapping[str, Any]) -> list[str]:
+    """Return the conditions of a latency budget as an argument of ``fastprune.prune``; none for other budgets."""
+    usual = asdict(Conditions())
+    given = {name: settings.get(f"latency_{name}", value) for name, value in usual.items()}
+    changed = [f"{name}={value!r}" for name, value in given.items() if value != usual[name]]
+    return [f"conditions=fp.Conditions({', '.join(changed)})"] if changed else []
+
+
+def needs_data(settings: Mapping[str, Any]) -> bool:
+    """Return whether a pruning's method searches on data; False if the method is not installed."""
+    try:
+        return bool(catalogue.find(str(settings.get("method"))).needs_data)
+    except ValueError:
+        return False

@@ -83,11 +83,13 @@ class Comparison:
             The file.
 
         Raises:
-            ValueError: for another kind of file, without matplotlib, or if no two runs have a test accuracy.
+            ValueError: for another kind of file, one run, without matplotlib, or if no two runs have a test accuracy.
         """
         path = Path(path)
         if path.suffix.lower() not in KINDS:
             raise ValueError(f"chart {str(path)!r}: a name that ends with {', '.join(KINDS)} is needed")
+        if len(self.outcomes) < 2:
+            raise ValueError("chart: got one run; give two or more to compare")
         known = {what: known_outcomes(self.outcomes, what) for what in AXES}
         if len(known["macs"]) < 2:
             raise ValueError(

@@ -87,11 +87,12 @@ def pictures(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
         "Gate randomness s = mean |θ − ½|: at ½ all gates are decided, at 0 each is a coin toss.",
         "randomness", "s = mean |θ − ½|", over="steps",
     )  # fmt: skip
-    yield curves(
-        "alignment_gap",
-        "Alignment gap: held-out accuracy with all channels, minus that without the channels to be pruned.",
-        "alignment_gap", "accuracy lost at the cut", percent=True,
-    )  # fmt: skip
+    if any(run.curve("alignment_gap") for run in runs):  # only SANP has one
+        yield curves(
+            "alignment_gap",
+            "Alignment gap: held-out accuracy with all channels, minus that without the channels to be pruned.",
+            "alignment_gap", "accuracy lost at the cut", percent=True,
+        )  # fmt: skip
     yield from heat_maps(runs, plots)
     yield from tunings(runs, plots)
     yield from bars(runs, plots)

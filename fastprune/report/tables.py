@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,12 +14,13 @@ from rich.text import Text
 
 from fastprune.methods.plugins import MethodInfo
 
+NARROW = 110  # columns of a terminal that has no room for venues beside what methods do
 PIPED = 10_000  # columns of a table that goes into a pipe or a file: enough for every line
 
 
 def millions(value: float) -> str:
-    """Return a count in millions, with two decimals."""
-    return f"{value / 1e6:,.2f} M"
+    """Return a count in millions, with two decimals; in thousands if that would leave no digit."""
+    return f"{value / 1e6:,.2f} M" if value >= 1e4 or not value else f"{value / 1e3:,.2f} K"
 
 
 def percent(value: float) -> str:
@@ -44,25 +46,31 @@ def make_console() -> Console:
 
 def print_methods(methods: Iterable[MethodInfo]) -> None:
     """Print one line for each method; on a terminal what it does is cut off at the margin."""
-    table = Table()
+    table, is_narrow = Table(), make_console().width < NARROW
     table.add_column("method", no_wrap=True)
-    table.add_column("data", no_wrap=True)
+    table.add_column("needs", no_wrap=True)
     table.add_column("paper", no_wrap=True)
     table.add_column("what it does")  # this column gives way where the terminal is narrow
     for info in methods:
-        needs = "needs data" if info.needs_data else ""
+        needs = "data" if info.needs_data else ""
         foreign = f" ({info.package} {info.version})" if info.package != "fastprune" else ""
-        table.add_row(
-            info.name, needs, short_paper(info.paper), Text(info.summary + foreign, no_wrap=True, overflow="ellipsis")
-        )
+        summary = Text(info.summary + foreign, no_wrap=True, overflow="ellipsis")
+        table.add_row(info.name, needs, short_paper(info.paper, very=is_narrow), summary)
     show(table)
     Console(markup=False).print("next: fastprune methods NAME", soft_wrap=True, highlight=False)
 
 
-def short_paper(paper: str) -> str:
-    """Return authors and venue of "Li et al., Title, ICLR 2017"; texts of another form as they are."""
+def short_paper(paper: str, *, very: bool = False) -> str:
+    """Return authors and venue of "Li et al., Title, ICLR 2017"; texts of another form as they are.
+
+    Args:
+        paper: the paper as a method names it.
+        very: whether a name and a year are enough: "Li 2017".
+    """
     authors, _, rest = paper.partition(", ")
-    venue = rest.rpartition(", ")[2]
+    if very:
+        return " ".join([*authors.split()[:1], *re.findall(r"\b\d{4}\b", rest)[-1:]])
+    venue = re.sub(r" \(.*\)$", "", rest.rpartition(", ")[2])  # without a remark such as "(its baseline)"
     return f"{authors}, {venue}" if authors and venue and len(venue) <= 16 else authors
 
 
@@ -147,6 +155,8 @@ def print_demo(result: Mapping[str, Any]) -> None:
 COLUMNS: dict[str, tuple[str, Any]] = {
     "accuracy": ("accuracy", percent),
     "held_out_accuracy": ("held-out accuracy", percent),
+    "loss": ("loss", lambda value: f"{value:.4g}"),
+    "held_out_loss": ("held-out loss", lambda value: f"{value:.4g}"),
     "macs": ("MACs", millions),
     "params": ("parameters", millions),
     "ms": ("modelled latency", lambda value: f"{value:.2f} ms"),

@@ -125,6 +125,8 @@ def reason_for_none(run: RunDirectory, record: NetworkRecord) -> str:
     """Return why a run has no weights of its baseline."""
     if record.weights == "seed":
         return f"they were random, drawn with seed {record.seed}, and model= would not have them"
+    if is_training(run):
+        return "it is a fine-tuning, and the pruning before it has them"
     if run.network_path.is_file():
         return "its network had been pruned before (after=)"
     return "an earlier version of fastprune has made it"
@@ -148,8 +150,10 @@ def build_full(
     if model is not None:
         return copy_model(model)
     if record.source is None:
+        which = "the full network" if run.plan_path.is_file() else "the network that was trained"
+        kind = "" if record.class_name == "network" else f", a {record.class_name},"
         raise RunError(
-            f"{str(run.path)!r}: its network, a {record.class_name}, cannot be built by a name; give the full network, "
+            f"{str(run.path)!r}: its network{kind} cannot be built by a name; give {which}, "
             f"with any weights: fp.load({str(run.path)!r}, model=net), or name it with --model in a command"
         )
     try:

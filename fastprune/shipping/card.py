@@ -16,7 +16,7 @@ def card_text(subject: Subject, repository: str) -> str:
         repository: the name under which the card shows how to load it.
     """
     settings = subject.settings
-    name = subject.source.model if subject.source is not None else subject.class_name
+    name = subject.name
     given = "" if subject.source is not None and subject.source.is_known else ", model=net"
     parts = [
         f"# {name}, pruned" if subject.plan is not None else f"# {name}",

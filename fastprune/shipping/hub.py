@@ -77,7 +77,7 @@ def make_card(hub: Any, subject: Subject, repository: str) -> Any:
         library_name="fastprune",
         tags=["pytorch", "channel-pruning", *([str(method)] if method else [])],
         base_model=None,
-        model_name=subject.source.model if subject.source is not None else subject.class_name,
+        model_name=subject.name,
     )
     return hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(subject, repository)}")
 

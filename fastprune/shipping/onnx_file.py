@@ -6,13 +6,16 @@ import contextlib
 import importlib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from fastprune.graph.export.inputs import bind_arguments
 from fastprune.shipping.program import make_program
 from fastprune.shipping.subject import ExportError, Subject
 
@@ -38,22 +41,57 @@ def onnx_bytes(
         with silence_onnx():
             exported: Any = torch.onnx.export(
                 program,
-                input_names=[f"input_{place}" for place in range(len(subject.inputs))] if len(subject.inputs) > 1
-                else ["input"],
+                input_names=input_names(subject),
+                output_names=output_names(subject),
                 opset_version=opset,
                 dynamo=True,
                 verbose=False,
-            )  # fmt: skip
+            )
             proto = exported.model_proto
     except Exception as error:  # operators without a translation, mostly
         raise ExportError(f"the network cannot be written as ONNX: {' '.join(str(error).split())[:300]}") from error
     version = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset is not None and version != opset:
         raise ExportError(f"opset: torch could not write this network in opset {opset}, but in {version}; give that")
+    if batch is None:
+        name_batch(proto.graph)
     onnx.checker.check_model(proto)
     content = proto.SerializeToString()
     session = start_session(runtime, content)
     return content, lambda inputs: run_session(session, inputs), version, [x.name for x in session.get_inputs()]
+
+
+def input_names(subject: Subject) -> list[str]:
+    """Return the names of a file's inputs: "input" for one; several are named as the network's arguments."""
+    if len(subject.inputs) == 1:
+        return ["input"]
+    names = list(bind_arguments(subject.model, subject.examples(2)))
+    if len(names) == len(subject.inputs):
+        return names
+    return [f"input_{place}" for place in range(len(subject.inputs))]  # forward(*images) names them all alike
+
+
+def output_names(subject: Subject) -> list[str] | None:
+    """Return the names of a file's outputs: "output" for one; those of a dict by its keys; None = torch's choice."""
+    with torch.no_grad():
+        result = subject.examples(2).run(subject.model)
+    if isinstance(result, Mapping) and all(isinstance(x, Tensor) and isinstance(n, str) for n, x in result.items()):
+        names = list(result)
+    else:
+        leaves = pytree.tree_leaves(result)
+        if not all(isinstance(x, Tensor) for x in leaves):
+            return None
+        names = ["output"] if len(leaves) == 1 else [f"output_{place}" for place in range(len(leaves))]
+    return None if set(names) & set(input_names(subject)) else names
+
+
+def name_batch(graph: Any) -> None:
+    """Call the open dimension of a file's inputs "batch", wherever it occurs; torch's name for it is arbitrary."""
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info) if symbol else ():
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dim.dim_param)
 
 
 def import_onnx() -> tuple[Any, Any]:

@@ -54,6 +54,11 @@ class Subject:
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     classes: int | None = None
 
+    @property
+    def name(self) -> str:
+        """The name of the network for people: its class, unless everybody can build it by a name."""
+        return self.source.model if self.source is not None and self.source.is_known else self.class_name
+
     def record(self) -> NetworkRecord:
         """Return what rebuilding needs."""
         return NetworkRecord(self.class_name, self.source, self.inputs, classes=self.classes)

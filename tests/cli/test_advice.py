@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastprune.cli.advice import at_chance
+from fastprune.cli.advice import at_chance, too_few
 from fastprune.cli.main import main
 from fastprune.data import load_data
 
@@ -46,6 +46,20 @@ def test_random_weights_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "next:" not in capsys.readouterr().out
 
 
+def test_sensitivity_warns_of_random_weights_and_few_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "sensitivity --model resnet20 --data synthetic:3x8x8:4:64 --ratios [0.5] --device cpu"
+    assert main(shlex.split(line)) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: no --weights: the weights are random, so the accuracies mean nothing")
+    assert "more than --drop 0.01: hold out 100 (--held_out)" in printed.out.replace("\n", " ").replace("  ", " ")
+
+
+def test_few_samples() -> None:
+    assert too_few(100, 0.01) == too_few(12, 0.1) == too_few(12, 0.0) == []
+    (line,) = too_few(12, 0.01)
+    assert line == "odd: one of 12 held-out samples is 8.3 %, more than --drop 0.01: hold out 100 (--held_out)"
+
+
 def test_accuracies_at_chance() -> None:
     data = load_data(DATA)
     assert at_chance({"baseline": {"accuracy": 0.9}, "compact": {"accuracy": 0.8}}, data) == []
@@ -58,4 +72,6 @@ def test_accuracies_at_chance() -> None:
     assert line.endswith("are the weights trained on these data?")
     (line,) = at_chance({"compact": {"accuracy": 0.2}}, data)
     assert "train it longer" in line
+    (line,) = at_chance({"model": {"accuracy": 0.2}}, data, trained=True)
+    assert line == "odd: the model is at chance (25.0 % for 4 classes): train it longer, or with another --lr"
     assert at_chance({"model": {}}, None) == []

@@ -246,6 +246,30 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert options["epochs"]["help"]
 
 
+def test_inspect_has_whole_names_where_there_is_room(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["inspect", "timm:convnext_atto", "--input", "3x32x32"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("│ stages.2.blocks.5.mlp.fc1 │ stages.2.blocks.5.mlp.fc1 │") == 1
+    assert main(["inspect", "resnet20"]) == 0
+    assert "stream: channels that pass residual additions" in capsys.readouterr().out
+
+
+def test_papers_are_shorter_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns, papers in (
+        ("80", ("Gao 2020", "Gao 2022", "Zhang")),
+        ("120", ("Gao et al., CVPR 2020", "Zhang and Ou")),
+    ):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["methods"]) == 0
+        out = capsys.readouterr().out
+        assert all(f"│ {paper} " in out for paper in papers)
+
+
 @pytest.mark.parametrize(
     "line",
     [

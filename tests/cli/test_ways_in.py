@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import fastprune as fp
 from fastprune.cli.main import main
 
 NETWORK = """
@@ -56,7 +57,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_data.py").write_text(DATA)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("my_net", "my_data"):
+    for name in ("my_net", "my_data", "sized"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -97,6 +98,9 @@ def test_runs_get_the_next_free_directory(here: Path, capsys: pytest.CaptureFixt
         assert f"files go to runs/l1-resnet20-{number}\n" in capsys.readouterr().err
     assert run("prune --from-run runs/l1-resnet20-1 --method l1 --budget 0.5") == 0
     assert "files go to runs/l1-l1-resnet20-1-1\n" in capsys.readouterr().err
+    assert run("prune runs/l1-resnet20-1 --method l1") == 2
+    hint = "'runs/l1-resnet20-1' is a run; to prune its network further give --from_run runs/l1-resnet20-1"
+    assert hint in capsys.readouterr().err
     assert run("train my_net.py:net --data my_data.py:one --epochs 1 --batch_size 16") == 0
     assert (here / "runs" / "train-net-1" / "model.safetensors").is_file()
     assert run("prune resnet20 --method l1 --resume") == 2
@@ -113,7 +117,7 @@ def test_options_with_hyphens_and_the_model_as_first_word(here: Path, capsys: py
         "inspect resnet50": "did you mean torchvision:resnet50",
         "prun --model resnet20": "there is no command 'prun': did you mean 'prune'?",
         "inspect resnet20 --kep-class": "did you mean --keep_class?",
-        "prune resnet20 --method l1 --data my_data.py:vectors": r"no image \[C, H, W\]",
+        "prune resnet20 --method l1 --data my_data.py:vectors": "cannot take inputs of 5: .*--forward file.py:f",
         "prune resnet20 --method l1 --data my_data.py:nothing": "returned a int as train",
         "prune resnet20 --method l1 --data my_data.py:gone": "no function 'gone'",
         "prune resnet20 --method l1 --data my_data.py:one --held-out 0.1": "held_out: the function",
@@ -124,6 +128,33 @@ def test_options_with_hyphens_and_the_model_as_first_word(here: Path, capsys: py
         error = capsys.readouterr().err
         assert re.search(message, error), error
         assert not (here / "runs").exists()
+
+
+def test_a_function_is_asked_for_sizes_only_if_it_takes_them(here: Path) -> None:
+    head = "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, {0}))"
+    body = "return nn.Sequential(nn.Conv2d({1}, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), " + head
+    source = ["from torch import nn"]
+    for name, arguments, classes, channels in (
+        ("fixed", "", "10", "1"),
+        ("asked", "num_classes, in_channels", "num_classes", "in_channels"),
+        ("any", "**sizes", "sizes['num_classes']", "sizes['in_channels']"),
+    ):
+        source += [f"def {name}({arguments}):", "    " + body.format(classes, channels)]
+    (here / "sized.py").write_text("\n".join(source))
+    for name in ("fixed", "asked", "any"):
+        assert run(f"prune sized.py:{name} --data digits --method l1 --out {name}") == 0
+        assert run(f"evaluate --run {name}") == 0
+
+
+@pytest.mark.parametrize(("name", "message"), [("three", "cannot take images of 1x8x8"), ("four", "10 classes.* 4 ap")])
+def test_a_function_of_other_sizes_is_refused(
+    name: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    channels, classes = (3, 10) if name == "three" else (1, 4)
+    layers = f"nn.Conv2d({channels}, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, {classes})"
+    (here / "sized.py").write_text(f"from torch import nn\ndef {name}(): return nn.Sequential({layers})\n")
+    assert run(f"prune sized.py:{name} --data digits --method l1 --out a") == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_means_and_deviations(here: Path) -> None:
@@ -140,9 +171,21 @@ def test_moving_averages_and_named_weights(here: Path, capsys: pytest.CaptureFix
     plain, ema = net().state_dict(), net().state_dict()
     torch.save({"state_dict": plain, "state_dict_ema": ema}, here / "best.ckpt")
     assert run("prune my_net.py:net --weights best.ckpt --method l1 --out a") == 0
-    assert "took 'state_dict'; 'state_dict_ema' is there too" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("took 'state_dict'; 'state_dict_ema' is there too") == 1
     assert run("prune my_net.py:net --weights best.ckpt --ema --method l1 --out b") == 0
     assert "took 'state_dict_ema'" in capsys.readouterr().err
     assert (here / "a" / "model.safetensors").read_bytes() != (here / "b" / "model.safetensors").read_bytes()
     assert run("inspect my_net.py:net --weights DEFAULT") == 2
     assert "has no weights of that name" in capsys.readouterr().err
+
+
+def test_a_run_of_the_python_interface_keeps_the_name_of_its_data(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fp.models.create("resnet20", num_classes=10, in_channels=1)
+    fp.prune(model, torch.zeros(1, 1, 8, 8), method="l1", data="digits", held_out=0.2, out=here / "run")
+    config = yaml.safe_load((here / "run" / "config.yaml").read_text())
+    assert (config["data"], config["held_out"]) == ("digits", 0.2)
+    assert run("evaluate run --json") == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"baseline", "compact"}
+    assert run("finetune run --epochs 1 --batch_size 512") == 0

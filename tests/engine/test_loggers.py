@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
@@ -146,6 +147,60 @@ def test_a_logger_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
     prune(out=tmp_path / "run", log=["theirs"], method=DMC)
     assert made[0].closed == 1
     assert made[0].records[-1]["stage"] == "plan"
+
+
+def test_results_of_commands_reach_loggers_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Kept] = []
+
+    class Theirs(Kept):
+        def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+            super().__init__()
+            made.append(self)
+
+        def log(self, record: Mapping[str, Any]) -> None:
+            assert not self.closed
+            super().log(record)
+
+    module = ModuleType("their_logger")
+    module.make = Theirs  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "their_logger", module)
+    points = [
+        EntryPoint("theirs", "their_logger:make", "fastprune.loggers"),
+        EntryPoint("csv", "fastprune.engine.loggers.csv_file:CSVFile", "fastprune.loggers"),
+    ]
+    found = importlib.metadata.entry_points
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points",
+        lambda **group: points if group == {"group": "fastprune.loggers"} else found(**group),
+    )
+    out = tmp_path / "run"
+    line = f"prune --model resnet20 --data {DATA} --method l1 --device cpu --log theirs,csv --out {out}"
+    assert main(line.split()) == 0
+    assert main(f"finetune --run {out} --epochs 1 --batch_size 32 --device cpu --log theirs,csv".split()) == 0
+    lines = RunDirectory.open(out).metrics()
+    assert [record["stage"] for record in lines] == ["plan", "result", "finetune", "result"]
+    assert json.loads(json.dumps([*made[0].records, *made[1].records])) == lines
+    assert [logger.closed for logger in made] == [1, 1]
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == [record["stage"] for record in lines]
+    assert float(rows[-1]["compact/accuracy"]) == lines[-1]["compact"]["accuracy"]
+    assert main(f"finetune --run {out} --epochs 1 --lr nan --device cpu --log theirs".split()) == 2
+    assert [logger.closed for logger in made] == [1] * len(made)
+
+
+def test_what_makes_a_logger_is_one_too(tmp_path: Path) -> None:
+    made: list[Kept] = []
+
+    def make(folder: Path, config: Mapping[str, Any]) -> Kept:
+        made.append(Kept())
+        return made[0]
+
+    prune(out=tmp_path / "run", log=[make])
+    assert made[0].closed == 1
+    assert json.loads(json.dumps(made[0].records)) == RunDirectory.open(tmp_path / "run").metrics()
+    with pytest.raises(LoggerError, match=r"log None: a name, or an object with the methods log\(record\)"):
+        prune(out=tmp_path / "other", log=[lambda folder, config: None])
 
 
 def test_names_and_numbers() -> None:

@@ -299,6 +299,24 @@ def test_latency() -> None:
         measure_latencies({}, (3, 8, 8))
 
 
+def test_the_fastest_pass_is_free_of_other_jobs() -> None:
+    seconds = iter([0.0, 9.0, 0.0, 3.0, 0.0, 1.0, 0.0, 2.0])  # a pass to warm up, then three that count
+    times = measure_latencies(
+        {"": nn.Conv2d(3, 4, 1)}, (3, 8, 8), repeats=3, warmup=1, clock=lambda: next(seconds), choose=min
+    )
+    assert times == {"": 1000.0}
+
+
+def test_slow_networks_are_timed_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(100))
+    monkeypatch.setattr("fastprune.engine.latency.time.monotonic", lambda: next(now))
+    passes: list[float] = []
+    conv = nn.Conv2d(3, 4, 1)
+    conv.register_forward_hook(lambda *_: passes.append(0.0))
+    measure_latencies({"": conv}, (3, 8, 8), repeats=30, warmup=2, seconds=1.5)
+    assert len(passes) == 4  # two to warm up, two that count
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps:0", "auto:1x"])
 def test_device_errors(name: str) -> None:
     with pytest.raises(ValueError, match=name):

@@ -42,3 +42,23 @@ def test_groups_without_gates_log_no_keep_ratio(tiny: nn.Module) -> None:
     names = {f"keep/{group.name}" for group in task.graph.groups if gated[group.units].all()}
     assert method.keep_ratios(task) == dict.fromkeys(names, 1.0)
     assert 0 < len(names) < len(task.graph.groups)
+
+
+@pytest.mark.parametrize(
+    ("part", "odd"),
+    [(1.0, "odd: the gates ended far above the budget"), (0.0, "odd: the gates ended far below the budget"), (0.7, "")],
+)
+def test_a_search_that_has_not_settled_is_odd(
+    part: float, odd: str, tiny: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    method_class: Any = load("dmc")
+    method = method_class(method_class.Config(epochs=2, groups="all"))
+    task = Task(tiny, trace(tiny, torch.zeros(2, 3, 16, 16)), Budget("flops", 0.5))
+    method.setup(task)
+    with torch.no_grad():
+        for group in task.graph.groups:
+            is_open = torch.arange(group.size) < part * group.size
+            method.theta[group.units] = torch.where(is_open, 0.9, 0.1)
+    method.plan(task)
+    assert odd in caplog.text
+    assert ("odd" in caplog.text) == bool(odd)

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+import fastprune as fp
 from fastprune.cli.main import main
-from fastprune.engine import RunDirectory
+from fastprune.engine import Placement, RunDirectory
+from fastprune.job import RunOptions
+from fastprune.planning.goal import Goal
 from fastprune.report.command import commands
 from fastprune.report.log import PruningRun
 
@@ -53,6 +57,37 @@ def test_a_run_of_the_api(write_run: WriteRun) -> None:
     assert "fp.prune(" in text
     assert "    method='dmc',\n    budget='flops=0.5',\n    seed=0,\n    epochs=2,\n" in text
     compile(text, "report", "exec")
+
+
+def test_the_conditions_of_a_latency_budget() -> None:
+    def record(net: object, example: object, **arguments: Any) -> dict[str, Any]:
+        return arguments
+
+    names = {"fp": fp, "record": record, "net": None, "example": None}
+    conditions = fp.Conditions("cpu", batch=4, dtype="bfloat16", channels_last=True)
+    settings = RunOptions(Placement(), 0, None, None, False, {}).settings()
+    for given in (conditions, None):
+        goal = Goal.make("latency=0.6", given, None, torch.device("cpu"))
+        (text,) = commands({"command": "prune", "method": "l1", **goal.settings(), **settings}, {}, "run")
+        call = eval(text.partition("\n\n")[2].replace("fp.prune(", "record("), names)
+        assert call["budget"] == "latency=0.6"
+        assert call["conditions"] == (given or fp.Conditions("cpu"))
+    (text,) = commands({"command": "prune", "method": "l1", "budget": "flops=0.5", "seed": 0}, {}, "run")
+    assert "conditions" not in text
+
+
+def test_a_call_of_a_method_that_searches_names_its_data(write_run: WriteRun) -> None:
+    (text,) = remake(PruningRun.read(write_run("api", [])))
+    assert "    net, example, data=data,\n" in text
+    (text,) = remake(PruningRun.read(write_run("l1", [], method="l1")))
+    assert "data" not in text
+
+
+def test_a_loss_of_ones_own(write_run: WriteRun) -> None:
+    run = PruningRun.read(write_run("own", [], model="net.py:make", loss="own.py:loss", forward="own.py:forward"))
+    prune, tune = commands(run.config, {"loss": "own.py:other", "epochs": 3}, "runs/own")
+    assert "--forward own.py:forward --loss own.py:loss" in " ".join(words(prune))
+    assert words(tune)[:6] == ["finetune", "--run", "runs/own", "--loss", "own.py:other", "--epochs"]
 
 
 def test_quotes(write_run: WriteRun) -> None:

@@ -121,12 +121,13 @@ def command(line: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str
 def test_the_command(places: list[Path], capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     line = " ".join(map(str, places))
+    end = f"\nchart: trade-off.svg\nnext: fastprune report --run {line} --out PAGE\n"
     code, out, _ = command(line, capfd)
     assert code == 0
-    assert out == fp.compare(places).to_text() + "\nchart: trade-off.svg\n"  # piped: the whole table
+    assert out == fp.compare(places).to_text() + end  # piped: the whole table
     assert Path("trade-off.svg").is_file()
     monkeypatch.setenv("COLUMNS", "60")
-    assert command(line, capfd)[1] == fp.compare(places).to_text(60) + "\nchart: trade-off.svg\n"
+    assert command(line, capfd)[1] == fp.compare(places).to_text(60) + end
     code, out, _ = command(f"--json {line} --chart c.png", capfd)
     assert json.loads(out) == {"runs": fp.compare(places).rows, "chart": "c.png"}
 
@@ -135,7 +136,9 @@ def test_no_chart_is_said(write_run: WriteRun, capfd: Any) -> None:
     run = write_run("a", [])
     code, out, _ = command(str(run), capfd)
     assert code == 0
-    assert "no chart. chart: two runs with a test accuracy are needed" in out
+    assert "no chart: got one run; give two or more to compare" in out
+    assert out.endswith(f"next: fastprune report --run {run}\n")
+    assert "no chart: two runs with a test accuracy are needed" in command(f"{run} {write_run('b', [])}", capfd)[1]
     assert command(f"{run} --chart c.svg", capfd)[0] == 2
 
 

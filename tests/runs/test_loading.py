@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import fastprune as fp
 from fastprune import models
 from fastprune.cli.main import main
-from fastprune.engine import RunDirectory, RunError
+from fastprune.data import load_data
+from fastprune.engine import RunDirectory, RunError, TrainConfig, train
 from fastprune.models import Source, source_of
 
 DATA = "synthetic:3x8x8:4:128"
@@ -54,6 +55,15 @@ def test_a_training(runs: Path, images: Tensor) -> None:
     assert not trained.training
     assert equal(trained, network(runs / "t" / "model.safetensors"), images)
     assert equal(fp.load(runs / "t", "baseline"), trained, images)
+
+
+def test_a_training_by_the_engine(tmp_path: Path, images: Tensor) -> None:
+    trained, directory = Plain(), RunDirectory.create(tmp_path / "run", {})
+    train(trained, load_data(DATA), TrainConfig(epochs=1, batch_size=32), run=directory, device="cpu")
+    with pytest.raises(RunError, match=r"give the network that was trained, with any weights: fp\.load\(.*model=net\)"):
+        fp.load(tmp_path / "run")
+    assert equal(fp.load(tmp_path / "run", model=Plain()), trained, images)
+    assert equal(fp.load(tmp_path / "run", "baseline", model=Plain()), trained, images)
 
 
 def test_a_pruning_needs_no_file_outside_of_it(runs: Path, tmp_path: Path, images: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,3 +31,51 @@ class Split(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = torch.split(torch.relu(self.first(x)), [4, 8], 1)
         return self.last(torch.cat([self.left(a), self.right(b)], 1).mean((2, 3)))
+
+
+class PlainCNN(nn.Module):
+    """Three convolutions and a linear layer, without residual blocks; 3x16x16 images."""
+
+    def __init__(self, outputs: int = 4) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(24, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class UNet(nn.Module):
+    """A U-Net of two levels with a skip connection; a dict of scores [N, 3, H, W], as torchvision returns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1 = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.down2 = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())
+        self.up = nn.ConvTranspose2d(24, 16, 2, stride=2)
+        self.merge = nn.Sequential(nn.Conv2d(32, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        fine = self.down1(x)
+        coarse = self.up(self.down2(F.max_pool2d(fine, 2)))
+        return {"out": self.head(self.merge(torch.cat([fine, coarse], 1)))}
+
+
+class TwoInputs(nn.Module):
+    """A convolution of an image and a linear layer of numbers, joined to one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU()
+        )
+        self.numbers = nn.Linear(5, 8)
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, image: Tensor, numbers: Tensor) -> Tensor:
+        return self.head(torch.cat([self.image(image).mean((2, 3)), F.relu(self.numbers(numbers))], 1))

@@ -105,7 +105,7 @@ def test_two_inputs_and_two_results(images: Tensor, tmp_path: Path) -> None:
     file = fp.export(result, tmp_path / "net.onnx")
     assert file.difference < 1e-5
     assert file.trtexec is not None
-    assert "--minShapes=input_0:1x3x8x8,input_1:1x5" in file.trtexec
+    assert "--minShapes=image:1x3x8x8,other:1x5" in file.trtexec
     assert fp.export(result, tmp_path / "net.pt2").difference < 1e-5
 
 
@@ -231,8 +231,13 @@ def test_the_command(images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "net: pt2, 0." in printed
     assert "compared in torch at batch size 1 and 3" in printed
     assert "prune with --round_to 8" in printed
+    assert printed.splitlines()[-1] == f"next: fastprune report --run {tmp_path / 'run'}"
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "w.safetensors"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["format"] == "safetensors"
+    assert main(["export", str(tmp_path / "run"), "--format", "pt2"]) == 0
+    assert (tmp_path / "run" / "run.pt2").is_file()
+    assert main(["export", str(tmp_path / "run"), "--format", "safetensors"]) == 2
+    assert "--out is needed" in capsys.readouterr().err
     assert main(["export", "--out", "x.pt2"]) == 2
     assert "fastprune export RUN --out FILE" in capsys.readouterr().err
 

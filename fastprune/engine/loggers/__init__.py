@@ -7,7 +7,8 @@ A package that declares
 
 adds a logger by being installed: ``--log mylogger``, ``fp.prune(..., log=["mylogger"])``. The entry point names a class
 or a function that is called with the run's folder (a ``Path``) and the content of its ``config.yaml``, and returns a
-``Logger``. Rank 0 alone has loggers.
+``Logger``. Rank 0 alone has loggers. They get every line of ``metrics.jsonl``: also the last one of a command, with the
+results that it has measured.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from fastprune.host.spelling import did_you_mean
 
@@ -50,13 +52,21 @@ class LoggerError(ValueError):
     """A logger that does not exist or cannot be used."""
 
 
-def load_loggers(names: Sequence[str | Logger]) -> list[MakeLogger | Logger]:
-    """Import loggers by name, and leave objects as they are.
+def load_loggers(names: Sequence[str | MakeLogger | Logger]) -> list[MakeLogger | Logger]:
+    """Import loggers by name, and leave objects, and what makes them, as they are.
 
     Raises:
         LoggerError: for an unknown name, a missing package, or an object that is no logger.
     """
-    return [load_logger(name) if isinstance(name, str) else require_logger(name) for name in names]
+    return [
+        load_logger(item) if isinstance(item, str) else item if is_maker(item) else require_logger(item)
+        for item in names
+    ]
+
+
+def is_maker(item: object) -> TypeGuard[MakeLogger]:
+    """Return whether something makes a logger, as an entry point does: a class, or a function."""
+    return isinstance(item, type) or (callable(item) and not isinstance(item, Logger))
 
 
 def load_logger(name: str) -> MakeLogger:
@@ -105,6 +115,48 @@ class Records:
             callback(record)
 
 
+class OpenLoggers:
+    """Loggers by name that stay open when a search or training ends, for the result that is measured after it.
+
+    Args:
+        names: the names.
+
+    Raises:
+        LoggerError: for an unknown name or a missing package.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.makers: list[MakeLogger] = [partial(self._make, load_logger(name)) for name in names]
+        self._loggers: list[Logger] = []
+
+    def _make(self, make: MakeLogger, folder: Path, config: Mapping[str, Any]) -> Logger:
+        self._loggers.append(require_logger(make(folder, config)))
+        return _StaysOpen(self._loggers[-1])
+
+    def log(self, record: Record) -> None:
+        """Hand a record to all of them."""
+        Records(self._loggers)(record)
+
+    def __enter__(self) -> OpenLoggers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close them, each one even if another fails."""
+        with ExitStack() as stack:
+            for logger in self._loggers:
+                stack.callback(logger.close)
+
+
+class _StaysOpen:
+    """A logger that somebody else closes."""
+
+    def __init__(self, logger: Logger) -> None:
+        self.log = logger.log
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 @contextmanager
 def open_records(
     log: Sequence[MakeLogger | Logger],
@@ -132,12 +184,12 @@ def open_records(
     with ExitStack() as stack:
         loggers = []
         for item in log:
-            if isinstance(item, Logger) and not isinstance(item, type):
-                loggers.append(item)
+            if not is_maker(item):
+                loggers.append(require_logger(item))
                 continue
             if folder is None:
                 raise LoggerError("log: a logger by name writes beside the run's files: give out=, its directory")
-            loggers.append(item(folder, config))
+            loggers.append(require_logger(item(folder, config)))
             stack.callback(loggers[-1].close)
         yield Records(loggers, callbacks)
 

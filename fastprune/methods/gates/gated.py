@@ -24,6 +24,8 @@ from fastprune.training.phases import Metrics, Phase
 
 log = logging.getLogger(__name__)
 
+UNSETTLED = 0.2  # part of the network by which a search misses its plan if its gates hardly moved, or nearly all closed
+
 
 def prunable_cost(graph: ChannelGraph, budget: Budget, units: Tensor) -> float:
     """Compute the cost of the layers that shrink with ``units``, T_total of the papers.
@@ -205,6 +207,16 @@ class GateSearch(Method):
             "channels_changed_by_projection": float((chosen != projected).sum()),
         }
         log.info("the %s cost %.4f of the network, the plan %.4f (budget %s)", what, cost, final, budget)
+        if abs(cost - final) > UNSETTLED:
+            where, what_to_do = (
+                ("above", f"for more epochs than {self.config.epochs}, or with a greater learning rate")
+                if cost > final
+                else ("below", "with a smaller learning rate")
+            )
+            log.warning(
+                "odd: the %s ended far %s the budget, so the plan is little more than a guess; search %s",
+                *(what, where, what_to_do),
+            )
 
     def results(self) -> Metrics:
         """Report the cost of the search's choice and of the plan, relative to the full network."""
