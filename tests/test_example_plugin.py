@@ -22,13 +22,13 @@ from fastprune.graph import trace
 from fastprune.methods import Task, available, configure, load
 from fastprune.surgery import apply
 
-info = available()["fpgm"]
+info = available()["my_fpgm"]
 assert (info.package, info.version) == ("fastprune-fpgm", "0.1.0"), info
 assert {"ranking", "p", "groups"} <= {option.name for option in info.options}, info
 torch.manual_seed(0)
 model = models.create("resnet20").eval()
 graph = trace(model, torch.zeros(1, 3, 32, 32))
-method = load("fpgm")
+method = load("my_fpgm")
 plan = method(configure(method, {"ranking": "global"})).plan(Task(model, graph, Budget.parse("flops=0.5")))
 compact = apply(plan, model)
 assert compact(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
@@ -39,8 +39,8 @@ CONTRACT = """
 from fastprune.methods import load
 from fastprune.testing import check_method
 
-check_method(load("fpgm"))
-check_method(load("fpgm"), ranking="global", p=1.0)
+check_method(load("my_fpgm"))
+check_method(load("my_fpgm"), ranking="global", p=1.0)
 print("kept the contract")
 """
 
@@ -94,4 +94,4 @@ def test_scores_are_the_distances_to_the_other_filters(site, monkeypatch):
     filters = model.block[0].weight.detach().double().flatten(1)
     expected = torch.tensor([sum(float((a - b).norm()) for b in filters) for a in filters], dtype=torch.float64)
     torch.testing.assert_close(scores[group.units], expected, rtol=1e-6, atol=0)
-    assert any(point.name == "fpgm" for point in entry_points(group="fastprune.methods"))
+    assert any(point.name == "my_fpgm" for point in entry_points(group="fastprune.methods"))

@@ -21,7 +21,7 @@ class FPGM(ScoreMethod):
     A channel that several layers make has the sum of its scores there.
     """
 
-    name = "fpgm"
+    name = "my_fpgm"
     paper = "He et al., Filter Pruning via Geometric Median for Deep CNNs Acceleration, CVPR 2019"
     Config = FPGMConfig
 

@@ -1,4 +1,5 @@
 from .contract import Method, Task, TaskData
+from .criteria.calibrated import CalibratedConfig, CalibratedMethod
 from .plugins import MethodInfo, PluginError, PluginWarning
 from .registry import available, broken, configure, load
 from .scores.filters import unit_filters, unit_norms
@@ -6,6 +7,8 @@ from .scores.ranking import KeepConfig, RankingConfig, ScoreMethod
 from .shared import Metrics, OptionInfo, Phase, interior_units, option
 
 __all__ = [
+    "CalibratedConfig",
+    "CalibratedMethod",
     "KeepConfig",
     "Method",
     "MethodInfo",

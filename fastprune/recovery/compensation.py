@@ -49,7 +49,7 @@ CALIBRATION_IMAGES = 512
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' mean variance; the best on held-out batches is taken
 HELD_OUT = 4  # every fourth batch chooses the ridge; then the fit takes all
 ROWS = 8  # rows per unknown that a fit takes at most; more change the result by less than its noise
-LEAST_ROWS = 16384
+LEAST_ROWS = 65536
 MOST_UNKNOWNS = 8192  # inputs of an output; a matrix of their products takes half a gigabyte
 SMALL_GAIN = 1e-2  # of the largest; a channel that a norm multiplies by less cannot make up for others
 

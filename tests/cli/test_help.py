@@ -67,7 +67,7 @@ def test_completions() -> None:
     assert complete("fastprune pr") == {"prune"}
     assert complete("fastprune prune --dmc.e") == {"--dmc.epochs", "--dmc.evaluate_every"}
     assert complete("fastprune prune --method l1 --l1.") == {"--l1.groups", "--l1.ranking"}
-    assert complete("fastprune prune --method l") == {"l1", "l2"}
+    assert complete("fastprune prune --method l") == {"l1", "l2", "lamp"}
     assert "dmc-resnet56-cifar10" in complete("fastprune prune --recipe dmc-resnet5")
     assert complete("fastprune recipes show sp-resnet56") == {"sp-resnet56-cifar10"}
 

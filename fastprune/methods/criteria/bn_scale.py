@@ -5,6 +5,7 @@ I_u = mean over the batch norms that the channel passes of |γ|
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor
 from fastprune.methods.contract import Task
 from fastprune.methods.criteria.unit_values import GroupConfig, unit_values
 from fastprune.methods.scores.filters import unit_batch_norms
-from fastprune.methods.scores.ranking import ScoreMethod
+from fastprune.methods.scores.ranking import RANKINGS, Ranking, ScoreMethod
+from fastprune.options import option
+
+
+@dataclass(frozen=True)
+class BNScaleConfig(GroupConfig):
+    """Options of the scales."""
+
+    ranking: Ranking = option("global", RANKINGS)
 
 
 class BNScale(ScoreMethod):
@@ -21,8 +30,8 @@ class BNScale(ScoreMethod):
 
     name = "bn_scale"
     paper = "Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017"
-    Config: ClassVar[type[Any]] = GroupConfig
-    config: GroupConfig
+    Config: ClassVar[type[Any]] = BNScaleConfig
+    config: BNScaleConfig
 
     def prunable(self, task: Task) -> Tensor:
         """Return the units of the option ``groups`` that pass a batch norm with a scale.

@@ -7,6 +7,7 @@ The best unit of each group scores 1, so that no group goes as a whole, and the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from fastprune.methods.contract import Task
 from fastprune.methods.criteria.unit_values import GroupConfig, unit_values
-from fastprune.methods.scores.ranking import ScoreMethod
+from fastprune.methods.scores.ranking import RANKINGS, Ranking, ScoreMethod
+from fastprune.options import option
+
+
+@dataclass(frozen=True)
+class LAMPConfig(GroupConfig):
+    """Options of LAMP."""
+
+    ranking: Ranking = option("global", RANKINGS)
 
 
 class LAMP(ScoreMethod):
@@ -23,8 +32,8 @@ class LAMP(ScoreMethod):
     name = "lamp"
     paper = "Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021"
     comparable = True
-    Config: ClassVar[type[Any]] = GroupConfig
-    config: GroupConfig
+    Config: ClassVar[type[Any]] = LAMPConfig
+    config: LAMPConfig
 
     def scores(self, task: Task) -> Tensor:
         """Return the LAMP score of each unit."""

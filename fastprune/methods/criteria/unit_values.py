@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastprune.graph import ChannelGraph
 from fastprune.graph.structure import Role
-from fastprune.methods.scores.ranking import RANKINGS, Ranking, RankingConfig
+from fastprune.methods.scores.ranking import RankingConfig
 from fastprune.options import option
 
 Reduction = Literal["mean", "sum", "max"]
@@ -24,7 +24,6 @@ FILTERS: tuple[Role, ...] = ("out", "depthwise", "in", "channel")
 class GroupConfig(RankingConfig):
     """Options of a criterion that joins the values of all weights of a unit."""
 
-    ranking: Ranking = option("global", RANKINGS)
     reduction: Reduction = option("mean", "how the values of a unit's tensors are joined")
 
 
