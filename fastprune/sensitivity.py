@@ -1,4 +1,4 @@
-"""How much accuracy each group costs: one group at a time is narrowed, without any training."""
+"""How much accuracy, or loss, each group costs: one group at a time is narrowed, without any training."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastprune.methods.scores.filters import unit_norms
 from fastprune.methods.scores.ranking import ranks
 from fastprune.networks.masked import MaskedNetwork
 from fastprune.surgery.slicing import copy_model
+from fastprune.training.objective import Forward, Loss, Objective
 
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -33,16 +34,21 @@ class Point:
         ratio: the part of its units that stays, as it was asked for.
         kept: the number of units that stay.
         size: the number of its units.
-        accuracy: top-1 on the held-out samples, in [0, 1].
-        loss: mean cross-entropy on them.
+        accuracy: top-1 on the held-out samples, in [0, 1]; None with a loss of the user's own.
+        loss: mean loss on them.
     """
 
     group: str
     ratio: float
     kept: int
     size: int
-    accuracy: float
+    accuracy: float | None
     loss: float
+
+    @property
+    def value(self) -> float:
+        """The accuracy, or the loss if there is none."""
+        return self.loss if self.accuracy is None else self.accuracy
 
 
 @dataclass(frozen=True)
@@ -50,16 +56,32 @@ class Sensitivity:
     """The measurements of ``sensitivity``.
 
     Args:
-        accuracy: top-1 of the full network on the held-out samples.
-        loss: its mean cross-entropy.
+        accuracy: top-1 of the full network on the held-out samples; None with a loss of the user's own.
+        loss: its mean loss.
         samples: number of held-out samples.
         points: the measurements, group by group, ratios rising.
     """
 
-    accuracy: float
+    accuracy: float | None
     loss: float
     samples: int
     points: tuple[Point, ...]
+
+    @property
+    def measure(self) -> str:
+        """The name of what is compared: "accuracy", or "loss" if there is none."""
+        return "loss" if self.accuracy is None else "accuracy"
+
+    @property
+    def value(self) -> float:
+        """The accuracy of the full network, or its loss."""
+        return self.loss if self.accuracy is None else self.accuracy
+
+    def lost(self, point: Point) -> float:
+        """Return the accuracy that a measurement lost, or the part by which its loss is greater."""
+        if self.accuracy is None:
+            return (point.loss - self.loss) / max(abs(self.loss), 1e-12)
+        return self.accuracy - point.value
 
     def of_group(self, name: str) -> list[Point]:
         """Return the measurements of a group, ratios rising."""
@@ -69,14 +91,14 @@ class Sensitivity:
         """Return for each group the smallest ratio from which on accuracy stays within ``drop`` of the full network's.
 
         Args:
-            drop: the accuracy that a group may cost, as a fraction: 0.01 is one point. The groups add up: all of them
-                together cost more, until the network is fine-tuned.
+            drop: the accuracy that a group may cost, as a fraction: 0.01 is one point; or the part by which the loss
+                may rise. The groups add up: all of them together cost more, until the network is fine-tuned.
         """
         found = {}
         for name in dict.fromkeys(point.group for point in self.points):
             least = 1.0
             for point in reversed(self.of_group(name)):
-                if self.accuracy - point.accuracy > drop:
+                if self.lost(point) > drop:
                     break
                 least = point.ratio
             found[name] = least
@@ -88,7 +110,7 @@ class Sensitivity:
 
     def save(self, path: str | Path, drop: float = 0.01) -> None:
         """Write the suggestion as a YAML file that ``fastprune prune --config`` reads."""
-        head = f"# Parts that cost at most {drop:g} of {self.accuracy:g} held-out accuracy, one group at a time.\n"
+        head = f"# Parts that cost at most {drop:g} of {self.value:g} held-out {self.measure}, one group at a time.\n"
         atomic.write_text(Path(path), head + yaml.safe_dump({"keep_ratio": list(self.keep_ratio(drop))}))
 
 
@@ -101,6 +123,8 @@ def sensitivity(
     device: str | None = None,
     ignore: Sequence[str] = (),
     batch_size: int = 256,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
 ) -> Sensitivity:
     """Measure held-out accuracy and loss over the part of each group that stays, one group at a time.
 
@@ -115,6 +139,8 @@ def sensitivity(
         device: as for ``prune``.
         ignore: layers whose channels stay; see ``trace``.
         batch_size: samples per step.
+        loss: as for ``prune``; with a loss of your own the loss is compared in place of the accuracy.
+        forward: as for ``prune``.
 
     Raises:
         ValueError: for ratios out of range, data without a held-out part, or a network without prunable channels.
@@ -139,20 +165,20 @@ def sensitivity(
         graph = trace(network, inputs, ignore=ignore)
     if not graph.groups:
         raise ValueError("no channels of this network can be pruned: 'fastprune inspect' says why")
-    masked, order = MaskedNetwork(graph, network), unit_norms(graph, network, p=1)
+    masked, order, objective = MaskedNetwork(graph, network), unit_norms(graph, network, p=1), Objective(loss, forward)
 
-    def measure(mask: Tensor) -> tuple[float, float]:
-        gates = mask.float().to(place.device)
-        result = evaluate(lambda x: masked(x, gates), data, "held_out", batch_size=batch_size, placement=place)
-        return result["accuracy"], result["loss"]
+    def measure(mask: Tensor) -> tuple[float | None, float]:
+        gated = masked.under(mask.float().to(place.device))
+        result = evaluate(gated, data, "held_out", batch_size=batch_size, placement=place, objective=objective)
+        return result.get("accuracy"), result["loss"]
 
-    accuracy, loss = measure(torch.ones(graph.num_units))
+    accuracy, full_loss = measure(torch.ones(graph.num_units))
     points = []
     with progress.begin("measuring groups", len(graph.groups) * len(ratios)) as work, progress.muted():
         for group, ratio, mask in narrowings(graph, order, sorted(ratios)):
             points.append(Point(group.name, ratio, int(mask[group.units].sum()), group.size, *measure(mask)))
-            work.advance(metrics={"accuracy": points[-1].accuracy})
-    return Sensitivity(accuracy, loss, data.size("held_out"), tuple(points))
+            work.advance(metrics={objective.measure_name: points[-1].value})
+    return Sensitivity(accuracy, full_loss, data.size("held_out"), tuple(points))
 
 
 def narrowings(graph: ChannelGraph, scores: Tensor, ratios: Sequence[float]) -> list[tuple[Group, float, Tensor]]:

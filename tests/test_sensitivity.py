@@ -57,7 +57,7 @@ def test_the_suggestion_ends_where_accuracy_first_falls() -> None:
 
 def test_the_file_is_a_config_of_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"--model resnet20 --data {DATA} --device cpu"
-    ask = f"sensitivity {line} --ratios [0.25,0.5] --drop 0.5 --out {tmp_path}/sens --json"
+    ask = f"sensitivity {line} --ratios 0.25 0.5 --drop 0.5 --out {tmp_path}/sens --json"
     assert main(shlex.split(ask)) == 0
     printed = json.loads(capsys.readouterr().out)
     file = tmp_path / "sens" / "keep_ratio.yaml"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastprune.arguments import make_objective
 from fastprune.cli.networks import image_shape, input_shape, make_example
-from fastprune.cli.settings import InspectSettings, ModelSettings, ObjectiveSettings
+from fastprune.cli.settings import InspectSettings, ModelSettings, ObjectiveSettings, SensitivitySettings
 from fastprune.data import Data, UserData
 from fastprune.engine import Placement, choose_device
 from fastprune.graph.export.inputs import Example
@@ -19,7 +19,7 @@ from fastprune.training.objective import Objective
 
 
 def load_objective(
-    settings: ObjectiveSettings | InspectSettings, earlier: ObjectiveSettings | None = None
+    settings: ObjectiveSettings | InspectSettings | SensitivitySettings, earlier: ObjectiveSettings | None = None
 ) -> Objective:
     """Import the functions of ``--loss`` and ``--forward``.
 

@@ -12,19 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fastprune.cli.advice import at_chance, print_advice, too_few, warn_of_random_weights, word
-from fastprune.cli.inputs import has_images
-from fastprune.cli.networks import build_model, check_fit, image_shape, make_example, open_data
+from fastprune.cli.inputs import check_batch, data_example, load_objective
+from fastprune.cli.networks import build_model, check_fit, open_data
 from fastprune.cli.settings import RunSettings, SensitivitySettings, pick, require
 from fastprune.host.distributed import Distributed
 from fastprune.report.tables import percent, show
 from fastprune.sensitivity import Sensitivity, sensitivity
-from fastprune.training.objective import Objective
 
 CHART, SUGGESTION = "sensitivity.png", "keep_ratio.yaml"
 
 
 def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
-    """Measure held-out accuracy over the part of each group that stays."""
+    """Measure held-out accuracy, or loss, over the part of each group that stays."""
     settings = pick(SensitivitySettings, values)
     require(model=settings.model, data=settings.data)
     folder = Path(settings.out) if settings.out else None
@@ -33,17 +32,16 @@ def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
         raise ValueError(f"{str(folder)!r} exists already: give another --out")
     data = open_data(str(settings.data), pick(RunSettings, {**values, "out": None}))
     torch.manual_seed(settings.seed)
-    if not has_images(data, Objective()):
-        raise ValueError(
-            f"--data {settings.data}: sensitivity takes batches of images [N, C, H, W] and class labels [N]"
-        )
+    objective = load_objective(settings)
     model = build_model(settings, data)
-    shape = image_shape(data)
-    check_fit(model, settings.model, make_example(shape))
-    warn_of_random_weights(settings, Distributed(), "so the accuracies mean nothing")
+    example = data_example(data, objective, model)
+    check_fit(model, settings.model, example)
+    check_batch(model, data, objective, settings.device)
+    warn_of_random_weights(settings, Distributed(), f"so the {objective.measure_name} means nothing")
     found = sensitivity(
-        model, make_example(shape), data, ratios=settings.ratios, device=settings.device, ignore=settings.ignore
-    )
+        model, example, data, ratios=settings.ratios, device=settings.device, ignore=settings.ignore,
+        loss=objective.loss, forward=objective.forward,
+    )  # fmt: skip
     if folder is not None and draw is not None:
         folder.mkdir(parents=True, exist_ok=True)
         draw(found, folder / CHART)
@@ -52,8 +50,13 @@ def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps({**asdict(found), "keep_ratio": list(found.keep_ratio(settings.drop))}))
         return 0
     print_sensitivity(found, settings.drop)
-    odd = at_chance({"network": {"accuracy": found.accuracy}}, data)
-    print_advice([*odd, *too_few(found.samples, settings.drop), *(written(settings, folder))])
+    odd = []
+    if found.accuracy is not None:
+        odd = [
+            *at_chance({"network": {"accuracy": found.accuracy}}, data),
+            *too_few(found.samples, settings.drop),
+        ]
+    print_advice([*odd, *(written(settings, folder))])
     return 0
 
 
@@ -78,13 +81,22 @@ def print_sensitivity(found: Sensitivity, drop: float) -> None:
         table.add_column(f"{ratio:g}", justify="right")
     table.add_column("keep", justify="right")
     for name, least in suggested.items():
-        accuracies = [f"{100 * point.accuracy:.1f}" for point in found.of_group(name)]
-        table.add_row(name, *accuracies, f"{least:g}")
-    head = f"held-out accuracy in % over the part of a group that stays; {percent(found.accuracy)} for the full network"
+        table.add_row(name, *(describe(point.accuracy, point.loss) for point in found.of_group(name)), f"{least:g}")
+    what = "loss" if found.accuracy is None else "accuracy in %"
+    whole = f"{found.loss:.4g}" if found.accuracy is None else percent(found.accuracy)
+    head = f"held-out {what} over the part of a group that stays; {whole} for the full network"
     console = Console(markup=False, highlight=False)
     console.print(f"{head}, on {found.samples} samples, untrained")
     show(table)
-    console.print(f"keep: the smallest part that costs at most {percent(drop)} accuracy, one group at a time")
+    most = (
+        f"at most {percent(drop)} accuracy" if found.accuracy is not None else f"a loss at most {percent(drop)} higher"
+    )
+    console.print(f"keep: the smallest part that costs {most}, one group at a time")
+
+
+def describe(accuracy: float | None, loss: float) -> str:
+    """Return a cell of the table."""
+    return f"{loss:.4g}" if accuracy is None else f"{100 * accuracy:.1f}"
 
 
 def written(settings: SensitivitySettings, folder: Path | None) -> list[str]:

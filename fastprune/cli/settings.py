@@ -140,13 +140,19 @@ class SensitivitySettings(ModelSettings):
 
     data: str | None = option(None, "data set, of which the held-out part is measured; see 'fastprune train --help'")
     out: str | None = option(None, "folder for a chart and a file of keep_ratio; without it nothing is written")
-    ratios: tuple[float, ...] = option((0.1, 0.25, 0.5, 0.75, 0.9), "parts of a group that stay", above=0.0, below=1.0)
-    drop: float = option(0.01, "accuracy that a group may cost in the suggestion; 0.01 is one point", minimum=0.0)
+    ratios: tuple[float, ...] = option(
+        (0.1, 0.25, 0.5, 0.75, 0.9), "parts of a group that stay", above=0.0, below=1.0, flag=NUMBERS
+    )
+    drop: float = option(
+        0.01, "accuracy that a group may cost in the suggestion; 0.01 is one point, or 1 % of a loss", minimum=0.0
+    )
     image_size: int | None = option(None, "side of the images in pixels; by default the data's own", minimum=1)
     held_out: float | None = option(
         None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
     )
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
+    loss: str | None = option(None, LOSS)
+    forward: str | None = option(None, FORWARD)
     seed: int = option(0, "seed of the held-out part", minimum=0, maximum=LARGEST_SEED)
     device: str = option("auto", DEVICE)
 

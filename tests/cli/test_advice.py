@@ -47,7 +47,7 @@ def test_random_weights_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_sensitivity_warns_of_random_weights_and_few_samples(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "sensitivity --model resnet20 --data synthetic:3x8x8:4:64 --ratios [0.5] --device cpu"
+    line = "sensitivity --model resnet20 --data synthetic:3x8x8:4:64 --ratios 0.5 --device cpu"
     assert main(shlex.split(line)) == 0
     printed = capsys.readouterr()
     assert printed.err.startswith("warning: no --weights: the weights are random, so the accuracies mean nothing")

@@ -163,8 +163,6 @@ def test_inspect_takes_its_example_from_data(here: Path, capsys: pytest.CaptureF
     assert [group["name"] for group in shown["groups"]] == ["image.0", "image.3", "numbers"]
     again = found("inspect nets.py:TwoInputs --data own.py:swapped --forward own.py:by_name", capsys)
     assert again["macs"] == shown["macs"]
-    assert run("sensitivity nets.py:TwoInputs --data own.py:regression") == 2
-    assert "sensitivity takes batches of images" in capsys.readouterr().err
 
 
 def test_data_without_a_part_to_measure_are_odd(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,3 +195,21 @@ def test_refusals(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(REFUSED[line], error), error
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("case", CHAINS)
+def test_sensitivity(case: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    result = found(f"sensitivity {CHAINS[case]} --ratios 0.5 --out chart --drop 0.5", capsys)
+    assert result["points"]
+    has_accuracy = case == "segmentation"
+    assert (result["accuracy"] is not None) == has_accuracy
+    assert (here / "chart" / "sensitivity.png").stat().st_size > 5000
+    for point, suggested in zip(result["points"], result["keep_ratio"], strict=True):
+        assert point["kept"] == round(0.5 * point["size"])
+        rise = point["loss"] / result["loss"] - 1
+        lost = result["accuracy"] - point["accuracy"] if has_accuracy else rise
+        assert suggested == f"{point['group']}={0.5 if lost <= 0.5 else 1}:1"
+    assert run(f"sensitivity {CHAINS[case]} --ratios 0.5") == 0
+    printed = capsys.readouterr().out
+    assert ("held-out accuracy in %" if has_accuracy else "held-out loss over") in printed
