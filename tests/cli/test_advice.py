@@ -50,7 +50,7 @@ def test_sensitivity_warns_of_random_weights_and_few_samples(capsys: pytest.Capt
     line = "sensitivity --model resnet20 --data synthetic:3x8x8:4:64 --ratios 0.5 --device cpu"
     assert main(shlex.split(line)) == 0
     printed = capsys.readouterr()
-    assert printed.err.startswith("warning: no --weights: the weights are random, so the accuracies mean nothing")
+    assert printed.err.startswith("warning: no --weights: the weights are random, so the accuracy means nothing")
     assert "more than --drop 0.01: hold out 100 (--held_out)" in printed.out.replace("\n", " ").replace("  ", " ")
 
 
