@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastprune as fp
 from fastprune.data import load_data
@@ -30,7 +30,7 @@ from fastprune.graph.interior import interior_units
 from fastprune.graph.model_state import in_eval_mode
 from fastprune.host import atomic
 from fastprune.host.machine import machine
-from fastprune.models import create, load_weights
+from fastprune.models import create
 from fastprune.planning.budget import Budget
 from fastprune.recovery import calibration_inputs, compensate_weights
 from fastprune.surgery import apply
@@ -61,10 +61,9 @@ class Experiment:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.data: Data = load_data(arguments.data)
-        self.model = create(arguments.model, num_classes=self.data.num_classes)
-        load_weights(self.model, arguments.weights)
-        self.model.eval()
-        self.example = torch.zeros(1, *self.data.shape)
+        self.model = create(arguments.model, weights=arguments.weights).eval()
+        images, _ = next(iter(self.data.batches("train", 2, seed=0)))
+        self.example = images[:1]
         self.graph = fp.trace(self.model, self.example)
         self.path: Path = arguments.json
         self.document: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {
@@ -97,7 +96,9 @@ class Experiment:
             return
         if method.startswith("peer:"):
             if "none" in missing:
-                model, ratio = prune_by_peer(self.model, self.graph, self.data, method[5:], budget, self.images, seed)
+                model, ratio = prune_by_peer(
+                    self.model, self.graph, self.data, self.example, method[5:], budget, self.images, seed
+                )
                 self.add(**key, how="none", macs=ratio, seconds=0.0, accuracy=self.accuracy(model))
             return
         name, _, options = method.partition(":")
@@ -120,7 +121,14 @@ class Experiment:
 
 
 def prune_by_peer(
-    model: nn.Module, graph: ChannelGraph, data: Data, name: str, budget: float, images: int, seed: int
+    model: nn.Module,
+    graph: ChannelGraph,
+    data: Data,
+    example: Tensor,
+    name: str,
+    budget: float,
+    images: int,
+    seed: int,
 ) -> tuple[nn.Module, float]:
     """Prune the interior groups by torch-pruning; return the network and its part of the MACs."""
     import torch_pruning as tp
@@ -134,7 +142,6 @@ def prune_by_peer(
     }
     inside = interior_units(graph)
     producers = {group.name for group in graph.groups if bool(inside[group.units].all())}
-    example = torch.zeros(1, *data.shape)
     limit = Budget.of(budget).limit(graph)
     total = float(graph.cost().macs)
     for percent in range(1, 100):
@@ -184,7 +191,7 @@ def describe(values: list[float]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--weights", required=True)
+    parser.add_argument("--weights", help="without them the model is taken as it is built")
     parser.add_argument("--data", required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.35], help="fractions of the MACs")
