@@ -14,6 +14,7 @@ import copy
 import json
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,8 @@ def prune_by_peer(
     producers = {group.name for group in graph.groups if bool(inside[group.units].all())}
     limit = Budget.of(budget).limit(graph)
     total = float(graph.cost().macs)
-    for percent in range(1, 100):
+
+    def pruned(percent: int) -> tuple[nn.Module, float]:
         network = copy.deepcopy(model).eval()
         kept = [m for n, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and n not in producers]
         pruner = tp.pruner.BasePruner(
@@ -153,10 +155,13 @@ def prune_by_peer(
         if name == "taylor":
             taylor_gradients(network, data, images, seed)
         pruner.step()
-        macs = float(fp.trace(network.eval(), example).cost().macs)
-        if macs <= limit:
-            return network, macs / total
-    raise ValueError(f"torch-pruning: no ratio meets flops={budget}")
+        return network.eval(), float(fp.trace(network, example).cost().macs)
+
+    percent = bisect_left(range(100), True, key=lambda percent: pruned(percent)[1] <= limit)
+    if percent == 100:
+        raise ValueError(f"torch-pruning: no ratio meets flops={budget}")
+    network, macs = pruned(percent)
+    return network, macs / total
 
 
 def taylor_gradients(network: nn.Module, data: Data, images: int, seed: int) -> None:

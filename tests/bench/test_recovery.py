@@ -1,0 +1,44 @@
+"""The program that measures criteria and compensations, on an untrained network and few images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import recovery
+
+
+def run(monkeypatch: pytest.MonkeyPatch, path: Path, *methods: str) -> None:
+    line = f"recovery.py --model resnet20 --data synthetic:3x16x16:4:96 --json {path} --budgets 0.5 --images 32"
+    monkeypatch.setattr(sys, "argv", [*line.split(), "--compensate", "none", "bn", "--methods", *methods])
+    recovery.main()
+
+
+@pytest.mark.slow
+def test_measurements_are_kept_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recovery.json"
+    run(monkeypatch, path, "l1:ranking=global", "peer:taylor")
+    first = json.loads(path.read_text())
+    assert [(row["method"], row["how"]) for row in first["rows"]] == [
+        ("l1:ranking=global", "none"), ("l1:ranking=global", "bn"), ("peer:taylor", "none"),
+    ]  # fmt: skip
+    assert all(0.4 < row["macs"] <= 0.5 for row in first["rows"])
+    assert all(0 <= row["accuracy"] <= 1 for row in first["rows"])
+    run(monkeypatch, path, "l1:ranking=global", "peer:taylor", "random")
+    second = json.loads(path.read_text())
+    assert second["rows"][:3] == first["rows"]
+    assert [row["method"] for row in second["rows"][3:]] == ["random", "random"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "| budget | method | MACs | raw | bn |" in lines
+    assert [line.split("|")[2].strip() for line in lines[-3:]] == ["`l1:ranking=global`", "`peer:taylor`", "`random`"]
+    assert lines[-2].split("|")[5].strip() == "–"  # torch-pruning's network is not compensated
+
+
+def test_means_and_ranges_over_seeds() -> None:
+    assert recovery.describe([]) == "–"
+    assert recovery.describe([90.0]) == "90.00"
+    assert recovery.describe([90.0, 91.0, 90.5]) == "90.50 ± 0.5"
