@@ -95,7 +95,8 @@ def finetune(
         with in_eval_mode(network), place.autocast():
             objective.check(place.model(network), place.images(inputs), place.labels(targets))
     distillation = None if tutor is None else prepare_teacher(
-        tutor, network, source, recipe, device=where, objective=objective
+        tutor, network, source, recipe, device=where, objective=objective,
+        plan=model.plan if isinstance(model, PruningResult) else None,
     )  # fmt: skip
     peers = Distributed.from_environment()
     settings = {

@@ -35,6 +35,7 @@ from fastprune.cli.teacher import load_teacher, locate, require_use
 from fastprune.engine import RunDirectory, choose_device, prepare_teacher, train
 from fastprune.engine.loggers import OpenLoggers, split_names
 from fastprune.engine.run import plain, took_steps
+from fastprune.graph.plan import PruningPlan
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
 from fastprune.runs import NetworkRecord, load_pruned
@@ -68,7 +69,8 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     check_batch(compact, data, objective, settings.device)
     teacher = load_teacher(config.teacher, run, full, data)
     distillation = None if teacher is None else prepare_teacher(
-        teacher, compact, data, config, device=choose_device(settings.device), objective=objective
+        teacher, compact, data, config, device=choose_device(settings.device), objective=objective,
+        plan=PruningPlan.load(run.plan_path),
     )  # fmt: skip
     recipe = recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"])
     with loggers:

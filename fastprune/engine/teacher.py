@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastprune.data.data import Data
 from fastprune.data.nests import count_samples, take
 from fastprune.data.user_data import UserData
 from fastprune.engine.device import Placement
 from fastprune.graph.model_state import in_eval_mode, state_of
+from fastprune.graph.plan import PruningPlan
 from fastprune.surgery.slicing import copy_model
 from fastprune.training.distillation import Distillation, find_stage_ends, watch
 from fastprune.training.objective import Objective
@@ -28,6 +29,7 @@ def prepare_teacher(
     *,
     device: torch.device,
     objective: Objective,
+    plan: PruningPlan | None = None,
 ) -> Distillation:
     """Move a teacher to the device, and try it beside the network on the first samples.
 
@@ -38,6 +40,7 @@ def prepare_teacher(
         recipe: temperature and weights of the distillation, precision and memory layout.
         device: where both run.
         objective: how networks run on a batch.
+        plan: the plan that made the network out of the teacher, if one did; for features of pruned streams.
 
     Raises:
         ValueError: for a teacher that cannot take the data, has outputs of another form, or shares weights with the
@@ -64,10 +67,17 @@ def prepare_teacher(
                 f"teacher: a {type(teacher).__name__} cannot take a batch of the data: {error}; give a teacher for "
                 "the same data"
             ) from error
-        ends = find_stage_ends(features, wanted) if watched else ()
+        ends = find_stage_ends(features, wanted, kept_channels(plan)) if watched else {}
         distillation = Distillation(teacher, recipe.temperature, recipe.distill, recipe.distill_features, ends)
         distillation.distance(output, answer, objective)
     return distillation
+
+
+def kept_channels(plan: PruningPlan | None) -> dict[str, Tensor]:
+    """Return the indices of the output channels that stay, for each module whose own parameters a plan cuts."""
+    pieces = () if plan is None else plan.slices
+    made = [piece for piece in pieces if piece.role in ("out", "depthwise", "channel")]
+    return {} if plan is None else {piece.tensor.rpartition(".")[0]: plan.kept_indices(piece) for piece in made}
 
 
 def first_samples(data: Data) -> tuple[Any, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,14 +35,14 @@ class Distillation:
         temperature: T.
         weight: α, in [0, 1].
         features: w.
-        stage_ends: names of the modules whose outputs are the features.
+        stage_ends: {module whose outputs are the features: the teacher's channels that the network has, None = all}.
     """
 
     teacher: nn.Module
     temperature: float = 4.0
     weight: float = 0.5
     features: float = 0.0
-    stage_ends: tuple[str, ...] = ()
+    stage_ends: Mapping[str, Tensor | None] = field(default_factory=dict)
 
     def blend(
         self, loss: Tensor, output: Any, features: Features, objective: Objective, inputs: Any, targets: Any
@@ -66,7 +66,8 @@ class Distillation:
         metrics = {"distillation": distance.detach()}
         loss = (1 - self.weight) * loss + self.weight * distance
         if self.stage_ends:
-            error = torch.stack([relative_error(features[name], wanted[name]) for name in self.stage_ends]).mean()
+            pairs = [(features[name], take_channels(wanted[name], kept)) for name, kept in self.stage_ends.items()]
+            error = torch.stack([relative_error(own, other) for own, other in pairs]).mean()
             loss, metrics["features"] = loss + self.features * error, error.detach()
         return loss, metrics
 
@@ -172,7 +173,7 @@ def relative_error(features: Tensor, wanted: Tensor) -> Tensor:
 
 
 @contextmanager
-def watch(network: nn.Module, names: tuple[str, ...]) -> Iterator[Features]:
+def watch(network: nn.Module, names: Iterable[str]) -> Iterator[Features]:
     """Keep the outputs of modules, by name, of the forward passes within; of several calls the last one."""
     kept: Features = {}
 
@@ -190,27 +191,43 @@ def watch(network: nn.Module, names: tuple[str, ...]) -> Iterator[Features]:
         yield kept
 
 
-def find_stage_ends(network: Features, teacher: Features) -> tuple[str, ...]:
-    """Return the modules where features are compared: at each resolution the last one that is alike in both networks.
+def find_stage_ends(
+    network: Features, teacher: Features, kept: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor | None]:
+    """Return the modules where features are compared: at each resolution the last one whose channels correspond.
 
-    Where channels of a residual stream were removed, its modules have other shapes than the teacher's. Pooled features
-    are left to the outputs, which show them.
+    They do where the outputs have the same shape, and where a plan says which of a module's channels stay. Pooled
+    features are left to the outputs, which show them.
 
     Args:
         network: the outputs of all modules of the network, in the order of their calls.
         teacher: those of the teacher.
+        kept: {module: indices of its output channels that stay} by the plan that made the network out of the teacher.
+
+    Returns:
+        {module: the teacher's channels that the network has, None = all}.
 
     Raises:
-        ValueError: if no module is alike.
+        ValueError: if there is no such module.
     """
-    last: dict[tuple[int, ...], str] = {}
+    last: dict[tuple[int, ...], tuple[str, Tensor | None]] = {}
     for name, tensor in teacher.items():
         size = tuple(tensor.shape[2:])
-        if name and name in network and network[name].shape == tensor.shape and any(side > 1 for side in size):
-            last[size] = name
+        if not name or name not in network or all(side == 1 for side in size):
+            continue
+        own, channels = network[name].shape, (kept or {}).get(name)
+        if own == tensor.shape:
+            last[size] = name, None
+        elif channels is not None and own == (len(tensor), len(channels), *size):
+            last[size] = name, channels.to(tensor.device)
     if not last:
         raise ValueError(
-            "distill_features: no module's features have as many channels in the network as in the teacher; leave it "
-            "out, or prune so that the channels between blocks stay (interior groups, or ignore=)"
+            "distill_features: the network has no module whose channels correspond to the teacher's; leave it out, or "
+            "give as teacher the network before pruning (a network that runs as a rewritten graph has no such modules)"
         )
-    return tuple(last.values())
+    return dict(last.values())
+
+
+def take_channels(features: Tensor, channels: Tensor | None) -> Tensor:
+    """Return some channels of features [N, C, …], all for None."""
+    return features if channels is None else features[:, channels]

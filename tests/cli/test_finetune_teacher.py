@@ -116,6 +116,30 @@ def test_the_own_network_teaches_and_the_average_is_kept(
     assert log_of(Path("b").absolute())[-1] == last
 
 
+def test_features_of_a_pruned_residual_stream(here: Path) -> None:
+    """The plan says which of the teacher's channels the network has: at the start they are the same."""
+    model = fp.models.create("own.py:teacher")
+    result = fp.prune(model, torch.zeros(1, 3, 8, 8), method="l1", budget=0.6, out="m")
+    assert result.plan.layers["stem"][0] < 8
+    data = fp.data.load_data("own.py:loaders")
+    options = {"batch_size": 16, "lr": 0.0, "distill_features": 1.0}
+    metrics = fp.finetune(result, data, teacher=model, epochs=1, **options)
+    images = torch.cat([x for x, _ in data.batches("train", 16)])
+    outputs: dict[str, torch.Tensor] = {}
+    for network in (model, result.model.train()):
+        network.outer.register_forward_hook(lambda _m, _i, output: outputs.__setitem__("outer", output.detach()))
+    model.eval()(images)
+    wanted = outputs["outer"][
+        :,
+        result.plan.kept_indices(next(s for s in result.plan.slices if s.tensor == "outer.weight" and s.role == "out")),
+    ]
+    errors = []
+    for own, other in zip(images.split(16), wanted.split(16), strict=True):
+        result.model(own)
+        errors.append(float((outputs["outer"] - other).square().sum() / other.square().sum()))
+    assert metrics["features"] == pytest.approx(sum(errors) / 3, rel=0.05)  # batches are in another order
+
+
 def test_a_recipe_in_the_run_names_the_teacher(pruned: Path) -> None:
     config = yaml.safe_load((pruned / "config.yaml").read_text())
     recipe = {"teacher": "auto", "distill": 0.25, "ema": 0.5, "epochs": 1}

@@ -183,7 +183,7 @@ def test_a_teacher_that_does_not_fit_is_refused() -> None:
         (colour, RECIPE, "a Net cannot take a batch of the data: .*give a teacher for the same data"),
         (net, RECIPE, "it shares weights with the network"),
         (narrow.body, RECIPE, "class scores|are of shape"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), replace(RECIPE, distill_features=1.0), "distill_features: no"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), replace(RECIPE, distill_features=1.0), "distill_features: the"),
     ):
         with pytest.raises(ValueError, match=message):
             teach(net, recipe, teacher)

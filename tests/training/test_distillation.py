@@ -116,18 +116,42 @@ def features_of(net: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def test_stage_ends_are_the_last_equal_modules_of_each_resolution() -> None:
+def test_stage_ends_are_the_last_modules_of_each_resolution_that_correspond() -> None:
     teacher = features_of(Net(8))
-    assert find_stage_ends(features_of(Net(5)), teacher) == ("b", "c")
-    with pytest.raises(ValueError, match="distill_features: no module's features have as many channels"):
-        find_stage_ends(features_of(Net(5, stream=4)), teacher)
+    assert find_stage_ends(features_of(Net(5)), teacher) == {"b": None, "c": None}
+    narrow = features_of(Net(5, stream=4))
+    with pytest.raises(ValueError, match="distill_features: the network has no module whose channels correspond"):
+        find_stage_ends(narrow, teacher)
+    stay = torch.tensor([0, 2, 3, 5])
+    found = find_stage_ends(narrow, teacher, {"stem": stay, "a.2": stay, "c.2": stay, "b.2": stay[:3]})
+    assert {name: None if kept is None else kept.tolist() for name, kept in found.items()} == {
+        "a.2": [0, 2, 3, 5],  # not b.2, which has other channels than the plan says
+        "c.2": [0, 2, 3, 5],
+    }
+
+
+def test_features_of_a_pruned_stream_are_compared_with_the_channels_that_stay() -> None:
+    """A network that has lost channels which are zero gives the same features as its teacher."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten())
+    student = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.Flatten())
+    stay = torch.tensor([1, 3])
+    with torch.no_grad():
+        student[0].weight.copy_(teacher[0].weight[stay])
+        student[0].bias.copy_(teacher[0].bias[stay])
+    taught = Distillation(teacher, features=1.0, stage_ends={"0": stay})
+    images = noise(2, 3, 5, 5)
+    with watch(student, ["0"]) as own:
+        output = student(images)
+    _, metrics = taught.blend(output.sum(), output, own, Objective(), images, torch.zeros(2))
+    assert metrics["features"].item() == pytest.approx(0, abs=1e-12)
 
 
 def test_blend_by_hand() -> None:
     torch.manual_seed(0)
     teacher, student = Net(8).eval(), Net(5)
     images, labels = noise(6, 3, 8, 8), torch.arange(6) % 4
-    taught = Distillation(teacher, temperature=2.0, weight=0.3, features=0.7, stage_ends=("b", "c"))
+    taught = Distillation(teacher, temperature=2.0, weight=0.3, features=0.7, stage_ends={"b": None, "c": None})
     objective = Objective()
     with watch(student, taught.stage_ends) as own:
         scores = student(images)
