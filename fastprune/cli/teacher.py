@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from fastprune import models
-from fastprune.cli.networks import choose_sizes, count_data_classes
+from fastprune.cli.networks import build_code, lacks_builder
 from fastprune.cli.runs import FINETUNE_CONFIG
 from fastprune.data import Data
 from fastprune.engine import RunDirectory, RunError
@@ -87,6 +87,11 @@ def load_other(run: RunDirectory) -> nn.Module:
     trained = run.config.get("command") != "prune" or (run.path / FINETUNE_CONFIG).is_file()
     if not trained and NetworkRecord.read(run).weights == "seed":
         raise ValueError(f"--teacher {run.path}: its network has random weights, which teach nothing; {WAY_OUT}")
+    if lacks_builder(run):
+        raise ValueError(
+            f"--teacher {run.path}: its network cannot be built by a name; in Python give "
+            f"fp.finetune(..., teacher=fp.load({str(run.path)!r}, model=net)), or {WAY_OUT}"
+        )
     try:
         return load_pruned(run)
     except RunError as error:
@@ -99,4 +104,4 @@ def build_published(name: str, data: Data) -> nn.Module:
         return models.create(name, weights="pretrained")
     if not names_object(name):
         raise ValueError(f"--teacher {name}: this is neither a run nor a network with weights; {WAY_OUT}")
-    return models.create(name, *choose_sizes(name, count_data_classes(data), data.shape[0] if data.shape else 3))
+    return build_code(name, data)

@@ -166,7 +166,11 @@ def test_other_teachers(pruned: Path, here: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_cannot_teach_is_refused(pruned: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("prune resnet20 --data own.py:loaders --method l1 --out random") == 0
+    torch.manual_seed(0)
+    memory = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    fp.prune(memory, torch.zeros(1, 3, 8, 8), method="l1", out="memory")
     for line, message in {
+        "--run a --teacher memory": r"cannot be built by a name; in Python give .*fp.load\('memory', model=net\)",
         "--run random --teacher auto": "had random weights, which teach nothing; give --teacher RUN",
         "--run a --teacher random": "its network has random weights",
         "--run a --teacher own.py:ten": r"scores are of shape \[2, 10\], the network's of \[2, 4\]",
