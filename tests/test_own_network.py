@@ -233,6 +233,6 @@ def test_the_page_about_own_networks_runs(capsys: pytest.CaptureFixture[str]) ->
     torch.manual_seed(0)
     exec("\n".join(blocks), {"__name__": "page"})
     accuracy, distillation, taught = map(float, capsys.readouterr().out.split())
-    assert 0 <= min(accuracy, taught)
+    assert min(accuracy, taught) >= 0
     assert max(accuracy, taught) <= 1
     assert distillation > 0

@@ -101,7 +101,11 @@ def load_other(run: RunDirectory) -> nn.Module:
 def build_published(name: str, data: Data) -> nn.Module:
     """Build a network that comes with its weights: a published one, or what a user's function returns."""
     if name.partition(":")[0] in ("torchvision", "timm"):
-        return models.create(name, weights="pretrained")
+        try:
+            return models.create(name, weights="pretrained")
+        except ValueError as error:
+            problem = str(error).partition("; fetch them")[0]  # there is no --weights here
+            raise ValueError(f"--teacher {name}: {problem}; {WAY_OUT}") from error
     if not names_object(name):
         raise ValueError(f"--teacher {name}: this is neither a run nor a network with weights; {WAY_OUT}")
     return build_code(name, data)

@@ -170,12 +170,13 @@ def test_what_cannot_teach_is_refused(pruned: Path, here: Path, capsys: pytest.C
     memory = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     fp.prune(memory, torch.zeros(1, 3, 8, 8), method="l1", out="memory")
     for line, message in {
-        "--run a --teacher memory": r"cannot be built by a name; in Python give .*fp.load\('memory', model=net\)",
+        "--run a --teacher memory": r"cannot be built by a name; in Python give .*fp.load\(.*memory', model=net\)",
         "--run random --teacher auto": "had random weights, which teach nothing; give --teacher RUN",
         "--run a --teacher random": "its network has random weights",
         "--run a --teacher own.py:ten": r"scores are of shape \[2, 10\], the network's of \[2, 4\]",
         "--run a --teacher resnet20": "neither a run nor a network with weights; give --teacher RUN",
         "--run a --teacher elsewhere": "neither a run nor",
+        "--run a --teacher torchvision:resnet1": "--teacher torchvision:resnet1: .*; give --teacher RUN",
         "--run a --teacher own.py": "this is no run, it has no config.yaml",
         "--run a --distill 0.9": "--distill: there is no teacher; give --teacher auto, or leave --distill out",
         "--run a --teacher none --temperature 2": "--temperature: there is no teacher",
