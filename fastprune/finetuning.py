@@ -102,11 +102,7 @@ def finetune(
     settings = {
         "command": "finetune",
         "seed": seed,
-        "teacher": "none"
-        if tutor is None
-        else str(teacher)
-        if isinstance(teacher, (str, Path))
-        else type(tutor).__name__,
+        "teacher": teacher_name(teacher),
         **plain({f.name: getattr(recipe, f.name) for f in fields_of(FinetuneRecipe)}),
     }
     with run_directory(out, settings, peers, resume=resume) as run:
@@ -126,7 +122,7 @@ def find_teacher(teacher: object, options: Mapping[str, Any]) -> nn.Module | Non
         ValueError: for a name of the command line, or options that need a teacher.
         TypeError: for something else than a network or the path of a run.
     """
-    if teacher is None:
+    if teacher is None or teacher == "none":
         idle = [name for name in ("temperature", "distill", "distill_features") if name in options]
         if idle:
             raise ValueError(f"{idle[0]}: there is no teacher; give teacher=, the network before pruning say")
@@ -142,6 +138,13 @@ def find_teacher(teacher: object, options: Mapping[str, Any]) -> nn.Module | Non
     if not isinstance(network, nn.Module):
         raise TypeError(f"teacher: got {type(teacher).__name__}; a torch.nn.Module or the path of a run is needed")
     return network
+
+
+def teacher_name(teacher: object) -> str:
+    """Return what the settings of a run say of its teacher: the path as it was given, or the class of a network."""
+    if teacher is None or isinstance(teacher, (str, Path)):
+        return str(teacher or "none")
+    return type(teacher.model if isinstance(teacher, PruningResult) else teacher).__name__
 
 
 def keep_network(run: RunDirectory, model: nn.Module | PruningResult, data: Data, objective: Objective) -> None:
