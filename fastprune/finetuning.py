@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from fastprune.arguments import check_arguments, check_kind, make_objective
 from fastprune.data import Data, Split, UserData
 from fastprune.data.given import GivenData, as_data
 from fastprune.data.user_data import Loader
-from fastprune.engine import Evaluation, LoopOptions, Placement, RunDirectory, choose_device, train
+from fastprune.engine import Evaluation, LoopOptions, Placement, RunDirectory, choose_device, prepare_teacher, train
 from fastprune.engine.run import plain, run_directory
 from fastprune.graph.export.inputs import Inputs, InputSpec
 from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.host.distributed import Distributed
 from fastprune.options import build, fields_of
 from fastprune.pruning import PruningResult
-from fastprune.runs import NetworkRecord, Origin
+from fastprune.runs import NetworkRecord, Origin, load
 from fastprune.training.example import example_of
 from fastprune.training.objective import Forward, Loss, Objective
 from fastprune.training.options import FinetuneRecipe
@@ -33,6 +34,7 @@ def finetune(
     held_out: Loader | float | None = None,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    teacher: nn.Module | PruningResult | str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -48,15 +50,20 @@ def finetune(
         held_out: held-out samples, as for ``prune``; measured after each epoch.
         loss: the loss, as for ``prune``.
         forward: how the model runs on a batch, as for ``prune``.
+        teacher: a trained network whose outputs the model learns beside the targets, mostly the one before pruning; it
+            is moved to the device. A path is a run, whose network it is; None = no teacher.
         out: directory for log, checkpoints and the weights, which ``fastprune.load`` reads; None = nothing is written.
         resume: whether to continue the training in ``out`` from its last checkpoint.
         seed: seed of order, augmentation and dropout.
         device: "cpu", "cuda", "cuda:N" or "auto"; None = where the model is.
         loop: how often log and checkpoints are written.
-        **options: fields of ``FinetuneRecipe``: ``epochs``, ``lr``, ``optimizer``, ``weight_decay``, ….
+        **options: fields of ``FinetuneRecipe``: ``epochs``, ``lr``, ``optimizer``, ``weight_decay``, …; ``ema`` for a
+            moving average of the weights; ``temperature``, ``distill`` and ``distill_features`` beside a teacher, see
+            ``fastprune.training.distillation.Distillation``.
 
     Returns:
-        The last value of every metric: loss, lr, held_out_loss; for classification also accuracy, held_out_accuracy.
+        The last value of every metric: loss, lr, held_out_loss; for classification also accuracy, held_out_accuracy;
+        with a teacher also distillation, features.
 
     Raises:
         ValueError: for an unknown option, or data that are not understood; says what to give.
@@ -77,6 +84,7 @@ def finetune(
     if resume and out is None:
         raise ValueError("resume: give out=, the directory of the run to continue")
     objective, recipe = make_objective(loss, forward), build(FinetuneRecipe, options, owner="finetune")
+    tutor = find_teacher(teacher, options)
     source = as_data(data, held_out, seed=seed)
     if source is None:
         raise ValueError("data: None; training data are needed, a DataLoader say")
@@ -86,20 +94,57 @@ def finetune(
         inputs, targets = source.first
         with in_eval_mode(network), place.autocast():
             objective.check(place.model(network), place.images(inputs), place.labels(targets))
+    distillation = None if tutor is None else prepare_teacher(
+        tutor, network, source, recipe, device=where, objective=objective,
+        plan=model.plan if isinstance(model, PruningResult) else None,
+    )  # fmt: skip
     peers = Distributed.from_environment()
     settings = {
         "command": "finetune",
         "seed": seed,
+        "teacher": teacher_name(teacher),
         **plain({f.name: getattr(recipe, f.name) for f in fields_of(FinetuneRecipe)}),
     }
     with run_directory(out, settings, peers, resume=resume) as run:
         metrics = train(
             network, source, recipe, run=run, seed=seed, device=where, distributed=peers, resume=resume, options=loop,
-            stage="finetune", objective=objective,
+            stage="finetune", objective=objective, distillation=distillation, ema=recipe.ema,
         )  # fmt: skip
         if run is not None and peers.is_main:
             keep_network(run, model, source, objective)
     return metrics
+
+
+def find_teacher(teacher: object, options: Mapping[str, Any]) -> nn.Module | None:
+    """Return the network that is named as teacher; None if there is none.
+
+    Raises:
+        ValueError: for a name of the command line, or options that need a teacher.
+        TypeError: for something else than a network or the path of a run.
+    """
+    if teacher is None or teacher == "none":
+        idle = [name for name in ("temperature", "distill", "distill_features") if name in options]
+        if idle:
+            raise ValueError(f"{idle[0]}: there is no teacher; give teacher=, the network before pruning say")
+        return None
+    if teacher == "auto":
+        raise ValueError(
+            "teacher 'auto': a result in memory does not keep the full network; give it itself, teacher=model, or "
+            "teacher=fp.load(RUN, which='baseline')"
+        )
+    if isinstance(teacher, (str, Path)):
+        return load(teacher)
+    network = teacher.model if isinstance(teacher, PruningResult) else teacher
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"teacher: got {type(teacher).__name__}; a torch.nn.Module or the path of a run is needed")
+    return network
+
+
+def teacher_name(teacher: object) -> str:
+    """Return what the settings of a run say of its teacher: the path as it was given, or the class of a network."""
+    if teacher is None or isinstance(teacher, (str, Path)):
+        return str(teacher or "none")
+    return type(teacher.model if isinstance(teacher, PruningResult) else teacher).__name__
 
 
 def keep_network(run: RunDirectory, model: nn.Module | PruningResult, data: Data, objective: Objective) -> None:

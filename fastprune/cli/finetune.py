@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -31,9 +31,11 @@ from fastprune.cli.runs import (
     refuse_beside_resume,
 )
 from fastprune.cli.settings import FinetuneConfig, FinetuneSettings, NetworkSettings, pick, require
-from fastprune.engine import RunDirectory, choose_device, train
+from fastprune.cli.teacher import load_teacher, locate, require_use
+from fastprune.engine import RunDirectory, choose_device, prepare_teacher, train
 from fastprune.engine.loggers import OpenLoggers, split_names
 from fastprune.engine.run import plain, took_steps
+from fastprune.graph.plan import PruningPlan
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
 from fastprune.runs import NetworkRecord, load_pruned
@@ -65,12 +67,18 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     check_fit(compact, record.name, example, training=True)
     check_classes(compact, data, example, objective)
     check_batch(compact, data, objective, settings.device)
+    teacher = load_teacher(config.teacher, run, full, data)
+    distillation = None if teacher is None else prepare_teacher(
+        teacher, compact, data, config, device=choose_device(settings.device), objective=objective,
+        plan=PruningPlan.load(run.plan_path),
+    )  # fmt: skip
     recipe = recipe_on_disk(run, make_config(settings, "finetune", plain(asdict(config))), resume=values["resume"])
     with loggers:
         with recipe:
             train(
                 compact, data, config, run=run, seed=settings.seed, device=settings.device, distributed=peers,
                 resume=values["resume"], stage="finetune", log=loggers.makers, objective=objective,
+                distillation=distillation, ema=config.ema,
             )  # fmt: skip
         if classes is not None and peers.is_main and run.network_path.is_file():
             record.with_classes(classes).save(run)
@@ -89,7 +97,8 @@ def choose_settings(
     """Return the settings and the recipe: as given and as the run's own recipe says, or those of a resumed one."""
     config = pick(FinetuneConfig, {**values, **read_fine_tuning(run, given)})
     if not values["resume"]:
-        return settings, config
+        require_use(config.teacher, given)
+        return settings, replace(config, teacher=locate(config.teacher))
     file = run.path / FINETUNE_CONFIG
     refuse_beside_resume(given, "run", file)
     begun = read_yaml(file)

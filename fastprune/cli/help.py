@@ -34,7 +34,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fastprune prune --model torchvision:resnet50 --weights W.safetensors --method l1 --out runs/l1",
         "fastprune prune --recipe dmc-resnet50-imagenet --data imagefolder:FOLDER --weights W.safetensors --out runs/x",
     ),
-    "finetune": ("fastprune finetune --run runs/dmc --epochs 60",),
+    "finetune": (
+        "fastprune finetune --run runs/dmc --epochs 60",
+        "fastprune finetune --run runs/dmc --epochs 10 --teacher auto --ema 0.999",
+    ),
     "evaluate": ("fastprune evaluate --run runs/dmc",),
     "report": ("fastprune report --run runs/dmc runs/l1 --out page",),
     "recipes show": ("fastprune recipes show dmc-resnet50-imagenet",),
@@ -52,7 +55,10 @@ MAIN: dict[str, tuple[str, ...]] = {
         *("model", "weights", "data", "method", "budget", "out", "recipe", "compensate", "round_to", "dry_run"),
         *("seed", "device", "resume", "config", "json"),
     ),
-    "finetune": ("run", "data", "epochs", "batch_size", "lr", "schedule", "from_scratch", "device", "resume", "json"),
+    "finetune": (
+        *("run", "data", "epochs", "batch_size", "lr", "schedule", "teacher", "distill", "temperature", "ema"),
+        *("from_scratch", "device", "resume", "json"),
+    ),
 }
 """The options that are explained in ``--help`` of commands with many."""
 

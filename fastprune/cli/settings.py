@@ -179,6 +179,11 @@ class FinetuneSettings(ObjectiveSettings):
 class FinetuneConfig(FinetuneRecipe):
     """Recipe of a fine-tuning: as a training, with a cosine schedule from a lower learning rate."""
 
+    teacher: str = option(
+        "none",
+        "network to learn from beside the labels: auto is the run's own before it was pruned; or another run, or the "
+        "name of a network with published weights",
+    )
     from_scratch: bool = option(False, "begin with random weights in place of the run's, as SP's paper does")
 
 

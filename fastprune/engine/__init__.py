@@ -8,6 +8,7 @@ from fastprune.engine.loggers import Logger
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.meter import NonFiniteError
 from fastprune.engine.run import RunDirectory, RunError
+from fastprune.engine.teacher import prepare_teacher
 from fastprune.engine.training import train
 from fastprune.host.errors import Interrupted
 from fastprune.training.options import TrainConfig
@@ -30,6 +31,7 @@ __all__ = [
     "load_state",
     "measure_latencies",
     "measure_latency",
+    "prepare_teacher",
     "run_phases",
     "save_state",
     "seed_everything",

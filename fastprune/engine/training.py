@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from fastprune.data.augment import cutout, mixup
 from fastprune.data.batches import hashed
 from fastprune.data.data import Data
+from fastprune.engine.averaging import WeightAverage
 from fastprune.engine.device import Placement, choose_device, seed_everything
 from fastprune.engine.evaluate import evaluate
 from fastprune.engine.loggers import Callback, Logger, MakeLogger, load_loggers, open_records
 from fastprune.engine.loop import LoopOptions, run_phases
 from fastprune.engine.run import RunDirectory
+from fastprune.graph.model_state import in_eval_mode
 from fastprune.host.distributed import Distributed
 from fastprune.models.weights import save_weights
+from fastprune.training.distillation import Distillation
 from fastprune.training.objective import Objective
 from fastprune.training.options import TrainConfig
 from fastprune.training.phases import Phase
@@ -48,17 +51,27 @@ class Trainer:
         data: the data set.
         placement: device, precision and layout.
         objective: the loss that is minimised; None = cross-entropy.
+        distillation: the teacher's part of the loss; None = there is no teacher.
+        ema: decay of the moving average of the weights; 0 = none.
     """
 
     trains_weights = True
 
     def __init__(
-        self, config: TrainConfig, data: Data, placement: Placement, objective: Objective | None = None
+        self,
+        config: TrainConfig,
+        data: Data,
+        placement: Placement,
+        objective: Objective | None = None,
+        distillation: Distillation | None = None,
+        ema: float = 0.0,
     ) -> None:
         self.config = config
         self.data = data
         self.placement = placement
         self.objective = objective or Objective()
+        self.distillation, self.ema = distillation, ema
+        self.average: WeightAverage | None = None
 
     def setup(self, task: TrainTask) -> None:
         """Make the optimiser.
@@ -73,8 +86,9 @@ class Trainer:
         steps = self.data.steps("train", self.config.batch_size, distributed=task.distributed)
         self.weights = WeightTraining(
             task.model, self.config, steps_per_epoch=steps, device=task.device, peers=task.distributed,
-            objective=self.objective,
+            objective=self.objective, distillation=self.distillation,
         )  # fmt: skip
+        self.average = WeightAverage(task.model, self.ema) if self.ema else None
 
     def phases(self, task: TrainTask) -> Iterator[Phase]:
         """Yield the only phase."""
@@ -92,6 +106,8 @@ class Trainer:
         """Take one step of the optimiser on this rank's share of the batch: images [N, C, H, W], labels [N]."""
         metrics = self.weights.gradients(*self.augment(inputs, targets), soft=bool(self.config.mixup))
         self.weights.update()
+        if self.average is not None:
+            self.average.update()
         return metrics
 
     def augment(self, images: Any, labels: Any) -> tuple[Any, Any]:
@@ -113,25 +129,48 @@ class Trainer:
         return images, labels
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
-        """Return accuracy and loss on the held-out part, when due."""
+        """Return accuracy and loss on the held-out part, when due; with an average those of the average."""
         every = self.config.evaluate_every
         if not every or (epoch + 1) % every or not self.data.size("held_out"):
             return {}
-        self.weights.share_buffers()
+        self.share_buffers()
+        network = self.average.network if self.average is not None else self.task.model
         result = evaluate(
-            self.task.model, self.data, "held_out", placement=self.placement, distributed=self.task.distributed,
+            network, self.data, "held_out", placement=self.placement, distributed=self.task.distributed,
             objective=self.objective,
         )  # fmt: skip
         accuracy = {"held_out_accuracy": result["accuracy"]} if "accuracy" in result else {}
         return {**accuracy, "held_out_loss": result["loss"]}
 
+    def share_buffers(self) -> None:
+        """Give all ranks rank 0's batch-norm statistics, and their averages."""
+        self.weights.share_buffers()
+        if self.average is not None and self.task.distributed.world_size > 1:
+            self.weights.share(self.average.network.buffers())
+
+    def finish(self) -> None:
+        """Make the network what the training results in: the same on all ranks, the average if there is one."""
+        self.share_buffers()
+        if self.average is not None:
+            self.average.write_back()
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimiser's state and the number of steps; the loop saves the weights."""
-        return self.weights.state_dict()
+        """Return the optimiser's state, the number of steps and the averages; the loop saves the weights."""
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return {**self.weights.state_dict(), **average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if only one of the run and its checkpoint has an average.
+        """
+        if (self.average is not None) != ("average" in state):
+            begun = "with a moving average" if "average" in state else "without one"
+            raise ValueError(f"ema: got {self.ema:g}, but the run was begun {begun}; resume it with what it began with")
         self.weights.load_state_dict(state)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
 
 def train(
@@ -149,8 +188,10 @@ def train(
     log: Sequence[str | MakeLogger | Logger] = (),
     callbacks: Sequence[Callback] = (),
     objective: Objective | None = None,
+    distillation: Distillation | None = None,
+    ema: float = 0.0,
 ) -> dict[str, float]:
-    """Train ``model`` in place and leave it in eval mode, with the weights of the last step.
+    """Train ``model`` in place and leave it in eval mode, with the weights of the last step, or their average.
 
     No weights are chosen by their accuracy on any data. Under N processes the gradient is the mean over processes; if a
     batch does not divide by N, the shares differ by one sample and weigh the same.
@@ -169,10 +210,12 @@ def train(
         log: loggers, by name, as objects, or what makes them; see ``fastprune.engine.loggers``.
         callbacks: functions that get every record of the log.
         objective: the loss that is minimised, and how the model runs on a batch; None = cross-entropy.
+        distillation: the teacher's part of the loss, as ``prepare_teacher`` makes it; None = there is no teacher.
+        ema: decay of a moving average of weights and buffers, which is measured and is the result; 0 = none.
 
     Returns:
         The last value of every metric: loss, accuracy, lr, held_out_accuracy, held_out_loss; no accuracies under a loss
-        of the user's own.
+        of the user's own; with a teacher also its terms of the loss, distillation and features.
 
     Raises:
         Interrupted: see ``run_phases``.
@@ -188,11 +231,13 @@ def train(
     placement = Placement(device, config.precision, config.channels_last)
     placement.model(model)
     task = TrainTask(model, device, seed, peers, torch.Generator().manual_seed(seed))
-    trainer = Trainer(config, data.to(device), placement, objective)
+    trainer = Trainer(config, data.to(device), placement, objective, distillation, ema)
+    teachers = [distillation.teacher] if distillation is not None else []
     folder, settings = (run.path, run.config) if run is not None else (None, {})
     with (
         _synchronise_batch_norm(model, config.sync_bn and peers.world_size > 1),
         open_records(makers, callbacks, folder, settings, wanted=peers.is_main) as records,
+        in_eval_mode(*teachers),
     ):
         trainer.setup(task)
         model.train()
@@ -208,7 +253,7 @@ def train(
                 options=options,
                 records=records,
             )
-            trainer.weights.share_buffers()
+            trainer.finish()
         finally:
             model.eval()
     if run is not None and peers.is_main:

@@ -61,3 +61,16 @@ class FinetuneRecipe(TrainConfig):
 
     lr: float = option(0.02, "largest learning rate", minimum=0.0)
     schedule: str = option("cosine", "shape of the learning rate over the epochs", choices=SCHEDULES)
+    temperature: float = option(4.0, "temperature T at which class scores are compared with the teacher's", above=0.0)
+    distill: float = option(
+        0.5, "weight α of the teacher: (1 − α) × loss + α × distance of the outputs", minimum=0.0, maximum=1.0
+    )
+    distill_features: float = option(
+        0.0, "weight of the distance of the features at the ends of stages from the teacher's", minimum=0.0
+    )
+    ema: float = option(
+        0.0,
+        "decay of a moving average of the weights, which becomes the result (0.999); 0 = none",
+        minimum=0.0,
+        below=1.0,
+    )

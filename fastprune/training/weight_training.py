@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 
 from fastprune.host.distributed import Distributed
+from fastprune.training.distillation import Distillation, watch
 from fastprune.training.objective import Objective
 from fastprune.training.options import WeightOptions
 from fastprune.training.schedule import learning_rate
@@ -28,6 +29,7 @@ class WeightTraining:
         several_passes: whether the gradients of an update come from several passes; the caller then averages them over
             all processes with ``average_gradients``.
         objective: the loss that is minimised.
+        distillation: the teacher's part of the loss; None = there is no teacher.
 
     Raises:
         ValueError: for a model without a parameter that requires gradients, or options that only cross-entropy has.
@@ -43,8 +45,9 @@ class WeightTraining:
         peers: Distributed,
         several_passes: bool = False,
         objective: Objective | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
-        self.objective = objective or Objective()
+        self.objective, self.distillation = objective or Objective(), distillation
         if options.label_smoothing:
             self.objective.require_classification("label_smoothing")
         self.model, self.options, self.peers = model, options, peers
@@ -97,10 +100,15 @@ class WeightTraining:
             soft: whether targets are probabilities of classes [N, K], as mixup makes them.
 
         Returns:
-            The metrics to log: loss, accuracy (of class scores), lr.
+            The metrics to log: loss, accuracy (of class scores), lr; with a teacher also its terms of the loss.
         """
-        output, targets = self.objective.run(self.network, inputs, targets)
-        loss, metrics = self.objective.measure(output, targets, label_smoothing=self.options.label_smoothing, soft=soft)
+        teaching = self.distillation
+        with watch(self.model, teaching.stage_ends if teaching is not None else ()) as features:
+            output, target = self.objective.run(self.network, inputs, targets)
+        loss, metrics = self.objective.measure(output, target, label_smoothing=self.options.label_smoothing, soft=soft)
+        if teaching is not None:
+            loss, terms = teaching.blend(loss, output, features, self.objective, inputs, targets)
+            metrics |= terms
         self.optimizer.zero_grad(set_to_none=True)
         # Backward runs outside autocast: each gradient takes the precision of its forward.
         with torch.autocast(loss.device.type, enabled=False):

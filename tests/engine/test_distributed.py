@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.data import load_data
-from fastprune.engine import LoopOptions, RunDirectory, RunError, TrainConfig, evaluate, train
+from fastprune.engine import LoopOptions, RunDirectory, RunError, TrainConfig, evaluate, prepare_teacher, train
 from fastprune.host.distributed import Distributed
+from fastprune.training.objective import Objective
+from fastprune.training.options import FinetuneRecipe
 from fastprune.training.weight_training import WeightTraining
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
@@ -74,6 +76,15 @@ def work(folder: str) -> None:
         resumed, data, CONFIG, device="cpu", distributed=peers, run=run, resume=True, options=LoopOptions(log_every=3)
     )
     results["resumed"] = resumed.state_dict()
+    taught = make_net(norm=True, seed=rank)
+    recipe = FinetuneRecipe(epochs=2, batch_size=16, lr=0.05, distill_features=0.5)
+    distillation = prepare_teacher(
+        make_net(norm=True, seed=9), taught, data, recipe, device=torch.device("cpu"), objective=Objective()
+    )
+    results["taught metrics"] = train(
+        taught, data, recipe, device="cpu", distributed=peers, distillation=distillation, ema=0.8
+    )
+    results["taught"] = taught.state_dict()
     try:
         RunDirectory.create(run.path, {}, peers)
     except RunError as error:
@@ -88,7 +99,7 @@ def test_two_processes(tmp_path: Path) -> None:
     result = subprocess.run([*command, __file__, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[:4000]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for kind in ("plain", "normed", "resumed", "gradients", "several", "buffers"):
+    for kind in ("plain", "normed", "resumed", "gradients", "several", "buffers", "taught"):
         for name, tensor in first[kind].items():
             assert torch.equal(tensor, second[kind][name]), (kind, name)
     assert bool(first["gradients"]["conv.weight"].any())
@@ -96,6 +107,8 @@ def test_two_processes(tmp_path: Path) -> None:
     for name, tensor in first["normed"].items():
         assert torch.equal(tensor, first["resumed"][name]), name
     assert first["metrics"] == second["metrics"]
+    assert first["taught metrics"] == second["taught metrics"]
+    assert first["taught metrics"]["distillation"] > 0
     assert first["evaluation"] == second["evaluation"]
     assert "--resume" in first["refused"]
     assert "rank 0" in second["refused"]
