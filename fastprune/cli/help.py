@@ -35,6 +35,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fastprune prune --recipe dmc-resnet50-imagenet --data imagefolder:FOLDER --weights W.safetensors --out runs/x",
     ),
     "finetune": ("fastprune finetune --run runs/dmc --epochs 60",),
+    "calibrate": ("fastprune calibrate runs/dmc", "fastprune calibrate runs/dmc --how bn --images 1024 --out runs/bn"),
     "evaluate": ("fastprune evaluate --run runs/dmc",),
     "report": ("fastprune report --run runs/dmc runs/l1 --out page",),
     "recipes show": ("fastprune recipes show dmc-resnet50-imagenet",),
