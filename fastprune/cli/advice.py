@@ -114,8 +114,10 @@ def after_pruning(settings: PruneSettings, metrics: Mapping[str, Any]) -> str:
     return f"next: fastprune finetune --run {word(settings.out)}{data}"
 
 
-def after_calibrating(settings: CalibrateSettings, out: str) -> str:
-    """Return the command that trains the compensated network."""
+def after_calibrating(settings: CalibrateSettings, out: str, *, tuned: bool) -> str:
+    """Return the command that trains the compensated network, or shows one that has been trained."""
+    if tuned:
+        return f"next: fastprune report --run {word(out)}"
     data = f" --data {word(settings.data)}" if settings.data else ""
     return f"next: fastprune finetune --run {word(out)}{data}"
 

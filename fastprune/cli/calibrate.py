@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -50,10 +49,11 @@ def run_calibrate(values: dict[str, Any], given: set[str]) -> int:
     networks = load_networks(new, data, peers, full)
     results = measure({"before": before, **networks}, data, settings.device, peers, objective)
     ending = {name: row for name, row in results.items() if name != "before"}
-    method = "finetune" if is_fine_tuned(new.metrics()) else result.method
+    tuned = is_fine_tuned(new.metrics())
+    method = "finetune" if tuned else result.method
     new.log({"stage": "result", "method": method, "budget": result.budget, **ending})
     odd = [*at_chance(ending, data), *unmeasured(results, data)]
-    print_results(results, values["json"], peers, new.path, [*odd, after_calibrating(settings, out)])
+    print_results(results, values["json"], peers, new.path, [*odd, after_calibrating(settings, out, tuned=tuned)])
     return 0
 
 
@@ -63,10 +63,7 @@ def choose_copy(settings: CalibrateSettings, peers: Distributed) -> str:
     base = run if run.name not in ("", "..") else run.resolve()
     first = f"{base.name}-{settings.how}"
     number = next(n for n in count(1) if not name_copy(base, first, n).exists())
-    out = str(name_copy(base, first, int(peers.broadcast_(torch.tensor([number])))))
-    if peers.is_main:
-        print(f"fastprune: files go to {out}", file=sys.stderr)
-    return out
+    return str(name_copy(base, first, int(peers.broadcast_(torch.tensor([number])))))
 
 
 def name_copy(run: Path, first: str, number: int) -> Path:
