@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -39,7 +41,12 @@ def test_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("fastprune.host.memory.os.fdopen", lambda handle, mode: Path("/dev/full").open(mode, buffering=0))
+
+    def open_full(handle: int, mode: str) -> IO[bytes]:
+        os.close(handle)
+        return Path("/dev/full").open("wb", buffering=0)
+
+    monkeypatch.setattr("fastprune.host.memory.os.fdopen", open_full)
     with pytest.raises(OSError, match="No space left"):
         to_file(torch.zeros(1000))
     assert not list(tmp_path.iterdir())
