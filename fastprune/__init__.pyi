@@ -1,4 +1,5 @@
 from . import data, engine, graph, methods, models, ops, planning, reference, surgery
+from .calibrating import calibrate
 from .data import UserData
 from .engine.loggers import Logger
 from .finetuning import evaluate, finetune
@@ -39,6 +40,7 @@ __all__ = [
     "TraceError",
     "UserData",
     "apply",
+    "calibrate",
     "compare",
     "compensate",
     "data",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -32,6 +34,7 @@ from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.graph.plan import PruningPlan
 from fastprune.host import progress
 from fastprune.host.distributed import Distributed
+from fastprune.host.errors import Interrupted
 from fastprune.host.machine import machine
 from fastprune.methods.contract import Method, Task
 from fastprune.methods.registry import configure, load
@@ -39,11 +42,13 @@ from fastprune.models import save_weights
 from fastprune.options import fields_of
 from fastprune.planning.budget import Conditions
 from fastprune.planning.goal import Goal
-from fastprune.recovery import CALIBRATION_IMAGES, How, calibration_inputs, compensate_weights, require_kind
+from fastprune.recovery import CALIBRATION_IMAGES, Recovery, calibration_inputs, compensate_weights
 from fastprune.surgery import cut
 from fastprune.surgery.slicing import copy_model
 from fastprune.surgery.surgery import Cut
 from fastprune.training.objective import Objective
+
+log = logging.getLogger(__name__)
 
 TIMING: Mapping[str, Any] = {"repeats": 10, "warmup": 2, "choose": min, "seconds": 4.0}
 """How the networks are timed: the fastest of ten passes, of fewer where they take long.
@@ -68,36 +73,6 @@ class Tracing:
     def settings(self) -> dict[str, Any]:
         """Return the fields as options of the command line."""
         return {"keep_class": not self.rewrite, "inexact": not self.exact, "ignore": list(self.ignore)}
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What is done for accuracy after the cut, without training.
-
-    Args:
-        how: the kind of compensation.
-        images: number of calibration samples.
-
-    Raises:
-        ValueError: for an unknown kind, or fewer than one sample.
-    """
-
-    how: How = "none"
-    images: int = CALIBRATION_IMAGES
-
-    def __post_init__(self) -> None:
-        require_kind(self.how)
-        if self.images < 1:
-            raise ValueError(f"calibration: got {self.images}; at least 1 sample is needed")
-
-    def require_data(self, data: object) -> None:
-        """Refuse to compensate without data."""
-        if self.how != "none" and data is None:
-            raise ValueError(f"compensate {self.how!r} needs calibration images: give data=")
-
-    def settings(self) -> dict[str, Any]:
-        """Return the fields as options of the command line."""
-        return {"compensate": self.how, "calibration": self.images}
 
 
 @dataclass(frozen=True)
@@ -250,24 +225,50 @@ class Job:
             records=records,
         )
 
-    def cut(self, task: Task, source: Data | None) -> tuple[Cut, dict[str, Any]]:
-        """Remove the channels that the method's plan gives up; return what was compensated too."""
+    def cut(self, task: Task, source: Data | None, keep: Callable[[Cut], object]) -> tuple[Cut, dict[str, Any]]:
+        """Remove the channels that the method's plan gives up; return what was compensated too.
+
+        Args:
+            task: the finished search.
+            source: the data.
+            keep: saves the network as it is before a compensation, which may fail, or need more memory than there is.
+        """
         with progress.begin("choosing channels", wanted=self.shows):
             plan = self.worker.plan(task)
         self.goal.check(plan, task.graph)
-        model, found = task.model, dict[str, Any]()
-        if self.recovery.how != "none" and source is not None:
-            model, found = self.compensate(task, plan, source)
         with progress.begin("cutting and verifying", wanted=self.shows):
-            return cut(plan, model, task.graph.traced), found
+            raw = cut(plan, task.model, task.graph.traced)
+        if self.recovery.how == "none" or source is None:
+            return raw, {}
+        keep(raw)
+        try:
+            return self.compensate(task, raw.plan, source)
+        except Exception as error:  # a loader of the user's raises what it likes
+            if self.peers.world_size > 1 or isinstance(error, Interrupted):  # the other ranks wait, or do not know
+                raise
+            return raw, self.tell_failure(error)
 
-    def compensate(self, task: Task, plan: PruningPlan, source: Data) -> tuple[nn.Module, dict[str, Any]]:
-        """Return a copy of the full model with compensated weights, and what was done, for the metrics."""
+    def compensate(self, task: Task, plan: PruningPlan, source: Data) -> tuple[Cut, dict[str, Any]]:
+        """Return the compact network with compensated weights, and what was done, for the metrics."""
         inputs = self.calibrate(task, source, self.recovery.images)
         model, work = compensate_weights(
             task.graph, task.model, plan, inputs, self.recovery.how, peers=self.peers, show=self.shows
         )
-        return model, {"compensation": {"how": self.recovery.how, **asdict(work)}}
+        with progress.begin("cutting and verifying", wanted=self.shows):
+            compact = cut(plan, model, task.graph.traced)
+        return compact, {"compensation": {"how": self.recovery.how, **asdict(work)}}
+
+    def tell_failure(self, error: Exception) -> dict[str, Any]:
+        """Say that the weights are not compensated and how to try again; return that for the metrics."""
+        how, out = self.recovery.how, self.running.out
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        again = (
+            f"fp.compensate(model, result.plan, data, {how!r})"
+            if out is None
+            else f"fastprune calibrate {shlex.quote(str(out))} --how {how}"
+        )
+        log.warning("compensation failed, so the weights are as they were cut (%s); try again: %s", reason, again)
+        return {"compensation": {"how": how, "failed": reason}}
 
     def calibrate(self, task: Task, source: Data, samples: int) -> list[list[Tensor]]:
         """Return what the full network gets for some training samples, batch by batch."""

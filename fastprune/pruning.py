@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastprune.data.user_data import Loader
 from fastprune.engine import (
     LoopOptions,
     Placement,
+    RunDirectory,
     choose_device,
 )
 from fastprune.engine.loggers import Callback, Logger, MakeLogger, load_loggers
@@ -27,15 +29,16 @@ from fastprune.graph.export.inputs import Example
 from fastprune.graph.model_state import device_of
 from fastprune.graph.plan import PruningPlan
 from fastprune.host.distributed import Distributed
-from fastprune.job import Job, Recovery, RunOptions, Tracing, make_worker
+from fastprune.job import Job, RunOptions, Tracing, make_worker
 from fastprune.methods.contract import Method
 from fastprune.models import Source
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
-from fastprune.recovery import CALIBRATION_IMAGES, How
+from fastprune.recovery import CALIBRATION_IMAGES, How, Recovery
 from fastprune.result import PruningResult
 from fastprune.runs.origin import Origin
+from fastprune.surgery.surgery import Cut
 from fastprune.training.objective import Forward, Loss
 
 __all__ = ["PruningResult", "prune"]
@@ -153,8 +156,10 @@ def prune(
         with run_directory(out, job.settings(), job.peers, resume=resume) as run:
             records = logging.enter_context(job.open_records(makers, callbacks, run))
             found = job.search(task, source, run, records)
-            compact, compensation = job.cut(task, source)
-            plan = compact.plan if after is None else after.then(compact.plan)
+
+            keep = partial(keep_networks, job, run, begun_as, model, after)
+            compact, compensation = job.cut(task, source, keep)
+        plan = keep(compact)
         metrics: dict[str, Any] = {
             "macs": {"full": plan.macs[0], "planned": plan.macs[1]},
             "params": {"full": plan.params[0], "planned": plan.params[1]},
@@ -163,11 +168,28 @@ def prune(
             "search": {**found, **floats(worker.results())},
             **compensation,
         }
-        if run is not None and job.peers.is_main:
-            begun_as.keep(run, model, plan.inputs, is_full=after is None)
-        job.save(run, compact.model, plan)
         metrics |= job.time(task, compact, inputs)  # what took hours is saved by now
         job.log(run, metrics, records)
     return PruningResult(
         compact.model.eval(), plan, metrics, task.graph, worker.name, goal.text, job.settings(), begun_as
     )
+
+
+def keep_networks(
+    job: Job, run: RunDirectory | None, origin: Origin, model: nn.Module, after: PruningPlan | None, found: Cut
+) -> PruningPlan:
+    """Write both networks and the plan into the run, if there is one; return the plan.
+
+    Args:
+        job: the steps.
+        run: the run.
+        origin: what builds the full network.
+        model: the network that was pruned.
+        after: the plan by which it had been pruned before.
+        found: the compact network.
+    """
+    plan = found.plan if after is None else after.then(found.plan)
+    if run is not None and job.peers.is_main:
+        origin.keep(run, model, plan.inputs, is_full=after is None)
+    job.save(run, found.model, plan)
+    return plan

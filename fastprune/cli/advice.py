@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fastprune.cli.settings import (
+    CalibrateSettings,
     EvaluateSettings,
     InspectSettings,
     ModelSettings,
@@ -100,10 +101,25 @@ def after_training(settings: NetworkSettings) -> str:
     return prune_command(settings, f" --data {word(settings.data)}", f"{settings.out}/model.safetensors")
 
 
-def after_pruning(settings: PruneSettings, results: Mapping[str, Any]) -> str:
-    """Return the command that trains the compact network."""
+def after_pruning(settings: PruneSettings, metrics: Mapping[str, Any]) -> str:
+    """Return the command that trains the compact network, or compensates it if that has failed.
+
+    Args:
+        settings: the command's.
+        metrics: those of the pruning.
+    """
+    if "failed" in metrics.get("compensation", {}):
+        return f"next: fastprune calibrate {word(settings.out)} --how {settings.compensate}"
     data = "" if settings.data else " --data DATA"
     return f"next: fastprune finetune --run {word(settings.out)}{data}"
+
+
+def after_calibrating(settings: CalibrateSettings, out: str, *, tuned: bool) -> str:
+    """Return the command that trains the compensated network, or shows one that has been trained."""
+    if tuned:
+        return f"next: fastprune report --run {word(out)}"
+    data = f" --data {word(settings.data)}" if settings.data else ""
+    return f"next: fastprune finetune --run {word(out)}{data}"
 
 
 def after_evaluating(settings: EvaluateSettings) -> str:

@@ -82,6 +82,11 @@ COMMANDS: dict[str, Command] = {
         (f"{SETTINGS}:FinetuneSettings", f"{SETTINGS}:FinetuneConfig"),
         resumes=True,
     ),
+    "calibrate": Command(
+        "Fit the layers of a run anew on a few images, without training, into a new run.",
+        "fastprune.cli.calibrate:run_calibrate",
+        (f"{SETTINGS}:CalibrateSettings",),
+    ),
     "evaluate": Command(
         "Measure the networks of a run, or a network with weights, on the test set.",
         "fastprune.cli.evaluate:run_evaluate",

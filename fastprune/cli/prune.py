@@ -116,6 +116,11 @@ def search(
 def read_search_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """Return the settings of a search that is resumed; refuse one whose network has been fine-tuned since."""
     values = read_begun_settings(values, given, "prune")
+    if "calibrate" in values:
+        raise ValueError(
+            f"{values['out']!r} was made by fastprune calibrate: give the run that it came from, "
+            f"{str(values['calibrate']['run'])!r}"
+        )
     if (Path(values["out"]) / FINETUNE_CONFIG).exists():
         raise ValueError(
             f"{values['out']!r} is pruned, and its weights have been fine-tuned since: "
@@ -223,4 +228,4 @@ def tell(
         compared["baseline"]["measured_ms"] = result.metrics["measured_ms"]["full"]
         compared["compact"]["measured_ms"] = result.metrics["measured_ms"]["planned"]
     odd = at_chance(compared, subject.data)
-    print_results(compared, as_json, peers, run.path, [*odd, after_pruning(settings, compared)])
+    print_results(compared, as_json, peers, run.path, [*odd, after_pruning(settings, result.metrics)])

@@ -25,6 +25,7 @@ KEEP_CLASS = "keep the channels that the model's own code cannot do without, so 
 LOSS = "loss(output, target) of your own, file.py:function; by default cross-entropy to class labels"
 FORWARD = "forward(model, batch) that returns (output, target), file.py:function; for batches of your own"
 COMPENSATE = "fit the layers that read removed channels anew, on images of --data without training; sequential is best"
+CALIBRATE = "kind of compensation; bn measures batch norms again, and alone works on a fine-tuned run too"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
 
 
@@ -185,6 +186,26 @@ class FinetuneConfig(FinetuneRecipe):
         "name of a network with published weights",
     )
     from_scratch: bool = option(False, "begin with random weights in place of the run's, as SP's paper does")
+
+
+@dataclass
+class CalibrateSettings(ObjectiveSettings):
+    """Compensate a run without training."""
+
+    run: str = option("", "directory of a pruning run; it stays as it is")
+    data: str | None = option(None, "data set whose training images are taken in place of the run's")
+    how: str = option("sequential", CALIBRATE, choices=("sequential", "one_pass", "mean", "bn"))
+    images: int = option(512, "training samples that are taken", minimum=1)
+    out: str | None = option(None, "directory of the new run, which must not exist yet; by default RUN-HOW beside RUN")
+    model: str | None = option(None, "full network of a run that was made with a network in memory")
+    memory: float | None = option(
+        None, "GiB for values between layers, the others go to files; by default half of what is free", minimum=0.0
+    )
+    seed: int | None = option(None, "seed of the choice of samples; by default the run's", minimum=0)
+    device: str = option("auto", DEVICE)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass

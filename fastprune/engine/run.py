@@ -190,7 +190,7 @@ def run_directory(
 ) -> Iterator[RunDirectory | None]:
     """Open the directory of a run, new or resumed; an error before any progress removes a new one again.
 
-    Progress is a line in the log or a checkpoint after step 0: such a run can be resumed after the error.
+    Progress is a line in the log, a plan, or a checkpoint after step 0: such a run can be resumed after the error.
     """
     if out is None:
         yield None
@@ -215,8 +215,8 @@ def run_directory(
 
 
 def has_progress(run: RunDirectory) -> bool:
-    """Return whether a run holds anything that took work: a line in its log, or a checkpoint after step 0."""
-    return run.metrics_size() > 0 or took_steps(run, "*")
+    """Return whether a run holds anything that took work: a line in its log, a plan, or a checkpoint after step 0."""
+    return run.metrics_size() > 0 or run.plan_path.is_file() or took_steps(run, "*")
 
 
 def took_steps(run: RunDirectory, stage: str) -> bool:

@@ -10,14 +10,20 @@ from fastprune.recovery.compensation import (
     compensate_weights,
     require_kind,
 )
+from fastprune.recovery.options import Recovery
+from fastprune.recovery.other_graph import plan_in
+from fastprune.recovery.statistics import has_batch_norms
 
 __all__ = [
     "CALIBRATION_IMAGES",
     "COMPENSATIONS",
     "Compensation",
     "How",
+    "Recovery",
     "calibration_inputs",
     "compensate",
     "compensate_weights",
+    "has_batch_norms",
+    "plan_in",
     "require_kind",
 ]

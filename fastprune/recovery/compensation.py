@@ -79,6 +79,7 @@ def compensate(
     forward: Forward | None = None,
     seed: int = 0,
     graph: ChannelGraph | None = None,
+    memory: float | None = None,
 ) -> nn.Module:
     """Return the compact model of a plan with compensated weights, verified against the masked model.
 
@@ -91,9 +92,11 @@ def compensate(
         forward: how the model runs on a batch of the data, as for ``prune``.
         seed: seed of the choice of samples.
         graph: the channel graph of the model; None = traced here.
+        memory: GiB that the values between layers may take; the others go to files in the folder for temporary files.
+            None = half of the free memory.
 
     Raises:
-        ValueError: for an unknown kind, or no images.
+        ValueError: for an unknown kind, no images, or a negative memory.
         PlanError, SurgeryError: see ``apply``.
 
     Example:
@@ -126,7 +129,7 @@ def compensate(
             placement=place,
             objective=Objective(None, forward),
         )
-    compensated, _ = compensate_weights(graph, model, plan, batches, how)
+    compensated, _ = compensate_weights(graph, model, plan, batches, how, memory=memory)
     return apply(plan, compensated)
 
 
@@ -145,6 +148,7 @@ def compensate_weights(
     *,
     peers: Distributed | None = None,
     show: bool = False,
+    memory: float | None = None,
 ) -> tuple[nn.Module, Compensation]:
     """Return a copy of the full model in which the readers of removed channels make up for their loss.
 
@@ -156,6 +160,7 @@ def compensate_weights(
         how: the kind of compensation.
         peers: this process among its peers.
         show: whether to show progress.
+        memory: GiB that the values between layers may take, see ``compensate``.
 
     Returns:
         The copy, whose plan cuts it as it would cut the model; and what was done.
@@ -170,7 +175,7 @@ def compensate_weights(
     work = Compensation()
     with torch.no_grad(), restore_modes(), progress.muted(not show):
         if how in ("sequential", "one_pass", "mean"):
-            _Fit(graph, model, changed, plan, batches, how, peers or Distributed(), work).run()
+            _Fit(graph, model, changed, plan, batches, how, peers or Distributed(), work, memory).run()
         if how == "bn":
             closed = masked(changed, plan)
             measure_statistics(closed, batches, peers or Distributed())
@@ -191,11 +196,12 @@ class _Fit:
         how: How,
         peers: Distributed,
         work: Compensation,
+        memory: float | None,
     ) -> None:
         self.graph, self.plan, self.how, self.peers, self.work = graph, plan, how, peers, work
         self.tensors, self.original = state_of(changed), state_of(model)
         self.closed = ~plan.mask
-        self.walk = Walk(graph, model, changed if how == "sequential" else None, batches)
+        self.walk = Walk(graph, model, changed if how == "sequential" else None, batches, memory)
         self.layers = {layer.node: layer for layer in graph.layers}
         uses = [layer.weight for layer in graph.layers]
         self.shared = {name for name in uses if uses.count(name) > 1}

@@ -27,7 +27,7 @@ def measure_statistics(model: nn.Module, batches: Sequence[Sequence[Tensor]], pe
     Raises:
         ValueError: for a synchronised batch norm on several ranks, whose number of batches may differ.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = batch_norms(model)
     if peers.world_size > 1 and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
         raise ValueError("bn: synchronised batch norms cannot be measured on several processes; use one process")
     batches = [inputs for inputs in batches if len(inputs[0]) > 1] or batches  # one sample has no variance
@@ -51,3 +51,13 @@ def measure_statistics(model: nn.Module, batches: Sequence[Sequence[Tensor]], pe
             assert tensor is not None
             tensor.copy_(peers.sum_(tensor * samples) / total)
     return len(norms)
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms of a network that have running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def has_batch_norms(model: nn.Module) -> bool:
+    """Return whether there are statistics to measure."""
+    return bool(batch_norms(model))

@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph
 from fastprune.graph.export.regions import MODES
-from fastprune.graph.model_state import attribute_of, state_of
+from fastprune.graph.model_state import attribute_of, device_of, state_of
 from fastprune.networks.traced_copy import copy_traced, make_out_of_place, return_flat
+from fastprune.recovery.room import Room
 
 
 class Values:
@@ -22,10 +23,11 @@ class Values:
         module: the graph.
         model: the model whose tensors the graph computes with; they may change during the walk.
         batches: the inputs of each batch.
+        room: the memory that values may take.
     """
 
-    def __init__(self, module: GraphModule, model: nn.Module, batches: Sequence[Sequence[Tensor]]) -> None:
-        self.module, self.tensors = module, state_of(model)
+    def __init__(self, module: GraphModule, model: nn.Module, batches: Sequence[Sequence[Tensor]], room: Room) -> None:
+        self.module, self.tensors, self.room = module, state_of(model), room
         self.at: dict[Node, list[Any]] = {}
         places = [node for node in module.graph.nodes if node.op == "placeholder"]
         for place, node in enumerate(places):
@@ -35,7 +37,7 @@ class Values:
     def fetch(self, node: Node, batch: int) -> Any:
         """Return the value of a node for a batch."""
         if node.op != "get_attr":
-            return self.at[node][batch]
+            return self.room.fetch(self.at[node][batch])
         name = str(node.target)
         return self.tensors[name] if name in self.tensors else attribute_of(self.module, name)
 
@@ -51,7 +53,7 @@ class Values:
         results = []
         for batch in range(self.count):
             args, kwargs = pytree.tree_map_only(Node, lambda n: self.fetch(n, batch), (node.args, node.kwargs))  # noqa: B023
-            results.append(node.target(*args, **kwargs))  # type: ignore[operator]
+            results.append(self.room.place(node.target(*args, **kwargs)))  # type: ignore[operator]
         self.at[node] = results
 
     def drop(self, nodes: Sequence[Node]) -> None:
@@ -70,17 +72,24 @@ class Walk:
         full: the full model.
         other: the model that changes; None = there is the full one only.
         batches: the inputs of each batch.
+        memory: GiB that values may take in memory, see ``Room``.
     """
 
     def __init__(
-        self, graph: ChannelGraph, full: nn.Module, other: nn.Module | None, batches: Sequence[Sequence[Tensor]]
+        self,
+        graph: ChannelGraph,
+        full: nn.Module,
+        other: nn.Module | None,
+        batches: Sequence[Sequence[Tensor]],
+        memory: float | None = None,
     ) -> None:
         module = copy_traced(graph)
         return_flat(module)
         self.shares = not make_out_of_place(module)  # a shared value must not be overwritten
         self.nodes = list(module.graph.nodes)
-        self.full = Values(module, full, batches)
-        self.other = None if other is None else Values(module, other, batches)
+        self.room = Room(device_of(full), memory, fixed=not self.shares)
+        self.full = Values(module, full, batches, self.room)
+        self.other = None if other is None else Values(module, other, batches, self.room)
         if self.other is not None and not self.shares:
             self.other.at = {node: [x.clone() for x in values] for node, values in self.full.at.items()}
         self.changed: set[str] = set()
@@ -115,6 +124,7 @@ class Walk:
 
     def run(self, node: Node) -> None:
         """Compute a node in both networks."""
+        self.room.count(x for values in (self.full, self.other) if values is not None for x in values.at.values())
         self.full.run(node)
         if self.other is None:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastprune.host.wording import fill_command
@@ -21,6 +22,7 @@ ELSEWHERE = {
     "finetune",
     "train",
     "recipe",
+    "calibrate",
 }  # has a place of its own, or none
 ALWAYS = ("epochs", "batch_size", "lr", "schedule")  # of a training: its defaults differ between commands
 SEVERAL = ("ignore", "keep_ratio", "mean", "std")  # several words, not a list in brackets
@@ -40,6 +42,8 @@ def commands(settings: Mapping[str, Any], finetuning: Mapping[str, Any], out: st
         finetuning: the settings of its fine-tuning; empty without one.
         out: the directory of the run to make.
     """
+    if isinstance(settings.get("calibrate"), Mapping):
+        return calibration_commands(settings, finetuning, out)
     command, end = settings.get("command"), ["--out", shlex.quote(out)]
     if command == "demo":
         return [fill_command(["fastprune", "demo", "--seed", str(settings.get("seed", 0)), *end])]
@@ -50,10 +54,36 @@ def commands(settings: Mapping[str, Any], finetuning: Mapping[str, Any], out: st
         return [python_call(settings)]
     found = [fill_command(["fastprune", "prune", *flags(settings), *method_flags(settings), *end])]
     if finetuning:
-        words = ["fastprune", "finetune", "--run", shlex.quote(out)]
-        words += [word for name in ("loss", "forward") for word in flag(name, finetuning.get(name))]
-        found.append(fill_command([*words, *training_flags(finetuning)]))
+        found.append(finetune_command(finetuning, out))
     return found
+
+
+def calibration_commands(settings: Mapping[str, Any], finetuning: Mapping[str, Any], out: str) -> list[str]:
+    """Return the commands that make the run that was calibrated, calibrate it, and fine-tune it if that came later."""
+    section = settings["calibrate"]
+    first = str(PurePosixPath(out).with_name(Path(str(section.get("run"))).name))
+    earlier = {name: value for name, value in settings.items() if name != "calibrate"}
+    if "before" in section:
+        earlier["calibrate"] = section["before"]
+    tuned = bool(section.get("after_finetuning"))
+    found = commands(earlier, finetuning if tuned else {}, first)
+    usual = {"how": "sequential", "images": 512, "seed": settings.get("seed", 0), "data": settings.get("data")}
+    given = {name: section.get(name) for name, value in usual.items() if section.get(name) not in (None, value)}
+    if found[0].startswith("import "):
+        words = [repr(first), "data", *(f"{name}={value!r}" for name, value in given.items() if name != "data")]
+        return [*found, f"fp.calibrate({', '.join([*words, 'model=net', f'out={out!r}'])})"]
+    words = [word for name, value in given.items() for word in flag(name, value)]
+    found.append(fill_command(["fastprune", "calibrate", shlex.quote(first), *words, "--out", shlex.quote(out)]))
+    if finetuning and not tuned:
+        found.append(finetune_command(finetuning, out))
+    return found
+
+
+def finetune_command(finetuning: Mapping[str, Any], out: str) -> str:
+    """Return the command that trains the compact network of a run."""
+    words = ["fastprune", "finetune", "--run", shlex.quote(out)]
+    words += [word for name in ("loss", "forward") for word in flag(name, finetuning.get(name))]
+    return fill_command([*words, *training_flags(finetuning)])
 
 
 def plain(value: Any) -> Any:
