@@ -100,7 +100,7 @@ class Shuffled(nn.Module):
         return self.last(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("kind", [PlainCNN, Shuffled])
+@pytest.mark.parametrize("kind", [PlainCNN, pytest.param(Shuffled, marks=pytest.mark.slow)])
 def test_of_a_fine_tuned_run_batch_norms_alone_are_measured(kind: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = kind().eval()

@@ -96,7 +96,15 @@ class Pruned:
     result: fp.PruningResult
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("classifier", marks=pytest.mark.slow),
+        "segmentation",
+        pytest.param("regression", marks=pytest.mark.slow),
+        "regression by name",
+    ],
+)
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
     case, run = CASES[request.param](), tmp_path_factory.mktemp("own") / "run"
     torch.manual_seed(0)

@@ -75,6 +75,10 @@ CHAINS = {
     "segmentation": "--model nets.py:UNet --data own.py:masks --forward own.py:segment",
 }
 
+SOME_SLOW = [
+    pytest.param(case, marks=() if case in ("two inputs", "segmentation") else pytest.mark.slow) for case in CHAINS
+]
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -97,7 +101,7 @@ def found(line: str, capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("case", CHAINS)
+@pytest.mark.parametrize("case", SOME_SLOW)
 def test_from_prune_to_onnx(
     case: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +201,7 @@ def test_refusals(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("case", CHAINS)
+@pytest.mark.parametrize("case", SOME_SLOW)
 def test_sensitivity(case: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     result = found(f"sensitivity {CHAINS[case]} --ratios 0.5 --out chart --drop 0.5", capsys)
