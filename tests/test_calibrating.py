@@ -179,6 +179,7 @@ def run(line: str, code: int = 0) -> None:
     assert main(shlex.split(line)) == code
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(f"train --model resnet20 --data {DATA} --epochs 1 --batch_size 32 --out t")
     run(f"prune --model resnet20 --data {DATA} --method l1 --weights t/model.safetensors --out runs/p")

@@ -28,6 +28,7 @@ def draw_masks(seed: int) -> tuple[list[torch.Tensor], Any]:
     return ranking.draw(method, task, 5, seed), task
 
 
+@pytest.mark.slow
 def test_networks_are_drawn_within_the_budget() -> None:
     masks, task = draw_masks(seed=3)
     full = float(task.budget.cost(task.graph))
@@ -37,6 +38,7 @@ def test_networks_are_drawn_within_the_budget() -> None:
     assert not all(torch.equal(*pair) for pair in zip(masks, other, strict=True))
 
 
+@pytest.mark.slow
 def test_stored_accuracies_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     masks, task = draw_masks(seed=3)
     trained: list[int] = []

@@ -141,6 +141,7 @@ def test_programs_need_little_more_than_torch(program: str, tmp_path: Path) -> N
     assert list(document["kernels"]) == [program]
 
 
+@pytest.mark.slow
 def test_an_unknown_program_is_refused() -> None:
     command = [sys.executable, "-m", "fastprune.bench", "nothing"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)

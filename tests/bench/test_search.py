@@ -151,6 +151,7 @@ def test_memory_of_a_step_with_known_sizes() -> None:
     assert abs(found.peak - (8 << 20)) < 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_command_times_every_method(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "numbers.json"

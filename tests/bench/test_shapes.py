@@ -64,6 +64,7 @@ def test_activation_functions_are_found_and_additions_end_a_chain() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_groups_of_resnet50() -> None:
     graph = fp.trace(fp.models.create("torchvision:resnet50"), torch.zeros(1, 3, 224, 224))
     assert sorted(group.size for group in graph.groups) == sorted(RESNET50_GROUPS)

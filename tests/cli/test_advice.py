@@ -20,6 +20,7 @@ def last_line(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     return printed.out.splitlines()[-1], printed.err
 
 
+@pytest.mark.slow
 def test_commands_lead_from_one_to_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,7 @@ def complete(line: str) -> set[str]:
     return {word.strip() for word in done.stdout.split("\n")} - {""}
 
 
+@pytest.mark.slow
 def test_completions() -> None:
     pytest.importorskip("argcomplete")
     assert complete("fastprune pr") == {"prune"}

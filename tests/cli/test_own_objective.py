@@ -75,9 +75,7 @@ CHAINS = {
     "segmentation": "--model nets.py:UNet --data own.py:masks --forward own.py:segment",
 }
 
-SOME_SLOW = [
-    pytest.param(case, marks=() if case in ("two inputs", "segmentation") else pytest.mark.slow) for case in CHAINS
-]
+SOME_SLOW = [pytest.param(case, marks=() if case == "two inputs" else pytest.mark.slow) for case in CHAINS]
 
 
 @pytest.fixture

@@ -284,6 +284,7 @@ def count_timed(graph: fp.ChannelGraph, dtype: torch.dtype = torch.float32, **op
     return timer.calls
 
 
+@pytest.mark.slow
 def test_known_measurements_are_not_made_again(tiny: nn.Module, own_cache: Path) -> None:
     graph = fp.trace(tiny, torch.zeros(2, 3, 16, 16))
     assert count_timed(graph, cache=False) > 0

@@ -64,6 +64,7 @@ def test_it_recognises_photographs(model: nn.Module, photographs: Tensor) -> Non
     assert [seen[3], seen[5], seen[12], seen[14]] == [TIGER_CAT, ESPRESSO, MISSILE, DAISY]
 
 
+@pytest.mark.slow
 def test_most_predictions_survive_without_the_least_units(model: nn.Module, photographs: Tensor) -> None:
     graph = fp.trace(model, torch.zeros(1, 3, 224, 224))
     assert (len(graph.groups), graph.num_units) == (24, 11_024)

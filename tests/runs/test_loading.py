@@ -197,6 +197,7 @@ def test_precision_comes_back(tmp_path: Path, images: Tensor) -> None:
     assert equal(again, result.model, images.double())
 
 
+@pytest.mark.slow
 def test_evaluate_and_report_of_a_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
     import dataclasses
 
