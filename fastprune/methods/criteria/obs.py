@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastprune.graph import Group
 from fastprune.methods.contract import Task
-from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod
+from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod, count_samples
 from fastprune.methods.scores.ranking import RANKINGS, Ranking
 from fastprune.networks.observed import ObservedNetwork, Reading
 from fastprune.options import option
@@ -70,18 +70,21 @@ class OBS(CalibratedMethod):
     def calibrate(self, task: Task, inputs: Any, targets: Any) -> None:
         """Sum the products of inputs, and of gradients, over some positions of every reader."""
         uses_gradients = self.config.curvature != "none"
-        with torch.set_grad_enabled(uses_gradients), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(task.seed)
+        # A generator of its own for each batch: ranks may draw different numbers of numbers.
+        drawn = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=task.rng)))
+        with torch.set_grad_enabled(uses_gradients):
             output, target = task.objective.run(self.network, inputs, targets)
             readings = self.network.readings
             grads: list[Tensor | None] = [None] * len(readings)
             if uses_gradients:
-                grads = list(self.network.output_gradients(self.scalar(task, output, target) * len(readings[0].x)))
+                grads = list(
+                    self.network.output_gradients(self.scalar(task, output, target, drawn) * count_samples(inputs))
+                )
             with torch.no_grad():
                 for reading, grad in zip(readings, grads, strict=True):
-                    self.sum_up(reading, grad)
+                    self.sum_up(reading, grad, drawn)
 
-    def scalar(self, task: Task, output: Any, target: Any) -> Tensor:
+    def scalar(self, task: Task, output: Any, target: Any, drawn: torch.Generator) -> Tensor:
         """Return what is differentiated, a mean over the samples."""
         if self.config.curvature == "loss":
             return task.objective.compute(output, target)
@@ -89,9 +92,11 @@ class OBS(CalibratedMethod):
             x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()
         ]
         # The mean of the squared gradients of random projections is the mean of all squared gradients.
-        return sum((x.float() * torch.randn_like(x.float())).sum() / len(x) for x in outputs)  # type: ignore[return-value]
+        noises = [torch.randn(x.shape, generator=drawn).to(x.device) for x in outputs]
+        parts = [(x.float() * noise).sum() / len(x) for x, noise in zip(outputs, noises, strict=True)]
+        return torch.stack(parts).sum()
 
-    def sum_up(self, reading: Reading, grad: Tensor | None) -> None:
+    def sum_up(self, reading: Reading, grad: Tensor | None, drawn: torch.Generator) -> None:
         """Add the moments of one reading."""
         reader = self.readers.get(reading.node.name)
         if reader is None:
@@ -99,7 +104,7 @@ class OBS(CalibratedMethod):
         weight = self.parameters[reader.layer.weight]
         most = max(LEAST_ROWS, ROWS * count_unknowns(reader, weight)) // self.steps + 1
         count = reader.count_places(reading.y)
-        places = torch.randperm(count)[:most] if count > most else torch.arange(count)
+        places = torch.randperm(count, generator=drawn)[:most] if count > most else torch.arange(count)
         x, g = reader.rows(reading.x, reading.y if grad is None else grad, weight, places.to(reading.x.device))
         sums = sum_rows(x, g[..., :0])
         for part in ("count", "x", "xx"):
@@ -124,7 +129,7 @@ class OBS(CalibratedMethod):
         mean = x / count
         gram = xx / count - mean.unsqueeze(2) * mean.unsqueeze(1)
         outputs = weight.shape[0] // reader.groups
-        curvature = torch.eye(outputs, dtype=torch.float64).expand(reader.groups, -1, -1)
+        curvature = torch.eye(outputs, dtype=torch.float64, device=weight.device).expand(reader.groups, -1, -1)
         w = weight.double().reshape(reader.groups, outputs, -1)
         if f"{name}/gg" in totals:
             curvature = totals[f"{name}/gg"] / count
