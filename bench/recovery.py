@@ -38,17 +38,8 @@ from fastprune.surgery import apply
 
 METHODS = (
     *("random", "l1", "l1:ranking=global", "l2", "group_norm", "bn_scale", "lamp", "fpgm", "taylor", "fisher", "obs"),
-    *(
-        "activation",
-        "wanda",
-        "hrank",
-        "chip",
-        "peer:l1",
-        "peer:group_norm",
-        "peer:taylor",
-        "peer:bn_scale",
-        "peer:lamp",
-    ),
+    *("activation", "wanda", "hrank", "chip"),
+    *("peer:l1", "peer:group_norm", "peer:taylor", "peer:bn_scale", "peer:lamp"),
 )
 HOWS = ("none", "bn", "one_pass", "sequential")
 

@@ -304,3 +304,23 @@ def test_obs_removes_a_duplicate_first(batches, curvature):
 def test_obs_calibrates_alike_in_any_number_of_rounds_of_one_channel(model, graph, batches):
     whole = scores("obs", model, graph, batches, rounds=64)
     torch.testing.assert_close(scores("obs", model, graph, batches, rounds=5), whole)
+
+
+def test_obs_keeps_what_it_cannot_measure(batches, caplog):
+    """A transposed convolution has no fit; without one, its channels must not seem to cost nothing."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 3, 3)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    graph = trace(model, torch.zeros(2, 3, 8, 8))
+    worker = load("obs")(configure(load("obs"), {}))
+    task = Task(model, graph, Budget.parse("flops=0.8"))
+    worker.setup(task)
+    assert "the channels of 2 stay" in caplog.text
+    for images, labels in batches:
+        worker.calibrate(task, images, labels)
+    kept = {group.name: int(worker.plan(task).mask[group.units].sum()) for group in graph.groups}
+    assert kept["2"] == 6
+    assert kept["0"] < 6
+    only = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 3, 3)).eval()
+    with pytest.raises(ValueError, match="choose another method"):
+        load("obs")().setup(Task(only, trace(only, torch.zeros(2, 3, 8, 8)), Budget.parse("flops=0.8")))

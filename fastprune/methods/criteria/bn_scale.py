@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from fastprune.methods.contract import Task
 from fastprune.methods.criteria.unit_values import GroupConfig, unit_values
-from fastprune.methods.scores.filters import unit_batch_norms
+from fastprune.methods.scores.filters import require_batch_norms, unit_batch_norms
 from fastprune.methods.scores.ranking import RANKINGS, Ranking, ScoreMethod
 from fastprune.options import option
 
@@ -39,13 +38,7 @@ class BNScale(ScoreMethod):
         Raises:
             ValueError: if there are none.
         """
-        passes = torch.zeros(task.graph.num_units, dtype=torch.bool)
-        for norm in unit_batch_norms(task.graph, task.model):
-            passes[norm.units[norm.units >= 0]] = True
-        prunable = super().prunable(task) & passes
-        if not bool(prunable.any()):
-            raise ValueError("bn_scale: no prunable channel passes a batch norm with a scale; choose another method")
-        return prunable
+        return require_batch_norms(task.graph, task.model, super().prunable(task), self.name)
 
     def scores(self, task: Task) -> Tensor:
         """Return the mean |γ| of each unit."""

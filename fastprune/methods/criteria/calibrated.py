@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fastprune.methods.contract import Task
 from fastprune.methods.scores.ranking import RankingConfig, ScoreMethod
@@ -81,11 +80,6 @@ class CalibratedMethod(ScoreMethod):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.totals = dict(state)
-
-
-def count_samples(inputs: Any) -> int:
-    """Return the number of samples of a batch."""
-    return len(next(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)))
 
 
 def add_to_units(sums: Tensor, units: Tensor, values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class FeatureMethod(CalibratedMethod):
 
     @abstractmethod
     def measure(self, maps: Tensor) -> Tensor:
-        """Return the sum over the samples of a measure of each channel, [C], of feature maps [N, C, P]."""
+        """Return the sum over the samples of a measure of each channel, [C], of feature maps [N, C, ...]."""
 
     @torch.no_grad()
     def calibrate(self, task: Task, inputs: Any, targets: Any) -> None:

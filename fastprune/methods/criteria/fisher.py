@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastprune.data.nests import count_samples
 from fastprune.methods.contract import Task
-from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod, add_to_units, count_samples
+from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod, add_to_units
 from fastprune.methods.criteria.readings import feature_maps, true_readers
 from fastprune.methods.scores.ranking import RANKINGS, Ranking
 from fastprune.networks.observed import ObservedNetwork

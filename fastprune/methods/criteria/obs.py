@@ -11,24 +11,35 @@ Martens, ICML 2016: the Fisher matrix of a convolution is about T G ⊗ S). The 
     W ← W − W_c ([G⁻¹]_cc)⁻¹ [G⁻¹]_c:        G⁻¹ ← G⁻¹ − [G⁻¹]_:c ([G⁻¹]_cc)⁻¹ [G⁻¹]_c:
 
 (Hassibi and Stork, NIPS 1992, eq. 5, for blocks), until one is left. A channel that several layers read loses in each.
+Where a reader has several columns for a channel (maps that were flattened), the sum of their single losses stands for
+the loss of all.
+
+Channels with a reader that cannot be fitted stay: a transposed convolution, a weight that is computed, too many inputs.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fastprune.data.nests import count_samples
 from fastprune.graph import Group
+from fastprune.graph.model_state import state_of
 from fastprune.methods.contract import Task
-from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod, count_samples
+from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod
+from fastprune.methods.criteria.readings import true_readers
 from fastprune.methods.scores.ranking import RANKINGS, Ranking
 from fastprune.networks.observed import ObservedNetwork, Reading
 from fastprune.options import option
+from fastprune.recovery.compensation import MOST_UNKNOWNS
 from fastprune.recovery.moments import sum_rows
 from fastprune.recovery.readers import Reader, count_unknowns
+
+log = logging.getLogger(__name__)
 
 ROWS = 8  # rows per unknown, as compensation takes
 LEAST_ROWS = 16384
@@ -57,15 +68,41 @@ class OBS(CalibratedMethod):
     config: OBSConfig
 
     def setup(self, task: Task) -> None:
-        """Find the readers."""
-        super().setup(task)
-        graph = task.graph
-        self.network = ObservedNetwork(graph, task.model, [layer for layer in graph.layers if not layer.depthwise])
+        """Find the readers.
+
+        Raises:
+            BudgetError: if the budget is out of reach; says what is in reach.
+            ValueError: if no prunable channel has readers that can be fitted.
+        """
+        graph, layers = task.graph, true_readers(task.graph)
+        self.network = ObservedNetwork(graph, task.model, layers)
+        self.parameters = state_of(task.model)
         nodes = {node.name: node for node in self.network.module.graph.nodes}
-        found = {layer.node: Reader.of(nodes[layer.node], layer) for layer in graph.layers if not layer.depthwise}
-        self.readers = {node: reader for node, reader in found.items() if reader is not None}
-        self.parameters = dict(task.model.named_parameters(remove_duplicate=False))
+        found = {layer.node: Reader.of(nodes[layer.node], layer) for layer in layers}
+        self.readers = {
+            node: reader
+            for node, reader in found.items()
+            if reader is not None and count_unknowns(reader, self.parameters[reader.layer.weight]) <= MOST_UNKNOWNS
+        }
+        unread = [layer for layer in layers if layer.node not in self.readers]
+        self.measured = torch.ones(graph.num_units, dtype=torch.bool)
+        for group in graph.groups:
+            self.measured[group.units] = not any(layer.reads(group) for layer in unread)
+        staying = super().prunable(task) & ~self.measured
+        if bool(staying.any()):
+            names = [group.name for group in graph.groups if bool(staying[group.units].any())]
+            log.warning(
+                "obs: the channels of %s stay, since a layer that reads them cannot be fitted", ", ".join(names)
+            )
+        super().setup(task)
         self.steps = max(1, -(-self.config.images // self.config.batch_size))
+
+    def prunable(self, task: Task) -> Tensor:
+        """Return the units of the option ``groups`` whose readers can all be fitted."""
+        prunable = super().prunable(task) & self.measured
+        if not bool(prunable.any()):
+            raise ValueError("obs: no prunable channel has readers that can be fitted; choose another method")
+        return prunable
 
     def calibrate(self, task: Task, inputs: Any, targets: Any) -> None:
         """Sum the products of inputs, and of gradients, over some positions of every reader."""

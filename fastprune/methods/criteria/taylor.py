@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastprune.data.nests import count_samples
 from fastprune.methods.contract import Task
-from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod, count_samples
+from fastprune.methods.criteria.calibrated import CalibratedConfig, CalibratedMethod
 from fastprune.methods.criteria.unit_values import FILTERS, GroupConfig, is_bias, unit_values
 from fastprune.options import option
 

@@ -119,3 +119,24 @@ def unit_batch_norms(graph: ChannelGraph, model: nn.Module) -> list[UnitNorm]:
         if attribute == "weight" and isinstance(module, _BatchNorm) and bool((piece.units >= 0).any()):
             norms.append(UnitNorm(owner, module, piece.units))
     return norms
+
+
+def require_batch_norms(graph: ChannelGraph, model: nn.Module, prunable: Tensor, method: str) -> Tensor:
+    """Return the prunable units that pass a batch norm with a scale, bool [U].
+
+    Args:
+        graph: the channels of ``model``.
+        model: the network.
+        prunable: the units that may go otherwise, bool [U].
+        method: the method's name, for the message.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    passes = torch.zeros(graph.num_units, dtype=torch.bool)
+    for norm in unit_batch_norms(graph, model):
+        passes[norm.units[norm.units >= 0]] = True
+    found = prunable & passes
+    if not bool(found.any()):
+        raise ValueError(f"{method}: no prunable channel passes a batch norm with a scale; choose another method")
+    return found

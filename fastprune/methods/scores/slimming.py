@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastprune.graph.structure import belong_to
 from fastprune.methods.contract import Task
-from fastprune.methods.scores.filters import unit_batch_norms
+from fastprune.methods.scores.filters import require_batch_norms, unit_batch_norms
 from fastprune.methods.scores.trained import TrainedConfig, TrainedMethod
 from fastprune.options import option
 from fastprune.training.phases import Metrics
@@ -55,13 +55,7 @@ class Slimming(TrainedMethod):
 
     def prunable(self, task: Task) -> Tensor:
         """Return the units of the option ``groups`` that pass a batch norm with a scale."""
-        passes = torch.zeros(task.graph.num_units, dtype=torch.bool)
-        for norm in unit_batch_norms(task.graph, task.model):
-            passes[norm.units[norm.units >= 0]] = True
-        prunable = super().prunable(task) & passes
-        if not bool(prunable.any()):
-            raise ValueError("slimming: no prunable channel passes a batch norm with a scale; choose another method")
-        return prunable
+        return require_batch_norms(task.graph, task.model, super().prunable(task), self.name)
 
     def are_prunable(self, units: Tensor) -> Tensor:
         """Return which of ``units`` (-1 = none) may be pruned, bool."""
