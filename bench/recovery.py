@@ -98,7 +98,15 @@ class Experiment:
         given = dict(option.split("=") for option in options.split(",") if option)
         groups = {} if name == "uniform" else {"groups": "interior"}
         result = fp.prune(
-            self.model, self.example, method=name, budget=budget, data=self.data, seed=seed, **groups, **given
+            self.model,
+            self.example,
+            method=name,
+            budget=budget,
+            data=self.data,
+            seed=seed,
+            compensate="none",
+            **groups,
+            **given,
         )
         macs = float(self.graph.cost(result.plan.mask).macs / self.graph.cost().macs)
         searched = time.perf_counter() - began

@@ -35,7 +35,7 @@ from fastprune.models import Source
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.goal import Goal
 from fastprune.planning.limits import Limits
-from fastprune.recovery import CALIBRATION_IMAGES, How, Recovery
+from fastprune.recovery import CALIBRATION_IMAGES, Choice, Recovery
 from fastprune.result import PruningResult
 from fastprune.runs.origin import Origin
 from fastprune.surgery.surgery import Cut
@@ -66,7 +66,7 @@ def prune(
     conditions: Conditions | None = None,
     after: PruningPlan | None = None,
     exact: bool = True,
-    compensate: How = "none",
+    compensate: Choice = "auto",
     calibration: int = CALIBRATION_IMAGES,
     loop: LoopOptions | None = None,
     run_config: Mapping[str, Any] | None = None,
@@ -109,6 +109,7 @@ def prune(
             ``graph.inexact`` because of which operators.
         compensate: how the layers that read removed channels make up for them, without training: "sequential" is best,
             then "one_pass", "mean", "bn" (see ``fastprune.recovery``); needs ``data``. "none" = they stay as they are.
+            "auto" = "sequential" where ``data`` are given, otherwise "none".
         calibration: number of training samples that ``compensate`` takes.
         loop: how often log and checkpoints are written.
         run_config: settings for ``config.yaml`` beside the arguments.
@@ -144,8 +145,7 @@ def prune(
     tracing = Tracing(rewrite, layer_names(model, ignore), exact)
     config = {**note_data(data, held_out), **(run_config or {})}
     running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, config)
-    recovery = Recovery(compensate, calibration)
-    recovery.require_data(data)
+    recovery = Recovery.choose(compensate, calibration, data)
     makers = load_loggers(log)
     worker = make_worker(method, options, data)
     job = Job(worker, goal, tracing, running, Distributed.from_environment(), make_objective(loss, forward), recovery)

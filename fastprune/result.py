@@ -40,7 +40,8 @@ class PruningResult:
         metrics: ``macs`` and ``params`` (each ``{"full": …, "planned": …}``), ``difference`` (relative, of compact and
             masked outputs), ``seconds``, and ``search`` (the method's results and the last value of every metric that
             it logged); ``measured_ms``, of a forward pass of each network, and ``measured_on`` (device, threads,
-            batch); under a budget of latency also ``ms``, with which the plan was made.
+            batch); ``compensation``, if there was one (how, numbers of fitted and shifted layers, skipped ones with the
+            reason; or why it failed); under a budget of latency also ``ms``, with which the plan was made.
         graph: the channel graph of the full model.
         method: the name of the method.
         budget: the budget as it was given.

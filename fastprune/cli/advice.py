@@ -109,7 +109,7 @@ def after_pruning(settings: PruneSettings, metrics: Mapping[str, Any]) -> str:
         metrics: those of the pruning.
     """
     if "failed" in metrics.get("compensation", {}):
-        return f"next: fastprune calibrate {word(settings.out)} --how {settings.compensate}"
+        return f"next: fastprune calibrate {word(settings.out)} --how {metrics['compensation']['how']}"
     data = "" if settings.data else " --data DATA"
     return f"next: fastprune finetune --run {word(settings.out)}{data}"
 

@@ -37,7 +37,7 @@ from fastprune.models import source_of
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.limits import Limits
 from fastprune.pruning import PruningResult, prune
-from fastprune.recovery import How
+from fastprune.recovery import Choice
 from fastprune.report.graph_tables import print_difference
 from fastprune.runs import Origin, load_pruned
 from fastprune.training.objective import Objective
@@ -56,7 +56,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     options = method_options(method, values.get(settings.method))
     if method.needs_data and not settings.data:
         raise ValueError(f"--data is needed: method {settings.method!r} searches on training data")
-    if settings.compensate != "none" and not settings.data:
+    if settings.compensate not in ("auto", "none") and not settings.data:
         raise ValueError(f"--data is needed: --compensate {settings.compensate} fits layers on its images")
     Budget.parse(settings.budget)
     loggers = OpenLoggers(split_names(settings.log))
@@ -104,7 +104,7 @@ def search(
         conditions=make_conditions(settings),
         after=subject.before,
         exact=not settings.inexact,
-        compensate=cast("How", settings.compensate),
+        compensate=cast("Choice", settings.compensate),
         calibration=settings.calibration,
         run_config=make_config(settings, "prune", sections),
         origin=subject.origin,

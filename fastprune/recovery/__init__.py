@@ -10,13 +10,14 @@ from fastprune.recovery.compensation import (
     compensate_weights,
     require_kind,
 )
-from fastprune.recovery.options import Recovery
+from fastprune.recovery.options import Choice, Recovery
 from fastprune.recovery.other_graph import plan_in
 from fastprune.recovery.statistics import has_batch_norms
 
 __all__ = [
     "CALIBRATION_IMAGES",
     "COMPENSATIONS",
+    "Choice",
     "Compensation",
     "How",
     "Recovery",

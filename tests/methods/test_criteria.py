@@ -295,7 +295,7 @@ def test_obs_removes_a_duplicate_first(batches, curvature):
     with torch.no_grad():
         model.second.weight[3], model.second.bias[3] = model.second.weight[1], model.second.bias[1]
     graph = trace(model, torch.zeros(2, 3, 8, 8))
-    _, second = scores("obs", model, graph, batches, curvature=curvature)
+    _, second = scores("obs", model, graph, batches, curvature=curvature, exponent=1.0)
     assert second.argmin() in (1, 3)
     others = second[[u for u in range(5) if u != int(second.argmin())]]
     assert second.min() < 0.1 * others.min()
@@ -304,6 +304,12 @@ def test_obs_removes_a_duplicate_first(batches, curvature):
 def test_obs_calibrates_alike_in_any_number_of_rounds_of_one_channel(model, graph, batches):
     whole = scores("obs", model, graph, batches, rounds=64)
     torch.testing.assert_close(scores("obs", model, graph, batches, rounds=5), whole)
+
+
+def test_obs_takes_losses_to_a_power(model, graph, batches):
+    wholes, roots = (scores("obs", model, graph, batches, exponent=exponent) for exponent in (1.0, 0.5))
+    for whole, root in zip(wholes, roots, strict=True):
+        torch.testing.assert_close(root, whole.sqrt())
 
 
 def test_obs_keeps_what_it_cannot_measure(batches, caplog):

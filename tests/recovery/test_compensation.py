@@ -188,10 +188,11 @@ def test_prune_compensates_and_says_so(randomised: Callable[[nn.Module], nn.Modu
     images = [x for (x,) in batches()]
     loader = [(x, torch.zeros(len(x), dtype=torch.long)) for x in images]
     example = torch.zeros(1, 3, 16, 16)
-    raw = fp.prune(net, example, method="l1", data=loader)
-    result = fp.prune(
-        net, example, method="l1", data=loader, compensate="sequential", calibration=64, out=tmp_path / "run"
-    )
+    raw = fp.prune(net, example, method="l1", data=loader, compensate="none")
+    assert "compensation" not in raw.metrics
+    without_data = fp.prune(net, example, method="l1")
+    assert without_data.settings["compensate"] == raw.settings["compensate"] == "none"
+    result = fp.prune(net, example, method="l1", data=loader, calibration=64, out=tmp_path / "run")
     assert torch.equal(raw.plan.mask, result.plan.mask)
     assert result.metrics["compensation"] == {"how": "sequential", "fitted": 2, "shifted": 0, "skipped": {}}
     assert distance(result.model, net, batches()) < 0.5 * distance(raw.model, net, batches())
@@ -208,7 +209,7 @@ def test_prune_refuses_to_compensate_without_images(tiny: nn.Module) -> None:
     example = torch.zeros(1, 3, 16, 16)
     with pytest.raises(ValueError, match="compensate 'sequential' needs calibration images: give data="):
         fp.prune(tiny, example, method="l1", compensate="sequential")
-    with pytest.raises(ValueError, match="compensate: got 'no'"):
+    with pytest.raises(ValueError, match="compensate: got 'no'; choose one of auto, sequential"):
         fp.prune(tiny, example, method="l1", compensate="no")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="calibration: got 0"):
         fp.prune(tiny, example, method="l1", compensate="bn", data=[], calibration=0)
@@ -334,7 +335,7 @@ def test_a_resumed_run_keeps_its_compensation(tiny: nn.Module, tmp_path: Path) -
     loader = [(x, torch.zeros(len(x), dtype=torch.long)) for (x,) in batches()]
     arguments = {"method": "l1", "budget": "flops=0.8", "data": loader, "out": tmp_path / "run"}
     fp.prune(tiny, torch.zeros(2, 3, 16, 16), compensate="bn", **arguments)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="was begun with compensate 'bn', not 'none'"):
+    with pytest.raises(ValueError, match="was begun with compensate 'bn', not 'sequential'"):
         fp.prune(tiny, torch.zeros(2, 3, 16, 16), resume=True, **arguments)  # type: ignore[arg-type]
 
 

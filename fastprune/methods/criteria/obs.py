@@ -11,6 +11,11 @@ Martens, ICML 2016: the Fisher matrix of a convolution is about T G ⊗ S). The 
     W ← W − W_c ([G⁻¹]_cc)⁻¹ [G⁻¹]_c:        G⁻¹ ← G⁻¹ − [G⁻¹]_:c ([G⁻¹]_cc)⁻¹ [G⁻¹]_c:
 
 (Hassibi and Stork, NIPS 1992, eq. 5, for blocks), until one is left. A channel that several layers read loses in each.
+
+A score is L_c to a power. The curvature takes the positions of a map as independent, and does not see that later layers
+make up for earlier ones; so losses of early layers are too large beside those of late ones. The power moves them
+together.
+
 Where a reader has several columns for a channel (maps that were flattened), the sum of their single losses stands for
 the loss of all.
 
@@ -54,6 +59,11 @@ class OBSConfig(CalibratedConfig):
     curvature: Literal["outputs", "loss", "none"] = option(
         "outputs",
         "outputs: of the squared change of the network's outputs; loss: of its loss; none: every layer's alike",
+    )
+    exponent: float = option(
+        0.5,
+        "power of the losses that add up: 0.5 adds the sizes of what changes, 1 their squares",
+        above=0.0,
     )
     rounds: int = option(64, "rounds in which the channels of a group go; each computes the losses anew", minimum=1)
 
@@ -157,7 +167,7 @@ class OBS(CalibratedMethod):
             readers = [reader for reader in self.readers.values() if reader.layer.reads(group)]
             if readers:
                 losses[group.units] = self.eliminate(group, [self.surgery(r, group, totals) for r in readers])
-        return losses
+        return losses.clamp(min=0) ** self.config.exponent  # rounding may leave less than nothing
 
     def surgery(self, reader: Reader, group: Group, totals: dict[str, Tensor]) -> Surgery:
         """Return the reader's weight and moments, ready for the removal of the group's channels."""
@@ -199,15 +209,15 @@ class Surgery:
     """The weight of a reader and the inverse of its inputs' covariance, as channels go one after the other.
 
     Args:
-        weight: [G, O, C, B] for C channels of B inputs each.
+        weight: W, [G, O, C, B] for C channels of B inputs each.
+        curved: S W with the curvature S, in the same shape.
         inverse: [G, C, B, C, B].
-        curvature: [G, O, O].
         units: the unit of each channel, [G, C]; -1 once it has gone, or if it has none.
     """
 
     weight: Tensor
+    curved: Tensor
     inverse: Tensor
-    curvature: Tensor
     units: Tensor
 
     @staticmethod
@@ -221,8 +231,8 @@ class Surgery:
         channels = inputs // block
         return Surgery(
             weight.reshape(groups, outputs, channels, block).clone(),
+            (curvature @ weight).reshape(groups, outputs, channels, block),
             inverse.reshape(groups, channels, block, channels, block),
-            curvature,
             units.clone(),
         )
 
@@ -234,26 +244,25 @@ class Surgery:
             blocks = self.inverse[g, c, :, c, :]  # [n, B, B]
             columns = self.weight[g, :, c]  # [n, O, B]
             spread = torch.linalg.solve(blocks, columns.mT)  # [n, B, O]
-            values = ((self.curvature[g] @ columns) * spread.mT).sum((1, 2))
+            values = (self.curved[g, :, c] * spread.mT).sum((1, 2))
             result.index_add_(0, self.units[g, c] - group.start, values.cpu())
         return result
 
     def remove(self, units: Tensor) -> None:
         """Remove units and let the others take their place."""
-        groups, outputs, channels, block = self.weight.shape
-        for g in range(groups):
-            chosen = torch.isin(self.units[g], units).nonzero().flatten()
-            if not len(chosen):
-                continue
+        _, outputs, channels, block = self.weight.shape
+        going = torch.isin(self.units, units)
+        for g in going.any(1).nonzero().flatten().tolist():
+            chosen = going[g].nonzero().flatten()
             flat = self.inverse[g].reshape(channels * block, channels * block)
             rows = (chosen.unsqueeze(1) * block + torch.arange(block)).flatten().to(flat.device)
             across = flat[rows]  # [r, I]
             solved = torch.linalg.solve(across[:, rows], across)  # [r, I]
-            w = self.weight[g].reshape(outputs, -1)
-            w -= w[:, rows] @ solved
+            for w in (self.weight[g].reshape(outputs, -1), self.curved[g].reshape(outputs, -1)):
+                w -= w[:, rows] @ solved
+                w[:, rows] = 0
             flat -= across.mT @ solved
-            # What has gone: 0 and the identity, so that later steps leave it alone.
-            w[:, rows] = 0
+            # What has gone: 0 in the weights and the identity here, so that later steps leave it alone.
             flat[rows] = 0
             flat[:, rows] = 0
             flat[rows, rows] = 1
