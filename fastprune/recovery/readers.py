@@ -116,19 +116,14 @@ def gather_patches(node: Node, x: Tensor, weight: Tensor, out_size: torch.Size, 
     kernel = weight.shape[2:]
     rank = len(kernel)
     stride, dilation = spread(argument_of(node, "stride"), rank), spread(argument_of(node, "dilation"), rank)
-    padded = F.pad(x, pad_sizes(argument_of(node, "padding"), kernel, dilation))
-    steps = padded.stride()[2:]
-    windows = padded.as_strided(
-        (x.shape[0], *out_size, x.shape[1], *kernel),
-        (
-            padded.stride(0),
-            *(step * s for step, s in zip(steps, stride, strict=True)),
-            padded.stride(1),
-            *(step * d for step, d in zip(steps, dilation, strict=True)),
-        ),
-    )
-    index = torch.unravel_index(places, (x.shape[0], *out_size))
-    return windows[index].flatten(1)
+    padded = F.pad(x, pad_sizes(argument_of(node, "padding"), kernel, dilation)).movedim(1, -1).contiguous()
+    sample, *index = torch.unravel_index(places, (x.shape[0], *out_size))
+    first, offsets = sample, torch.zeros(1, dtype=torch.int64, device=x.device)  # of a patch's first pixel; from there
+    for length, i, step, k, d in zip(padded.shape[1:-1], index, stride, kernel, dilation, strict=True):
+        first = first * length + i * step
+        offsets = (offsets.unsqueeze(1) * length + d * torch.arange(k, device=x.device)).flatten()
+    pixels = padded.flatten(0, -2)[first.unsqueeze(1) + offsets]  # whole pixels, which are contiguous
+    return pixels.transpose(1, 2).flatten(1)
 
 
 def pad_sizes(padding: Any, kernel: torch.Size, dilation: list[int]) -> list[int]:
