@@ -13,7 +13,7 @@ import fastprune as fp
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v3_small", "regnet_y_400mf")]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x1_0", *LARGE])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("shufflenet_v2_x1_0", marks=pytest.mark.slow), *LARGE])
 def test_full_macs_equal_torchs_counter(name: str) -> None:
     model = getattr(torchvision.models, name)().eval()
     images = torch.zeros(1, 3, 64, 64)

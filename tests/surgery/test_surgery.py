@@ -17,12 +17,14 @@ from fastprune.graph.structure import Role
 
 ARCHITECTURES = [
     "resnet18",
-    "resnet50",
     "mobilenet_v2",
     "mobilenet_v3_small",
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("efficientnet_b0", "densenet121", "shufflenet_v2_x1_0", "regnet_y_400mf", "googlenet", "vgg11_bn")
+        for name in (
+            *("resnet50", "efficientnet_b0", "densenet121", "shufflenet_v2_x1_0", "regnet_y_400mf"),
+            *("googlenet", "vgg11_bn"),
+        )
     ),
 ]
 
