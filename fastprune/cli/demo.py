@@ -37,7 +37,7 @@ BASELINE = TrainConfig(epochs=12, batch_size=64, lr=0.1, schedule="cosine", eval
 # The gates begin wide open, at 1, and Adam moves them by about the learning rate per step: with 0.01, these 840 steps
 # are enough for every gate to cross ½, where it closes, and to come back.
 SEARCH: dict[str, Any] = {"epochs": 40, "batch_size": 64, "learning_rate": 0.01, "evaluate_every": 0}
-FINETUNE = TrainConfig(epochs=10, batch_size=64, lr=0.05, schedule="cosine", evaluate_every=0)
+FINETUNE = TrainConfig(epochs=10, batch_size=64, lr=0.01, schedule="cosine", evaluate_every=0)
 
 
 def run_demo(values: dict[str, Any], given: set[str]) -> int:

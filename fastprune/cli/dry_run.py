@@ -83,6 +83,11 @@ def print_preview(settings: PruneSettings, budget: Budget, found: Preview) -> No
             else []
         ),
         "time: " + (f"about {duration(found.seconds)}: " if found.seconds is not None else "") + found.how,
+        *(
+            [f"then: compensation on {settings.calibration} images, which this time does not include"]
+            if settings.data and settings.compensate != "none"
+            else []
+        ),
         "nothing was written; the method chooses widths of its own, an equal ratio is an example of the budget",
         "next: the same command without --dry-run",
     ]

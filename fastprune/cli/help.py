@@ -38,7 +38,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fastprune finetune --run runs/dmc --epochs 60",
         "fastprune finetune --run runs/dmc --epochs 10 --teacher auto --ema 0.999",
     ),
-    "calibrate": ("fastprune calibrate runs/dmc", "fastprune calibrate runs/dmc --how bn --images 1024 --out runs/bn"),
+    "calibrate": (
+        "fastprune calibrate runs/l1 --data digits",
+        "fastprune calibrate runs/dmc --how bn --images 1024 --out runs/bn",
+    ),
     "evaluate": ("fastprune evaluate --run runs/dmc",),
     "report": ("fastprune report --run runs/dmc runs/l1 --out page",),
     "recipes show": ("fastprune recipes show dmc-resnet50-imagenet",),

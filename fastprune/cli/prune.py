@@ -115,7 +115,7 @@ def search(
 
 def read_search_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """Return the settings of a search that is resumed; refuse one whose network has been fine-tuned since."""
-    values = read_begun_settings(values, given, "prune")
+    values = {"compensate": "none", **read_begun_settings(values, given, "prune")}  # runs of earlier versions lack it
     if "calibrate" in values:
         raise ValueError(
             f"{values['out']!r} was made by fastprune calibrate: give the run that it came from, "
@@ -227,5 +227,19 @@ def tell(
     if not as_json and "measured_ms" in result.metrics:  # programs compare results, and no two measurements are equal
         compared["baseline"]["measured_ms"] = result.metrics["measured_ms"]["full"]
         compared["compact"]["measured_ms"] = result.metrics["measured_ms"]["planned"]
-    odd = at_chance(compared, subject.data)
+    odd = [*tell_compensation(result.metrics), *at_chance(compared, subject.data)]
     print_results(compared, as_json, peers, run.path, [*odd, after_pruning(settings, result.metrics)])
+
+
+def tell_compensation(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a line on what was compensated; none if nothing was, or if the attempt failed, which was a warning."""
+    work = metrics.get("compensation", {})
+    if not work or "failed" in work:
+        return []
+    parts = [
+        f"{work['fitted']} layers fitted",
+        f"{work['shifted']} shifted",
+        f"{len(work['skipped'])} left as they were",
+    ]
+    told = [part for part in parts if not part.startswith("0 ")]
+    return [f"compensated without training ({work['how']}): {', '.join(told) or 'statistics measured again'}"]

@@ -24,7 +24,9 @@ IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their 
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
 LOSS = "loss(output, target) of your own, file.py:function; by default cross-entropy to class labels"
 FORWARD = "forward(model, batch) that returns (output, target), file.py:function; for batches of your own"
-COMPENSATE = "fit the readers of removed channels anew on images of --data; auto: sequential, where there is --data"
+COMPENSATE = (
+    "fit the layers that read removed channels anew on images of --data; auto = sequential where there is --data"
+)
 CALIBRATE = "kind of compensation; bn measures batch norms again, and alone works on a fine-tuned run too"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
 
@@ -131,7 +133,7 @@ class PruneSettings(NetworkSettings):
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
     compensate: str = option("auto", COMPENSATE, choices=("auto", "sequential", "one_pass", "mean", "bn", "none"))
-    calibration: int = option(512, "training samples that --compensate takes", minimum=1)
+    calibration: int = option(512, "training samples that a compensation takes", minimum=1)
     dry_run: bool = option(False, "say what would be done: groups, widths, cost, time; write nothing", flag=SWITCH)
 
 

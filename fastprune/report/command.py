@@ -30,7 +30,7 @@ SWITCHES = ("ema", "keep_class", "inexact", "channels_last", "latency_channels_l
 NOT_OPTIONS = {"command", "fastprune", "data", "device", "seed", "run", "out"}
 DEFAULTS = {
     "seed": 0, "device": "auto", "min_keep": 1, "round_to": 1, "latency_batch": 1, "latency_dtype": "float32",
-    "precision": "float32", "compensate": "none", "calibration": 512,
+    "precision": "float32", "calibration": 512,
 }  # fmt: skip
 
 
@@ -94,12 +94,20 @@ def plain(value: Any) -> Any:
 def flags(settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield the options of a command that are not at their defaults, without those of a method or a training."""
     names = [name for name in settings if name not in {*FIRST, *ELSEWHERE, *asdict(TrainConfig())}]
+    usual = dict(DEFAULTS)
     if settings.get("command") == "prune":
+        settings = {**settings, "compensate": kind_of_compensation(settings)}
+        usual["compensate"] = "sequential" if settings.get("data") else "none"
         names = ["method", "budget", *(name for name in names if name != settings.get("method")), "precision"]
-        names += ["channels_last"]
+        names += ["channels_last", "compensate"]
     for name in dict.fromkeys((*FIRST, *names)):
-        if name in ("method", "budget") or settings.get(name) != DEFAULTS.get(name):
+        if name in ("method", "budget") or settings.get(name) != usual.get(name):
             yield from flag(name, settings.get(name))
+
+
+def kind_of_compensation(settings: Mapping[str, Any]) -> str:
+    """Return how the weights of a pruning were compensated; runs of earlier versions do not say, since none was."""
+    return str(settings.get("compensate", "none"))
 
 
 def training_flags(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -148,8 +156,11 @@ def python_call(settings: Mapping[str, Any]) -> str:
     for name, usual in (("ignore", []), ("precision", "float32"), ("channels_last", False)):
         if settings.get(name) not in (None, usual):
             given[name] = settings[name]
-    if settings.get("compensate", "none") != "none":
+    compensated = kind_of_compensation(settings) != "none"
+    if compensated:
         given |= {name: settings[name] for name in ("compensate", "calibration") if name in settings}
+    elif needs_data(settings):
+        given["compensate"] = "none"  # otherwise data would mean "sequential"
     lines = [f"{name}={value!r}" for name, value in given.items()]
     lines += conditions_of(settings)
     lines += [
@@ -160,7 +171,7 @@ def python_call(settings: Mapping[str, Any]) -> str:
         words = [repr(settings.get("keep_ratio") or []), *(f"{name}={value}" for name, value in limits.items())]
         lines.append(f"limits=fp.Limits.parse({', '.join(words)})")
     lines += [f"{name}={value!r}" for name, value in changed_options(settings).items()]
-    first = "net, example, data=data" if "compensate" in given or needs_data(settings) else "net, example"
+    first = "net, example, data=data" if compensated or needs_data(settings) else "net, example"
     return "\n".join(["import fastprune as fp", "", "fp.prune(", *(f"    {line}," for line in (first, *lines)), ")"])
 
 

@@ -138,7 +138,9 @@ def reason_for_difference(run: RunDirectory) -> str:
     if run.config.get("command") == "finetune" or is_fine_tuned(run.metrics()):
         return "it has been fine-tuned since the cut, and the full network has not"
     if run.config.get("from_run"):
-        return f"its network came from {run.config['from_run']!r}, which had been trained since its own cut"
+        return (
+            f"its network came from {run.config['from_run']!r}, which had been trained or compensated since its own cut"
+        )
     return f"method {run.config.get('method')!r} changes weights at the cut, and the run does not keep what they were"
 
 

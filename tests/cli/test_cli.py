@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fastprune import models
 from fastprune.cli import commands, settings
@@ -506,6 +507,20 @@ def test_a_run_killed_before_its_first_checkpoint_resumes(whole: Path, tmp_path:
     shutil.copy(whole / "p" / "config.yaml", run)
     assert main(shlex.split(f"prune --resume --out {run}")) == 0
     same_files(whole / "p", run)
+
+
+def test_a_run_of_an_earlier_version_resumes_without_compensation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"prune --model resnet20 --data synthetic:3x8x8:4:64 --method l1 --device cpu --out {tmp_path}"
+    assert main(shlex.split(f"{line}/new")) == 0
+    assert "compensated without training (sequential): " in capsys.readouterr().out
+    old = RunDirectory.open(tmp_path / "new").config
+    old = {name: value for name, value in old.items() if name not in ("compensate", "calibration")}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(old))
+    assert main(shlex.split(f"prune --resume --out {tmp_path}/old")) == 0
+    assert "compensated" not in capsys.readouterr().out
 
 
 # --- as a process, and as several -----------------------------------------------------------------------------------

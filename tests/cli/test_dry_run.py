@@ -58,6 +58,9 @@ def test_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert main(shlex.split(f"{LINE} --dmc.batch_size 16")) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 60
+    assert "then: compensation on 512 images" in out
+    assert main(shlex.split(f"{LINE} --dmc.batch_size 16 --compensate none")) == 0
+    assert "compensation" not in capsys.readouterr().out
     assert "dmc leaves 1 of 10 groups alone: conv1" in " ".join(out.split())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -55,7 +56,7 @@ def test_a_demonstration(write_run: WriteRun) -> None:
 def test_a_run_of_the_api(write_run: WriteRun) -> None:
     (text,) = remake(PruningRun.read(write_run("api", [])))
     assert "fp.prune(" in text
-    assert "    method='dmc',\n    budget='flops=0.5',\n    seed=0,\n    epochs=2,\n" in text
+    assert "    method='dmc',\n    budget='flops=0.5',\n    seed=0,\n    compensate='none',\n    epochs=2,\n" in text
     compile(text, "report", "exec")
 
 
@@ -81,6 +82,23 @@ def test_a_call_of_a_method_that_searches_names_its_data(write_run: WriteRun) ->
     assert "    net, example, data=data,\n" in text
     (text,) = remake(PruningRun.read(write_run("l1", [], method="l1")))
     assert "data" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"data": "digits", "compensate": "sequential"}, None),
+        ({"data": "digits", "compensate": "bn"}, "--compensate bn"),
+        ({"data": "digits", "compensate": "none"}, "--compensate none"),
+        ({"data": "digits"}, "--compensate none"),  # a run of an earlier version
+        ({"compensate": "none"}, None),
+    ],
+)
+def test_how_weights_were_compensated(write_run: WriteRun, settings: dict[str, str], expected: str | None) -> None:
+    path = write_run("c", [], model="resnet20", **settings)
+    (text,) = remake(PruningRun.read(path))
+    assert ("--compensate" in text) == (expected is not None)
+    assert (expected or "") in text
 
 
 def test_a_loss_of_ones_own(write_run: WriteRun) -> None:

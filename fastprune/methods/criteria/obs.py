@@ -62,7 +62,7 @@ class OBSConfig(CalibratedConfig):
     )
     exponent: float = option(
         0.5,
-        "power of the losses that add up: 0.5 adds the sizes of what changes, 1 their squares",
+        "losses are raised to this power before they are added; below 1 layers are treated more alike",
         above=0.0,
     )
     rounds: int = option(64, "rounds in which the channels of a group go; each computes the losses anew", minimum=1)
