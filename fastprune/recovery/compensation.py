@@ -4,7 +4,8 @@ A reader computes y = W x + b over its patches. After pruning it sees the kept i
 is largely a linear function of those that stay:
 
 * ``mean``: b' = b + W_P μ_P for the removed inputs P. Exact where these are constant.
-* ``one_pass``: W' = W_K + W_P G_PK (G_KK + εI)⁻¹ with the covariance G of the full network's inputs.
+* ``one_pass``: W' = W_K + W_P G_PK (G_KK + εI)⁻¹ with the covariance G of the full network's inputs. No layer knows
+  what the ones in front of it have become, so batch norms are then matched to the full network's (``match_norms``).
 * ``sequential``: layer by layer, W' = (Cov(y, x̃) + ε W_K) (Cov(x̃) + εI)⁻¹ with the inputs x̃ of the network as
   compensated so far, and the outputs y of the full one. Errors of earlier layers are corrected by later ones.
 * ``bn``: the statistics of batch norms are measured again; the weights stay.
@@ -33,6 +34,7 @@ from fastprune.host.distributed import Distributed
 from fastprune.networks.chains import is_stored
 from fastprune.recovery.calibration import calibration_inputs
 from fastprune.recovery.moments import Moments, Sums, choose_ridge, solve, sum_rows, zero_sums
+from fastprune.recovery.norms import match_norms
 from fastprune.recovery.readers import Reader, Shift, count_unknowns
 from fastprune.recovery.statistics import measure_statistics
 from fastprune.recovery.walk import Walk
@@ -176,6 +178,8 @@ def compensate_weights(
     with torch.no_grad(), restore_modes(), progress.muted(not show):
         if how in ("sequential", "one_pass", "mean"):
             _Fit(graph, model, changed, plan, batches, how, peers or Distributed(), work, memory).run()
+        if how == "one_pass":
+            match_norms(graph, model, changed, batches, peers or Distributed(), memory)
         if how == "bn":
             closed = masked(changed, plan)
             measure_statistics(closed, batches, peers or Distributed())

@@ -16,6 +16,7 @@ from fastprune.graph import ChannelGraph
 from fastprune.host.distributed import Distributed
 from fastprune.recovery import compensate, compensate_weights
 from fastprune.recovery.compensation import How
+from fastprune.recovery.norms import match
 from fastprune.recovery.statistics import measure_statistics
 from fastprune.recovery.walk import Walk
 from fastprune.surgery import cut
@@ -71,6 +72,34 @@ def test_copies_of_channels_are_restored_to_the_last_digits(how: How) -> None:
     compact = compensate(net, plan, [x for (x,) in batches()], how, graph=graph)
     assert distance(fp.apply(plan, net), net, batches()) > 0.1
     assert distance(compact, net, batches()) < 1e-6  # of the variance, so 1e-3 of the outputs; the ridge leaves that
+
+
+def test_one_pass_keeps_the_moments_of_batch_norms(randomised: Callable[[nn.Module], nn.Module]) -> None:
+    """Every norm returns the full network's means and variances, whatever its statistics were."""
+    net = randomised(nn.Sequential(
+        nn.Conv2d(3, 24, 3, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )).eval()  # fmt: skip
+    images = batches()
+    graph = fp.trace(net, images[0][0])
+    plan = graph.plan(half(graph))
+    changed, _ = compensate_weights(graph, net, plan, images, "one_pass")
+    everything = torch.cat([x for (x,) in images])
+    with torch.no_grad():
+        for end, group in ((5, graph.groups[1]), (8, graph.groups[2])):  # behind the second and the third norm
+            stay = plan.mask[group.units]
+            full, other = (model[:end](everything)[:, stay] for model in (net, fp.masked(changed, plan)))
+            for moment in (torch.mean, torch.var):
+                torch.testing.assert_close(moment(other, (0, 2, 3)), moment(full, (0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_norms_that_cannot_vary_are_shifted() -> None:
+    one, zero = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    still = torch.tensor([1.0, 0.0], dtype=torch.float64)  # the second channel is constant in the full network
+    mean, variance = match((2 * one, still), (5 * one, 4 * one), zero, one, 0.0)
+    assert variance.tolist() == [4, 1]
+    assert mean.tolist() == [1, 3]  # (5 - 1) / 2 = 2, and 5 - 3 = 2
 
 
 def test_constant_channels_become_a_shift() -> None:
