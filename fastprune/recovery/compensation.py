@@ -177,9 +177,10 @@ def compensate_weights(
     work = Compensation()
     with torch.no_grad(), restore_modes(), progress.muted(not show):
         if how in ("sequential", "one_pass", "mean"):
-            _Fit(graph, model, changed, plan, batches, how, peers or Distributed(), work, memory).run()
-        if how == "one_pass":
-            match_norms(graph, model, changed, batches, peers or Distributed(), memory)
+            fit = _Fit(graph, model, changed, plan, batches, how, peers or Distributed(), work, memory)
+            fit.run()
+            if how == "one_pass":
+                match_norms(graph, model, changed, batches, peers or Distributed(), fit.walk.room)
         if how == "bn":
             closed = masked(changed, plan)
             measure_statistics(closed, batches, peers or Distributed())

@@ -15,6 +15,7 @@ from fastprune.graph.model_state import state_of
 from fastprune.host import progress
 from fastprune.host.distributed import Distributed
 from fastprune.networks.chains import is_stored
+from fastprune.recovery.room import Room
 from fastprune.recovery.walk import Values, Walk
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ def match_norms(
     changed: nn.Module,
     batches: Sequence[Sequence[Tensor]],
     peers: Distributed,
-    memory: float | None = None,
+    room: Room,
 ) -> None:
     """Set running means and variances so that every batch norm returns the means and variances of the full network.
 
@@ -43,10 +44,10 @@ def match_norms(
         changed: the changed one, of the same structure; its statistics change in place.
         batches: the inputs of each batch; under several processes each rank has its share.
         peers: this process among its peers.
-        memory: GiB that the values between layers may take, see ``compensate``.
+        room: the memory that the values between layers may take.
     """
     original, tensors = state_of(model), state_of(changed)
-    walk = Walk(graph, model, changed, batches, memory)
+    walk = Walk(graph, model, changed, batches, room=room)
     walk.changed |= {name for name, tensor in tensors.items() if not torch.equal(tensor, original[name])}
     found = {node: names for node in walk.nodes if (names := statistics_of(node)) is not None}
     uses = Counter(name for names in found.values() for name in names)

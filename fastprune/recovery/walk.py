@@ -73,6 +73,7 @@ class Walk:
         other: the model that changes; None = there is the full one only.
         batches: the inputs of each batch.
         memory: GiB that values may take in memory, see ``Room``.
+        room: the room of an earlier walk through this graph, in place of ``memory``; it tells once that it is full.
     """
 
     def __init__(
@@ -82,12 +83,14 @@ class Walk:
         other: nn.Module | None,
         batches: Sequence[Sequence[Tensor]],
         memory: float | None = None,
+        *,
+        room: Room | None = None,
     ) -> None:
         module = copy_traced(graph)
         return_flat(module)
         self.shares = not make_out_of_place(module)  # a shared value must not be overwritten
         self.nodes = list(module.graph.nodes)
-        self.room = Room(device_of(full), memory, fixed=not self.shares)
+        self.room = room or Room(device_of(full), memory, fixed=not self.shares)
         self.full = Values(module, full, batches, self.room)
         self.other = None if other is None else Values(module, other, batches, self.room)
         if self.other is not None and not self.shares:
