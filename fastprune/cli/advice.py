@@ -114,6 +114,20 @@ def after_pruning(settings: PruneSettings, metrics: Mapping[str, Any]) -> str:
     return f"next: fastprune finetune --run {word(settings.out)}{data}"
 
 
+def tell_compensation(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a line on what was compensated; none if nothing was, or if the attempt failed, which was a warning."""
+    work = metrics.get("compensation", {})
+    if not work or "failed" in work:
+        return []
+    parts = [
+        f"{work['fitted']} layers fitted",
+        f"{work['shifted']} shifted",
+        f"{len(work['skipped'])} left as they were",
+    ]
+    told = [part for part in parts if not part.startswith("0 ")]
+    return [f"compensated without training ({work['how']}): {', '.join(told) or 'statistics measured again'}"]
+
+
 def after_calibrating(settings: CalibrateSettings, out: str, *, tuned: bool) -> str:
     """Return the command that trains the compensated network, or shows one that has been trained."""
     if tuned:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastprune.cli.advice import after_pruning, at_chance, warn_of_random_weights
+from fastprune.cli.advice import after_pruning, at_chance, tell_compensation, warn_of_random_weights
 from fastprune.cli.dry_run import dry_run
 from fastprune.cli.inputs import check_batch, find_example, load_objective
 from fastprune.cli.networks import build_model, check_classes, check_fit, measure, open_data
@@ -229,17 +229,3 @@ def tell(
         compared["compact"]["measured_ms"] = result.metrics["measured_ms"]["planned"]
     odd = [*tell_compensation(result.metrics), *at_chance(compared, subject.data)]
     print_results(compared, as_json, peers, run.path, [*odd, after_pruning(settings, result.metrics)])
-
-
-def tell_compensation(metrics: Mapping[str, Any]) -> list[str]:
-    """Return a line on what was compensated; none if nothing was, or if the attempt failed, which was a warning."""
-    work = metrics.get("compensation", {})
-    if not work or "failed" in work:
-        return []
-    parts = [
-        f"{work['fitted']} layers fitted",
-        f"{work['shifted']} shifted",
-        f"{len(work['skipped'])} left as they were",
-    ]
-    told = [part for part in parts if not part.startswith("0 ")]
-    return [f"compensated without training ({work['how']}): {', '.join(told) or 'statistics measured again'}"]
