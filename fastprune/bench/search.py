@@ -62,7 +62,7 @@ class Ours:
         model = copy.deepcopy(model).requires_grad_()
         budget = Budget("flops", KEEP_RATIO)
         self.task = Task(model=model, graph=graph, budget=budget, device=placement.device)
-        self.method = self.kind()
+        self.method = self.kind(self.kind.Config(variant="paper"))
         self.method.setup(self.task)
         with torch.no_grad():
             self.advance()

@@ -12,8 +12,10 @@ from fastprune import Limits, models
 from fastprune.graph import trace
 from fastprune.methods import Task, interior_units
 from fastprune.methods.gates.ddnp import DDNP, DDNPConfig
+from fastprune.methods.gates.ddnp_terms import MaskTerms
 from fastprune.methods.gates.generators import ScoreGenerator, WidthGenerator
 from fastprune.methods.gates.regularisers import one_sided, two_sided
+from fastprune.ops import gumbel_gate, topk_mask
 from fastprune.planning.budget import Budget, BudgetError
 from fastprune.testing import check_method, network, photograph, sample_data, traced
 
@@ -21,9 +23,9 @@ QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}
 
 
 def prepare(budget: str = "flops=0.5", seed: int = 0, **options) -> tuple[DDNP, Task]:
-    """Set up a method on the contract's test network."""
+    """Set up a method on the contract's test network, by default as in the paper."""
     task = Task(network(), traced(), Budget.parse(budget), seed=seed)
-    method = DDNP(DDNPConfig(**options))
+    method = DDNP(DDNPConfig(**{"variant": "paper", **options}))
     method.setup(task)
     return method, task
 
@@ -50,7 +52,8 @@ def spread_scores(method: DDNP, seed: int = 0) -> None:
     "options",
     [
         {},
-        {"architecture": "channel", "resource": "two_sided", "groups": "all", "closing": 0.5},
+        {"variant": "paper"},
+        {"architecture": "channel", "resource": "one_sided", "groups": "all", "closing": 0.5},
         pytest.param({"variant": "release"}, marks=pytest.mark.slow),
     ],
 )
@@ -63,11 +66,76 @@ def test_contract_in_two_processes():
     check_method(DDNP, distributed=True, **QUICK)
 
 
-def test_defaults_are_the_papers():
-    config = DDNPConfig()
+def test_options_of_the_paper():
+    method, _ = prepare()
+    config = method.settled
     assert (config.regularisation, config.coupling, config.temperature, config.window) == (2, 2, 0.4, 0.1)
     assert (config.epochs, config.samples, config.learning_rate, config.output) == (200, 2500, 1e-3, "sigmoid")
     assert (config.architecture, config.resource, config.score_bias) == ("gru", "one_sided", 0)
+    assert (config.noise, config.schedule) == (0, "constant")
+
+
+# --- noise and schedule -----------------------------------------------------------------------------------------------
+
+
+def test_a_step_ranks_by_noisy_scores_and_a_plan_does_not():
+    method, _ = prepare(variant="perturbed", noise=0.5, window=0.0)
+    assert isinstance(method.terms, MaskTerms)
+    raw, keep = method.raw_scores().detach().requires_grad_(), torch.full_like(method.keep(), 0.5)
+    masks = []
+    for step in range(3):
+        method.terms.steps = step
+        # σ(0 + G) of the same draw is the noise's place in its distribution.
+        noise = torch.logit(gumbel_gate(torch.zeros_like(raw), seed=0, step=step, temperature=1.0, base=0.0,
+                                        hard=False, noise="logistic"))  # fmt: skip
+        mask = method.terms.mask(raw, keep)
+        torch.testing.assert_close(method.terms.draw(raw), torch.sigmoid(raw + 0.5 * noise), rtol=1e-4, atol=1e-5)
+        assert torch.equal(mask, topk_mask(raw + 0.5 * noise, keep, method.groups.offsets))
+        (slope,) = torch.autograd.grad(mask.sum(), raw)  # straight-through to σ(s̄ + τ G)
+        noisy = torch.sigmoid(raw + 0.5 * noise).detach()
+        torch.testing.assert_close(slope, noisy * (1 - noisy), rtol=1e-4, atol=1e-5)
+        masks.append(mask.detach())
+    assert not torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[1], masks[2])
+    assert torch.equal(method.gates(), method.gates())
+    assert torch.equal(method.gates(), topk_mask(torch.sigmoid(raw), method.keep(), method.groups.offsets))
+
+
+def test_each_step_draws_anew_also_after_a_restart():
+    method, task = prepare(variant="perturbed")
+    for skip in range(3):
+        method.step_on(task, *batch(skip))
+    other, _ = prepare(variant="perturbed")
+    other.load_state_dict(method.state_dict())
+    raw, keep = method.raw_scores(), method.keep()
+    assert method.terms.steps == other.terms.steps == 3
+    assert torch.equal(method.terms.mask(raw, keep), other.terms.mask(raw, keep))
+
+
+def test_the_learning_rate_falls_to_zero():
+    method, task = prepare(variant="perturbed", epochs=4, evaluate_every=0, learning_rate=0.01)
+    rates = []
+    for epoch in range(4):
+        rates.append(method.optimizer.param_groups[0]["lr"])
+        method.end_epoch(task, epoch)
+    assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * e / 4)) / 2 for e in range(4)])
+    constant, task = prepare(epochs=4, evaluate_every=0, learning_rate=0.01)
+    constant.end_epoch(task, 0)
+    assert constant.optimizer.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise": 0.5}, "the paper has no noise"),
+        ({"schedule": "cosine"}, "the paper has no noise and no schedule"),
+        ({"variant": "perturbed", "output": "abs"}, "output 'abs' takes no noise"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(**options)
+    prepare(variant="perturbed", output="abs", noise=0.0)
 
 
 # --- generators -------------------------------------------------------------------------------------------------------

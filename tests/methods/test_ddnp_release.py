@@ -156,7 +156,9 @@ def test_hard_gates_draw_no_noise():
     assert set(method.gates().tolist()) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"window": 0.0}, {"output": "abs"}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.5}, {"window": 0.0}, {"output": "abs"}, {"noise": 0.0}, {"schedule": "cosine"}]
+)
 def test_options_of_the_paper_only_are_refused(options):
     with pytest.raises(ValueError, match=f"ddnp: {next(iter(options))} .* has no effect with variant 'release'"):
         prepare(**options)

@@ -26,9 +26,9 @@ QUICK = {"epochs": 2, "samples": 96, "batch_size": 32, "evaluate_every": 2}
 
 
 def prepare(budget: str = "flops=0.5", seed: int = 0, **options) -> tuple[DMC, Task]:
-    """Set up a method on the contract's test network."""
+    """Set up a method on the contract's test network, by default as in the paper."""
     task = Task(network(), traced(), Budget.parse(budget), seed=seed)
-    method = DMC(DMCConfig(**options))
+    method = DMC(DMCConfig(**{"variant": "paper", **options}))
     method.setup(task)
     return method, task
 
@@ -411,7 +411,71 @@ def test_a_network_with_pinned_channels():
     assert method.plan(task).macs[1] <= 0.5 * method.placement.full
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": "all", "sampling": "deterministic", "learning_rate": 0.05}])
+# --- annealing --------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_the_variants():
+    paper, annealed = prepare()[0].settled, prepare(variant="annealed")[0].settled
+    assert (paper.regularisation, paper.annealing) == (4, 0)
+    assert (annealed.regularisation, annealed.annealing) == (8, pytest.approx(1 / 3))
+    with pytest.raises(ValueError, match="the paper has no annealing"):
+        prepare(annealing=0.5)
+
+
+def test_gates_become_deterministic_in_the_last_epochs():
+    method, task = prepare(variant="annealed", epochs=6, evaluate_every=0, annealing=0.5, groups="all")
+    with torch.no_grad():
+        method.theta.uniform_(generator=torch.Generator().manual_seed(0))
+    theta, seen = method.theta.detach(), []
+    for epoch in range(6):
+        seen.append(method.remaining)
+        method.step = epoch
+        gates = method.sample(task.seed)
+        probability = theta if method.remaining == 1 else 0.5 + (theta - 0.5) / max(method.remaining, 1e-9)
+        assert torch.equal(gates, bernoulli_gate(probability.clamp(0, 1), seed=task.seed, step=epoch))
+        (slope,) = torch.autograd.grad((gates * theta).sum(), method.theta)
+        assert torch.equal(slope, theta)  # straight-through, whatever the probability
+        method.end_epoch(task, epoch)
+    assert seen == pytest.approx([1, 1, 1, 2 / 3, 1 / 3, 0])
+    assert torch.equal(gates.detach(), (theta >= 0.5).float())
+
+
+def test_a_restart_in_the_last_epochs_continues():
+    options = {"variant": "annealed", "epochs": 4, "evaluate_every": 0, "annealing": 1.0}
+    method, task = prepare(**options)
+    method.step_on(task, *batch())
+    method.end_epoch(task, 0)
+    other, _ = prepare(**options)
+    other.load_state_dict(method.state_dict())
+    assert other.remaining == method.remaining == 0.5
+
+
+def test_the_accuracy_of_drawn_gates_is_measured_too():
+    method, task = prepare(evaluate_every=1, epochs=1)
+
+    class Held:
+        num_classes = 10
+        held_out = 1
+
+        def accuracy(self, run):
+            return float(run(batch()[0]).detach().abs().sum())
+
+    task.data = Held()
+    with torch.no_grad():
+        method.theta.fill_(0.75)
+    metrics = method.end_epoch(task, 0)
+    gates = bernoulli_gate(method.theta.detach(), seed=task.seed, step=method.step)
+    expected = task.masked(batch()[0], method.placement.spread(gates))
+    assert metrics["proxy_accuracy_of_drawn_gates"] == pytest.approx(float(expected.detach().abs().sum()), rel=1e-5)
+    assert metrics["proxy_accuracy"] != metrics["proxy_accuracy_of_drawn_gates"]
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"variant": "paper", "groups": "all", "sampling": "deterministic", "learning_rate": 0.05}]
+)
 def test_contract(options):
     check_method(DMC, **QUICK, **options)
 

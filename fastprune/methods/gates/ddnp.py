@@ -11,7 +11,10 @@ opens the Ck channels of highest score, with a soft edge of γ channels (eq. 7).
 The mask takes k without its gradient and passes its own gradient straight through to s. So g_s gets the gradients of
 the cross-entropy and of C, and g_k those of R and of C: k never sees the data, and s never sees the cost.
 
-``variant=release`` computes the terms of the authors' published code instead, see ``ddnp_release``.
+With ``variant=paper`` that is all. Redundant channels then slide along the soft edge of the mask, the search converges
+to gates between 0 and 1, and rounding them loses what it found. ``variant=perturbed``, the default, ranks the channels
+of each step by s̄ + τ G, with G fresh logistic noise, and lets the learning rate fall to 0; plan and evaluation rank
+without noise. ``variant=release`` computes the terms of the authors' published code, see ``ddnp_release``.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from fastprune.graph.interior import GROUPS
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
 from fastprune.methods.gates.ddnp_release import ReleaseTerms
-from fastprune.methods.gates.ddnp_terms import GatedGroups, PaperTerms, Terms
-from fastprune.methods.gates.gated import GateSearch, freeze_weights
+from fastprune.methods.gates.ddnp_terms import GatedGroups, MaskTerms, Terms
+from fastprune.methods.gates.gated import GateSearch, freeze_weights, settle
 from fastprune.methods.gates.generators import (
     ScoreGenerator,
     WidthGenerator,
@@ -50,16 +53,33 @@ from fastprune.training.phases import Metrics, Phase
 class DDNPConfig:
     """Options of DDNP; the defaults are the paper's for CIFAR-10 (§5.1)."""
 
-    variant: Literal["paper", "release"] = option(
-        "paper",
-        "the paper's losses, or those of the authors' published code, with its masks, ranking and optimiser",
+    variant: Literal["perturbed", "paper", "release"] = option(
+        "perturbed",
+        "paper: as in the paper; perturbed: its losses, with noise in the scores and a learning rate that falls; "
+        "release: as in the authors' published code, with its losses, masks, ranking and optimiser",
     )
     epochs: int = option(200, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on; the paper takes 25000 on ImageNet", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
-    learning_rate: float = option(1e-3, "learning rate of Adam for both generators, constant", minimum=0.0)
-    regularisation: float = option(2.0, "λ, the weight of the cost term; the paper takes 4 on ImageNet", minimum=0.0)
-    coupling: float = option(2.0, "ρ, the weight of the term that ties widths to scores", minimum=0.0)
+    learning_rate: float = option(1e-3, "learning rate of Adam for both generators", minimum=0.0)
+    schedule: Literal["constant", "cosine"] | None = option(
+        None, "learning rate over the epochs, cosine falls to 0; none = that of the variant: cosine, paper: constant"
+    )
+    noise: float | None = option(
+        None,
+        "τ, scale of the logistic noise that each step adds to the raw scores; none = that of the variant: 1, paper: 0",
+        minimum=0.0,
+    )
+    regularisation: float | None = option(
+        None,
+        "λ, the weight of the cost term; none = that of the variant: 2, release: 4; the paper takes 4 on ImageNet",
+        minimum=0.0,
+    )
+    coupling: float | None = option(
+        None,
+        "ρ, the weight of the term that ties widths to scores; none = that of the variant: 2, release: 1",
+        minimum=0.0,
+    )
     temperature: float = option(0.4, "t, the temperature of the scores in that term", minimum=1e-3)
     window: float = option(0.1, "γ, the mask's soft edge, as a fraction of the group; 0 = hard masks", minimum=0.0)
     closing: float = option(
@@ -76,22 +96,40 @@ class DDNPConfig:
     score_bias: float = option(
         0.0, "number added to raw scores; variant=release adds the 3 of the authors' release by itself"
     )
-    resource: Literal["one_sided", "two_sided"] = option(
-        "one_sided", "cost term: log(max(T, pT)/pT) as in the paper, or |log(T/pT)|, which also raises a cost below pT"
+    resource: Literal["one_sided", "two_sided"] | None = option(
+        None,
+        "cost term: one_sided: log(max(T, pT)/pT), two_sided: |log(T/pT)|, which also raises a cost below pT; none = "
+        "that of the variant: two_sided, paper: one_sided",
     )
     groups: Literal["auto", "interior", "all"] = option("auto", GROUPS)
     augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
 
-def make_terms(config: DDNPConfig, groups: GatedGroups, seed: int) -> Terms:
-    """Create the terms of the option ``variant``.
+NAMES = ("schedule", "noise", "regularisation", "coupling", "resource")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "perturbed": dict(zip(NAMES, ("cosine", 1.0, 2.0, 2.0, "two_sided"), strict=True)),
+    "paper": dict(zip(NAMES, ("constant", 0.0, 2.0, 2.0, "one_sided"), strict=True)),
+    "release": dict(zip(NAMES[2:], (4.0, 1.0, "two_sided"), strict=True)),
+}
+"""Options that each variant sets where the user leaves them out; the release has its own noise and schedule."""
+
+
+def make_terms(config: Any, groups: GatedGroups, seed: int) -> Terms:
+    """Create the terms of the option ``variant``, from settled options.
 
     Raises:
-        ValueError: for options that the release's terms do not have.
+        ValueError: for options that the variant's terms do not have.
     """
-    if config.variant == "paper":
-        return PaperTerms(
+    if config.variant != "release":
+        if config.variant == "paper" and (config.noise, config.schedule) != (0, "constant"):
+            raise ValueError("ddnp: the paper has no noise and no schedule; set them with variant 'perturbed'")
+        if config.noise and config.output != "sigmoid":
+            raise ValueError(
+                f"ddnp: output {config.output!r} takes no noise; set noise to 0, or output to 'sigmoid', or variant to "
+                "'paper'"
+            )
+        return MaskTerms(
             groups,
             learning_rate=config.learning_rate,
             epochs=config.epochs,
@@ -99,8 +137,11 @@ def make_terms(config: DDNPConfig, groups: GatedGroups, seed: int) -> Terms:
             window=config.window,
             closing=config.closing,
             output=config.output,
+            noise=config.noise,
+            cosine=config.schedule == "cosine",
+            seed=seed,
         )
-    for name in ("temperature", "window", "closing", "output"):
+    for name in ("temperature", "window", "closing", "output", "noise", "schedule"):
         if getattr(config, name) != getattr(DDNPConfig, name):
             raise ValueError(
                 f"ddnp: {name} {getattr(config, name)!r} has no effect with variant 'release'; leave it out"
@@ -141,8 +182,12 @@ class DDNP(GateSearch):
         self.full_widths = sizes.double().to(task.device)
         self.gated = gated.to(task.device)  # indices of the gated groups among all
         self.groups = GatedGroups.build(sizes[gated].to(task.device))
-        self.terms = make_terms(self.config, self.groups, task.seed)
-        self.scores = ScoreGenerator(self.groups.sizes.tolist(), self.config.architecture, task.seed).to(task.device)
+        self.settled = settle(self.config, VARIANTS)
+        self.terms = make_terms(self.settled, self.groups, task.seed)
+        divided = self.config.variant != "release"
+        self.scores = ScoreGenerator(
+            self.groups.sizes.tolist(), self.config.architecture, task.seed, divided=divided
+        ).to(task.device)
         self.widths = WidthGenerator(len(gated), task.seed + 1).to(task.device)
         self.parameters = [*self.scores.parameters(), *self.widths.parameters()]
         self.optimizer = self.terms.make_optimizer(self.scores, self.widths)
@@ -178,7 +223,7 @@ class DDNP(GateSearch):
 
     def step_on(self, task: Task, inputs: Any, targets: Any) -> Metrics:
         """Take one step of Algorithm 1."""
-        config = self.config
+        config = self.settled
         with torch.autocast(task.device.type, enabled=False):  # bfloat16 would round different scores to equal ones
             raw, keep = self.raw_scores(), self.keep()
             mask, widths, coupling = self.terms.step(raw, keep)

@@ -15,14 +15,13 @@ The release keeps the sub-network with the best accuracy on the test set; this c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprune.methods.gates.ddnp_terms import GatedGroups, StepTerms, Terms
+from fastprune.methods.gates.ddnp_terms import GatedGroups, StepTerms, Terms, cosine_rate
 from fastprune.ops import gumbel_gate, topk_mask
 from fastprune.training.phases import Metrics, Phase
 
@@ -130,8 +129,3 @@ class ReleaseTerms(Terms):
         own = state["release"]
         self.energy, self.average = (own[name].to(self.energy) for name in ("energy", "ranking"))
         self.steps = int(own["step"])
-
-
-def cosine_rate(learning_rate: float, epoch: int, epochs: int) -> float:
-    """Return the learning rate after ``epoch`` epochs."""
-    return learning_rate * (1 + math.cos(math.pi * epoch / epochs)) / 2

@@ -1,10 +1,12 @@
-"""The terms of a step of DDNP: the interface of both variants, and the paper's terms.
+"""The terms of a step of DDNP: the interface of all variants, and the paper's terms.
 
-Source: Gao et al., ECCV 2022, §3.2 to §3.5. ``ddnp_release`` has the terms of the authors' published code.
+Source: Gao et al., ECCV 2022, §3.2 to §3.5; noise and schedule are ours. ``ddnp_release`` has the terms of the
+authors' published code.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastprune.ops import topk_mask
+from fastprune.ops import gumbel_gate, topk_mask
 from fastprune.training.phases import Phase
 
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "abs": torch.abs, "square": torch.square}
@@ -96,8 +98,8 @@ class Terms(ABC):
         """Restore what ``state_dict`` returned."""
 
 
-class PaperTerms(Terms):
-    """The terms of the paper.
+class MaskTerms(Terms):
+    """The terms of the paper, and of the same with noise in the scores.
 
     Args:
         groups: the gated groups.
@@ -106,7 +108,10 @@ class PaperTerms(Terms):
         temperature: t of eq. 5.
         window: γ as a fraction of a group's channels; 0 = hard masks.
         closing: fraction of the epochs, at the end, over which γ falls to 0.
-        output: the function from raw scores to scores, a key of ``OUTPUTS``.
+        output: the function from raw scores to scores, a key of ``OUTPUTS``; with noise "sigmoid".
+        noise: τ, the scale of the logistic noise that a step adds to raw scores; 0 = none, as in the paper.
+        cosine: whether the learning rate falls to 0 along a cosine; constant in the paper.
+        seed: the seed of the noise.
     """
 
     def __init__(
@@ -119,9 +124,13 @@ class PaperTerms(Terms):
         window: float,
         closing: float,
         output: str,
+        noise: float = 0.0,
+        cosine: bool = False,
+        seed: int = 0,
     ) -> None:
         self.groups, self.learning_rate, self.temperature = groups, learning_rate, temperature
-        self.epochs, self.closing = epochs, closing
+        self.epochs, self.closing, self.noise, self.cosine, self.seed = epochs, closing, noise, cosine, seed
+        self.steps = 0
         self.score = OUTPUTS[output]
         self.windows = (window * groups.sizes).round()
         self.edge = self.edge_in(0)
@@ -133,11 +142,23 @@ class PaperTerms(Terms):
 
     def step(self, raw: Tensor, keep: Tensor) -> StepTerms:
         """Compute the soft masks, the widths Ck and the coupling."""
-        return StepTerms(self.mask(raw, keep), self.groups.sizes * keep, self.coupling(raw, keep))
+        mask = self.mask(raw, keep)
+        self.steps += 1
+        return StepTerms(mask, self.groups.sizes * keep, self.coupling(raw, keep))
+
+    def draw(self, raw: Tensor) -> Tensor:
+        """Return the scores of a step, [n]: σ(s̄ + τ G), with logistic noise G of (seed, step, channel)."""
+        if not self.noise:
+            return self.score(raw)
+        # σ((s̄/τ + G)/(1/τ)): one kernel, which draws the same on every device and rank.
+        return gumbel_gate(
+            raw / self.noise, seed=self.seed, step=self.steps, temperature=1 / self.noise, base=0.0, hard=False,
+            noise="logistic",
+        )  # fmt: skip
 
     def mask(self, raw: Tensor, keep: Tensor) -> Tensor:
         """Compute soft top-k masks [n] of all groups (eq. 7), with a straight-through gradient to the scores."""
-        scores = self.score(raw)
+        scores = self.draw(raw)
         return topk_mask(scores, keep.detach(), self.groups.offsets, self.edge * self.windows.to(scores.dtype))
 
     def coupling(self, raw: Tensor, keep: Tensor) -> Tensor:
@@ -151,8 +172,10 @@ class PaperTerms(Terms):
         return self.score(raw)
 
     def end_epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-        """Let the windows close."""
+        """Let the windows close and the learning rate fall."""
         self.edge = self.edge_in(epoch + 1)
+        if self.cosine:
+            optimizer.param_groups[0]["lr"] = cosine_rate(self.learning_rate, epoch + 1, self.epochs)
 
     def edge_in(self, epoch: int) -> float:
         """Return the factor of the windows in an epoch, counted from 0; 0 in the last one if they close."""
@@ -161,9 +184,14 @@ class PaperTerms(Terms):
         return min(1.0, max(0, self.epochs - 1 - epoch) / (self.closing * self.epochs))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the factor of the windows."""
-        return {"edge": self.edge}
+        """Return the factor of the windows and the step."""
+        return {"edge": self.edge, "step": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.edge = float(state["edge"])
+        self.edge, self.steps = float(state["edge"]), int(state.get("step", 0))
+
+
+def cosine_rate(learning_rate: float, epoch: int, epochs: int) -> float:
+    """Return the learning rate after ``epoch`` epochs."""
+    return learning_rate * (1 + math.cos(math.pi * epoch / epochs)) / 2

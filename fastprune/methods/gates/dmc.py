@@ -9,6 +9,11 @@ with r the cost ratio under the deterministic gates 1[θ ≥ ½] and p its targe
     θ ← clip(θ, 0, 1)
 
 At the end the channels with θ ≥ ½ are kept.
+
+With ``variant=paper`` that is all: the cross-entropy sees networks around the one that is returned, never that one.
+With ``variant=annealed``, the default, gates of the last third of the epochs open with probability ½ + κ (θ − ½), where
+κ rises from 1 until the last epoch runs on the deterministic gates. λ is twice the paper's there, as in the authors'
+later code, with which the gates come down to the budget in half of the steps.
 """
 
 from __future__ import annotations
@@ -24,11 +29,12 @@ from torch import Tensor, nn
 from fastprune.graph.interior import GROUPS
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
-from fastprune.methods.gates.gated import GateSearch, freeze_weights
-from fastprune.methods.gates.gates import deterministic_gate
+from fastprune.methods.gates.gated import GateSearch, freeze_weights, settle
+from fastprune.methods.gates.gates import deterministic_gate, straight_through
 from fastprune.methods.gates.regularisers import log_distance
 from fastprune.methods.scores.filters import unit_norms
 from fastprune.methods.scores.ranking import normalise_scores
+from fastprune.networks.masked import GatedCall
 from fastprune.ops import bernoulli_gate
 from fastprune.options import option
 from fastprune.training.phases import Metrics
@@ -36,13 +42,28 @@ from fastprune.training.phases import Metrics
 
 @dataclass(frozen=True)
 class DMCConfig:
-    """Options of DMC; the defaults are the paper's for CIFAR-10 (§4.1)."""
+    """Options of DMC; the defaults are the paper's for CIFAR-10 (§4.1), where the variant does not say otherwise."""
 
+    variant: Literal["annealed", "paper"] = option(
+        "annealed",
+        "paper: as in the paper; annealed: twice its weight of the cost, and gates deterministic at the end",
+    )
     epochs: int = option(300, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on; the paper takes 10000 on ImageNet", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
     learning_rate: float = option(1e-3, "learning rate of Adam, constant", minimum=0.0)
-    regularisation: float = option(4.0, "λ, the weight of the cost term; the paper takes 8 on ImageNet", minimum=0.0)
+    regularisation: float | None = option(
+        None,
+        "λ, the weight of the cost term; none = that of the variant: 8, paper: 4; the paper takes 8 on ImageNet",
+        minimum=0.0,
+    )
+    annealing: float | None = option(
+        None,
+        "fraction of the epochs, at the end, in which drawn gates become deterministic; none = that of the variant: "
+        "1/3, paper: 0",
+        minimum=0.0,
+        maximum=1.0,
+    )
     decay: float = option(1e-4, "β, the step towards ½ after each update", minimum=0.0, maximum=0.5)
     sampling: Literal["stochastic", "deterministic"] = option(
         "stochastic", "gates of the cross-entropy term: drawn with probability θ (eq. 4), or θ ≥ ½ (eq. 1)"
@@ -52,6 +73,13 @@ class DMCConfig:
     )
     augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "annealed": {"regularisation": 8.0, "annealing": 1 / 3},
+    "paper": {"regularisation": 4.0, "annealing": 0.0},
+}
+"""Options that each variant sets where the user leaves them out."""
 
 
 class DMC(GateSearch):
@@ -73,6 +101,10 @@ class DMC(GateSearch):
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
         """
         self.place_gates(task)
+        self.settled = settle(self.config, VARIANTS)
+        if self.config.variant == "paper" and self.settled.annealing:
+            raise ValueError("dmc: the paper has no annealing; leave it out, or take variant 'annealed'")
+        self.remaining = self.randomness_in(0)
         self.theta = nn.Parameter(torch.ones(len(self.placement.index), device=task.device))
         self.optimizer = torch.optim.Adam([self.theta], lr=self.config.learning_rate)
         self.step = 0
@@ -84,7 +116,7 @@ class DMC(GateSearch):
             data_loss = self.data_loss(task, inputs, targets, gates)
             cost = self.cost(task)
             regulariser = log_distance(self.placement.ratio(cost), self.placement.target)
-            loss = data_loss + self.config.regularisation * regulariser.float()
+            loss = data_loss + self.settled.regularisation * regulariser.float()
             (gradient,) = torch.autograd.grad(loss, [self.theta])
         # Gates and cost term are equal on all ranks; the images differ.
         self.theta.grad = task.distributed.mean_(gradient)
@@ -104,9 +136,32 @@ class DMC(GateSearch):
 
     def sample(self, seed: int) -> Tensor:
         """Draw the gates of the cross-entropy term, [n]."""
-        if self.config.sampling == "deterministic":
+        if self.config.sampling == "deterministic" or self.remaining == 0:
             return deterministic_gate(self.theta)
-        return bernoulli_gate(self.theta, seed=seed, step=self.step)
+        if self.remaining == 1:
+            return bernoulli_gate(self.theta, seed=seed, step=self.step)
+        with torch.no_grad():
+            probability = 0.5 + (self.theta - 0.5) / self.remaining  # the kernel takes all below 0 for 0
+            drawn = bernoulli_gate(probability, seed=seed, step=self.step)
+        return straight_through(self.theta, drawn > 0)
+
+    def end_epoch(self, task: Task, epoch: int) -> Metrics:
+        """Let the gates of the next epoch become less random; return the metrics to log."""
+        metrics = super().end_epoch(task, epoch)
+        self.remaining = self.randomness_in(epoch + 1)
+        return metrics
+
+    def randomness_in(self, epoch: int) -> float:
+        """Return 1/κ in an epoch, counted from 0: 1 until annealing begins, 0 in the last epoch."""
+        annealed = self.settled.annealing * self.config.epochs
+        return 1.0 if not annealed else min(1.0, max(0, self.config.epochs - 1 - epoch) / annealed)
+
+    def proxy_accuracy(self, task: Task) -> Metrics:
+        """Measure the held-out accuracy under the deterministic gates, and under drawn ones."""
+        with torch.no_grad():
+            gates = self.placement.spread(bernoulli_gate(self.theta, seed=task.seed, step=self.step))
+            drawn = task.measure(GatedCall(self.masked, gates))
+        return {**super().proxy_accuracy(task), f"proxy_{task.objective.measure_name}_of_drawn_gates": drawn}
 
     def cost(self, task: Task) -> Tensor:
         """Compute the cost of the network under the deterministic gates; differentiable in θ."""
@@ -133,10 +188,11 @@ class DMC(GateSearch):
         return self.keep_open(task, theta >= 0.5, scores)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return θ, Adam's moments and the step."""
+        """Return θ, Adam's moments, the step and the randomness of the gates."""
         # Copies: later steps change the tensors that torch returns.
         optimizer = copy.deepcopy(self.optimizer.state_dict())
-        return {"theta": self.theta.detach().clone(), "optimizer": optimizer, "step": self.step}
+        theta = self.theta.detach().clone()
+        return {"theta": theta, "optimizer": optimizer, "step": self.step, "remaining": self.remaining}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -152,7 +208,7 @@ class DMC(GateSearch):
         with torch.no_grad():
             self.theta.copy_(state["theta"])
         self.optimizer.load_state_dict(dict(state["optimizer"]))
-        self.step = int(state["step"])
+        self.step, self.remaining = int(state["step"]), float(state.get("remaining", 1.0))
 
 
 def symmetric_decay_(theta: Tensor, amount: float) -> None:

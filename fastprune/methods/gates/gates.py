@@ -19,7 +19,12 @@ def deterministic_gate(theta: Tensor) -> Tensor:
 
     Source: Gao et al., CVPR 2020, eq. 1 and 3.
     """
-    return _StraightThrough.apply(theta, theta >= 0.5)  # type: ignore[no-any-return]
+    return straight_through(theta, theta >= 0.5)
+
+
+def straight_through(theta: Tensor, is_open: Tensor) -> Tensor:
+    """Return ``is_open`` as numbers, with the gradient of the identity in θ where θ is in [0, 1] and 0 outside."""
+    return _StraightThrough.apply(theta, is_open)  # type: ignore[no-any-return]
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -21,6 +21,8 @@ from fastprune.methods.gates.recurrent import run_gru
 INPUT = 64
 HIDDEN = 128  # hidden size of the GRU in each direction
 FEATURES = 2 * HIDDEN
+STRIDE = FEATURES / math.sqrt(2 * math.pi)  # sum of the features: max(x, 0) of a normal x has the mean 1/√(2π)
+SPREAD = math.sqrt(FEATURES / 2) / math.sqrt(3 * FEATURES)  # of a head's products at first: features have the square ½
 WIDTH_BIAS = 3.0  # sigmoid(3) = 0.95: pruning starts from nearly the whole network
 
 Architecture = Literal["gru", "fc", "channel"]
@@ -66,7 +68,8 @@ class ScoreGenerator(nn.Module):
     Args:
         sizes: channels of each gate.
         architecture: "gru": a bidirectional GRU over the gates, which relates layers to each other, and a linear layer
-            for each gate; "fc": a linear layer for all gates in place of the GRU; "channel": one parameter per channel.
+            for each gate; "fc": a linear layer for all gates in place of the GRU; "channel": one parameter per channel,
+            times the sum of the features, so that Adam moves its scores as far as the others' and none are tied.
         seed: seed of the input and the initial weights; the global generator does not change.
         divided: whether to divide the scores by the root of the number of features.
     """
@@ -80,7 +83,7 @@ class ScoreGenerator(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if architecture == "channel":
-                self.scores = nn.Parameter(torch.zeros(sum(sizes)))
+                self.scores = nn.Parameter(torch.randn(sum(sizes)) * (SPREAD / STRIDE))
                 return
             self.register_buffer("input", nn.init.orthogonal_(torch.empty(len(sizes), 1, INPUT)))
             if architecture == "gru":
@@ -94,7 +97,7 @@ class ScoreGenerator(nn.Module):
     def forward(self) -> Tensor:
         """Return the raw scores of all gates, concatenated, float32 [n]."""
         if self.architecture == "channel":
-            return self.scores
+            return self.scores * (STRIDE * self.scale)
         with torch.autocast(self.input.device.type, enabled=False):
             if not isinstance(self.between, nn.GRU):
                 features = self.between(self.input)
