@@ -16,21 +16,44 @@ from fastprune.options import option
 from fastprune.training.objective import main_scores, split
 from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase
+from fastprune.training.schedule import SCHEDULES
 from fastprune.training.weight_training import WeightTraining
+
+MILESTONES = (0.2, 0.4, 0.6, 0.8)  # SP's paper, for CIFAR-10
 
 
 @dataclass(frozen=True)
 class WeightSharingConfig(WeightOptions):
-    """Options of the training, with the defaults of SP's paper for CIFAR-10, and of the search after it."""
+    """Options of the training, and of the search after it.
 
-    epochs: int = option(50, "passes over the training set", minimum=1)
+    The defaults are those of SP's paper for CIFAR-10, except for the schedule: drops at fifths of a short training
+    leave most of it at rates that train nothing.
+    """
+
+    epochs: int = option(50, "passes over the training set; below 10, sub-networks are hardly trained", minimum=1)
     batch_size: int = option(512, "samples per step over all processes together", minimum=1)
     lr: float = option(0.025, "largest learning rate", minimum=0.0)
     weight_decay: float = option(3e-4, "L2 penalty of SGD", minimum=0.0)
+    schedule: str = option(
+        "auto",
+        "shape of the learning rate over the epochs; auto = cosine, or milestones where these are given",
+        choices=("auto", *SCHEDULES),
+    )
     milestones: tuple[float, ...] = option(
-        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1", minimum=0.0
+        MILESTONES, "epochs of the drops, or fractions of all epochs if below 1", minimum=0.0
     )
     images: int = option(2048, "held-out images, in one batch, on which sub-networks are compared", minimum=2)
+
+    def __post_init__(self) -> None:
+        if self.schedule == "auto":
+            drops = self.drops_by_default or tuple(self.milestones) != MILESTONES
+            object.__setattr__(self, "schedule", "milestones" if drops else "cosine")
+        super().__post_init__()
+
+    @property
+    def drops_by_default(self) -> bool:
+        """Whether the schedule ``auto`` is that of the paper."""
+        return False
 
 
 class WeightSharing(Method):
