@@ -88,13 +88,14 @@ def prepare(
     batch_size: int,
 ) -> tuple[Any, Task]:
     """Set up a method on a copy of the model."""
-    network = copy.deepcopy(model)
-    graph = trace(network, torch.zeros(2, *data.shape))
+    network = copy.deepcopy(model).to(placement.device)
+    graph = trace(network, torch.zeros(2, *data.shape, device=placement.device))
     task = Task(
         network,
         graph,
         Budget.parse(budget),
         Limits(),
+        device=placement.device,
         data=HeldOut(data, placement, Distributed()),
         rng=torch.Generator().manual_seed(0),
     )
