@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from fastprune.graph.model_state import state_of
 from fastprune.host.distributed import Distributed
 from fastprune.methods import Task
 from fastprune.methods.registry import configure
-from fastprune.methods.sp.sp import SP
+from fastprune.methods.sp.sp import SP, SPConfig
 from fastprune.methods.sp.stage_losses import LocalLosses, Query, StageData, make_stage_data
 from fastprune.methods.sp.stage_workers import ExecutorLosses, SavedStage
 from fastprune.methods.sp.supernet import SuperNet
@@ -134,13 +135,16 @@ def test_options_restrict_the_prunable_channels() -> None:
 
 
 def test_options_follow_the_variant() -> None:
-    ours, papers = configure(SP, {}), configure(SP, {"variant": "paper"})
+    ours, papers = (SP(configure(SP, options)).config for options in ({}, {"variant": "paper"}))
     assert (ours.adaptor, ours.proxy, ours.schedule) == ("closed_form", "mse", "cosine")
     assert (papers.adaptor, papers.proxy, papers.schedule) == ("trained", "channel", "milestones")
     assert papers.milestones == (0.2, 0.4, 0.6, 0.8)
-    given = configure(SP, {"variant": "paper", "adaptor": "closed_form", "proxy": "fisher", "schedule": "cosine"})
+    options = {"variant": "paper", "adaptor": "closed_form", "proxy": "fisher", "schedule": "cosine"}
+    given = SP(configure(SP, options)).config
     assert (given.adaptor, given.proxy, given.schedule) == ("closed_form", "fisher", "cosine")
-    assert configure(SP, {"milestones": [30, 60]}).schedule == "milestones"
+    assert SP(configure(SP, {"milestones": [30, 60]})).config.schedule == "milestones"
+    everything = {f.name: getattr(SPConfig(), f.name) for f in dataclasses.fields(SPConfig)}  # as command lines do
+    assert SP(configure(SP, {**everything, "variant": "paper"})).config == papers
     with pytest.raises(ValueError, match="relative: losses of the proxy 'fisher' have one unit already"):
         configure(SP, {"proxy": "fisher", "relative": True})
 

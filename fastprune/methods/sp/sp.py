@@ -28,7 +28,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,9 @@ from fastprune.planning.budget import TOLERANCE
 from fastprune.planning.resources import Meter
 from fastprune.training.phases import Metrics, Phase, Rounds
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 FINE_LEVELS = 2**16  # of the quota of a search without stages, of which only the last one that fits is searched
 
 
@@ -94,23 +97,17 @@ class SPConfig(WeightSharingConfig):
     workers: int = option(0, "processes that measure sub-networks; 0 = this one, or all of a torchrun job", minimum=0)
 
     def __post_init__(self) -> None:
-        paper = self.variant == "paper"
-        for name, value in (
-            ("adaptor", "trained" if paper else "closed_form"),
-            ("proxy", "channel" if paper else "mse"),
-        ):
-            if getattr(self, name) == "auto":
-                object.__setattr__(self, name, value)
         super().__post_init__()
-        if self.relative and self.proxy not in ("mse", "channel"):
+        if self.relative and self.proxy in ("fisher", "network"):
             raise ValueError(
                 f"relative: losses of the proxy {self.proxy!r} have one unit already; leave it out, or give proxy mse"
             )
 
-    @property
-    def drops_by_default(self) -> bool:
-        """Whether the schedule ``auto`` is that of the paper."""
-        return self.variant == "paper"
+    def resolve(self) -> Self:
+        """Return these options with what ``auto`` stands for."""
+        if self.variant == "paper":
+            return self.choose(adaptor="trained", proxy="channel", schedule="milestones")
+        return super().resolve().choose(adaptor="closed_form", proxy="mse")
 
 
 class SP(WeightSharing):

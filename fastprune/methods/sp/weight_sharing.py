@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase
 from fastprune.training.schedule import SCHEDULES
 from fastprune.training.weight_training import WeightTraining
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MILESTONES = (0.2, 0.4, 0.6, 0.8)  # SP's paper, for CIFAR-10
 
@@ -44,16 +48,17 @@ class WeightSharingConfig(WeightOptions):
     )
     images: int = option(2048, "held-out images, in one batch, on which sub-networks are compared", minimum=2)
 
-    def __post_init__(self) -> None:
-        if self.schedule == "auto":
-            drops = self.drops_by_default or tuple(self.milestones) != MILESTONES
-            object.__setattr__(self, "schedule", "milestones" if drops else "cosine")
-        super().__post_init__()
+    def resolve(self) -> Self:
+        """Return these options with what ``auto`` stands for.
 
-    @property
-    def drops_by_default(self) -> bool:
-        """Whether the schedule ``auto`` is that of the paper."""
-        return False
+        Not in ``__post_init__``: command lines give every option, the defaults of an instance for those not typed.
+        """
+        drops = tuple(self.milestones) != MILESTONES
+        return self.choose(schedule="milestones" if drops else "cosine")
+
+    def choose(self, **values: Any) -> Self:
+        """Return these options with values for those that are ``auto``."""
+        return dataclasses.replace(self, **{n: v for n, v in values.items() if getattr(self, n) == "auto"})
 
 
 class WeightSharing(Method):
@@ -69,6 +74,10 @@ class WeightSharing(Method):
     prunable_units: Tensor
     net: SuperNet
     training: WeightTraining
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.config = self.config.resolve()
 
     @abstractmethod
     def learn(self, task: Task, features: Sequence[Tensor], scores: Any) -> Metrics:
