@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Sequence
 
 import pytest
@@ -145,6 +146,13 @@ def test_the_network_proxy_is_the_cross_entropy_of_the_compact_network() -> None
         with torch.no_grad():
             expected = float(F.cross_entropy(compact(images), labels))
         assert found["network"] == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_the_whole_network_can_be_sent_to_other_processes() -> None:
+    _, _, net, images, labels = prepare()
+    candidates = make_candidates(net, groups_of(net), images, labels, proxy="network", adaptor="trained")
+    sent = pickle.loads(pickle.dumps(candidates.data[0].networks.model))
+    assert torch.equal(sent(images), candidates.data[0].networks.model(images))
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

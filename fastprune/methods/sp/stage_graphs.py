@@ -66,12 +66,12 @@ def copy_whole(graph: ChannelGraph, model: nn.Module) -> GraphModule:
     if make_out_of_place(whole):
         raise ValueError("super-net: this network writes to parts of tensors, so its sub-networks cannot be measured")
     return_flat(whole)
-    output = next(iter(whole.graph.find_nodes(op="output")))
-    output.args = (pytree.tree_leaves(output.args[0])[0],)
-    whole.graph.eliminate_dead_code()
-    whole.recompile()
-    share_tensors(model, whole)
-    return whole.eval()
+    copied = Graph()  # the exporter's own cannot be sent to other processes
+    copied.output(pytree.tree_leaves(copied.graph_copy(whole.graph, {}))[0])
+    copied.eliminate_dead_code()
+    module = GraphModule(whole, copied)
+    share_tensors(model, module)
+    return module.eval()
 
 
 def cut_out(
