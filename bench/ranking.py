@@ -86,19 +86,21 @@ def prepare(
     budget: str,
     epochs: int,
     batch_size: int,
+    **more: Any,
 ) -> tuple[Any, Task]:
     """Set up a method on a copy of the model."""
-    network = copy.deepcopy(model)
-    graph = trace(network, torch.zeros(2, *data.shape))
+    network = copy.deepcopy(model).to(placement.device)
+    graph = trace(network, torch.zeros(2, *data.shape, device=placement.device))
     task = Task(
         network,
         graph,
         Budget.parse(budget),
         Limits(),
+        device=placement.device,
         data=HeldOut(data, placement, Distributed()),
         rng=torch.Generator().manual_seed(0),
     )
-    options = {"epochs": epochs, "batch_size": batch_size, "evaluate_every": 1}
+    options = {"epochs": epochs, "batch_size": batch_size, "evaluate_every": 1, **more}
     method = kind(configure(kind, options))
     method.setup(task)
     return method, task
@@ -219,6 +221,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", default="flops=0.5")
     parser.add_argument("--networks", type=int, default=12)
     parser.add_argument("--supernet_epochs", type=int, default=3)
+    parser.add_argument("--variant", default="ours", help="variant of SP: ours or paper; AutoSlim takes its schedule")
     parser.add_argument("--scratch_epochs", type=int, default=2)
     parser.add_argument("--scratch_seeds", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=128)
@@ -250,7 +253,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     load_weights(model, arguments.weights)
     placement = Placement(torch.device("cpu"), arguments.precision, arguments.channels_last)
     options = (model.eval(), data, placement, arguments.budget, arguments.supernet_epochs, arguments.batch_size)
-    sp, task = prepare(SP, *options)
+    sp, task = prepare(SP, *options, variant=arguments.variant)
     masks = draw(sp, task, arguments.networks, arguments.seed)
     settings = {
         "model": arguments.model,
@@ -263,7 +266,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     assert task.data is not None
     images, labels = task.data.held_out_batch(arguments.images)
     losses, scales = distances(sp, masks, images)
-    slim, slim_task = prepare(AutoSlim, *options)
+    slim, slim_task = prepare(AutoSlim, *options, schedule=sp.config.schedule)
     run_training(slim, slim_task, data, placement)
     shared = shared_scores(slim, masks, images, labels)
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,8 @@
-"""Augmentation of whole batches: shifts and flips of small images, and cutout and mixup during a training."""
+"""Augmentation of whole batches: shifts and flips of small images; cutout, lighting and mixup during a training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastprune.data.batches import Noise
+
+# Principal components of the colours of ImageNet's pixels from 0 to 1, a column of red, green and blue for each, and
+# their standard deviations, as AlexNet's preparation has them.
+COMPONENTS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+DEVIATIONS = (0.2175, 0.0188, 0.0045)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,26 @@ def cutout(images: Tensor, side: int, rng: np.random.Generator) -> Tensor:
 
     kept = outside(height)[:, None, :, None] | outside(width)[:, None, None, :]
     return images * kept.to(images.device, images.dtype)
+
+
+def lighting(images: Tensor, strength: float, std: Sequence[float], rng: np.random.Generator) -> Tensor:
+    """Change colour and brightness of each image along the principal components of ImageNet's colours.
+
+    An image gets Σ α_i λ_i p_i on all its pixels, with components p_i, their deviations λ_i, and α_i from a normal
+    distribution (Krizhevsky et al., NeurIPS 2012, §4.1).
+
+    Args:
+        images: [N, 3, H, W], normalised; not changed.
+        strength: standard deviation of α; 0.1 as published.
+        std: the deviation by which each channel of pixels from 0 to 1 was divided.
+        rng: source of α.
+
+    Returns:
+        Images [N, 3, H, W].
+    """
+    amounts = rng.normal(0.0, strength, (len(images), 3)) * np.array(DEVIATIONS)
+    colours = torch.from_numpy(amounts @ np.array(COMPONENTS).T / np.array(std))
+    return images + colours[:, :, None, None].to(images.device, images.dtype)
 
 
 def mixup(

@@ -43,6 +43,11 @@ class Data(ABC):
         """Whether ``num_classes`` is known."""
         return True
 
+    @property
+    def pixel_std(self) -> tuple[float, ...] | None:
+        """The deviation by which each channel of pixels from 0 to 1 is divided; None = not known."""
+        return None
+
     @abstractmethod
     def size(self, split: Split) -> int:
         """Return the number of samples in ``split``; 0 if there is no such part."""
@@ -122,6 +127,11 @@ class SourceData(Data):
     def num_classes(self) -> int:
         """Number of classes."""
         return self._num_classes
+
+    @property
+    def pixel_std(self) -> tuple[float, ...] | None:
+        """The deviation by which each channel of pixels from 0 to 1 is divided; None = not known."""
+        return self._train.pixel_std
 
     def size(self, split: Split) -> int:
         """Return the number of samples in ``split``."""

@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,9 @@ def load_data(
     if kind in PICTURES:
         size, readers = image_size or 224, _default_workers() if workers is None else workers
         root = argument if kind == "hf" else str(_folder(spec, argument))
-        transforms = make_transforms(kind, size, *(scale or IMAGENET).values)
-        train, test, classes = PICTURES[kind](root, transforms, readers)
+        scale = scale or IMAGENET
+        train, test, classes = PICTURES[kind](root, make_transforms(kind, size, *scale.values), readers)
+        train = replace(train, pixel_std=scale.std)
         return SourceData(spec, (3, size, size), classes, train, test, held_out_part(len(train), seed, held_out))
     if kind in ARCHIVES:
         root_of, white = _folder(spec, argument), 255.0

@@ -22,7 +22,13 @@ Draw = tuple[Indices, Noise | None]
 
 
 class Source(ABC):
-    """Labelled images with random access."""
+    """Labelled images with random access.
+
+    Attributes:
+        pixel_std: the deviation by which each channel of pixels from 0 to 1 is divided; None = not known.
+    """
+
+    pixel_std: tuple[float, ...] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -110,11 +116,13 @@ class DatasetSource(Source):
         samples: the dataset with keys (sample, random bits).
         size: number of samples.
         workers: reading processes; 0 reads in the training process.
+        pixel_std: as of every source.
     """
 
     samples: Samples
     size: int
     workers: int
+    pixel_std: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return self.size

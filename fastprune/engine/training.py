@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastprune.data.augment import cutout, mixup
+from fastprune.data.augment import cutout, lighting, mixup
 from fastprune.data.batches import hashed
 from fastprune.data.data import Data
 from fastprune.engine.averaging import WeightAverage
@@ -82,6 +82,11 @@ class Trainer:
         self.task = task
         if self.config.mixup:
             self.objective.require_classification("mixup")
+        if self.config.lighting and self.data.pixel_std is None:
+            raise ValueError(
+                f"lighting: how the pixels of {self.data.name!r} were scaled is not known; it is for pictures "
+                "(imagefolder:FOLDER, hf:NAME); leave it out"
+            )
         self.classes = self.data.num_classes if self.config.mixup else 0
         steps = self.data.steps("train", self.config.batch_size, distributed=task.distributed)
         self.weights = WeightTraining(
@@ -111,17 +116,22 @@ class Trainer:
         return metrics
 
     def augment(self, images: Any, labels: Any) -> tuple[Any, Any]:
-        """Apply cutout and mixup: random numbers differ from rank to rank, and are the same in a resumed run.
+        """Apply lighting, cutout and mixup: random numbers differ from rank to rank, and are the same in a resumed run.
 
         Raises:
             ValueError: if a batch is no pair of images [N, C, H, W] and labels [N].
         """
         config, task = self.config, self.task
-        if not (config.cutout or config.mixup):
+        if not (config.cutout or config.mixup or config.lighting):
             return images, labels
         if not (isinstance(images, Tensor) and images.dim() == 4 and isinstance(labels, Tensor)):
-            raise ValueError("cutout and mixup: batches of images [N, C, H, W] and labels are needed; leave them out")
+            raise ValueError(
+                "lighting, cutout and mixup: batches of images [N, C, H, W] and labels are needed; leave them out"
+            )
         rng = np.random.default_rng(int(hashed(task.seed, _ALTER, self.weights.steps, task.distributed.rank)))
+        if config.lighting:
+            assert self.data.pixel_std is not None
+            images = lighting(images, config.lighting, self.data.pixel_std, rng)
         if config.cutout:
             images = cutout(images, config.cutout, rng)
         if config.mixup:

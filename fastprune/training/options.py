@@ -48,6 +48,11 @@ class TrainConfig(WeightOptions):
     precision: str = option("float32", "precision of the training; bf16 is autocast to bfloat16", choices=PRECISIONS)
     channels_last: bool = option(False, "NHWC memory layout")
     cutout: int = option(0, "side in pixels of a square that is cut out of each image; 0 = none", minimum=0)
+    lighting: float = option(
+        0.0,
+        "strength of random changes of colour along ImageNet's principal components (0.1); 0 = none",
+        minimum=0.0,
+    )
     mixup: float = option(0.0, "α of mixup, which blends images and their targets; 0 = none", minimum=0.0)
     sync_bn: bool = option(False, "batch statistics over all processes (CUDA only)")
     deterministic: bool = option(

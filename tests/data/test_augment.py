@@ -1,4 +1,4 @@
-"""Cutout and mixup."""
+"""Cutout, lighting and mixup."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastprune.data.augment import cutout, mixup
+from fastprune.data.augment import cutout, lighting, mixup
 
 
 @pytest.mark.parametrize("side", [1, 4, 5, 40])
@@ -58,3 +58,18 @@ def test_shares_follow_the_beta_distribution() -> None:
     drawn = shares[shares < 1]
     assert abs(float(drawn.mean()) - 0.5) < 0.03
     assert abs(float(drawn.var()) - 1 / (4 * 1.4)) < 0.02
+
+
+def test_lighting_moves_each_image_along_the_components_of_colours() -> None:
+    images, std = torch.randn(4000, 3, 2, 2, dtype=torch.float64), (0.5, 0.25, 0.2)
+    before = images.clone()
+    change = lighting(images, 0.1, std, np.random.default_rng(0)) - images
+    assert torch.equal(images, before)
+    assert float((change - change[:, :, :1, :1]).abs().max()) < 1e-12  # the same on all pixels of an image
+    colours = change[:, :, 0, 0] * torch.tensor(std)  # of pixels from 0 to 1
+    variances, vectors = torch.linalg.eigh(colours.T.cov())
+    published = torch.tensor([0.0045, 0.0188, 0.2175], dtype=torch.float64) * 0.1
+    assert torch.allclose(variances.sqrt(), published, rtol=0.05)
+    grey = torch.tensor([-0.5675, -0.5808, -0.5836], dtype=torch.float64)  # the first component: brightness
+    assert abs(float(vectors[:, 2] @ grey)) > 0.999
+    assert float(colours.mean(0).abs().max()) < 1e-3

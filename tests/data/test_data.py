@@ -269,6 +269,7 @@ def test_imagefolder(pictures: Path, workers: int) -> None:
     data = load_data(f"imagefolder:{pictures}", image_size=32, workers=workers)
     assert parts(data) == (11, 1, 4)
     assert data.num_classes == 2
+    assert data.pixel_std == (0.229, 0.224, 0.225)
     torch.manual_seed(9)
     before = torch.get_rng_state()
     whole = list(data.batches("train", 4, seed=1, epoch=2, augment=True))

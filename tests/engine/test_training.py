@@ -26,7 +26,7 @@ from fastprune.engine import (
     measure_latency,
     train,
 )
-from fastprune.engine.training import _synchronise_batch_norm
+from fastprune.engine.training import Trainer, _synchronise_batch_norm
 from fastprune.host.distributed import Distributed
 from fastprune.training.schedule import learning_rate
 
@@ -132,6 +132,29 @@ def test_mixup_of_fewer_classes_than_the_network_has() -> None:
         train(model, DATA, TrainConfig(epochs=1, mixup=0.2), device="cpu")
 
 
+def test_lighting_changes_each_step_and_needs_the_scale_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, config = load_data("synthetic:3x8x8:4:64"), TrainConfig(epochs=2, batch_size=29, lighting=0.1)
+    with pytest.raises(
+        ValueError, match=r"lighting: how the pixels of 'synthetic:3x8x8:4:64' were scaled is not known"
+    ):
+        train(make_net(), data, config, device="cpu")
+    monkeypatch.setattr(type(data), "pixel_std", (0.229, 0.224, 0.225))
+    seen: list[tuple[Tensor, Tensor]] = []
+    augment = Trainer.augment
+
+    def watch(self: Trainer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        result = augment(self, images, labels)
+        seen.append((images, result[0]))
+        return result
+
+    monkeypatch.setattr(Trainer, "augment", watch)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    train(net, data, config, device="cpu")
+    changes = [after - before for before, after in seen]
+    assert all(float(change.abs().amax((1, 2, 3)).min()) > 0 for change in changes)
+    assert not torch.allclose(changes[0][:1], changes[2][:1])
+
+
 def test_one_step_is_sgd() -> None:
     data = load_data("synthetic:1x8x8:4:16", held_out=0)
     config = TrainConfig(epochs=1, batch_size=16, lr=0.5, weight_decay=0.1, decay_norm_and_bias=False, evaluate_every=0)
@@ -196,7 +219,7 @@ def test_frozen_network_is_an_error() -> None:
     [
         *(("schedule", "step"), ("epochs", -1), ("batch_size", 0), ("label_smoothing", 1.0), ("lr", -0.1)),
         *(("optimizer", "adam"), ("momentum", 1.0), ("gamma", 0.0), ("milestones", (-1.0,))),
-        *(("cutout", -1), ("mixup", -0.1)),
+        *(("cutout", -1), ("mixup", -0.1), ("lighting", -0.1)),
     ],
 )
 def test_config_errors(field: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from fastprune.graph.model_state import state_of
 from fastprune.host.distributed import Distributed
 from fastprune.methods import Task
 from fastprune.methods.registry import configure
-from fastprune.methods.sp.sp import SP
+from fastprune.methods.sp.sp import SP, SPConfig
 from fastprune.methods.sp.stage_losses import LocalLosses, Query, StageData, make_stage_data
 from fastprune.methods.sp.stage_workers import ExecutorLosses, SavedStage
 from fastprune.methods.sp.supernet import SuperNet
@@ -65,6 +66,12 @@ def test_contract() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{"proxy": "fisher"}, {"proxy": "network"}, {"variant": "paper"}])
+def test_contract_of_other_proxies(options: dict[str, str]) -> None:
+    check_method(SP, **QUICK, **options)
+
+
+@pytest.mark.slow
 def test_contract_in_two_processes() -> None:
     check_method(SP, distributed=True, **QUICK)
 
@@ -77,7 +84,7 @@ def test_a_step_is_one_update_with_the_gradients_of_three_passes() -> None:
     random = method.mask([random_widths(choices, task.rng) for choices in method.choices], task)
     smallest = method.mask(method.smallest, task)
     assert not torch.equal(random, smallest)
-    net = SuperNet(task.graph, (model := network().train()), method.stages, task.seed)
+    net = SuperNet(task.graph, (model := network().train()), method.stages)
     features, outputs = net.run_full(images)
     loss = nn.functional.cross_entropy(outputs, labels)
     for mask in (random, smallest):
@@ -125,6 +132,48 @@ def test_options_restrict_the_prunable_channels() -> None:
     last = next(group for group in task.graph.groups if "classifier" in group.consumers)
     assert not bool(kept.prunable_units[last.units].any())
     assert bool(prepare()[0].prunable_units[last.units].all())
+
+
+def test_options_follow_the_variant() -> None:
+    ours, papers = (SP(configure(SP, options)).config for options in ({}, {"variant": "paper"}))
+    assert (ours.adaptor, ours.proxy, ours.schedule) == ("closed_form", "mse", "cosine")
+    assert (papers.adaptor, papers.proxy, papers.schedule) == ("trained", "channel", "milestones")
+    assert papers.milestones == (0.2, 0.4, 0.6, 0.8)
+    options = {"variant": "paper", "adaptor": "closed_form", "proxy": "fisher", "schedule": "cosine"}
+    given = SP(configure(SP, options)).config
+    assert (given.adaptor, given.proxy, given.schedule) == ("closed_form", "fisher", "cosine")
+    assert SP(configure(SP, {"milestones": [30, 60]})).config.schedule == "milestones"
+    everything = {f.name: getattr(SPConfig(), f.name) for f in dataclasses.fields(SPConfig)}  # as command lines do
+    assert SP(configure(SP, {**everything, "variant": "paper"})).config == papers
+    with pytest.raises(ValueError, match="relative: losses of the proxy 'fisher' have one unit already"):
+        configure(SP, {"proxy": "fisher", "relative": True})
+
+
+def test_adaptors_start_as_the_identity_or_random() -> None:
+    method, task = prepare()
+    images = next(iter(sample_data().batches("train", 16)))[0]
+    everything = torch.ones(task.graph.num_units, dtype=torch.bool)
+    for start, net in (("identity", method.net), ("random", prepare(variant="paper")[0].net)):
+        features = net.features(images)
+        with torch.no_grad():
+            losses = [float(net.distance(n, features[n], features[n + 1], everything)) for n in range(len(net.stages))]
+        assert (max(losses) < 1e-9) == (start == "identity"), losses
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("proxy", [pytest.param("channel", marks=pytest.mark.slow), "fisher", "network"])
+def test_every_proxy_searches_and_goes_on_where_it_was(proxy: str, workers: int) -> None:
+    method, task = prepare(proxy=proxy, workers=workers)
+    plan = run_search(method, task).plan(task)
+    assert 0.48 < float(task.budget.cost(task.graph, plan.mask) / task.budget.cost(task.graph)) <= 0.5
+    halved, other = prepare(proxy=proxy)
+    *_, rounds = halved.phases(other)
+    assert isinstance(rounds, Rounds)
+    rounds.round()
+    assert not halved.search.finished
+    resumed, again = prepare(proxy=proxy)
+    resumed.load_state_dict(halved.state_dict())
+    assert torch.equal(run_search(resumed, again).plan(again).mask, plan.mask)
 
 
 def stage_data(*, channels_last: bool = False) -> tuple[list[StageData], list[Query]]:
@@ -235,7 +284,7 @@ def test_the_plan_does_not_depend_on_the_number_of_processes() -> None:
 
 
 def test_the_search_uses_the_features_of_the_full_network() -> None:
-    method, task = prepare()
+    method, task = prepare(adaptor="trained")
     run_search(method, task)
     assert method.search.finished
     best = method.search.best
@@ -251,7 +300,7 @@ def test_the_search_uses_the_features_of_the_full_network() -> None:
 def test_relative_losses_are_divided_by_the_variance() -> None:
     losses = {}
     for relative in (False, True):
-        method, task = prepare(relative=relative)
+        method, task = prepare(relative=relative, adaptor="trained")
         with ExitStack() as stack:
             method.measure = method.make_measure(task, stack)
             losses[relative] = method.losses(task, list(enumerate(method.smallest)))

@@ -9,12 +9,18 @@ The network is cut into stages by the resolution of its features. Its weights tr
 and one update with the gradients of all three. Sub-networks are the first channels of the shared weights, and A_i is a
 1×1 convolution that brings their features to full width. All of them read the full network's features, so stages are
 independent, also in the search (``stage_search``): one evolution over the quota of each stage's cost, and one over the
-widths of a stage for each quota. They minimise eq. 7 on held-out images, summed over stages. A stage with large
-features weighs more in the sum; with ``relative`` each loss is divided by the variance of its features.
+widths of a stage for each quota. They minimise a proxy on held-out images (``stage_losses``), by default eq. 7 with the
+best adaptor of each candidate (``fitted_adaptors``), summed over stages. With ``relative`` each loss is divided by the
+variance of the stage's features. The proxy ``network`` has no stages: one evolution searches all widths.
+
+``variant=paper`` starts the adaptors random, keeps the trained ones in the search, sums the paper's losses per channel
+there and drops the learning rate at fifths of the training. The training itself takes the mean over pixels in both
+variants: with sums over pixels its first steps diverge at the paper's learning rate.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -22,7 +28,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +41,12 @@ from fastprune.graph.plan import PruningPlan
 from fastprune.graph.stages import Stage, find_stages
 from fastprune.methods.contract import Task
 from fastprune.methods.sp.evolution import EvolutionSettings
+from fastprune.methods.sp.proxies import Adaptor, make_candidates
 from fastprune.methods.sp.spaces import StageWidths
-from fastprune.methods.sp.stage_losses import LocalLosses, Query, make_stage_data
+from fastprune.methods.sp.stage_losses import LocalLosses, Proxy, Query
 from fastprune.methods.sp.stage_search import StageSearch
 from fastprune.methods.sp.stage_workers import ExecutorLosses, prepare_worker
-from fastprune.methods.sp.supernet import SuperNet
+from fastprune.methods.sp.supernet import Start, SuperNet
 from fastprune.methods.sp.weight_sharing import WeightSharing, WeightSharingConfig, backward
 from fastprune.methods.sp.widths import (
     Widths,
@@ -55,11 +62,29 @@ from fastprune.planning.budget import TOLERANCE
 from fastprune.planning.resources import Meter
 from fastprune.training.phases import Metrics, Phase, Rounds
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FINE_LEVELS = 2**16  # of the quota of a search without stages, of which only the last one that fits is searched
+
 
 @dataclass(frozen=True)
 class SPConfig(WeightSharingConfig):
-    """Options of SP; those of the training have the paper's defaults for CIFAR-10."""
+    """Options of SP; those of the training have the paper's defaults for CIFAR-10, except for the schedule."""
 
+    variant: Literal["ours", "paper"] = option(
+        "ours", "what auto stands for in other options; paper also starts the adaptors random, not as the identity"
+    )
+    adaptor: Literal["auto", "closed_form", "trained"] = option(
+        "auto",
+        "adaptors of the search: the best one of each candidate, or those of the training; auto = closed_form, in the "
+        "paper's variant trained",
+    )
+    proxy: Literal["auto", "mse", "channel", "fisher", "network"] = option(
+        "auto",
+        "loss of a candidate: mse, channel (the paper's sum over pixels), fisher (½⟨∂CE/∂y, Δy⟩²), network (the "
+        "cross-entropy of the whole sub-network); auto = mse, in the paper's variant channel",
+    )
     stages: tuple[str, ...] = option((), "modules that end stages; none = where the resolution changes")
     groups: Literal["all", "interior", "auto"] = option("all", GROUPS)
     last_features: bool = option(True, "prune the features of the last stage too")
@@ -70,6 +95,19 @@ class SPConfig(WeightSharingConfig):
     parents: int = option(10, "number of the best genes that have children", minimum=1)
     levels: int = option(64, "quota levels of a stage", minimum=2)
     workers: int = option(0, "processes that measure sub-networks; 0 = this one, or all of a torchrun job", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.relative and self.proxy in ("fisher", "network"):
+            raise ValueError(
+                f"relative: losses of the proxy {self.proxy!r} have one unit already; leave it out, or give proxy mse"
+            )
+
+    def resolve(self) -> Self:
+        """Return these options with what ``auto`` stands for."""
+        if self.variant == "paper":
+            return self.choose(adaptor="trained", proxy="channel", schedule="milestones")
+        return super().resolve().choose(adaptor="closed_form", proxy="mse")
 
 
 class SP(WeightSharing):
@@ -96,7 +134,10 @@ class SP(WeightSharing):
         self.check_task(task)
         self.choices = [width_choices(task, groups) for groups in self.groups]
         self.smallest = [smallest_widths(choices) for choices in self.choices]
-        self.net = SuperNet(graph, task.model, self.stages, task.seed)
+        if config.proxy == "network":
+            task.objective.require_classification("proxy 'network'")
+        start: Start = "random" if config.variant == "paper" else "identity"
+        self.net = SuperNet(graph, task.model, self.stages, task.seed, start)
         self.training = self.make_training(task, nn.ModuleList([task.model, self.net.adaptors]))
         self.search = self.make_search(task)
         self.measure: Callable[[Sequence[Query]], list[float]] | None = None
@@ -146,9 +187,13 @@ class SP(WeightSharing):
         """Create the search over widths under the budget."""
         budget, config = task.budget, self.config
         meter = budget.meter(task.graph)
+        parts = list(zip(self.groups, self.choices, self.smallest, strict=True))
+        whole = self.is_whole
+        if whole:  # one part, whose cost is exact
+            parts = [(sum(self.groups, ()), sum(self.choices, ()), sum(self.smallest, ()))]
         stages = [
             StageWidths(choices, make_stage_cost(meter, task.graph, groups, smallest))
-            for groups, choices, smallest in zip(self.groups, self.choices, self.smallest, strict=True)
+            for groups, choices, smallest in parts
         ]
         total = float(meter(torch.ones(task.graph.num_units)))
         least = total - sum(stage.full_cost for stage in stages)  # if savings of stages added up
@@ -160,10 +205,10 @@ class SP(WeightSharing):
             stages,
             budget.limit(task.graph) - least,
             exact_cost,
-            TOLERANCE * total,
+            math.inf if whole else TOLERANCE * total,
             lambda queries: self.losses(task, queries),
             EvolutionSettings(config.population, config.iterations, config.mutation, config.parents),
-            levels=config.levels,
+            levels=FINE_LEVELS if whole else config.levels,
             seed=task.seed,
         )
 
@@ -174,20 +219,26 @@ class SP(WeightSharing):
         return self.search.run_round()
 
     def losses(self, task: Task, queries: Sequence[tuple[int, Widths]]) -> Sequence[float]:
-        """Measure the losses of sub-networks of stages."""
-        masks = []
-        for stage, widths in queries:
-            whole = self.mask([*self.smallest[:stage], widths, *self.smallest[stage + 1 :]], task)
-            masks.append((stage, self.net.parts[stage].own_mask(whole)))
+        """Measure the losses of sub-networks of stages, or of the whole network."""
         assert self.measure is not None
+        masks = []
+        for part, widths in queries:
+            whole = [*self.smallest[:part], widths, *self.smallest[part + 1 :]]
+            masks.append(self.candidates.query(part, self.mask([widths] if self.is_whole else whole, task)))
         measured = zip(masks, self.measure(masks), strict=True)
         return [loss / self.scales[stage] for (stage, _), loss in measured]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the search is one over the whole network."""
+        return bool(self.config.proxy == "network")
 
     @torch.no_grad()
     def make_measure(self, task: Task, stack: ExitStack) -> LocalLosses | ExecutorLosses:
         """Compute the full network's features on one batch, with its statistics; start the workers."""
         assert task.data is not None
-        features = self.net.features(task.data.held_out_batch(self.config.images)[0])
+        images, targets = task.data.held_out_batch(self.config.images)
+        features = self.net.features(images)
         if self.config.relative:
             self.scales = task.distributed.mean_(torch.stack([variance(y) for y in features[1:]])).tolist()
             for stage, scale in zip(self.stages, self.scales, strict=True):
@@ -196,7 +247,17 @@ class SP(WeightSharing):
                         f"sp: the features of stage {stage.name!r} have variance {scale:g}, which cannot divide "
                         "losses; give relative false"
                     )
-        data = make_stage_data([part.slices for part in self.net.parts], features)
+        self.candidates = make_candidates(
+            self.net,
+            sum(self.groups, ()),
+            images,
+            targets,
+            proxy=cast("Proxy", self.config.proxy),
+            adaptor=cast("Adaptor", self.config.adaptor),
+            objective=task.objective,
+            features=features,
+        )
+        data = self.candidates.data
         if not self.config.workers:
             return LocalLosses(data, task.distributed)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastprune-")))

@@ -26,15 +26,16 @@ ADAPTOR = "stage_adaptor"
 
 
 def build_feature_graph(
-    graph: ChannelGraph, model: nn.Module, stages: Sequence[Stage], *, training: bool
+    graph: ChannelGraph, model: nn.Module, stages: Sequence[Stage], *, training: bool, batch_statistics: bool = True
 ) -> GraphModule:
-    """Build the network's graph with batch statistics that returns the features at the ends of stages and the outputs.
+    """Build the network's graph that returns the features at the ends of stages, and then the outputs.
 
     Args:
         graph: the traced network.
         model: the model that was traced, whose tensors the graph uses.
         stages: the stages of the network.
         training: whether to update running statistics and apply dropout.
+        batch_statistics: whether batch norms take the statistics of the batch; otherwise the running ones.
     """
     module = copy_traced(graph)
     return_flat(module)
@@ -47,9 +48,30 @@ def build_feature_graph(
                 features[place] = module.graph.call_function(torch.ops.aten.clone.default, (node,))
     output = next(iter(module.graph.find_nodes(op="output")))
     output.args = ((*features, *pytree.tree_leaves(output.args[0])),)
-    use_batch_statistics(module, update=training)
+    if batch_statistics:
+        use_batch_statistics(module, update=training)
+    else:
+        module.recompile()
     share_tensors(model, module)
     return module
+
+
+def copy_whole(graph: ChannelGraph, model: nn.Module) -> GraphModule:
+    """Copy the whole network, on the model's tensors; it returns the first output, the scores of the main head.
+
+    Raises:
+        ValueError: if the network writes to parts of tensors.
+    """
+    whole = copy_traced(graph)
+    if make_out_of_place(whole):
+        raise ValueError("super-net: this network writes to parts of tensors, so its sub-networks cannot be measured")
+    return_flat(whole)
+    copied = Graph()  # the exporter's own cannot be sent to other processes
+    copied.output(pytree.tree_leaves(copied.graph_copy(whole.graph, {}))[0])
+    copied.eliminate_dead_code()
+    module = GraphModule(whole, copied)
+    share_tensors(model, module)
+    return module.eval()
 
 
 def cut_out(

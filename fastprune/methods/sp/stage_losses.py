@@ -1,57 +1,148 @@
-"""The distillation losses of sub-networks of stages, measured in this process or shared among ranks."""
+"""The losses of candidates, sub-networks of stages or of the whole network, in this process or shared among ranks.
+
+With Ŷ [N, C, H, W] the full network's features at the end of a stage and Y a candidate's after its adaptor, they are
+
+    mse       mean (Y − Ŷ)² over batch, channels and pixels
+    channel   1/C Σ (Y − Ŷ)² over channels and pixels, the mean over the batch                               (eq. 7)
+    fisher    ½ E⟨∂CE/∂Ŷ, Y − Ŷ⟩², the inner product over channels and pixels of an image
+    network   the cross-entropy of the whole sub-network, which reads no feature of the full one
+
+The first two differ by the number of pixels, a factor for one stage and a choice between stages: on CIFAR's three
+resolutions they weigh stages 1:1:1 and 16:4:1. ``fisher`` is the second-order estimate of what the difference adds to
+the cross-entropy, so stages have one unit. The first three add up over stages; ``network`` has no stages.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastprune.host.distributed import Distributed
+from fastprune.methods.sp.fitted_adaptors import FittedAdaptor, split_rows
+from fastprune.methods.sp.stage_graphs import ADAPTOR
 from fastprune.networks.subnetworks import SubNetworks
+from fastprune.training.objective import Objective, main_scores
 
 Query = tuple[int, Tensor]
 """A sub-network: the number of a stage, and a mask over the stage's own units, bool."""
 
+Proxy = Literal["mse", "channel", "fisher", "network"]
+PROXIES: tuple[Proxy, ...] = get_args(Proxy)
+
 
 @dataclass(frozen=True)
 class StageData:
-    """One stage with its input and output in the full network.
+    """One stage with its input and output in the full network; or the whole network with images and labels.
 
     Args:
-        networks: the sub-networks of the stage, with its adaptor.
+        networks: the sub-networks of the stage, with its adaptor. With ``fitted`` the adaptor must be the identity.
         features: the input, [N, C, H, W].
-        target: the output, [N, C', H', W'].
+        target: the output, [N, C', H', W']; labels for the proxy ``network``.
+        proxy: the loss.
+        fitted: whether each candidate gets its own adaptor in closed form.
+        gradient: the gradient of each image's loss in the full network with respect to ``target``, for ``fisher``.
     """
 
     networks: SubNetworks
     features: Tensor
     target: Tensor
+    proxy: Proxy = "mse"
+    fitted: bool = False
+    gradient: Tensor | None = None
 
     @torch.no_grad()
     def loss(self, mask: Tensor) -> float:
-        """Compute eq. 7 for the sub-network of a mask over the stage's own units, as a float32.
+        """Compute the loss of the sub-network of a mask over the stage's own units, as a float32.
 
-        The sum is taken in float64, which makes it independent of the number of threads.
+        Sums are taken in float64, which makes them independent of the number of threads.
         """
-        difference = self.networks(self.features, mask=mask).float() - self.target.float()
-        return float((difference.double().square_().sum() / difference.numel()).float())
+        return self.compare(self.networks(self.features, mask=mask), mask)
+
+    def compare(self, output: Tensor, mask: Tensor) -> float:
+        """Compute the loss from what the sub-network of a mask returns."""
+        if self.proxy == "network":
+            return float(Objective().compute(main_scores(output).double(), self.target).float())
+        if self.fitted:
+            return float(self.compare_fitted(output[:, self.kept_features(mask)]).float())
+        difference = output.float() - self.target.float()
+        if self.proxy == "fisher":
+            assert self.gradient is not None
+            slopes = (difference.double() * self.gradient.double()).flatten(1).sum(1)
+            return float((slopes.square().mean() / 2).float())
+        mean = difference.double().square_().sum() / difference.numel()
+        return float((mean * (self.pixels if self.proxy == "channel" else 1)).float())
+
+    def compare_fitted(self, narrow: Tensor) -> Tensor:
+        """Compute the loss of a candidate's features [N, kept, H', W'] after their best adaptor."""
+        adaptor = FittedAdaptor.fit(narrow, self.target)
+        if self.proxy != "fisher":
+            return adaptor.error * (self.pixels if self.proxy == "channel" else 1)
+        assert self.gradient is not None
+        pairs = zip(adaptor.differences(narrow, self.target), split_rows(self.gradient), strict=True)
+        slopes = [
+            (difference * gradient).view(-1, self.pixels * len(adaptor.bias)).sum(1) for difference, gradient in pairs
+        ]
+        return torch.cat(slopes).square().mean() / 2
+
+    @property
+    def pixels(self) -> int:
+        """The number of pixels of a feature."""
+        return self.target[0, 0].numel()
+
+    def kept_features(self, mask: Tensor) -> Tensor:
+        """Return the indices of the stage's features that stay under a mask over its own units."""
+        stays = torch.cat([mask, torch.ones(1, dtype=torch.bool)])  # the last place is that of -1: always kept
+        kept = torch.ones(self.target.shape[1], dtype=torch.bool)
+        for piece in self.networks.graph.slices:  # none where the features of a stage keep their width
+            if piece.tensor == f"{ADAPTOR}.weight" and piece.dim == 1:
+                kept = stays[piece.units]
+        return kept.nonzero().flatten().to(self.target.device)
 
 
-def make_stage_data(networks: Sequence[SubNetworks], features: Sequence[Tensor]) -> list[StageData]:
+def make_stage_data(
+    networks: Sequence[SubNetworks],
+    features: Sequence[Tensor],
+    *,
+    proxy: Proxy = "mse",
+    fitted: bool = False,
+    gradients: Sequence[Tensor] | None = None,
+) -> list[StageData]:
     """Freeze consecutive stages and pair them with their features, channels_last on the CPU, where it is faster.
 
     Args:
         networks: the sub-networks of each stage.
         features: the input of the first stage, then the output of each stage.
+        proxy: the loss of all stages.
+        fitted: whether each candidate gets its own adaptor.
+        gradients: the gradients for the proxy ``fisher``, one for each stage.
+
+    Raises:
+        ValueError: if there are too few pixels to fit adaptors on.
     """
-    laid_out = [
-        x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" and x.dim() == 4 else x
-        for x in features
+    laid_out = [lay_out(x) for x in features]
+    slopes = [None] * len(networks) if gradients is None else [lay_out(x) for x in gradients]
+    stages = [
+        StageData(n.freeze(), x, y, proxy, fitted, slope)
+        for n, (x, y), slope in zip(networks, pairwise(laid_out), slopes, strict=True)
     ]
-    return [StageData(n.freeze(), x, y) for n, (x, y) in zip(networks, pairwise(laid_out), strict=True)]
+    for number, stage in enumerate(stages, 1):
+        rows = len(stage.target) * stage.pixels
+        if fitted and rows <= 2 * stage.target.shape[1]:
+            raise ValueError(
+                f"adaptor 'closed_form': stage {number} has {stage.target.shape[1]} features and only {rows} pixels of "
+                "held-out images to fit an adaptor on; raise images, hold more out, or give adaptor trained"
+            )
+    return stages
+
+
+def lay_out(x: Tensor) -> Tensor:
+    """Return images and features on the CPU in channels_last."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" and x.dim() == 4 else x
 
 
 class LocalLosses:

@@ -1,4 +1,4 @@
-"""The distillation losses of sub-networks of stages, measured in worker processes of an executor."""
+"""The losses of sub-networks, measured in worker processes of an executor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from fastprune.graph import trace
 from fastprune.graph.model_state import state_of
 from fastprune.host.signals import follow_parent, interrupts_wait
-from fastprune.methods.sp.stage_losses import Query, StageData, make_stage_data
+from fastprune.methods.sp.stage_losses import Proxy, Query, StageData
 from fastprune.networks.subnetworks import SubNetworks
 from fastprune.ops.layout import layout_of
 
@@ -42,6 +42,8 @@ class SavedStage:
         exact: the argument of ``trace`` for the stage.
         autocast: the autocast type of the measurement; None = off.
         channels_last: names of the tensors in the file that are channels_last.
+        proxy: the loss.
+        fitted: whether each candidate gets its own adaptor.
     """
 
     structure: GraphModule
@@ -51,6 +53,8 @@ class SavedStage:
     exact: bool
     autocast: torch.dtype | None
     channels_last: tuple[str, ...]
+    proxy: Proxy = "mse"
+    fitted: bool = False
 
     @staticmethod
     def save(stage: StageData, path: Path) -> SavedStage:
@@ -59,13 +63,16 @@ class SavedStage:
         assert isinstance(module, GraphModule)
         tensors = {f"tensor.{name}": tensor for name, tensor in state_of(module).items()}
         tensors |= {"features": stage.features, "target": stage.target}
+        tensors |= {} if stage.gradient is None else {"gradient": stage.gradient}
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
         graph = stage.networks.graph
         structure, device = copy.deepcopy(module).to("meta"), stage.features.device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         images = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 4}
         last = tuple(name for name, tensor in images.items() if layout_of(tensor) == torch.channels_last)
-        return SavedStage(structure, str(path), str(device), graph.rewrites, graph.exact, autocast, last)
+        return SavedStage(
+            structure, str(path), str(device), graph.rewrites, graph.exact, autocast, last, stage.proxy, stage.fitted
+        )
 
     def load(self) -> StageData:
         """Read the stage from its file."""
@@ -77,8 +84,9 @@ class SavedStage:
             setattr(holder, last, nn.Parameter(value) if last in holder._parameters else value)
         example = tensors["features"][:2].to(next(self.structure.parameters()).dtype)
         graph = trace(self.structure, example, rewrite=self.rewrite, exact=self.exact)
-        (stage,) = make_stage_data([SubNetworks(graph, self.structure)], [tensors["features"], tensors["target"]])
-        return stage
+        networks = SubNetworks(graph, self.structure).freeze()
+        features, target, gradient = tensors["features"], tensors["target"], tensors.get("gradient")
+        return StageData(networks, features, target, self.proxy, self.fitted, gradient)
 
 
 def prepare_worker(threads: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +17,48 @@ from fastprune.options import option
 from fastprune.training.objective import main_scores, split
 from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase
+from fastprune.training.schedule import SCHEDULES
 from fastprune.training.weight_training import WeightTraining
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+MILESTONES = (0.2, 0.4, 0.6, 0.8)  # SP's paper, for CIFAR-10
 
 
 @dataclass(frozen=True)
 class WeightSharingConfig(WeightOptions):
-    """Options of the training, with the defaults of SP's paper for CIFAR-10, and of the search after it."""
+    """Options of the training, and of the search after it.
 
-    epochs: int = option(50, "passes over the training set", minimum=1)
+    The defaults are those of SP's paper for CIFAR-10, except for the schedule: drops at fifths of a short training
+    leave most of it at rates that train nothing.
+    """
+
+    epochs: int = option(50, "passes over the training set; below 10, sub-networks are hardly trained", minimum=1)
     batch_size: int = option(512, "samples per step over all processes together", minimum=1)
     lr: float = option(0.025, "largest learning rate", minimum=0.0)
     weight_decay: float = option(3e-4, "L2 penalty of SGD", minimum=0.0)
+    schedule: str = option(
+        "auto",
+        "shape of the learning rate over the epochs; auto = cosine, or milestones where these are given",
+        choices=("auto", *SCHEDULES),
+    )
     milestones: tuple[float, ...] = option(
-        (0.2, 0.4, 0.6, 0.8), "epochs of the drops, or fractions of all epochs if below 1", minimum=0.0
+        MILESTONES, "epochs of the drops, or fractions of all epochs if below 1", minimum=0.0
     )
     images: int = option(2048, "held-out images, in one batch, on which sub-networks are compared", minimum=2)
+
+    def resolve(self) -> Self:
+        """Return these options with what ``auto`` stands for.
+
+        Not in ``__post_init__``: command lines give every option, the defaults of an instance for those not typed.
+        """
+        drops = tuple(self.milestones) != MILESTONES
+        return self.choose(schedule="milestones" if drops else "cosine")
+
+    def choose(self, **values: Any) -> Self:
+        """Return these options with values for those that are ``auto``."""
+        return dataclasses.replace(self, **{n: v for n, v in values.items() if getattr(self, n) == "auto"})
 
 
 class WeightSharing(Method):
@@ -46,6 +74,10 @@ class WeightSharing(Method):
     prunable_units: Tensor
     net: SuperNet
     training: WeightTraining
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.config = self.config.resolve()
 
     @abstractmethod
     def learn(self, task: Task, features: Sequence[Tensor], scores: Any) -> Metrics:
