@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -177,7 +178,8 @@ def rankings(found: Sequence[Ranking]) -> Figure:
         rho = "none" if ranking.correlation is None else f"{ranking.correlation:.2f}".replace("-", "−")
         set_title(one, f"{ranking.title}: ρ = {rho}" if ranking.title else f"ρ = {rho}")
         one.margins(0.08)
-        one.set_xlabel(ranking.label)
+        one.xaxis.set_major_locator(MaxNLocator(3))
+        one.set_xlabel(fill(ranking.label, 22))
         one.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         if place % 2 == 0:
             one.set_ylabel("accuracy after training")

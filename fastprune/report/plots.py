@@ -49,9 +49,12 @@ STYLE = {
 
 
 # Sizes of text in parts of the axes of a trade-off chart, as large as they are on a narrow page.
-LETTER, LINE, POINT = 0.017, 0.055, 0.006
-OFFSETS = (7, -14, 17, -24, 27, -34)
-"""Heights of a label above its point, in points of print, in the order in which they are tried."""
+LETTER, LINE, DOT, POINT_RIGHT, POINT_UP = 0.018, 0.065, 0.016, 0.003, 0.006
+SPOTS = (
+    ("center", 0, 7), ("center", 0, -14), ("left", 6, -3), ("right", -6, -3), ("left", 4, 5), ("right", -4, 5),
+    ("left", 4, -12), ("right", -4, -12), ("center", 0, 17), ("center", 0, -24),
+)  # fmt: skip
+"""(side of the label that is at the point, points of print to the right, and up), in the order of the tries."""
 
 MOST_INCHES = 13.0  # of bars below one another
 
@@ -283,29 +286,43 @@ def draw_trade_off(axes: Axes, chart: TradeOff) -> None:
     axes.set_ylabel("test accuracy (top 1)")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick < 1 + 1e-9])
-    place_labels(
-        axes, [*((p.label, p.x, p.last) for p in chart.points), *((n, *xy) for n, xy in chart.networks.items())]
-    )
+    runs = sorted(((point.label, point.x, point.last) for point in chart.points), key=lambda label: -label[2])
+    full = [] if chart.baseline is None else [chart.baseline]
+    place_labels(axes, [*((name, *place) for name, place in chart.networks.items()), *runs], full)
 
 
-def place_labels(axes: Axes, labels: Sequence[tuple[str, float, float]]) -> None:
-    """Write labels above or below their points, where no label that was written before is.
+def place_labels(
+    axes: Axes, labels: Sequence[tuple[str, float, float]], others: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Write labels beside their points, where no other label and no point is; leave out those that fit nowhere.
 
     Args:
         axes: the axes; their limits must not change afterwards.
-        labels: (text, x, y) of the points; the highest are written first.
+        labels: (text, x, y) of the points, those first that matter most.
+        others: points without a label.
     """
-    taken: list[tuple[float, float, float]] = []  # middle, half of the width, and height, in parts of the axes
-    for text, x, y in sorted(labels, key=lambda label: -label[2]):
-        middle, height = axes.transLimits.transform((x, y))
-        half = len(text) * LETTER / 2
-        offset = next(
-            (
-                offset
-                for offset in OFFSETS
-                if all(abs(middle - m) > half + h or abs(height + offset * POINT - at) > LINE for m, h, at in taken)
-            ),
-            OFFSETS[0],
-        )
-        taken.append((middle, half, height + offset * POINT))
-        axes.annotate(text, (x, y), xytext=(0, offset), textcoords="offset points", ha="center", fontsize=8)
+    places = [tuple(map(float, axes.transLimits.transform(xy))) for xy in [*(label[1:] for label in labels), *others]]
+    taken = [(x - DOT, x + DOT, y - DOT, y + DOT) for x, y in places]
+    for nth, (text, x, y) in enumerate(labels):
+        for side, right, up in SPOTS:
+            box = _label_box(places[nth], len(text) * LETTER, side, right, up)
+            inside = box[0] >= 0 and box[1] <= 1 and box[2] >= 0 and box[3] <= 1
+            free = not any(_overlap(box, other) for place, other in enumerate(taken) if place != nth)
+            if inside and free:
+                taken.append(box)
+                axes.annotate(text, (x, y), xytext=(right, up), textcoords="offset points", ha=side, fontsize=8)
+                break
+
+
+Box = tuple[float, float, float, float]
+"""Left, right, bottom and top in parts of the axes."""
+
+
+def _label_box(place: Sequence[float], width: float, side: str, right: float, up: float) -> Box:
+    x, y = place[0] + right * POINT_RIGHT, place[1] + up * POINT_UP
+    left = x - {"center": width / 2, "left": 0, "right": width}[side]
+    return left, left + width, y, y + LINE
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]

@@ -66,7 +66,8 @@ def widths(count: int = 2) -> Figure:
 
 
 def rankings(count: int = 2) -> Figure:
-    return panels.rankings([Ranking("sp", "loss", [0.5, 0.25, 0.75], [[0.9, 0.7], [0.5], [0.25]])] * count)
+    label, accuracies = "accuracy with shared weights", [[0.9, 0.7], [0.5], [0.25]]
+    return panels.rankings([Ranking("sp", label, [0.48125, 0.48, 0.48875], accuracies)] * count)
 
 
 def test_curves_by_budget() -> None:
@@ -142,8 +143,9 @@ def test_rankings() -> None:
     (axes,) = figure.axes
     assert axes.get_title(loc="left") == "sp: ρ = −0.50"
     *bars, points = axes.get_lines()
-    np.testing.assert_allclose(points.get_xydata(), [[0.5, 0.8], [0.25, 0.5], [0.75, 0.25]])
-    np.testing.assert_allclose(bars[0].get_xydata(), [[0.5, 0.7], [0.5, 0.9]])
+    np.testing.assert_allclose(points.get_xydata(), [[0.48125, 0.8], [0.48, 0.5], [0.48875, 0.25]])
+    np.testing.assert_allclose(bars[0].get_xydata(), [[0.48125, 0.7], [0.48125, 0.9]])
+    assert axes.get_xlabel() == "accuracy with shared\nweights"
     assert figure.legends == []
     (axes,) = panels.rankings([Ranking("", "loss", [1, 1, 1], [[0.5]] * 3)]).axes
     assert axes.get_title(loc="left") == "ρ = none"
