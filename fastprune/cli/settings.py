@@ -229,6 +229,9 @@ class ReportSettings:
         None, "directories of pruning runs, for one report", flag={**SEVERAL, "action": "extend"}
     )
     out: str | None = option(None, "folder for page and figures; by default RUN/report; needed for several runs")
+    ranking: str | None = option(
+        None, "JSON file of networks with proxies and accuracies, for a chart; without runs only this chart is drawn"
+    )
 
 
 @dataclass

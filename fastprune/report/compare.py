@@ -17,7 +17,7 @@ from fastprune.host.wording import text_table
 from fastprune.report.log import read_runs
 from fastprune.report.outcome import Outcome, outcome_of
 from fastprune.report.pictures import import_plots
-from fastprune.report.trade_off import AXES, chart, known_outcomes
+from fastprune.report.trade_off import chart, known_outcomes
 
 KINDS = (".svg", ".png", ".pdf")
 
@@ -90,7 +90,7 @@ class Comparison:
             raise ValueError(f"chart {str(path)!r}: a name that ends with {', '.join(KINDS)} is needed")
         if len(self.outcomes) < 2:
             raise ValueError("chart: got one run; give two or more to compare")
-        known = {what: known_outcomes(self.outcomes, what) for what in AXES}
+        known = {what: known_outcomes(self.outcomes, what) for what in ("macs", "latency")}
         if len(known["macs"]) < 2:
             raise ValueError(
                 "chart: two runs with a test accuracy are needed; prune with --data, so that accuracies are measured"

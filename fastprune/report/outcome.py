@@ -30,6 +30,7 @@ class Outcome:
         tuned: test accuracy after fine-tuning.
         seconds: time of search and surgery.
         where: what the latency was measured on.
+        model: the full network's name; "" if the run does not say.
     """
 
     name: str
@@ -44,11 +45,20 @@ class Outcome:
     tuned: float | None = None
     seconds: float | None = None
     where: Mapping[str, Any] | None = None
+    model: str = ""
 
     @property
     def accuracy(self) -> float | None:
         """The last accuracy: after fine-tuning, or after pruning if there was none."""
         return self.pruned if self.tuned is None else self.tuned
+
+    @property
+    def throughput(self) -> Pair | None:
+        """The images per second, by the latency and its batch; None if one of them is not known."""
+        batch = number(self.where or {}, "batch")
+        if self.latency is None or batch is None:
+            return None
+        return 1000 * batch / self.latency[0], 1000 * batch / self.latency[1]
 
     @property
     def gain(self) -> float | None:
@@ -115,6 +125,7 @@ def outcome_of(run: PruningRun) -> Outcome:
         tuned=_first(number(tuned, "compact", "accuracy"), number(stages, "fine-tuned", "accuracy")),
         seconds=number(done, "seconds"),
         where=done.get("measured_on") if isinstance(done.get("measured_on"), Mapping) else None,
+        model=str(run.config.get("model") or ""),
     )
 
 

@@ -13,13 +13,20 @@ from fastprune.host import atomic
 from fastprune.report.log import Metric, Over, PruningRun, lines
 from fastprune.report.outcome import outcome_of
 from fastprune.report.page import Picture, page
-from fastprune.report.trade_off import trade_off_picture
+from fastprune.report.paper_pictures import ranking_pictures, search_pictures, width_pictures
+from fastprune.report.proxy_ranking import Ranking
+from fastprune.report.trade_off import known_outcomes, trade_off_picture
 
 
-def write_report(runs: Sequence[PruningRun], folder: Path) -> list[Picture]:
+def write_report(runs: Sequence[PruningRun], folder: Path, ranking: Sequence[Ranking] = ()) -> list[Picture]:
     """Write the figures (PNG and SVG) and ``index.html`` into a folder, over those of an earlier report.
 
     The page needs no other file: figures are part of it.
+
+    Args:
+        runs: the runs.
+        folder: the folder.
+        ranking: proxies and accuracies of networks, from a file.
 
     Returns:
         All figures, those that were left out too.
@@ -27,14 +34,22 @@ def write_report(runs: Sequence[PruningRun], folder: Path) -> list[Picture]:
     Raises:
         ValueError: without matplotlib; says how to get it.
     """
+    found = write_pictures(runs, folder, ranking)
+    with import_plots().style():
+        atomic.write_text(folder / "index.html", page(runs, found))
+    return found
+
+
+def write_pictures(runs: Sequence[PruningRun], folder: Path, ranking: Sequence[Ranking] = ()) -> list[Picture]:
+    """Write the figures without the page; without runs, only those of ``ranking``. See ``write_report``."""
     plots = import_plots()
-    found = list(pictures(runs, plots))  # refuses wrong logs before anything is written
+    # A wrong log is refused before anything is written.
+    found = list(pictures(runs, plots, ranking) if runs else ranking_pictures((), ranking))
     folder.mkdir(parents=True, exist_ok=True)
     with plots.style():
         for picture in found:
             if picture.draw is not None:
                 plots.save(picture.draw(), folder, picture.name)
-        atomic.write_text(folder / "index.html", page(runs, found))
     return found
 
 
@@ -46,7 +61,7 @@ def import_plots() -> Any:
         raise ValueError(f"a report needs matplotlib: pip install 'fastprune[report]' ({error})") from error
 
 
-def pictures(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
+def pictures(runs: Sequence[PruningRun], plots: Any, ranking: Sequence[Ranking] = ()) -> Iterator[Picture]:
     """Yield all figures of a report, drawn or not."""
 
     def curves(
@@ -93,16 +108,21 @@ def pictures(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
             "Alignment gap: held-out accuracy with all channels, minus that without the channels to be pruned.",
             "alignment_gap", "accuracy lost at the cut", percent=True,
         )  # fmt: skip
+    yield from search_pictures(runs)
     yield from heat_maps(runs, plots)
     yield from tunings(runs, plots)
     yield from bars(runs, plots)
+    yield from width_pictures(runs)
+    yield from ranking_pictures(runs, ranking)
 
 
 def trade_offs(runs: Sequence[PruningRun], plots: Any) -> Iterator[Picture]:
     """Yield accuracy over cost, if there are runs to compare."""
     found = [outcome_of(run) for run in runs]
     if len(found) > 1:
-        for what in ("macs", "latency"):
+        for what in ("macs", "latency", "throughput"):
+            if what == "throughput" and len(known_outcomes(found, what)) < 2:
+                continue  # what is missing is said for the latency
             yield trade_off_picture(found, what, plots)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -47,6 +47,14 @@ STYLE = {
     "text.parse_math": False,  # a dollar in the name of a run or layer is a dollar
 }
 
+
+# Sizes of text in parts of the axes of a trade-off chart, as large as they are on a narrow page.
+LETTER, LINE, DOT, POINT_RIGHT, POINT_UP = 0.018, 0.065, 0.016, 0.003, 0.006
+SPOTS = (
+    ("center", 0, 7), ("center", 0, -14), ("left", 6, -3), ("right", -6, -3), ("left", 4, 5), ("right", -4, 5),
+    ("left", 4, -12), ("right", -4, -12), ("center", 0, 17), ("center", 0, -24),
+)  # fmt: skip
+"""(side of the label that is at the point, points of print to the right, and up), in the order of the tries."""
 
 MOST_INCHES = 13.0  # of bars below one another
 
@@ -91,11 +99,7 @@ def curves(
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for line in lines:
-        colour, dashes = look(line.number)
-        marker = "o" if len(line.x) <= 40 else ""
-        axes.plot(line.x, line.y, color=colour, linestyle=dashes, marker=marker, markersize=3, label=line.label)
-        if line.low is not None and line.high is not None:
-            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+        draw_line(axes, line)
     for text, value in (dashed or {}).items():
         axes.axhline(value, color=INK, linestyle=(0, (5, 3)), linewidth=1, label=text)
     axes.set_xlabel(x_label)
@@ -106,6 +110,15 @@ def curves(
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     figure.legend(loc="outside lower center", ncols=2 if max(len(line.label) for line in lines) < 40 else 1)
     return figure
+
+
+def draw_line(axes: Axes, line: Line) -> None:
+    """Draw one curve, with its band if it has one."""
+    colour, dashes = look(line.number)
+    marker = "o" if len(line.x) <= 40 else ""
+    axes.plot(line.x, line.y, color=colour, linestyle=dashes, marker=marker, markersize=3, label=line.label)
+    if line.low is not None and line.high is not None:
+        axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
 
 
 def heat_map(title: str, kept: Mapping[str, Mapping[float, float]]) -> Figure:
@@ -215,12 +228,16 @@ class TradeOff:
         families: the text in the legend for each number of the points.
         baseline: (cost, accuracy) of the full network.
         x_label: label of the x-axis, with its unit.
+        networks: {full network: (cost, accuracy)}, if the runs began with different ones.
+        joined: whether lines join the points of a family.
     """
 
     points: Sequence[Point]
     families: Sequence[str]
     baseline: tuple[float, float] | None
     x_label: str
+    networks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    joined: bool = True
 
 
 def trade_offs(*charts: TradeOff) -> Figure:
@@ -233,36 +250,34 @@ def trade_offs(*charts: TradeOff) -> Figure:
         draw_trade_off(axes, chart)
     families = charts[0].families
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))  # one for all full networks
     columns = 2 if max(map(len, families)) < 40 else 1
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns * len(charts))
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns * len(charts))
     return figure
 
 
 def draw_trade_off(axes: Axes, chart: TradeOff) -> None:
     """Draw one chart of ``trade_offs``."""
-    widest = max(point.x for point in chart.points)
     for number, family in enumerate(chart.families):
         own = sorted((point for point in chart.points if point.number == number), key=lambda point: point.x)
         colour, dashes = look(number)
+        dashes = dashes if chart.joined else ""
         axes.plot([p.x for p in own], [p.last for p in own], color=colour, linestyle=dashes, marker="o", label=family)
         for point in own:
             if point.pruned is not None and point.pruned != point.last:
                 axes.plot([point.x] * 2, [point.pruned, point.last], color=colour, linewidth=0.7, linestyle=":")
                 axes.plot(point.x, point.pruned, color=colour, marker="o", fillstyle="none", markersize=5)
-    for point in chart.points:
-        below = any(other.last > point.last and abs(other.x - point.x) < 0.1 * widest for other in chart.points)
-        axes.annotate(
-            point.label, (point.x, point.last), xytext=(0, -14 if below else 7), textcoords="offset points",
-            ha="center", fontsize=8,
-        )  # fmt: skip
     if chart.baseline is not None:
         axes.plot(*chart.baseline, color=INK, marker="D", linestyle="", label="full network")
         axes.axhline(chart.baseline[1], color=INK, linestyle=(0, (5, 3)), linewidth=0.8)
+    for place in chart.networks.values():
+        axes.plot(*place, color=INK, marker="D", linestyle="", label="full networks")
     if any(point.pruned not in (None, point.last) for point in chart.points):
         axes.plot([], [], color=INK, marker="o", fillstyle="none", linestyle="", label="before fine-tuning")
     axes.margins(x=0.12, y=0.14)
     # Accuracies before fine-tuning may be at chance: they must not squeeze those that count.
     heights = [point.last for point in chart.points] + ([] if chart.baseline is None else [chart.baseline[1]])
+    heights += [accuracy for _, accuracy in chart.networks.values()]
     lowest = min(heights) - max(0.8 * (max(heights) - min(heights)), 0.01)
     bottom = max(axes.get_ylim()[0], lowest)
     axes.set_ylim(bottom, max(heights) + 0.25 * (max(heights) - bottom))
@@ -270,3 +285,44 @@ def draw_trade_off(axes: Axes, chart: TradeOff) -> None:
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel("test accuracy (top 1)")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick < 1 + 1e-9])
+    runs = sorted(((point.label, point.x, point.last) for point in chart.points), key=lambda label: -label[2])
+    full = [] if chart.baseline is None else [chart.baseline]
+    place_labels(axes, [*((name, *place) for name, place in chart.networks.items()), *runs], full)
+
+
+def place_labels(
+    axes: Axes, labels: Sequence[tuple[str, float, float]], others: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Write labels beside their points, where no other label and no point is; leave out those that fit nowhere.
+
+    Args:
+        axes: the axes; their limits must not change afterwards.
+        labels: (text, x, y) of the points, those first that matter most.
+        others: points without a label.
+    """
+    places = [tuple(map(float, axes.transLimits.transform(xy))) for xy in [*(label[1:] for label in labels), *others]]
+    taken = [(x - DOT, x + DOT, y - DOT, y + DOT) for x, y in places]
+    for nth, (text, x, y) in enumerate(labels):
+        for side, right, up in SPOTS:
+            box = _label_box(places[nth], len(text) * LETTER, side, right, up)
+            inside = box[0] >= 0 and box[1] <= 1 and box[2] >= 0 and box[3] <= 1
+            free = not any(_overlap(box, other) for place, other in enumerate(taken) if place != nth)
+            if inside and free:
+                taken.append(box)
+                axes.annotate(text, (x, y), xytext=(right, up), textcoords="offset points", ha=side, fontsize=8)
+                break
+
+
+Box = tuple[float, float, float, float]
+"""Left, right, bottom and top in parts of the axes."""
+
+
+def _label_box(place: Sequence[float], width: float, side: str, right: float, up: float) -> Box:
+    x, y = place[0] + right * POINT_RIGHT, place[1] + up * POINT_UP
+    left = x - {"center": width / 2, "left": 0, "right": width}[side]
+    return left, left + width, y, y + LINE
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]

@@ -320,6 +320,7 @@ def test_the_plan_keeps_the_threshold_if_it_meets_the_budget():
     results = method.results()
     assert results["channels_changed_by_projection"] == 0
     assert results["flops_of_plan"] == pytest.approx(ratio)
+    assert results["gated_part"] == method.placement.prunable / method.placement.full
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])

@@ -71,9 +71,11 @@ def write_run(folder: Path, model: str, budget: str, **extra: Any) -> Path:
     (folder / "finetune.yaml").write_text(yaml.safe_dump({"epochs": 2, "lr": 0.1}))
     keep = {f"keep/{name}": 0.5 for name in result.plan.groups}
     lines = [
-        {"stage": "search", "phase": "gates", "epoch": n, "step": 9 * n + 9, "regulariser": 1 / (n + 1), **keep}
+        {"stage": "search", "phase": "gates", "epoch": n, "step": 9 * n + 9, "regulariser": 1 / (n + 1),
+         "flops_ratio": 1 - n / 9, "proxy_accuracy": 0.5 + n / 9, **keep}
         for n in range(3)
-    ]
+    ]  # fmt: skip
+    lines += [{"stage": "plan", "search": {"gated_part": 0.9}}]
     lines += [
         {"stage": "finetune", "phase": "train", "epoch": n, "step": 9 * n + 9, "loss": 1 / (n + 1),
          "held_out_accuracy": 0.5 + n / 10}

@@ -235,7 +235,8 @@ def test_the_report_of_a_real_search(tmp_path: Path, capfd: pytest.CaptureFixtur
     capfd.readouterr()
     code, out, _ = report(f"--run {run} --json", capfd)
     assert code == 0
-    names = ["proxy_accuracy", "regulariser", "resource_ratio", "randomness", "keep_over_epochs", "widths"]
+    names = ["proxy_accuracy", "regulariser", "resource_ratio", "randomness", "accuracy_and_regulariser", "cost_term"]
+    names += ["keep_over_epochs", "widths", "block_widths"]
     told = json.loads(out)
     assert told == {"figures": names, "left_out": {}, "report": str(run / "report" / "index.html")}
     assert {path.stem for path in (run / "report").glob("*.png")} == set(names)

@@ -198,13 +198,17 @@ class GateSearch(Method):
         return task.graph.plan(projected)
 
     def record_projection(self, task: Task, what: str, chosen: Tensor, projected: Tensor) -> None:
-        """Log and record the cost of the search's choice and of the plan made from it, both masks bool [U]."""
+        """Log and record the cost of the search's choice and of the plan made from it, both masks bool [U].
+
+        Both costs, and ``gated_part``, the T of the placement, are relative to the full network.
+        """
         budget, full = task.budget, self.placement.full
         cost, final = (float(budget.cost(task.graph, mask)) / full for mask in (chosen, projected))
         self._results = {
             f"{budget.resource}_of_{what}": cost,
             f"{budget.resource}_of_plan": final,
             "channels_changed_by_projection": float((chosen != projected).sum()),
+            "gated_part": self.placement.prunable / full,  # places R's target p among the costs in the log
         }
         log.info("the %s cost %.4f of the network, the plan %.4f (budget %s)", what, cost, final, budget)
         if abs(cost - final) > UNSETTLED:
