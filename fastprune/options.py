@@ -156,6 +156,12 @@ def build(config_class: type[T], options: Mapping[str, Any], *, owner: str = "")
         raise type(error)(f"{prefix}{error}") from error
 
 
+def settle(config: T, values: Mapping[str, Any]) -> T:
+    """Return a config with values for those of its options that are None or "auto"."""
+    left_open = {name: value for name, value in values.items() if getattr(config, name) in (None, "auto")}
+    return dataclasses.replace(config, **left_open)  # type: ignore[type-var]
+
+
 def check(config: Any) -> None:
     """Check the values of a dataclass against the limits and choices of its options; call it in ``__post_init__``.
 

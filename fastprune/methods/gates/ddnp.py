@@ -32,7 +32,7 @@ from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
 from fastprune.methods.gates.ddnp_release import ReleaseTerms
 from fastprune.methods.gates.ddnp_terms import GatedGroups, MaskTerms, Terms
-from fastprune.methods.gates.gated import GateSearch, freeze_weights, settle
+from fastprune.methods.gates.gated import GateSearch, freeze_weights
 from fastprune.methods.gates.generators import (
     ScoreGenerator,
     WidthGenerator,
@@ -44,7 +44,7 @@ from fastprune.methods.gates.regularisers import SIDES
 from fastprune.methods.scores.ranking import ranks
 from fastprune.networks.masked import EnergyMeter
 from fastprune.ops import topk_mask
-from fastprune.options import option
+from fastprune.options import option, settle
 from fastprune.planning.fitting import fit
 from fastprune.training.phases import Metrics, Phase
 
@@ -62,8 +62,8 @@ class DDNPConfig:
     samples: int = option(2500, "random training samples to search on; the paper takes 25000 on ImageNet", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
     learning_rate: float = option(1e-3, "learning rate of Adam for both generators", minimum=0.0)
-    schedule: Literal["constant", "cosine"] | None = option(
-        None, "learning rate over the epochs, cosine falls to 0; none = that of the variant: cosine, paper: constant"
+    schedule: Literal["auto", "constant", "cosine"] = option(
+        "auto", "learning rate over the epochs, cosine falls to 0; auto = that of the variant: cosine, paper: constant"
     )
     noise: float | None = option(
         None,
@@ -96,9 +96,9 @@ class DDNPConfig:
     score_bias: float = option(
         0.0, "number added to raw scores; variant=release adds the 3 of the authors' release by itself"
     )
-    resource: Literal["one_sided", "two_sided"] | None = option(
-        None,
-        "cost term: one_sided: log(max(T, pT)/pT), two_sided: |log(T/pT)|, which also raises a cost below pT; none = "
+    resource: Literal["auto", "one_sided", "two_sided"] = option(
+        "auto",
+        "cost term: one_sided: log(max(T, pT)/pT), two_sided: |log(T/pT)|, which also raises a cost below pT; auto = "
         "that of the variant: two_sided, paper: one_sided",
     )
     groups: Literal["auto", "interior", "all"] = option("auto", GROUPS)
@@ -182,7 +182,7 @@ class DDNP(GateSearch):
         self.full_widths = sizes.double().to(task.device)
         self.gated = gated.to(task.device)  # indices of the gated groups among all
         self.groups = GatedGroups.build(sizes[gated].to(task.device))
-        self.settled = settle(self.config, VARIANTS)
+        self.settled: Any = settle(self.config, VARIANTS[self.config.variant])
         self.terms = make_terms(self.settled, self.groups, task.seed)
         divided = self.config.variant != "release"
         self.scores = ScoreGenerator(

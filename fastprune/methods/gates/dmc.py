@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from fastprune.graph.interior import GROUPS
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
-from fastprune.methods.gates.gated import GateSearch, freeze_weights, settle
+from fastprune.methods.gates.gated import GateSearch, freeze_weights
 from fastprune.methods.gates.gates import deterministic_gate, straight_through
 from fastprune.methods.gates.regularisers import log_distance
 from fastprune.methods.scores.filters import unit_norms
 from fastprune.methods.scores.ranking import normalise_scores
 from fastprune.networks.masked import GatedCall
 from fastprune.ops import bernoulli_gate
-from fastprune.options import option
+from fastprune.options import option, settle
 from fastprune.training.phases import Metrics
 
 
@@ -101,7 +101,7 @@ class DMC(GateSearch):
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
         """
         self.place_gates(task)
-        self.settled = settle(self.config, VARIANTS)
+        self.settled: Any = settle(self.config, VARIANTS[self.config.variant])
         if self.config.variant == "paper" and self.settled.annealing:
             raise ValueError("dmc: the paper has no annealing; leave it out, or take variant 'annealed'")
         self.remaining = self.randomness_in(0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -225,12 +225,6 @@ class GateSearch(Method):
     def results(self) -> Metrics:
         """Report the cost of the search's choice and of the plan, relative to the full network."""
         return dict(self._results)
-
-
-def settle(config: Any, variants: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Return a config with its variant's values for the options that are None."""
-    chosen = variants[config.variant]
-    return replace(config, **{name: value for name, value in chosen.items() if getattr(config, name) is None})
 
 
 @contextmanager

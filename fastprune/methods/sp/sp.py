@@ -57,7 +57,7 @@ from fastprune.methods.sp.widths import (
     smallest_widths,
     width_choices,
 )
-from fastprune.options import option
+from fastprune.options import option, settle
 from fastprune.planning.budget import TOLERANCE
 from fastprune.planning.resources import Meter
 from fastprune.training.phases import Metrics, Phase, Rounds
@@ -106,8 +106,8 @@ class SPConfig(WeightSharingConfig):
     def resolve(self) -> Self:
         """Return these options with what ``auto`` stands for."""
         if self.variant == "paper":
-            return self.choose(adaptor="trained", proxy="channel", schedule="milestones")
-        return super().resolve().choose(adaptor="closed_form", proxy="mse")
+            return settle(self, {"adaptor": "trained", "proxy": "channel", "schedule": "milestones"})
+        return settle(super().resolve(), {"adaptor": "closed_form", "proxy": "mse"})
 
 
 class SP(WeightSharing):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from fastprune.methods.contract import Method, Task, is_evaluation_due
 from fastprune.methods.sp.supernet import SuperNet
-from fastprune.options import option
+from fastprune.options import option, settle
 from fastprune.training.objective import main_scores, split
 from fastprune.training.options import WeightOptions
 from fastprune.training.phases import Metrics, Phase
@@ -54,11 +53,7 @@ class WeightSharingConfig(WeightOptions):
         Not in ``__post_init__``: command lines give every option, the defaults of an instance for those not typed.
         """
         drops = tuple(self.milestones) != MILESTONES
-        return self.choose(schedule="milestones" if drops else "cosine")
-
-    def choose(self, **values: Any) -> Self:
-        """Return these options with values for those that are ``auto``."""
-        return dataclasses.replace(self, **{n: v for n, v in values.items() if getattr(self, n) == "auto"})
+        return settle(self, {"schedule": "milestones" if drops else "cosine"})
 
 
 class WeightSharing(Method):
