@@ -154,7 +154,9 @@ def print_demo(result: Mapping[str, Any]) -> None:
 
 COLUMNS: dict[str, tuple[str, Any]] = {
     "accuracy": ("accuracy", percent),
+    "top5": ("top-5", percent),
     "held_out_accuracy": ("held-out accuracy", percent),
+    "held_out_top5": ("held-out top-5", percent),
     "loss": ("loss", lambda value: f"{value:.4g}"),
     "held_out_loss": ("held-out loss", lambda value: f"{value:.4g}"),
     "macs": ("MACs", millions),
