@@ -25,7 +25,7 @@ def open_data(spec: str, settings: RunSettings) -> Data:
     """Load the data set of a run."""
     return load_data(
         spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size, mean=settings.mean,
-        std=settings.std,
+        std=settings.std, balanced=settings.balanced,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their 
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
 LOSS = "loss(output, target) of your own, file.py:function; by default cross-entropy to class labels"
 FORWARD = "forward(model, batch) that returns (output, target), file.py:function; for batches of your own"
+BALANCED = "as many images of each class in the held-out part, and in other random samples of the training set"
 COMPENSATE = (
     "fit the layers that read removed channels anew on images of --data; auto = sequential where there is --data"
 )
@@ -69,6 +70,7 @@ class RunSettings:
     held_out: float | None = option(
         None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
     )
+    balanced: bool = option(False, BALANCED, flag=SWITCH)
     mean: tuple[float, ...] = option((), MEAN, flag=NUMBERS)
     std: tuple[float, ...] = option((), STD, flag=NUMBERS)
     seed: int = option(0, "seed of everything random", minimum=0, maximum=LARGEST_SEED)
@@ -153,6 +155,7 @@ class SensitivitySettings(ModelSettings):
     held_out: float | None = option(
         None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
     )
+    balanced: bool = option(False, BALANCED, flag=SWITCH)
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     loss: str | None = option(None, LOSS)
     forward: str | None = option(None, FORWARD)

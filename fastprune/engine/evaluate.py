@@ -151,7 +151,9 @@ class HeldOut:
         missing = min(count, self.held_out)
         if missing < 1:
             raise ValueError(f"data {self.data.name!r}: nothing is held out")
-        for some, classes in self.data.batches("held_out", self.batch_size, complete=True):
+        # Of balanced data, as many of each class; otherwise the first ones.
+        samples = missing if self.data.balanced else None
+        for some, classes in self.data.batches("held_out", self.batch_size, complete=True, samples=samples):
             images.append(self.placement.images(some[:missing]))
             labels.append(self.placement.labels(classes[:missing]))
             missing -= len(labels[-1])
