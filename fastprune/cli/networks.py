@@ -81,12 +81,13 @@ def make_example(shape: tuple[int, int, int]) -> Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def build_model(settings: ModelSettings, data: Data | None) -> nn.Module:
+def build_model(settings: ModelSettings, data: Data | None, num_classes: int | None = None) -> nn.Module:
     """Build the network with its weights.
 
     Args:
         settings: the network.
         data: the data set, which gives the numbers of channels and classes; None = the weights give the classes.
+        num_classes: size of a new classifier; None = the weights are for the data's classes.
     """
     require(model=settings.model)
     channels = 3 if data is not None and len(data.shape) != 3 else input_shape(settings, data)[0]
@@ -96,8 +97,11 @@ def build_model(settings: ModelSettings, data: Data | None) -> nn.Module:
         weights = settings.weights
         classes = models.count_classes(weights) if weights is not None and not models.names_weights(weights) else None
     try:
-        sizes = choose_sizes(settings.model, classes, channels)
-        return models.create(settings.model, *sizes, weights=settings.weights, ema=settings.ema)
+        own, in_channels = choose_sizes(settings.model, classes, channels)
+        return models.create(
+            settings.model, num_classes or own, in_channels, settings.weights, ema=settings.ema,
+            new_head=num_classes is not None,
+        )  # fmt: skip
     except RuntimeError as error:  # torch's, where the sizes are absurd
         raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
 

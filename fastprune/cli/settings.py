@@ -25,6 +25,7 @@ KEEP_CLASS = "keep the channels that the model's own code cannot do without, so 
 LOSS = "loss(output, target) of your own, file.py:function; by default cross-entropy to class labels"
 FORWARD = "forward(model, batch) that returns (output, target), file.py:function; for batches of your own"
 BALANCED = "as many images of each class in the held-out part, and in other random samples of the training set"
+NUM_CLASSES = "replace the classifier by a new one of this size, for other data than the weights are for (transfer)"
 COMPENSATE = (
     "fit the layers that read removed channels anew on images of --data; auto = sequential where there is --data"
 )
@@ -84,6 +85,13 @@ class RunSettings:
 @dataclass
 class NetworkSettings(ModelSettings, RunSettings, ObjectiveSettings):
     """A network, its data and its run."""
+
+
+@dataclass
+class TrainSettings(NetworkSettings):
+    """A network, its data and its run, for a training."""
+
+    num_classes: int | None = option(None, NUM_CLASSES + "; without --weights, size of the output", minimum=1)
 
 
 @dataclass
@@ -173,6 +181,7 @@ class FinetuneSettings(ObjectiveSettings):
     run: str = option("", "directory of a pruning run")
     data: str | None = option(None, "data set to train on in place of the run's")
     model: str | None = option(None, "full network of a run that was made with a network in memory")
+    num_classes: int | None = option(None, NUM_CLASSES, minimum=1)
     device: str = option("auto", DEVICE)
     seed: int = option(0, "seed of order, augmentation and dropout", minimum=0, maximum=LARGEST_SEED)
     log: str | None = option(None, LOG)

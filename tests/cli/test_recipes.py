@@ -176,7 +176,7 @@ BAD = [
     ("{a: [", "this is not YAML"),
     ("dmc: {epochs: 3}", "'model' is missing; a recipe has model, method, budget"),
     (f"{WHOLE}, bugdet: 3}}", "there is no setting 'bugdet': did you mean 'budget'?"),
-    (f"{WHOLE}, 7: 3}}", "there is no setting 7: there are budget, "),
+    (f"{WHOLE}, 7: 3}}", "there is no setting 7: there are balanced, budget, "),
     (f"{WHOLE}, ddnp: {{epochs: 3}}}}", "there is no setting 'ddnp': "),
     (f"{WHOLE}, data: digits}}", "'data' is no part of a recipe; give it on the command line"),
     (f"{WHOLE}, seed: x}}", "seed 'x': type int is needed"),
