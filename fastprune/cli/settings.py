@@ -91,6 +91,11 @@ class NetworkSettings(ModelSettings, RunSettings, ObjectiveSettings):
 class TrainSettings(NetworkSettings):
     """A network, its data and its run, for a training."""
 
+    recipe: str | None = option(
+        None,
+        "settings of a paper's unpruned network: a name of 'fastprune recipes ls' that begins with train, or a YAML "
+        "file; what is given here wins",
+    )
     num_classes: int | None = option(None, NUM_CLASSES + "; without --weights, size of the output", minimum=1)
 
 

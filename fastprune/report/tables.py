@@ -84,7 +84,7 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]]) -> None:
         paper = recipe.get("paper", {})
         tops = [paper.get(key) for key in ("baseline_top1", "pruned_top1")]
         shown = " → ".join("–" if top is None else f"{top:.2f}" for top in tops)
-        table.add_row(name, as_text(recipe.get("budget", "")), shown)
+        table.add_row(name, as_text(recipe.get("budget", "none")), shown)
     show(table)
 
 
