@@ -74,26 +74,19 @@ def test_data_sets(spec: str) -> None:
     assert count(moved, "held_out") == count(data, "held_out")
 
 
-def test_folders_of_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["imagefolder", "hf"])
+def test_folders_of_pictures(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("torchvision")
+    if kind == "hf":
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for part in ("train", "val"):
         for label, pictures in (("cat", 6), ("dog", 4)):
-            (tmp_path / part / label).mkdir(parents=True)
+            (tmp_path / "set" / part / label).mkdir(parents=True)
             for index in range(pictures):
-                image.new("RGB", (8, 8)).save(tmp_path / part / label / f"{index}.png")
-    data = load_data(f"imagefolder:{tmp_path}", balanced=True, held_out=0.4, image_size=8, workers=0)
-    assert count(data, "held_out") == [2, 2]
-
-
-def test_pictures_of_the_hub(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    image = pytest.importorskip("PIL.Image")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    rows = {"image": [image.new("RGB", (8, 8))] * 10, "label": [0] * 6 + [1] * 4}
-    part = datasets.Dataset.from_dict(rows, features=features)
-    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "set")
-    data = load_data(f"hf:{tmp_path}/set", balanced=True, held_out=0.4, image_size=8, workers=0)
+                image.new("RGB", (8, 8)).save(tmp_path / "set" / part / label / f"{index}.png")
+    data = load_data(f"{kind}:{tmp_path}/set", balanced=True, held_out=0.4, image_size=8, workers=0)
     assert count(data, "held_out") == [2, 2]
 
 
