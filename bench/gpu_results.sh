@@ -64,12 +64,14 @@ import torch
 import yaml
 
 import fastprune as fp
+from fastprune.cli.shelf import find_recipe
 
 path, recipe, seed, run, measured, device = sys.argv[1:]
 config = yaml.safe_load(open(f"{run}/config.yaml", encoding="utf-8"))
 line = {
     "recipe": recipe, "seed": int(seed), "data": config["data"], "epochs_of_finetuning": None,
-    "measured": json.loads(measured), "paper": config.get("paper"), "date": date.today().isoformat(),
+    "paper": yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))["paper"],
+    "measured": json.loads(measured), "date": date.today().isoformat(),
     "fastprune": version("fastprune"), "torch": torch.__version__,
     "machine": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
 }  # fmt: skip
