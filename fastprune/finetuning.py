@@ -181,7 +181,7 @@ def evaluate(
         device: "cpu", "cuda", "cuda:N" or "auto"; None = where the model is.
 
     Returns:
-        The mean loss, the number of samples, and for classification the accuracy.
+        The mean loss, the number of samples, and for classification the accuracy; of 10 classes or more also ``top5``.
 
     Raises:
         ValueError: for data that are not understood; says what to give.

@@ -37,9 +37,13 @@ def read_invocation(arguments: Sequence[str]) -> Invocation:
         ValueError: for a command that does not exist, or a file that cannot be read.
     """
     command = find_command(arguments)
+    path = None if "--resume" in arguments else find_value(arguments, "--recipe")
+    if command == "train" and path is not None:
+        from fastprune.cli.recipes import read_training  # imports torch
+
+        return Invocation(command, None, read_training(path))
     if command is None or not COMMANDS[command].takes_method:
         return Invocation(command)
-    path = None if "--resume" in arguments else find_value(arguments, "--recipe")
     if path is None:
         return Invocation(command, find_method(arguments, PruneSettings.method))
     from fastprune.cli.recipes import read_recipe  # imports torch

@@ -51,7 +51,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "Train a network from scratch, or from weights.",
         "fastprune.cli.train:run_train",
-        (f"{SETTINGS}:NetworkSettings", "fastprune.training.options:TrainConfig"),
+        (f"{SETTINGS}:TrainSettings", "fastprune.training.options:TrainConfig"),
         resumes=True,
     ),
     "methods": Command(

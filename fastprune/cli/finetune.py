@@ -61,8 +61,15 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
         raise ValueError(f"--run {settings.run} has a network of its own: leave out --model")
     known = record.source is not None and config.from_scratch
     full = build_code(settings.model, data) if settings.model else None
-    classes = count_data_classes(data) if known else None
-    compact = load_pruned(run, full, data=data, trained=not config.from_scratch, classes=classes)
+    if settings.num_classes and record.source is None:
+        raise ValueError(
+            f"--num_classes: nothing says what builds the network of {settings.run}, so its classifier is not known; "
+            "replace it in Python (fastprune.load, then fastprune.finetune)"
+        )
+    classes = settings.num_classes or (count_data_classes(data) if known else None)
+    compact = load_pruned(
+        run, full, data=data, trained=not config.from_scratch, classes=classes, new_head=bool(settings.num_classes)
+    )
     example = data_example(data, objective, compact)
     check_fit(compact, record.name, example, training=True)
     check_classes(compact, data, example, objective)

@@ -25,7 +25,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fastprune demo",
         "fastprune prune --model torchvision:resnet50 --weights W.safetensors --method l1 --out runs/l1",
     ),
-    "train": ("fastprune train --model resnet56 --data cifar10:FOLDER --epochs 200 --out runs/base",),
+    "train": (
+        "fastprune train --model resnet56 --data cifar10:FOLDER --epochs 200 --out runs/base",
+        "fastprune train --recipe train-resnet56-cifar10 --data cifar10:FOLDER --out runs/base",
+    ),
     "methods": ("fastprune methods", "fastprune methods dmc"),
     "inspect": ("fastprune inspect --model torchvision:resnet50",),
     "sensitivity": ("fastprune sensitivity --model resnet56 --weights W.safetensors --data cifar10:FOLDER --out sens",),
@@ -54,14 +57,17 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 }
 
 MAIN: dict[str, tuple[str, ...]] = {
-    "train": ("model", "data", "out", "weights", "epochs", "batch_size", "lr", "schedule", "resume", "json"),
+    "train": (
+        *("model", "data", "out", "weights", "num_classes", "recipe", "epochs", "batch_size", "lr", "schedule"),
+        *("resume", "json"),
+    ),
     "prune": (
         *("model", "weights", "data", "method", "budget", "out", "recipe", "compensate", "round_to", "dry_run"),
         *("seed", "device", "resume", "config", "json"),
     ),
     "finetune": (
         *("run", "data", "epochs", "batch_size", "lr", "schedule", "teacher", "distill", "temperature", "ema"),
-        *("from_scratch", "device", "resume", "json"),
+        *("from_scratch", "num_classes", "device", "resume", "json"),
     ),
 }
 """The options that are explained in ``--help`` of commands with many."""

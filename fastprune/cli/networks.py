@@ -25,7 +25,7 @@ def open_data(spec: str, settings: RunSettings) -> Data:
     """Load the data set of a run."""
     return load_data(
         spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size, mean=settings.mean,
-        std=settings.std,
+        std=settings.std, balanced=settings.balanced,
     )  # fmt: skip
 
 
@@ -81,12 +81,13 @@ def make_example(shape: tuple[int, int, int]) -> Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def build_model(settings: ModelSettings, data: Data | None) -> nn.Module:
+def build_model(settings: ModelSettings, data: Data | None, num_classes: int | None = None) -> nn.Module:
     """Build the network with its weights.
 
     Args:
         settings: the network.
         data: the data set, which gives the numbers of channels and classes; None = the weights give the classes.
+        num_classes: size of a new classifier; None = the weights are for the data's classes.
     """
     require(model=settings.model)
     channels = 3 if data is not None and len(data.shape) != 3 else input_shape(settings, data)[0]
@@ -96,8 +97,11 @@ def build_model(settings: ModelSettings, data: Data | None) -> nn.Module:
         weights = settings.weights
         classes = models.count_classes(weights) if weights is not None and not models.names_weights(weights) else None
     try:
-        sizes = choose_sizes(settings.model, classes, channels)
-        return models.create(settings.model, *sizes, weights=settings.weights, ema=settings.ema)
+        own, in_channels = choose_sizes(settings.model, classes, channels)
+        return models.create(
+            settings.model, num_classes or own, in_channels, settings.weights, ema=settings.ema,
+            new_head=num_classes is not None,
+        )  # fmt: skip
     except RuntimeError as error:  # torch's, where the sizes are absurd
         raise ValueError(f"model {settings.model!r} cannot be made for {channels} channels: {error}") from error
 
@@ -198,8 +202,9 @@ def measure(
     peers: Distributed,
     objective: Objective | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Measure the top-1 accuracy of each network on the test set; of a user's data without one, on the held-out part.
+    """Measure the accuracies of each network on the test set; of a user's data without one, on the held-out part.
 
+    These are top-1 (accuracy) and, of 10 classes or more, top-5 (top5).
     With a loss of the user's own it is the loss. Without any such part the results are empty.
     """
     aim = objective or Objective()
@@ -207,12 +212,13 @@ def measure(
     split = next((split for split in splits if data is not None and data.size(split)), None)
     if data is None or split is None:
         return {name: {} for name in networks}
-    key = aim.measure_name if split == "test" else f"held_out_{aim.measure_name}"
+    prefix = "" if split == "test" else "held_out_"
     placement = Placement(choose_device(device))
     found: dict[str, dict[str, Any]] = {}
     for name, network in networks.items():
         result = evaluate(placement.model(network), data, split, placement=placement, distributed=peers, objective=aim)
-        found[name] = {key: result["accuracy"] if aim.classifies else result["loss"]}
+        keys = [key for key in ("accuracy", "top5") if key in result] if aim.classifies else ["loss"]
+        found[name] = {f"{prefix}{key}": result[key] for key in keys}  # type: ignore[literal-required]
     return found
 
 

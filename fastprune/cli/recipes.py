@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastprune.cli.settings import FinetuneConfig, PruneSettings, pick, read_settings
+from fastprune.cli.settings import FinetuneConfig, PruneSettings, TrainSettings, pick, read_settings
 from fastprune.cli.shelf import find_recipe
 from fastprune.engine.run import plain
 from fastprune.host.spelling import did_you_mean
 from fastprune.methods import registry
 from fastprune.options import build
 from fastprune.planning.budget import Budget
+from fastprune.training.options import TrainConfig
 
 PLACES = {"data", "weights", "out", "from_run", "recipe", "dry_run", "log"}
 """Settings of ``prune`` that differ from machine to machine, and that no recipe has."""
@@ -22,13 +23,16 @@ NEEDED = ("model", "method", "budget")
 
 @dataclass(frozen=True)
 class Paper:
-    """A row of a paper's table; accuracies and the reduction are in per cent."""
+    """A row of a paper's table; accuracies and the reduction are in per cent, the speed-up is a factor."""
 
     title: str = ""
     table: str = ""
     baseline_top1: float | None = None
     pruned_top1: float | None = None
     flops_reduction: float | None = None
+    baseline_top5: float | None = None
+    pruned_top5: float | None = None
+    speed_up: float | None = None
 
 
 SECTIONS: dict[str, type[Any]] = {"finetune": FinetuneConfig, "paper": Paper}
@@ -65,11 +69,39 @@ def read_recipe(path: str) -> Recipe:
         raise ValueError(f"--recipe {path}: {error}") from error
 
 
+def read_training(path: str) -> dict[str, Any]:
+    """Read and check the recipe of a training, an unpruned network of a paper's table; return settings of ``train``.
+
+    Raises:
+        ValueError: for a file that is no such recipe; the message names the file and the key.
+    """
+    values = read_settings(str(find_recipe(path)), "--recipe")
+    try:
+        if "method" in values:
+            raise ValueError("this recipe prunes; give it to 'fastprune prune'")
+        own = {f.name for f in fields(TrainSettings)} - PLACES
+        refuse_unknown(values, {*own, "train", "paper"})
+        require_settings(values, ("model", "train"))
+        section(values.get("paper", {}), Paper, "paper")
+        given = {name: value for name, value in values.items() if name in own}
+        settings = pick(TrainSettings, given)
+        return {**{name: getattr(settings, name) for name in given}, **section(values["train"], TrainConfig, "train")}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--recipe {path}: {error}") from error
+
+
+def require_settings(values: Mapping[str, Any], needed: Sequence[str]) -> None:
+    """Refuse a recipe that lacks a setting."""
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise ValueError(f"{missing[0]!r} is missing; a recipe has {', '.join(needed)}")
+
+
 def make_recipe(path: str, values: Mapping[str, Any]) -> Recipe:
     """Make a recipe from the values in a file, and check them."""
-    missing = [name for name in NEEDED if name not in values]
-    if missing:
-        raise ValueError(f"{missing[0]!r} is missing; a recipe has {', '.join(NEEDED)}")
+    if "train" in values:
+        raise ValueError("this recipe trains a network that is not pruned; give it to 'fastprune train'")
+    require_settings(values, NEEDED)
     method = values["method"]
     if not isinstance(method, str):
         raise ValueError(f"method {method!r}: the name of one method is needed")

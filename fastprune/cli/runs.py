@@ -59,7 +59,8 @@ def inherit_settings(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
     if earlier.get("command") not in ("prune", "demo"):
         raise ValueError(f"--from_run {values['from_run']}: this is a run of 'fastprune {earlier.get('command')}'")
     # The held-out part stays what it was: the earlier run has trained on the rest.
-    names = {"data", "image_size", "held_out", "seed", "loss", "forward"} - given
+    names = {"data", "image_size", "held_out", "balanced", "seed", "loss", "forward"} - given
+    earlier.setdefault("balanced", False)  # runs of earlier versions
     if not values["data"]:
         names.add("input")  # the size that the earlier run was given for want of images
     return {**values, **{name: earlier.get(name) for name in ("model", "weights", *(names - given))}}

@@ -24,6 +24,8 @@ IGNORE = "names or patterns ('layer4.*.conv1') of layers that keep all of their 
 KEEP_CLASS = "keep the channels that the model's own code cannot do without, so that its graph is never rewritten"
 LOSS = "loss(output, target) of your own, file.py:function; by default cross-entropy to class labels"
 FORWARD = "forward(model, batch) that returns (output, target), file.py:function; for batches of your own"
+BALANCED = "as many images of each class in the held-out part, and in other random samples of the training set"
+NUM_CLASSES = "replace the classifier by a new one of this size, for other data than the weights are for (transfer)"
 COMPENSATE = (
     "fit the layers that read removed channels anew on images of --data; auto = sequential where there is --data"
 )
@@ -69,6 +71,7 @@ class RunSettings:
     held_out: float | None = option(
         None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
     )
+    balanced: bool = option(False, BALANCED, flag=SWITCH)
     mean: tuple[float, ...] = option((), MEAN, flag=NUMBERS)
     std: tuple[float, ...] = option((), STD, flag=NUMBERS)
     seed: int = option(0, "seed of everything random", minimum=0, maximum=LARGEST_SEED)
@@ -82,6 +85,18 @@ class RunSettings:
 @dataclass
 class NetworkSettings(ModelSettings, RunSettings, ObjectiveSettings):
     """A network, its data and its run."""
+
+
+@dataclass
+class TrainSettings(NetworkSettings):
+    """A network, its data and its run, for a training."""
+
+    recipe: str | None = option(
+        None,
+        "settings of a paper's unpruned network: a name of 'fastprune recipes ls' that begins with train, or a YAML "
+        "file; what is given here wins",
+    )
+    num_classes: int | None = option(None, NUM_CLASSES + "; without --weights, size of the output", minimum=1)
 
 
 @dataclass
@@ -153,6 +168,7 @@ class SensitivitySettings(ModelSettings):
     held_out: float | None = option(
         None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
     )
+    balanced: bool = option(False, BALANCED, flag=SWITCH)
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     loss: str | None = option(None, LOSS)
     forward: str | None = option(None, FORWARD)
@@ -170,6 +186,7 @@ class FinetuneSettings(ObjectiveSettings):
     run: str = option("", "directory of a pruning run")
     data: str | None = option(None, "data set to train on in place of the run's")
     model: str | None = option(None, "full network of a run that was made with a network in memory")
+    num_classes: int | None = option(None, NUM_CLASSES, minimum=1)
     device: str = option("auto", DEVICE)
     seed: int = option(0, "seed of order, augmentation and dropout", minimum=0, maximum=LARGEST_SEED)
     log: str | None = option(None, LOG)

@@ -61,9 +61,7 @@ def run_ls(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps(recipes))
     else:
         print_recipes(recipes)
-        print(
-            "next: fastprune recipes show NAME, then fastprune prune --recipe NAME --data DATA --weights FILE --out RUN"
-        )
+        print("next: fastprune recipes show NAME, which ends with the command that takes it")
     return 0
 
 
@@ -74,7 +72,7 @@ def run_show(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps(read_settings(str(path), "recipe")))
     else:
         print(path.read_text(encoding="utf-8"), end="")
-        print(f"# next: fastprune prune --recipe {name} --data DATA --weights FILE --out RUN")
+        print(f"# next: {command_of(path, name)}")
     return 0
 
 
@@ -92,8 +90,15 @@ def run_cp(values: dict[str, Any], given: set[str]) -> int:
         print(json.dumps({"file": str(target)}))
     else:
         print(f"copied to {target}")
-        print(f"next: fastprune prune --recipe {target} --data DATA --weights FILE --out RUN")
+        print(f"next: {command_of(path, target)}")
     return 0
+
+
+def command_of(path: Path, name: str | Path) -> str:
+    """Return the command that takes a recipe."""
+    if "train" in read_settings(str(path), "recipe"):
+        return f"fastprune train --recipe {name} --data DATA --out RUN"
+    return f"fastprune prune --recipe {name} --data DATA --weights FILE --out RUN"
 
 
 def required(name: str | None) -> tuple[str, Path]:

@@ -12,7 +12,7 @@ from fastprune.cli.advice import after_training, at_chance
 from fastprune.cli.inputs import check_batch, data_example, load_objective
 from fastprune.cli.networks import build_model, check_classes, check_fit, check_recipe, measure, open_data
 from fastprune.cli.runs import choose_out, make_config, print_results, read_begun_settings
-from fastprune.cli.settings import NetworkSettings, pick, require
+from fastprune.cli.settings import TrainSettings, pick, require
 from fastprune.engine import TrainConfig, choose_device, train
 from fastprune.engine.loggers import split_names
 from fastprune.engine.run import plain, run_directory
@@ -29,12 +29,12 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
     peers = Distributed.from_environment()
     require(model=values["model"], data=values["data"])
     choose_out(values, "train", peers)
-    settings, config = pick(NetworkSettings, values), pick(TrainConfig, values)
+    settings, config = pick(TrainSettings, values), pick(TrainConfig, values)
     check_recipe(config, choose_device(settings.device))
     objective = load_objective(settings)
     data = open_data(str(settings.data), settings)
     torch.manual_seed(settings.seed)
-    model = build_model(settings, data)
+    model = build_model(settings, data, settings.num_classes)
     example = data_example(data, objective, model)
     check_fit(model, settings.model, example, training=True)
     check_batch(model, data, objective, settings.device)

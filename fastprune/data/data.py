@@ -48,6 +48,11 @@ class Data(ABC):
         """The deviation by which each channel of pixels from 0 to 1 is divided; None = not known."""
         return None
 
+    @property
+    def balanced(self) -> bool:
+        """Whether random samples have the same number of each class."""
+        return False
+
     @abstractmethod
     def size(self, split: Split) -> int:
         """Return the number of samples in ``split``; 0 if there is no such part."""
@@ -107,15 +112,25 @@ class SourceData(Data):
         train: the training set.
         test: the test set.
         held_out: positions in ``train`` that are never trained on; see ``held_out_part``.
+        labels: class of each sample of ``train``, where random samples have the same number of each class, give or take
+            one; None = they are drawn without a look at the classes.
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, int, int], num_classes: int, train: Source, test: Source, held_out: Indices
+        self,
+        name: str,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        train: Source,
+        test: Source,
+        held_out: Indices,
+        labels: Indices | None = None,
     ) -> None:
         self.name = name
         self.shape: tuple[int, int, int] = shape
         self._num_classes = num_classes
         self._train = train
+        self._labels = labels
         self._test = test
         self._parts: dict[Split, Indices] = {
             "train": np.setdiff1d(np.arange(len(train)), held_out),
@@ -132,6 +147,11 @@ class SourceData(Data):
     def pixel_std(self) -> tuple[float, ...] | None:
         """The deviation by which each channel of pixels from 0 to 1 is divided; None = not known."""
         return self._train.pixel_std
+
+    @property
+    def balanced(self) -> bool:
+        """Whether random samples have the same number of each class."""
+        return self._labels is not None
 
     def size(self, split: Split) -> int:
         """Return the number of samples in ``split``."""
@@ -154,7 +174,10 @@ class SourceData(Data):
         order = self._parts[request.split]
         seed, samples = request.seed, request.samples
         if samples is not None and samples < len(order):
-            order = np.sort(order[permutation(len(order), seed, _SUBSET)[:samples]])
+            order = order[permutation(len(order), seed, _SUBSET)]
+            if self._labels is not None and request.split != "test":
+                order = alternate(order, self._labels)
+            order = np.sort(order[:samples])
         if request.split == "train":
             order = order[permutation(len(order), seed, _ORDER, request.epoch)]
         plan = BatchPlan(order, request.batch_size, request.distributed, request.complete)
@@ -174,22 +197,40 @@ class SourceData(Data):
             self._train.to(device),
             self._test.to(device),
             self._parts["held_out"],
+            self._labels,
         )
 
 
-def held_out_part(size: int, seed: int, amount: int | float | None) -> Indices:
+def alternate(order: Indices, labels: Indices) -> Indices:
+    """Return the samples of ``order`` so that classes alternate: first one sample of each, then the second ones, ….
+
+    Args:
+        order: positions in a training set.
+        labels: class of each sample of the training set.
+    """
+    classes = labels[order]
+    grouped = np.argsort(classes, kind="stable")
+    ordered = classes[grouped]
+    ranks = np.empty(len(order), dtype=np.int64)  # the number of samples of the same class before each one
+    ranks[grouped] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return order[np.argsort(ranks, kind="stable")]
+
+
+def held_out_part(size: int, seed: int, amount: int | float | None, labels: Indices | None = None) -> Indices:
     """Draw a random part of a training set, fixed by ``seed``.
 
     Args:
         size: samples of the training set.
         seed: seed of the run.
         amount: a number of samples (int) or a fraction in [0, 1) (float); None = 10 %, at most 5000.
+        labels: class of each sample, for a part with the same number of each class, the amount rounded down; None = the
+            classes do not matter.
 
     Returns:
         Positions in the training set.
 
     Raises:
-        ValueError: if nothing would be left to train on.
+        ValueError: if nothing would be left to train on, or too little of a class.
     """
     if amount is None:
         count = min(int(size * HELD_OUT_SHARE), HELD_OUT_MOST)
@@ -199,4 +240,15 @@ def held_out_part(size: int, seed: int, amount: int | float | None) -> Indices:
         raise ValueError(
             f"held_out {amount}: give a number of samples below the {size} of the training set, or a fraction in [0, 1)"
         )
-    return permutation(size, seed, _HOLD_OUT)[:count]
+    order = permutation(size, seed, _HOLD_OUT)
+    if labels is None or not count:
+        return order[:count]
+    present = np.bincount(labels)
+    classes, fewest = int((present > 0).sum()), int(present[present > 0].min())
+    each = count // classes
+    if not 0 < each < fewest:
+        raise ValueError(
+            f"held_out {amount}: balanced parts of {count} samples have {each} of each of {classes} classes, and the "
+            f"smallest class has {fewest}; give a number from {classes} to {classes * (fewest - 1)}"
+        )
+    return alternate(order, labels)[: each * classes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ class Pairs(Dataset[tuple[object, int]]):
 
     def __init__(self, rows: Any, image: str, label: str) -> None:
         self.rows, self.image, self.label = rows, image, label
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """All labels."""
+        labels: Sequence[int] = self.rows[self.label]
+        return labels
 
     def __getitem__(self, index: int) -> tuple[object, int]:
         row = self.rows[index]

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fastprune.data.archives import CIFAR10, CIFAR100, read_cifar, read_mnist
 from fastprune.data.augment import ShiftAndFlip
+from fastprune.data.batches import Indices
 from fastprune.data.data import Data, SourceData, held_out_part
 from fastprune.data.hf import read_hf
 from fastprune.data.imagefolder import MEAN, STD, make_transforms, read_imagefolder
 from fastprune.data.nests import first_tensor
-from fastprune.data.sources import TensorSource
+from fastprune.data.sources import Source, TensorSource
 from fastprune.data.synthetic import SyntheticSource
 from fastprune.data.user_data import UserData
 from fastprune.host.objects import is_there, load_object
@@ -50,6 +51,7 @@ def load_data(
     workers: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    balanced: bool = False,
 ) -> Data:
     """Open a data set; nothing is downloaded, except by ``hf:`` for names on the Hugging Face hub.
 
@@ -62,6 +64,7 @@ def load_data(
         mean: mean of each channel that is subtracted, for pixels from 0 to 1; None = that of the training set (of
             ImageNet for folders of pictures).
         std: standard deviation of each channel, by which pixels are then divided.
+        balanced: whether the held-out part and other random samples have the same number of images of each class.
 
     Returns:
         The data set.
@@ -73,18 +76,17 @@ def load_data(
     (1, 8, 8)
     """
     kind, _, argument = spec.partition(":")
-    scale = Scale.of(mean, std)
+    scale, part = Scale.of(mean, std), Part(seed, held_out, balanced)
     if kind == "synthetic":
-        return _synthetic(spec, seed, held_out, image_size, scale)
+        return _synthetic(spec, part, image_size, scale)
     if kind == "digits" and not argument:
         return _in_memory(
             spec,
             *_digits(),
             16.0,
             ShiftAndFlip(1, flip=False),
-            seed,
+            part,
             scale=scale,
-            held_out=held_out,
             image_size=image_size,
         )
     if kind in PICTURES:
@@ -93,15 +95,14 @@ def load_data(
         scale = scale or IMAGENET
         train, test, classes = PICTURES[kind](root, make_transforms(kind, size, *scale.values), readers)
         train = replace(train, pixel_std=scale.std)
-        return SourceData(spec, (3, size, size), classes, train, test, held_out_part(len(train), seed, held_out))
+        return SourceData(spec, (3, size, size), classes, train, test, *part.of(train))
     if kind in ARCHIVES:
         root_of, white = _folder(spec, argument), 255.0
         both = ARCHIVES[kind](root_of, "train"), ARCHIVES[kind](root_of, "test")
-        return _in_memory(
-            spec, *both, white, ShiftAndFlip(4, flip=True), seed, scale=scale, held_out=held_out, image_size=image_size
-        )
+        return _in_memory(spec, *both, white, ShiftAndFlip(4, flip=True), part, scale=scale, image_size=image_size)
     if is_there(spec):
-        return _from_factory(spec, {"held_out": held_out, "image_size": image_size, "mean": mean, "std": std})
+        options = {"held_out": held_out, "image_size": image_size, "mean": mean, "std": std, "balanced": balanced}
+        return _from_factory(spec, options)
     raise ValueError(f"data {spec!r} is unknown{_hint(kind)}; give one of\n{SPECS}")
 
 
@@ -122,6 +123,26 @@ def _folder(spec: str, argument: str) -> Path:
     if not argument or not root.is_dir():
         raise ValueError(f"data {spec!r}: {argument!r} is no folder; give one of\n{SPECS}")
     return root
+
+
+@dataclass(frozen=True)
+class Part:
+    """The choice of held-out samples.
+
+    Args:
+        seed: seed of the run.
+        amount: as for ``held_out_part``.
+        balanced: whether random samples have the same number of each class.
+    """
+
+    seed: int
+    amount: int | float | None
+    balanced: bool
+
+    def of(self, train: Source) -> tuple[Indices, Indices | None]:
+        """Return the held-out positions in a training set, and its labels where classes are balanced."""
+        labels = train.labels_of_all() if self.balanced else None
+        return held_out_part(len(train), self.seed, self.amount, labels), labels
 
 
 @dataclass(frozen=True)
@@ -209,10 +230,9 @@ def _in_memory(
     test: Labelled,
     white: float,
     augmentation: ShiftAndFlip,
-    seed: int,
+    part: Part,
     *,
     scale: Scale | None,
-    held_out: int | float | None,
     image_size: int | None,
 ) -> SourceData:
     resize: Callable[[Tensor], Tensor] = lambda images: images  # noqa: E731
@@ -225,13 +245,14 @@ def _in_memory(
         pixels = images.double().transpose(0, 1).flatten(1)
         mean, std = pixels.mean(1).float(), pixels.std(1).float()
     shape = (images.shape[1], images.shape[2], images.shape[3])
+    source = TensorSource(images, labels, mean, std, augmentation)
     return SourceData(
         name,
         shape,
         int(torch.maximum(labels.max(), test[1].max())) + 1,
-        TensorSource(images, labels, mean, std, augmentation),
+        source,
         TensorSource(resize(test[0]), test[1], mean, std),
-        held_out_part(len(images), seed, held_out),
+        *part.of(source),
     )
 
 
@@ -240,9 +261,7 @@ def _resize(images: Tensor, size: int, white: float) -> Tensor:
     return scaled.round().clamp(0, white).to(torch.uint8)
 
 
-def _synthetic(
-    spec: str, seed: int, held_out: int | float | None, image_size: int | None, scale: Scale | None
-) -> SourceData:
+def _synthetic(spec: str, part: Part, image_size: int | None, scale: Scale | None) -> SourceData:
     if scale is not None:
         raise ValueError(f"mean, std: {spec!r} has no pixels from 0 to 1; leave them out")
     match = re.fullmatch(r"synthetic:(\d+)x(\d+)x(\d+):(\d+)(?::(\d+))?", spec)
@@ -257,7 +276,7 @@ def _synthetic(
     tests = max(size // 4, 1)
     train = SyntheticSource.make(shape, classes, 0, size, seed=0)
     test = SyntheticSource.make(shape, classes, size, tests, seed=0)
-    return SourceData(spec, shape, classes, train, test, held_out_part(size, seed, held_out))
+    return SourceData(spec, shape, classes, train, test, *part.of(train))
 
 
 def _default_workers() -> int:

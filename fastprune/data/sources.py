@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -37,6 +38,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, draws: Sequence[Draw]) -> Iterator[Batch]:
         """Read the batches that ``draws`` lists, in order."""
+
+    @abstractmethod
+    def labels_of_all(self) -> Indices:
+        """Return the class of each sample, without reading images."""
 
     def to(self, device: torch.device) -> Source:
         """Return the same source with its data on ``device`` if that saves copies; otherwise unchanged."""
@@ -75,6 +80,10 @@ class TensorSource(Source):
                 images = self.augmentation(images, noise)
             yield (images.float() - mean) / std, self.labels[chosen]
 
+    def labels_of_all(self) -> Indices:
+        """Return the class of each sample."""
+        return self.labels.cpu().numpy()
+
     def to(self, device: torch.device) -> TensorSource:
         """Return the same source with its tensors on ``device``."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "mean", "std")}
@@ -88,7 +97,8 @@ class Samples(Dataset[tuple[Tensor, int]]):
     """A torch dataset with keys (sample, random bits), so that augmentation depends on the sample alone.
 
     Args:
-        dataset: the dataset of (image, label); images of any kind that the transforms take.
+        dataset: the dataset of (image, label), with the attribute ``targets``, all labels; images of any kind that the
+            transforms take.
         plain: transform of images without random bits.
         augmented: transform of the others, with torch's generator seeded from the random bits.
     """
@@ -126,6 +136,11 @@ class DatasetSource(Source):
 
     def __len__(self) -> int:
         return self.size
+
+    def labels_of_all(self) -> Indices:
+        """Return the class of each sample."""
+        targets: Any = self.samples.dataset
+        return np.asarray(list(targets.targets), dtype=np.int64)
 
     def read(self, draws: Sequence[Draw]) -> Iterator[Batch]:
         """Read the batches that ``draws`` lists, in order."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprune.data.batches import hashed
+from fastprune.data.batches import Indices, hashed
 from fastprune.data.sources import Batch, Draw, Source
 
 _POOL = 16  # different noise images; each sample shifts one of them by its own amount
@@ -67,6 +67,10 @@ class SyntheticSource(Source):
             noise = self.pool[which].gather(3, rolled[:, None, None, :].expand(-1, *self.shape[:2], -1))
             pattern = F.interpolate(self.patterns[labels], size=self.shape[1:], mode="bilinear", align_corners=True)
             yield pattern + noise, labels
+
+    def labels_of_all(self) -> Indices:
+        """Return the class of each sample."""
+        return (np.arange(self.size) + self.first) % self.num_classes
 
     def to(self, device: torch.device) -> SyntheticSource:
         """Return the same source with its tensors on ``device``."""

@@ -16,7 +16,7 @@ from fastprune.engine.device import Placement
 from fastprune.graph.model_state import in_eval_mode
 from fastprune.host import progress
 from fastprune.host.distributed import Distributed
-from fastprune.training.objective import Network, Objective, class_labels, main_scores
+from fastprune.training.objective import Network, Objective, class_labels, count_top5, has_top5, main_scores
 
 
 class Accuracy(TypedDict, total=False):
@@ -24,6 +24,8 @@ class Accuracy(TypedDict, total=False):
 
     accuracy: float
     """Top-1, in [0, 1]."""
+    top5: float
+    """Part of the samples whose class is among the five highest scores; of networks with 10 classes or more."""
 
 
 class Evaluation(Accuracy):
@@ -58,14 +60,15 @@ def evaluate(
         objective: the loss that is measured; None = cross-entropy.
 
     Returns:
-        Accuracy (of class scores), loss and number of samples, the same on every rank.
+        Accuracy (of class scores; top-5, too, of 10 classes or more), loss and number of samples, the same on every
+        rank.
 
     Raises:
         ValueError: if the split is empty.
     """
     peers, place = distributed or Distributed(), placement or Placement()
     aim = objective or Objective()
-    totals = torch.zeros(3, dtype=torch.float64, device=place.device)  # correct, summed loss, samples
+    totals = torch.zeros(5, dtype=torch.float64, device=place.device)  # as ``sums`` returns them
     batches = data.batches(split, max(batch_size, peers.world_size), complete=True, distributed=peers)
     modules = [network] if isinstance(network, nn.Module) else []
     work = progress.begin("evaluating", count_cheaply(data, split), wanted=peers.is_main)
@@ -75,22 +78,28 @@ def evaluate(
             samples = count_samples((inputs, targets))
             totals += sums(aim, output, target, samples=samples)
             work.advance(samples * peers.world_size)
-    correct, loss, samples = peers.sum_(totals).tolist()
+    correct, loss, samples, correct5, samples5 = peers.sum_(totals).tolist()
     if not samples:
         raise ValueError(f"data {data.name!r} has no {split} samples to evaluate on")
     accuracy: Accuracy = {"accuracy": correct / samples} if aim.classifies else {}
+    if samples5:
+        accuracy["top5"] = correct5 / samples5
     return {**accuracy, "loss": loss / samples, "samples": int(samples)}
 
 
 def sums(objective: Objective, output: Any, target: Any, *, samples: int) -> Tensor:
-    """Return the sums over a batch: right samples, loss, samples; float64."""
+    """Return the sums over a batch: right samples, loss, samples; right samples of top-5, samples with one; float64."""
+    top5 = [torch.zeros((), dtype=torch.float64)] * 2
     if objective.classifies and class_labels(output, target).dim() == 1:
         scores, labels = main_scores(output).float(), class_labels(output, target)
         right, loss = (scores.argmax(1) == labels).sum(), F.cross_entropy(scores, labels, reduction="sum")
+        if has_top5(scores):
+            top5 = [count_top5(scores, labels), torch.full_like(right, samples)]
     else:
         loss, metrics = objective.measure(output, target)
         right, loss = metrics.get("accuracy", torch.zeros_like(loss)).double() * samples, loss.double() * samples
-    return torch.stack([right.double(), loss.double(), torch.full_like(loss, samples, dtype=torch.float64)])
+    values = [right, loss, torch.full_like(loss, samples, dtype=torch.float64), *top5]
+    return torch.stack([value.to(loss.device, torch.float64) for value in values])
 
 
 def count_cheaply(data: Data, split: Split) -> int | None:
@@ -142,7 +151,9 @@ class HeldOut:
         missing = min(count, self.held_out)
         if missing < 1:
             raise ValueError(f"data {self.data.name!r}: nothing is held out")
-        for some, classes in self.data.batches("held_out", self.batch_size, complete=True):
+        # Of balanced data, as many of each class; otherwise the first ones.
+        samples = missing if self.data.balanced else None
+        for some, classes in self.data.batches("held_out", self.batch_size, complete=True, samples=samples):
             images.append(self.placement.images(some[:missing]))
             labels.append(self.placement.labels(classes[:missing]))
             missing -= len(labels[-1])

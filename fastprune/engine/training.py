@@ -149,8 +149,8 @@ class Trainer:
             network, self.data, "held_out", placement=self.placement, distributed=self.task.distributed,
             objective=self.objective,
         )  # fmt: skip
-        accuracy = {"held_out_accuracy": result["accuracy"]} if "accuracy" in result else {}
-        return {**accuracy, "held_out_loss": result["loss"]}
+        names = [name for name in ("accuracy", "top5") if name in result]
+        return {**{f"held_out_{name}": result[name] for name in names}, "held_out_loss": result["loss"]}
 
     def share_buffers(self) -> None:
         """Give all ranks rank 0's batch-norm statistics, and their averages."""
@@ -224,8 +224,9 @@ def train(
         ema: decay of a moving average of weights and buffers, which is measured and is the result; 0 = none.
 
     Returns:
-        The last value of every metric: loss, accuracy, lr, held_out_accuracy, held_out_loss; no accuracies under a loss
-        of the user's own; with a teacher also its terms of the loss, distillation and features.
+        The last value of every metric: loss, accuracy, lr, held_out_accuracy, held_out_loss; of 10 classes or more also
+        top5 and held_out_top5; no accuracies under a loss of the user's own; with a teacher also its terms of the loss,
+        distillation and features.
 
     Raises:
         Interrupted: see ``run_phases``.

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastprune.host.objects import load_object
 from fastprune.host.spelling import did_you_mean
+from fastprune.models.heads import find_head, load_body, transplant
 from fastprune.models.mobilenet import mobilenetv2
 from fastprune.models.pretrained import fetching, find_torchvision_weights, names_weights, refuse_named
 from fastprune.models.resnet import resnet20, resnet32, resnet56, resnet110
@@ -44,6 +45,7 @@ def create(
     weights: str | Path | None = None,
     *,
     ema: bool = False,
+    new_head: bool | None = None,
 ) -> nn.Module:
     """Build a network; only weights by name are ever fetched, if they are not in the cache.
 
@@ -51,23 +53,28 @@ def create(
         spec: one of ``available()``, such as ``resnet56``; ``torchvision:resnet50``, ``timm:efficientnet_b0``; or
             ``package.module:factory`` or ``file.py:factory`` for your own function or class that returns a
             ``torch.nn.Module``.
-        num_classes: size of the output; None = the factory's default.
+        num_classes: size of the output; None = the factory's default. Beside weights for other classes the network gets
+            a new classifier, with random weights, for a training on other data (transfer).
         in_channels: channels of the image; None = the factory's default. torchvision's networks take 3 only.
         weights: a file for ``load_weights``; for networks of torchvision and timm also the name of published weights:
             ``DEFAULT``, ``IMAGENET1K_V2``, ``pretrained``, …; None = random initialisation.
         ema: whether a file's moving average of the weights is taken.
+        new_head: whether the classifier is new: True, also if the weights are for as many classes; False, never, so
+            weights for other classes are refused; None = if they are for other classes.
 
     Returns:
         The network on the CPU, in train mode, like any new torch module.
 
     Raises:
         ValueError: for an unknown name, a package that is not installed, an argument that the factory does not take,
-            weights that do not fit, or cannot be fetched.
+            weights that do not fit, or cannot be fetched, or a network without a classifier that could be new.
 
     >>> create("resnet20", num_classes=100).fc.out_features
     100
     """
     source, colon, name = spec.rpartition(":")
+    if new_head and num_classes is None:
+        raise ValueError("new_head: a new classifier needs a size; give num_classes")
     named = str(weights) if weights is not None and names_weights(weights) else None
     if not colon:
         if spec not in OWN:
@@ -80,15 +87,19 @@ def create(
             refuse_named(spec, named)
         model = _call(spec, OWN[spec], num_classes=num_classes, in_channels=in_channels)
     elif source == "torchvision":
-        model = _create_from_torchvision(name, num_classes, in_channels, named)
+        model = _create_from_torchvision(name, num_classes, in_channels, named, new_head)
     elif source == "timm":
-        model = _create_from_timm(name, num_classes, in_channels, named)
+        model = _create_from_timm(name, num_classes, in_channels, named, new_head)
     else:
         if named is not None:
             refuse_named(spec, named)
         model = _create_by_factory(spec, num_classes, in_channels)
     if weights is not None and named is None:
-        load_weights(model, weights, ema=ema)
+        if num_classes is None or new_head is False:
+            load_weights(model, weights, ema=ema)
+        else:
+            find = partial(find_head, spec, lambda n: create(spec, n, in_channels), num_classes)
+            load_body(model, weights, find, ema=ema, always=bool(new_head))
     file, _, function = spec.rpartition(":")
     place = f"{Path(file).expanduser().absolute()}:{function}" if file.endswith(".py") else spec
     vars(model)[MARK] = (place, num_classes, in_channels)
@@ -137,7 +148,7 @@ def _knows_timm(name: str) -> bool:
 
 
 def _create_from_torchvision(
-    name: str, num_classes: int | None, in_channels: int | None, weights: str | None
+    name: str, num_classes: int | None, in_channels: int | None, weights: str | None, new_head: bool | None
 ) -> nn.Module:
     spec = f"torchvision:{name}"
     models = _import_vision("torchvision.models", spec)
@@ -149,20 +160,27 @@ def _create_from_torchvision(
     if weights is not None:
         chosen = find_torchvision_weights(models, name, weights)
         classes = len(chosen.meta["categories"])
-        if num_classes not in (None, classes):
+        misfit = num_classes not in (None, classes)
+        if misfit and new_head is False:
             raise ValueError(
                 f"weights {weights!r} of {spec!r} are for {classes} classes, not {num_classes}; first train a network "
-                "with a head for these classes, then give the file of its weights"
+                "with a new classifier (fastprune train --num_classes), then give the file of its weights"
             )
         with fetching(spec, weights):
-            return _call(spec, lambda: models.get_model(name, weights=chosen))
+            model = _call(spec, lambda: models.get_model(name, weights=chosen))
+        if num_classes is not None and (misfit or new_head):
+            donor = create(spec, num_classes)
+            transplant(model, donor, find_head(spec, lambda n: create(spec, n), num_classes))
+        return model
     arguments: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
         arguments["init_weights"] = True  # given, as torchvision warns that the default will change
     return _call(spec, lambda **given: models.get_model(name, **given), **arguments)
 
 
-def _create_from_timm(name: str, num_classes: int | None, in_channels: int | None, weights: str | None) -> nn.Module:
+def _create_from_timm(
+    name: str, num_classes: int | None, in_channels: int | None, weights: str | None, new_head: bool | None
+) -> nn.Module:
     timm = _import_vision("timm", f"timm:{name}")
     if not timm.is_model(name):
         raise ValueError(f"model 'timm:{name}' is unknown{_suggestion(name, timm.list_models())}")
@@ -178,7 +196,11 @@ def _create_from_timm(name: str, num_classes: int | None, in_channels: int | Non
         with fetching(f"timm:{name}", weights):
             return timm.create_model(name, pretrained=True, **given)
 
-    return _call(f"timm:{name}", make, num_classes=num_classes, in_chans=in_channels)
+    model: Any = _call(f"timm:{name}", make, num_classes=num_classes, in_chans=in_channels)
+    if new_head and weights is not None:  # timm makes one only for another number of classes
+        find_head(f"timm:{name}", lambda n: create(f"timm:{name}", n, in_channels), int(num_classes or 0))
+        model.reset_classifier(num_classes)
+    return model  # type: ignore[no-any-return]
 
 
 def _create_by_factory(spec: str, num_classes: int | None, in_channels: int | None) -> nn.Module:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from fastprune.models.heads import outline
 from fastprune.models.resolve import MARK, OWN, create
 
 
@@ -44,12 +44,7 @@ class Source:
 
     def outline(self) -> nn.Module:
         """Build the network without values, on the meta device; with values where its code needs them."""
-        with torch.random.fork_rng(devices=[]):
-            try:
-                with torch.device("meta"):
-                    return self.build()
-            except (RuntimeError, NotImplementedError):  # code that reads values while it builds
-                return self.build()
+        return outline(self.build)
 
     def with_classes(self, num_classes: int) -> Source:
         """Return the source of the same network for another number of classes."""

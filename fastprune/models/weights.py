@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +154,37 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False) -> No
     Raises:
         ValueError: as in ``read_weights``, or if names or shapes do not agree; the model is then unchanged.
     """
-    given, wanted = read_weights(path, ema=ema), model.state_dict()
+    fit(model, read_weights(path, ema=ema), str(path))
+
+
+def fit(
+    model: nn.Module,
+    given: Mapping[str, Tensor],
+    path: str,
+    leave_out: Callable[[Collection[str]], Collection[str]] = lambda misfits: (),
+) -> Collection[str]:
+    """Load tensors into a model by name, as ``load_weights`` does.
+
+    Args:
+        model: the network, changed in place.
+        given: the tensors.
+        path: where they come from, for messages.
+        leave_out: gets the names of tensors of another shape, returns the names of those that the model keeps.
+
+    Returns:
+        The names of the tensors that the model has kept.
+
+    Raises:
+        ValueError: if names or shapes do not agree; the model is then unchanged.
+    """
+    wanted = model.state_dict()
     for prefix in ("model.", "net.", "network."):
         if given and not given.keys() & wanted.keys() and all(name.startswith(prefix) for name in given):
             given = {name.removeprefix(prefix): value for name, value in given.items()}
     counters = {name: tensor for name, tensor in wanted.items() if name.rpartition(".")[2] == "num_batches_tracked"}
     given = {**counters, **given}
+    kept = leave_out([name for name, tensor in given.items() if name in wanted and tensor.shape != wanted[name].shape])
+    given |= {name: wanted[name] for name in kept}
     problems = [
         *_describe("missing", [name for name in wanted if name not in given]),
         *_describe("unexpected", [name for name in given if name not in wanted]),
@@ -173,8 +198,9 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False) -> No
         ),
     ]
     if problems:
-        raise ValueError(f"weights {str(path)!r} do not fit {type(model).__name__}: " + "; ".join(problems))
+        raise ValueError(f"weights {path!r} do not fit {type(model).__name__}: " + "; ".join(problems))
     model.load_state_dict(given)
+    return kept
 
 
 def count_classes(path: str | Path) -> int | None:

@@ -26,7 +26,7 @@ ELSEWHERE = {
 }  # has a place of its own, or none
 ALWAYS = ("epochs", "batch_size", "lr", "schedule")  # of a training: its defaults differ between commands
 SEVERAL = ("ignore", "keep_ratio", "mean", "std")  # several words, not a list in brackets
-SWITCHES = ("ema", "keep_class", "inexact", "channels_last", "latency_channels_last")
+SWITCHES = ("ema", "balanced", "keep_class", "inexact", "channels_last", "latency_channels_last")
 NOT_OPTIONS = {"command", "fastprune", "data", "device", "seed", "run", "out"}
 DEFAULTS = {
     "seed": 0, "device": "auto", "min_keep": 1, "round_to": 1, "latency_batch": 1, "latency_dtype": "float32",
@@ -82,7 +82,7 @@ def calibration_commands(settings: Mapping[str, Any], finetuning: Mapping[str, A
 def finetune_command(finetuning: Mapping[str, Any], out: str) -> str:
     """Return the command that trains the compact network of a run."""
     words = ["fastprune", "finetune", "--run", shlex.quote(out)]
-    words += [word for name in ("loss", "forward") for word in flag(name, finetuning.get(name))]
+    words += [word for name in ("data", "num_classes", "loss", "forward") for word in flag(name, finetuning.get(name))]
     return fill_command([*words, *training_flags(finetuning)])
 
 

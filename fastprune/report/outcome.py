@@ -28,6 +28,7 @@ class Outcome:
         baseline: test accuracy of the full network.
         pruned: test accuracy after pruning, before any fine-tuning.
         tuned: test accuracy after fine-tuning.
+        top5: test accuracies among five guesses, (full, last), of networks with 10 classes or more.
         seconds: time of search and surgery.
         where: what the latency was measured on.
         model: the full network's name; "" if the run does not say.
@@ -43,6 +44,7 @@ class Outcome:
     baseline: float | None = None
     pruned: float | None = None
     tuned: float | None = None
+    top5: tuple[float | None, float | None] = (None, None)
     seconds: float | None = None
     where: Mapping[str, Any] | None = None
     model: str = ""
@@ -74,6 +76,8 @@ class Outcome:
             "accuracy_full": self.baseline,
             "accuracy_pruned": self.pruned,
             "accuracy_tuned": self.tuned,
+            "top5_full": self.top5[0],
+            "top5": self.top5[1],
             "seconds": self.seconds,
         }
 
@@ -90,6 +94,7 @@ class Outcome:
             "pruned": _part(self.pruned),
             "fine-tuned": _part(self.tuned)
             + ("" if None in (self.tuned, self.gain) else f" ({points(self.gain or 0)})"),
+            "top-5": "–" if self.top5 == (None, None) else " → ".join(map(_part, self.top5)),
             "time": "–" if self.seconds is None else duration(self.seconds),
         }
 
@@ -123,6 +128,10 @@ def outcome_of(run: PruningRun) -> Outcome:
         baseline=_first(number(pruned, "baseline", "accuracy"), number(stages, "trained", "accuracy")),
         pruned=_first(number(pruned, "compact", "accuracy"), number(stages, "pruned", "accuracy")),
         tuned=_first(number(tuned, "compact", "accuracy"), number(stages, "fine-tuned", "accuracy")),
+        top5=(
+            number(pruned, "baseline", "top5"),
+            _first(number(tuned, "compact", "top5"), number(pruned, "compact", "top5")),
+        ),
         seconds=number(done, "seconds"),
         where=done.get("measured_on") if isinstance(done.get("measured_on"), Mapping) else None,
         model=str(run.config.get("model") or ""),

@@ -98,6 +98,9 @@ def before_and_after(outcome: Outcome) -> Iterator[str]:
             before = "" if outcome.pruned is None else f" ({percent(outcome.pruned)} before it)"
             what = f"test accuracy after fine-tuning{before}"
         yield tile(what, points(outcome.gain), (outcome.baseline, outcome.accuracy), percent)
+    full, last = outcome.top5
+    if full is not None and last is not None:
+        yield tile("top-5 test accuracy", points(last - full), (full, last), percent)
 
 
 def tile(what: str, said: str, pair: Pair, show: Callable[[float], str]) -> str:

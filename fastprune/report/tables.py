@@ -84,7 +84,7 @@ def print_recipes(recipes: Mapping[str, Mapping[str, Any]]) -> None:
         paper = recipe.get("paper", {})
         tops = [paper.get(key) for key in ("baseline_top1", "pruned_top1")]
         shown = " → ".join("–" if top is None else f"{top:.2f}" for top in tops)
-        table.add_row(name, as_text(recipe.get("budget", "")), shown)
+        table.add_row(name, as_text(recipe.get("budget", "none")), shown)
     show(table)
 
 
@@ -154,7 +154,9 @@ def print_demo(result: Mapping[str, Any]) -> None:
 
 COLUMNS: dict[str, tuple[str, Any]] = {
     "accuracy": ("accuracy", percent),
+    "top5": ("top-5", percent),
     "held_out_accuracy": ("held-out accuracy", percent),
+    "held_out_top5": ("held-out top-5", percent),
     "loss": ("loss", lambda value: f"{value:.4g}"),
     "held_out_loss": ("held-out loss", lambda value: f"{value:.4g}"),
     "macs": ("MACs", millions),

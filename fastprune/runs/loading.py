@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,6 +14,7 @@ from fastprune.engine import RunDirectory, RunError, choose_device
 from fastprune.graph.model_state import state_of
 from fastprune.graph.plan import PruningPlan
 from fastprune.models import load_weights, read_weights
+from fastprune.models.heads import find_head, load_body
 from fastprune.runs.record import NetworkRecord
 from fastprune.surgery import apply
 from fastprune.surgery.slicing import copy_model
@@ -21,7 +23,12 @@ Which = Literal["pruned", "baseline"]
 
 
 def load(
-    run: str | Path, which: Which = "pruned", model: nn.Module | None = None, device: str | None = None
+    run: str | Path,
+    which: Which = "pruned",
+    model: nn.Module | None = None,
+    device: str | None = None,
+    *,
+    num_classes: int | None = None,
 ) -> nn.Module:
     """Return a network of a run with its weights.
 
@@ -31,13 +38,15 @@ def load(
             plan begins with. A training has one network, which both return.
         model: the full network, with any weights, for runs whose network cannot be built by name; it is not changed.
         device: "cpu", "cuda", "cuda:N" or "auto"; None = where ``model`` is, or the CPU.
+        num_classes: size of a new classifier, with random weights, in place of the run's own, for a training on other
+            data (transfer); None = the network as it is.
 
     Returns:
         The network in eval mode.
 
     Raises:
         RunError: if ``run`` is no finished run, if its network needs ``model``, or if it keeps no baseline.
-        ValueError: for weights that do not fit the network.
+        ValueError: for weights that do not fit the network, or a new classifier for "baseline" or ``model``.
 
     Example:
         >>> import tempfile, torch, fastprune as fp
@@ -52,6 +61,14 @@ def load(
     if which not in get_args(Which):
         raise ValueError(f"which: got {which!r}; give 'pruned' or 'baseline'")
     directory = RunDirectory.open(run)
+    if num_classes is not None:
+        if which != "pruned" or model is not None:
+            raise ValueError(
+                f"num_classes {num_classes}: only the pruned network of a run that says what builds it gets a new "
+                "classifier here; replace the last layer of another network yourself"
+            )
+        network = load_pruned(directory, classes=num_classes, new_head=True)
+        return network if device is None else network.to(choose_device(device))
     network = load_pruned(directory, model) if which == "pruned" else load_baseline(directory, model)
     return network if device is None else network.to(choose_device(device))
 
@@ -63,6 +80,7 @@ def load_pruned(
     data: Data | None = None,
     trained: bool = True,
     classes: int | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """Return the compact network of a pruning, or the network of a training.
 
@@ -71,7 +89,8 @@ def load_pruned(
         model: as for ``load``.
         data: the data set, for runs of earlier versions.
         trained: whether to load the weights; False = leave those that building gave.
-        classes: number of classes in place of the run's own; the weights then do not fit.
+        classes: number of classes in place of the run's own; the classifier's weights then do not fit.
+        new_head: whether the classifier keeps the values that building gave.
     """
     record = NetworkRecord.read(run, data)
     plan = PruningPlan.load(run.plan_path) if run.plan_path.is_file() else None
@@ -82,9 +101,23 @@ def load_pruned(
         match_precision(network, run.model_path)
     if plan is not None:
         network = apply(plan, network, check=False)  # verified when the run was made
-    if trained:
+    if trained and new_head and classes:
+        load_body(network, run.model_path, partial(find_head_of, record, classes))
+    elif trained:
         load_weights(network, run.model_path)
     return network.eval()
+
+
+def find_head_of(record: NetworkRecord, classes: int) -> frozenset[str]:
+    """Return the names of the classifier's tensors in a network that a record builds; pruning keeps names.
+
+    Raises:
+        RunError: if nothing says what builds it.
+        ValueError: if it has no classifier.
+    """
+    if record.source is None:
+        raise RunError(f"the network, a {record.class_name}, cannot be built by a name, so its classifier is not known")
+    return find_head(record.name, record.source.build, classes)
 
 
 def load_baseline(run: RunDirectory, model: nn.Module | None = None, *, data: Data | None = None) -> nn.Module:

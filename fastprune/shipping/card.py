@@ -43,25 +43,31 @@ def loading_text(repository: str, given: str, subject: Subject) -> str:
 
 
 def table(subject: Subject) -> str:
-    """Return MACs, parameters and, where they were measured, accuracies before and after."""
+    """Return MACs, parameters and, where they were measured, top-1 and top-5 accuracies before and after."""
     plan = subject.plan
     assert plan is not None
-    accuracies = {
-        title: 100 * subject.results[name]["accuracy"]
-        for name, title in ROWS.items()
-        if isinstance(subject.results.get(name, {}).get("accuracy"), (int, float))
-    }
-    heads = ["network", "MACs", "parameters", *(["top-1 accuracy"] if accuracies else [])]
+    columns = {"top-1 accuracy": accuracies(subject, "accuracy"), "top-5 accuracy": accuracies(subject, "top5")}
+    columns = {head: column for head, column in columns.items() if column}
+    heads = ["network", "MACs", "parameters", *columns]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for title in ROWS.values():
-        if title == ROWS["fine-tuned"] and title not in accuracies:
+        if title == ROWS["fine-tuned"] and not any(title in column for column in columns.values()):
             continue
         nth = 0 if title == ROWS["baseline"] else 1
         cells = [change(plan.macs, nth), change(plan.params, nth)]
-        if accuracies:
-            cells.append(f"{accuracies[title]:.2f} %" if title in accuracies else "not measured")
+        for column in columns.values():
+            cells.append(f"{column[title]:.2f} %" if title in column else "not measured")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def accuracies(subject: Subject, measure: str) -> dict[str, float]:
+    """Return the networks' accuracies in per cent, by the titles of their rows, as far as they were measured."""
+    return {
+        title: 100 * subject.results[name][measure]
+        for name, title in ROWS.items()
+        if isinstance(subject.results.get(name, {}).get(measure), (int, float))
+    }
 
 
 def change(sizes: tuple[int, int], nth: int) -> str:

@@ -20,6 +20,9 @@ Forward = Callable[[Network, Any], tuple[Any, Any]]
 
 AUXILIARY_WEIGHT = 0.3  # of the losses of auxiliary heads (Szegedy et al., CVPR 2015, §5)
 
+TOP5_CLASSES = 10
+"""Fewest classes of which a top-5 accuracy is measured: of fewer, a guess among five is right more often than not."""
+
 IGNORED = -100  # the label of pixels that torch's cross-entropy leaves out
 
 WAY_OUT = (
@@ -100,9 +103,15 @@ class Objective:
     def measure(
         self, output: Any, target: Any, *, label_smoothing: float = 0.0, soft: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, as ``compute`` does, and the accuracy if there is one, as metrics."""
+        """Return the loss, as ``compute`` does, and the accuracies that there are, as metrics: accuracy, top5."""
         loss = self.compute(output, target, label_smoothing=label_smoothing, soft=soft)
-        return loss, {"accuracy": self.accuracy(output, target)} if self.classifies else {}
+        if not self.classifies:
+            return loss, {}
+        metrics = {"accuracy": self.accuracy(output, target)}
+        if has_top5(output):
+            labels = target.argmax(1) if target.is_floating_point() else target
+            metrics["top5"] = count_top5(main_scores(output), labels) / len(labels)
+        return loss, metrics
 
     def accuracy(self, output: Any, target: Tensor) -> Tensor:
         """Return the part of samples, or pixels, whose class has the highest score."""
@@ -196,6 +205,22 @@ def main_scores(output: Any) -> Tensor:
             "dict also give forward=, for example forward=lambda model, batch: (model(batch[0])['out'], batch[1])"
         )
     return scores
+
+
+def has_top5(output: Any) -> bool:
+    """Return whether an output is the scores of ``TOP5_CLASSES`` or more classes, one row for each sample."""
+    scores = main_scores(output)
+    return scores.dim() == 2 and scores.shape[1] >= TOP5_CLASSES
+
+
+def count_top5(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the number of samples whose class is among the five highest scores: a scalar.
+
+    Args:
+        scores: [N, K], K at least 5.
+        labels: [N], int64.
+    """
+    return (scores.topk(5, dim=1).indices == labels[:, None]).any(1).sum()
 
 
 def class_labels(output: Any, target: Any, *, soft: bool = False) -> Tensor:

@@ -15,13 +15,16 @@ import yaml
 from fastprune import models, trace
 from fastprune.cli.main import main
 from fastprune.cli.networks import build_model, check_recipe
-from fastprune.cli.recipes import read_recipe
+from fastprune.cli.recipes import read_recipe, read_training
 from fastprune.cli.settings import FinetuneConfig, ModelSettings, pick
 from fastprune.cli.shelf import find_recipe
 from fastprune.engine import RunDirectory
 from fastprune.graph.interior import gated_units
 from fastprune.methods.gates.gated import GatePlacement
 from fastprune.planning.budget import Budget
+from fastprune.planning.fitting import fit
+from fastprune.planning.limits import Limits
+from fastprune.training.options import TrainConfig
 
 FOLDER = Path(str(files("fastprune") / "recipes"))  # of the installed package
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -57,43 +60,192 @@ EVERYWHERE = {f"gcp-{name}-imagenet" for name in ("resnet18", "resnet50d", "resn
 }
 """These prune all channels: their budgets are fractions of the whole network, and there is no p."""
 
+GCP = {
+    *(f"gcp-resnet18-imagenet{kind}" for kind in ("-latency", "-params")),
+    *(f"gcp-resnet50d-imagenet-latency{level}" for level in ("", "-high", "-higher", "-highest")),
+    *(f"gcp-resnet101d-imagenet-latency{level}" for level in ("", "-low")),
+    *("gcp-resnet50-imagenet", "gcp-resnet50-imagenet-params"),
+}
+"""Other objectives of GCP, and tables without numbers."""
+
+OTHERS = {
+    *(f"uniform-mobilenet{name}" for name in ("v2-cifar10", "v2-imagenet", "v2-imagenet-220m", "v2-imagenet-43m")),
+    *(f"uniform-mobilenet{name}-imagenet" for name in ("v1", "v3small")),
+    *("uniform-mobilenetv1-imagenet-41m", "uniform-resnet50-imagenet", "uniform-resnet50-imagenet-1g"),
+    *("l1-resnet56-cifar10", "l1-resnet34-imagenet"),
+    *("soft-resnet56-cifar10", "soft-resnet34-imagenet", "soft-resnet50-imagenet"),
+    *("hrank-resnet56-cifar10", "hrank-resnet56-cifar10-low", "hrank-resnet50-imagenet"),
+    *(f"{method}-resnet{depth}-imagenet" for method in ("fpgm", "taylor") for depth in (34, 50, 101)),
+    *(f"autoslim-{name}-imagenet" for name in ("mobilenetv1", "mobilenetv2", "resnet50")),
+    "autoslim-resnet50-imagenet-1g",
+}
+"""Other methods in the papers' tables."""
+
+NO_P = EVERYWHERE | GCP | OTHERS
+TRAININGS = [name for name in RECIPES if name.startswith("train-")]
+PRUNINGS = [name for name in RECIPES if name not in TRAININGS]
+
 
 def path_of(name: str) -> str:
     return str(FOLDER / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PRUNINGS)
 def test_a_recipe_is_complete_and_right(name: str) -> None:
     recipe = read_recipe(path_of(name))
     method, architecture, dataset, *_ = name.split("-")
     assert recipe.method == method
     assert re.sub(r"_100$|[\W_]|torchvision|timm|cifar", "", recipe.settings["model"]) == architecture
     assert recipe.settings.get("image_size", 32) == (224 if dataset == "imagenet" else 32)
-    # The budget is the fraction of the whole network that the paper's row leaves.
-    reduction = recipe.sections["paper"]["flops_reduction"]
-    assert Budget.parse(recipe.settings["budget"]).value == pytest.approx(1 - reduction / 100)
-    check_recipe(pick(FinetuneConfig, recipe.sections["finetune"]), torch.device("cpu"))
+    # The budget is the fraction of the whole network that the paper's row leaves, or of the time.
+    budget = Budget.parse(recipe.settings["budget"])
+    paper = recipe.sections["paper"]
+    reduction = paper.get("flops_reduction")
+    if "speed_up" in paper and budget.metric == "ms":
+        assert budget.value == pytest.approx(1 / paper["speed_up"], abs=6e-4)
+    elif budget.metric != "params":
+        assert budget.value == pytest.approx(1 - reduction / 100)
+    assert ("finetune" in recipe.sections) == (method != "soft")
+    check_recipe(pick(FinetuneConfig, recipe.sections.get("finetune", {})), torch.device("cpu"))
     # Every recipe is listed, with the p in its own comment.
     comment = re.search(r"gates p = ([\d.]+)$", Path(path_of(name)).read_text(encoding="utf-8"), re.MULTILINE)
     (line,) = (
         row for row in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines() if f"`{name}.yaml`" in row
     )
     row = [cell.strip() for cell in line.strip("|").split("|")]
-    paper = recipe.sections["paper"]
     assert row[-2] == f"`{recipe.settings['budget']}`"
-    if name in EVERYWHERE:
+    if name in NO_P:
         assert (row[-1], comment) == ("–", None)
     else:
         assert comment is not None
         assert (float(row[-1]), float(comment[1])) == (P[name], P[name])
-    assert row[-3] == f"{reduction:g} %"
+    assert row[-3] == ("–" if reduction is None else f"{reduction:g} %")
     baseline = f"{paper['baseline_top1']:.2f}" if "baseline_top1" in paper else "–"
     pruned = f"{paper['pruned_top1']:.2f}" if "pruned_top1" in paper else "–"
     assert row[3] == f"{baseline} → {pruned}"
 
 
 def test_all_rows_are_there() -> None:
-    assert sorted(P.keys() | EVERYWHERE) == RECIPES
+    assert sorted(P.keys() | NO_P) == PRUNINGS
+    assert len(TRAININGS) == 10
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_recipe_of_a_training(name: str) -> None:
+    settings = read_training(path_of(name))
+    _, architecture, dataset, *_ = name.split("-")
+    assert re.sub(r"[\W_]|torchvision|timm|cifar", "", settings["model"]) == architecture
+    assert settings.get("image_size", 32) == (224 if dataset == "imagenet" else 32)
+    check_recipe(pick(TrainConfig, settings), torch.device("cpu"))
+    (line,) = (
+        row for row in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines() if f"`{name}.yaml`" in row
+    )
+    row = [cell.strip() for cell in line.strip("|").split("|")]
+    paper = yaml.safe_load(Path(path_of(name)).read_text(encoding="utf-8"))["paper"]
+    assert row[3] == f"{paper['baseline_top1']:.2f}"
+    assert row[4] == (f"{paper['baseline_top5']:.2f}" if "baseline_top5" in paper else "–")
+
+
+def test_a_training_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"train --recipe train-resnet56-cifar10 {SMALL} --epochs 1 --batch_size=64 --out {tmp_path}/run"
+    assert main(shlex.split(line)) == 0
+    config = RunDirectory.open(tmp_path / "run").config
+    assert (config["model"], config["held_out"], config["epochs"], config["batch_size"]) == ("resnet20", 0.25, 1, 64)
+    assert (config["lr"], config["milestones"], config["evaluate_every"]) == (0.1, [0.5, 0.75], 0)
+    assert Path(config["recipe"]) == FOLDER / "train-resnet56-cifar10.yaml"
+    assert main(shlex.split(f"train --resume --out {tmp_path}/run")) == 0
+    capsys.readouterr()
+    assert main(shlex.split(f"train --recipe dmc-resnet56-cifar10 {SMALL}")) == 2
+    assert "this recipe prunes; give it to 'fastprune prune'" in capsys.readouterr().err
+    assert main(shlex.split("prune --recipe train-resnet56-cifar10 --data digits")) == 2
+    assert "give it to 'fastprune train'" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text("model: resnet20\ntrain: {epohcs: 3}\n")
+    assert main(shlex.split(f"train --recipe {tmp_path}/recipe.yaml {SMALL}")) == 2
+    assert "train has no option 'epohcs' (did you mean 'epochs'?)" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text("model: resnet20\n")
+    assert main(shlex.split(f"train --recipe {tmp_path}/recipe.yaml {SMALL}")) == 2
+    assert "'train' is missing; a recipe has model, train" in capsys.readouterr().err
+    assert main(["recipes", "show", "train-resnet56-cifar10"]) == 0
+    assert "# next: fastprune train --recipe train-resnet56-cifar10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["uniform-mobilenetv2-cifar10", "l1-resnet56-cifar10"])
+def test_other_methods_reach_their_budgets(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split(f"prune --recipe {name} --device cpu --out {tmp_path}/run --json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    part = Budget.parse(read_recipe(path_of(name)).settings["budget"]).value
+    assert part - 0.01 < found["compact"]["macs"] / found["baseline"]["macs"] <= part
+
+
+# Widths and MACs of GCP's pruned networks (dmlc/gluon-cv 5677756, pruned_resnet/*.json), in the order of our layers.
+RELEASED = {
+    "gcp-resnet18-imagenet": (
+        886_544_896,
+        [8, 8, 8, 8, 8, 120, 56, 56, 128, 56, 256, 208, 208, 256, 208, 512, 512, 512, 512, 512],
+    ),
+    "gcp-resnet50d-imagenet-highest": (
+        193_510_016,
+        [
+            *(
+                8,
+                8,
+                8,
+                8,
+                8,
+                8,
+                8,
+                8,
+                8,
+                8,
+                8,
+                8,
+                8,
+                8,
+                24,
+                16,
+                16,
+                8,
+                8,
+                16,
+                8,
+                8,
+                16,
+                8,
+                8,
+                16,
+                8,
+                16,
+                80,
+                80,
+                24,
+                48,
+            ),
+            *(80, 56, 208, 80, 120, 88, 80, 88, 64, 80, 40, 200, 80, 80, 192, 784, 784, 264, 48, 784, 152, 400, 784),
+        ],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_widths_of_gcp(name: str) -> None:
+    """The groups are GCP's own: its widths can be planned, and cost what its networks cost."""
+    pytest.importorskip("timm")
+    macs, widths = RELEASED[name]
+    settings = read_recipe(path_of(name)).settings
+    graph = trace(build_model(ModelSettings(settings["model"]), None).eval(), torch.zeros(1, 3, 224, 224))
+    layers = [layer for layer in graph.layers if len(layer.out_units) and bool((layer.out_units >= 0).all())]
+    mask = torch.zeros(graph.num_units, dtype=torch.bool)
+    for layer, width in zip(layers, widths, strict=True):
+        mask[layer.out_units[:width]] = True
+    assert [int(mask[layer.out_units].sum()) for layer in layers] == widths
+    assert float(graph.cost(mask).macs) == macs
+    full = float(graph.cost().macs)
+    limits = Limits(round_to=settings["round_to"], min_keep=settings["min_keep"])
+    scores = torch.rand(graph.num_units, generator=torch.Generator().manual_seed(0))
+    ours = fit(graph, Budget.parse(settings["budget"]), scores, limits=limits)
+    assert all(int(ours[layer.out_units].sum()) % 8 == 0 for layer in layers)
+    assert float(graph.cost(ours).macs) / full == pytest.approx(macs / full, abs=0.002)
 
 
 QUICK = {"resnet56"}
@@ -176,7 +328,7 @@ BAD = [
     ("{a: [", "this is not YAML"),
     ("dmc: {epochs: 3}", "'model' is missing; a recipe has model, method, budget"),
     (f"{WHOLE}, bugdet: 3}}", "there is no setting 'bugdet': did you mean 'budget'?"),
-    (f"{WHOLE}, 7: 3}}", "there is no setting 7: there are budget, "),
+    (f"{WHOLE}, 7: 3}}", "there is no setting 7: there are balanced, budget, "),
     (f"{WHOLE}, ddnp: {{epochs: 3}}}}", "there is no setting 'ddnp': "),
     (f"{WHOLE}, data: digits}}", "'data' is no part of a recipe; give it on the command line"),
     (f"{WHOLE}, seed: x}}", "seed 'x': type int is needed"),

@@ -248,7 +248,7 @@ def test_weights_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="did you mean 'IMAGENET1K_V1'"):
         models.create("torchvision:resnet18", weights="IMAGENET1K_V3")
     with pytest.raises(ValueError, match="for 1000 classes, not 10"):
-        models.create("torchvision:resnet18", 10, weights="DEFAULT")
+        models.create("torchvision:resnet18", 10, weights="DEFAULT", new_head=False)
     with pytest.raises(ValueError, match="'resnet20' has no weights of that name"):
         models.create("resnet20", weights="DEFAULT")
 

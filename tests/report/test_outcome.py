@@ -29,7 +29,7 @@ def test_everything_measured(write_run: WriteRun) -> None:
     assert found.as_row() == {
         "run": "a", "method": "dmc", "budget": "flops=0.5", "macs_full": 1000, "macs": 400, "params_full": 100,
         "params": 50, "latency_ms_full": 3.0, "latency_ms": 1.5, "accuracy_full": 0.9, "accuracy_pruned": 0.6,
-        "accuracy_tuned": 0.897, "seconds": 75.0,
+        "accuracy_tuned": 0.897, "top5_full": None, "top5": None, "seconds": 75.0,
     }  # fmt: skip
     texts = found.as_texts()
     assert texts["latency"] == "1.50 ms (2.00× faster)"
@@ -42,7 +42,7 @@ def test_what_is_not_measured_is_not_told(write_run: WriteRun) -> None:
     assert headline([found]) == ["40 % of the MACs"]
     assert found.accuracy is found.gain is found.latency is None
     assert [name for name, text in found.as_texts().items() if text == "–"] == [
-        "latency", "accuracy before", "pruned", "fine-tuned", "time",
+        "latency", "accuracy before", "pruned", "fine-tuned", "top-5", "time",
     ]  # fmt: skip
 
 
@@ -77,3 +77,10 @@ def test_steps_are_read_in_their_order(write_run: WriteRun, tmp_path: Path) -> N
     write_run("steps/step-x", [])
     runs = read_runs([str(tmp_path / "steps")])
     assert [run.name for run in runs] == ["step-1", "step-2", "step-10"]
+
+
+def test_top5(write_run: WriteRun) -> None:
+    pruned = {**PRUNED, "baseline": {"accuracy": 0.9, "top5": 0.99}, "compact": {"accuracy": 0.6, "top5": 0.8}}
+    tuned = outcome(write_run, pruned, {**TUNED, "compact": {"accuracy": 0.897, "top5": 0.985}})
+    assert (tuned.as_row()["top5_full"], tuned.as_row()["top5"]) == (0.99, 0.985)
+    assert tuned.as_texts()["top-5"] == "99.0 % → 98.5 %"

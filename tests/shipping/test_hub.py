@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 import fastprune as fp
 from fastprune import models
 from fastprune.cli.main import main
-from fastprune.shipping.subject import ExportError
+from fastprune.shipping.card import table
+from fastprune.shipping.subject import ExportError, read_subject
 
 hub = pytest.importorskip("huggingface_hub")
 
@@ -72,6 +74,13 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
         ("| pruned", part, f"{cut:.2f} % |"),
         ("| pruned and fine-tuned", part, f"{tuned:.2f} % |"),
     ]
+
+
+def test_top5_on_the_card(run: Path) -> None:
+    found = {"baseline": {"accuracy": 0.9, "top5": 0.995}, "compact": {"accuracy": 0.5}}
+    lines = table(replace(read_subject(run), results=found)).splitlines()
+    assert lines[0].endswith("| top-1 accuracy | top-5 accuracy |")
+    assert [line.split(" | ")[3:] for line in lines[2:]] == [["90.00 %", "99.50 % |"], ["50.00 %", "not measured |"]]
 
 
 def test_the_command_of_the_card_makes_the_network_again(run: Path, images: Tensor, tmp_path: Path) -> None:
