@@ -72,8 +72,8 @@ class Experiment:
         self.model = create(arguments.model, num_classes=self.data.num_classes, in_channels=self.data.shape[0]).eval()
         if arguments.weights:
             load_weights(self.model, arguments.weights)
-        ours = {"data", "json", "weights", "share", "device"}
-        settings = {name: value for name, value in vars(arguments).items() if name not in ours}
+        left_out = {"data", "json", "weights", "share", "device"}
+        settings = {name: value for name, value in vars(arguments).items() if name not in left_out}
         settings |= {"data": describe(self.data, arguments.data), "weights": bool(arguments.weights)}
         self.document = self.begin(json.loads(json.dumps(settings)))
 
@@ -92,7 +92,7 @@ class Experiment:
                 for mask in draw(method, task, settings["networks"], settings["seed"]):
                     kept = [int(mask[group.units].sum()) for group in task.graph.groups]
                     ratio = float(task.budget.cost(task.graph, mask)) / full
-                    networks.append({"budget": budget, "kept": kept, "ratio": ratio, "proxies": {}, "scratch": {}})
+                    networks.append({"budget": budget, "kept": kept, "ratio": ratio, "proxies": {}, "accuracies": {}})
             where = machine(self.placement.device)
             threads = torch.get_num_threads()
             begun = {"machine": where, "threads": threads, "torch": torch.__version__, "settings": settings}
@@ -171,14 +171,14 @@ class Experiment:
     def train(self, number: int, seed: int, task: Task) -> None:
         """Train one network from random weights with one seed."""
         row = self.document["networks"][number]
-        if str(seed) in row["scratch"]:
+        if str(seed) in row["accuracies"]:
             return
         torch.manual_seed(seed)
         fresh = create(self.arguments.model, num_classes=self.data.num_classes, in_channels=self.data.shape[0])
         compact = apply(task.graph.plan(self.mask(task, row["kept"])), fresh, check=False)
         train(compact, self.data, self.training, seed=seed, device=self.placement.device)
         accuracy = evaluate(compact, self.data, placement=self.placement)["accuracy"]
-        self.add(lambda document: document["networks"][number]["scratch"].update({str(seed): accuracy}))
+        self.add(lambda document: document["networks"][number]["accuracies"].update({str(seed): accuracy}))
         print(f"{row['budget']} network {number} seed {seed} accuracy {accuracy:.4f}", flush=True)
 
 
@@ -205,17 +205,17 @@ def correlate(networks: Sequence[dict[str, Any]]) -> dict[str, float]:
 
     Networks count that were trained with as many seeds as any; "cost" is the proxy of somebody who only knows the cost.
     """
-    most = max((len(row["scratch"]) for row in networks), default=0)
-    rows = [row for row in networks if row["scratch"] and len(row["scratch"]) == most]
+    most = max((len(row["accuracies"]) for row in networks), default=0)
+    rows = [row for row in networks if row["accuracies"] and len(row["accuracies"]) == most]
     if len(rows) < 3:
         return {}
-    truth = [statistics.mean(row["scratch"].values()) for row in rows]
+    truth = [statistics.mean(row["accuracies"].values()) for row in rows]
     scores = {name: [-sum(row["proxies"][name]) for row in rows] for name in rows[0]["proxies"]}
     scores["cost"] = [row["ratio"] for row in rows]
     found = {name: rho(values, truth) for name, values in scores.items()}
     pairs = list(combinations(sorted(rows[0]["scratch"]), 2))
     if pairs:
-        found["seeds"] = statistics.mean(rho(*([row["scratch"][s] for row in rows] for s in pair)) for pair in pairs)
+        found["seeds"] = statistics.mean(rho(*([row["accuracies"][s] for row in rows] for s in pair)) for pair in pairs)
     return found
 
 

@@ -144,7 +144,7 @@ def draw(method: SP, task: Task, count: int, seed: int) -> list[Tensor]:
 
 @torch.no_grad()
 def distances(method: SP, masks: list[Tensor], images: Tensor) -> tuple[list[list[float]], list[float]]:
-    """Return the stages' distillation losses (eq. 7), whose sum is SP's proxy, and the variances of their features."""
+    """Return the stages' losses with trained adaptors, the paper's proxy, and the variances of their features."""
     features = method.net.features(images)
     pairs = range(len(method.stages))
     losses = [[float(method.net.distance(n, features[n], features[n + 1], mask)) for n in pairs] for mask in masks]

@@ -1,4 +1,4 @@
-"""The search step of DMC and of DDNP, as users run it, beside the same method in plain PyTorch.
+"""The search step of DMC and of DDNP, with ``variant=paper``, beside the same method in plain PyTorch.
 
 ``fastprune`` is the method itself: its ``setup`` on a task, then its phase's ``step`` on random batches, on CUDA under
 autocast to bfloat16, as in the engine. ``eager`` is :mod:`fastprune.bench.eager_search`. Both start from the same

@@ -50,7 +50,7 @@ def split_name(layer: str) -> tuple[str, str] | None:
 def block_widths(runs: Sequence[PruningRun]) -> list[list[Widths]]:
     """Return the widths of each network of the runs by place; without places that fewer than three blocks have.
 
-    Nor are there places at which every run keeps all channels. Of runs that differ in the seed only the first counts.
+    Places at which every run keeps all channels are left out. Of runs that differ in the seed only the first counts.
     """
     firsts = [family[0] for family in group_by_seed(runs)]
     labels = dict(zip(map(runs.index, firsts), name_runs(firsts), strict=True))

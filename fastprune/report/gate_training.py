@@ -1,4 +1,4 @@
-"""How gates train: accuracy beside R, the shape of R with the search on it, and the edge of soft masks.
+"""The training of gates: accuracy beside R, the shape of R with the search on it, and the edge of soft masks.
 
 After Fig. 2 and 5 (a–d) of DMC (Gao et al., CVPR 2020) and Fig. 2 of DDNP (Gao et al., ECCV 2022).
 """

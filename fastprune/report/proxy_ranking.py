@@ -1,4 +1,4 @@
-"""Whether a search's proxy ranks networks as their accuracies after training do. After Fig. 4 of SP (Zhang and Ou)."""
+"""The order that a search's proxy gives networks, beside their accuracies after training. After Fig. 4 of SP."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ LEAST = 3
 """Networks that make a panel."""
 
 PROXIES = {
-    "distillation_loss": "distillation loss",
+    "proxy_loss": "loss of the proxy",
+    "distillation_loss": "distillation loss",  # the same in runs of earlier versions, whose proxy was that
     "sub_network_accuracy": "accuracy with shared weights",
     "proxy_accuracy": "held-out accuracy before fine-tuning",
 }
 """{metric at the end of a search: its words}."""
 
+KINDS = ("proxy", "adaptor", "relative")
+"""Options of searches whose proxies have other units."""
+
 ACCURACIES = ("accuracies", "from_scratch")
-"""Names of a network's accuracies in a file, one or a list over seeds."""
+"""Names of a network's accuracies in a file."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,15 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 def rank_runs(runs: Sequence[PruningRun]) -> list[Ranking]:
     """Return the proxy of each method, and model, of which at least three runs were trained after their search."""
-    found: dict[tuple[str, str, str], Ranking] = {}  # networks of other models do not compare
+    found: dict[tuple[str, ...], Ranking] = {}  # networks of other models, and other losses, do not compare
     for run in runs:
         tuned = outcome_of(run).tuned
         for metric, words in PROXIES.items():
             proxy = number(run.last("plan"), "search", metric)
             if proxy is not None and tuned is not None:
-                key = (run.method, metric, str(run.config.get("model")))
-                own = found.setdefault(key, Ranking(run.method, words, [], []))
+                loss = [f"{name}={run.options[name]}" for name in KINDS if name in run.options]
+                key = (run.method, metric, str(run.config.get("model")), *loss)
+                own = found.setdefault(key, Ranking(", ".join([run.method, *loss]), words, [], []))
                 own.proxies.append(proxy)
                 own.accuracies.append([tuned])
     return [ranking for ranking in found.values() if len(ranking.proxies) >= LEAST]
@@ -84,8 +89,9 @@ def rank_runs(runs: Sequence[PruningRun]) -> list[Ranking]:
 def read_ranking(path: str | Path) -> list[Ranking]:
     """Read proxies and accuracies of networks from a JSON file.
 
-    The file has ``networks``, a list. A network has ``accuracies`` (or ``from_scratch``), a number or a list over
-    seeds, and ``proxies``, {name: value}; without ``proxies`` its other plain numbers are the proxies.
+    The file has ``networks``, a list. A network has ``accuracies`` (or ``from_scratch``): a number, a list over seeds,
+    or {seed: number}; networks that are not trained yet, with none, are left out. It has ``proxies``, {name: value},
+    where a list of values over stages counts as their sum; without ``proxies`` its other plain numbers are the proxies.
 
     Raises:
         ValueError: for a file that is no such JSON, or has fewer than three networks.
@@ -97,7 +103,10 @@ def read_ranking(path: str | Path) -> list[Ranking]:
     rows = document.get("networks") if isinstance(document, Mapping) else None
     if not isinstance(rows, list) or len(rows) < LEAST:
         raise ValueError(f"--ranking {path}: a list 'networks' of at least {LEAST} networks is needed")
-    read = [_read_row(row, f"--ranking {path}: network {place}") for place, row in enumerate(rows, start=1)]
+    all_rows = (_read_row(row, f"--ranking {path}: network {place}") for place, row in enumerate(rows, start=1))
+    read = [(proxies, own) for proxies, own in all_rows if own]
+    if len(read) < LEAST:
+        raise ValueError(f"--ranking {path}: only {len(read)} networks are trained; {LEAST} are needed")
     common = [name for name in read[0][0] if all(name in proxies for proxies, _ in read)]
     if not common:
         raise ValueError(f"--ranking {path}: the networks have no proxy in common")
@@ -108,14 +117,21 @@ def _read_row(row: Any, where: str) -> tuple[dict[str, float], list[float]]:
     values: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
     key = next((name for name in ACCURACIES if name in values), "")
     found = values.get(key)
-    given: list[Any] = found if isinstance(found, list) else [found]
-    if not given or not all(map(_is_number, given)):
+    given: list[Any] = (
+        list(found.values()) if isinstance(found, Mapping) else found if isinstance(found, list) else [found]
+    )
+    if not all(map(_is_number, given)):
         raise ValueError(f"{where}: 'accuracies' must be a number or a list of numbers; got {found!r}")
     named = values.get("proxies", {name: value for name, value in values.items() if name != key})
     if not isinstance(named, Mapping):
         raise ValueError(f"{where}: 'proxies' must be {{name: number}}; got {named!r}")
-    proxies = {str(name): float(value) for name, value in named.items() if _is_number(value)}
+    summed: dict[str, Any] = {str(n): sum(value) if _is_numbers(value) else value for n, value in named.items()}
+    proxies = {name: float(value) for name, value in summed.items() if _is_number(value)}
     return proxies, [float(value) for value in given]
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
 
 
 def _is_number(value: Any) -> bool:

@@ -416,7 +416,7 @@ def test_a_network_with_pinned_channels():
 
 
 def test_options_of_the_variants():
-    paper, annealed = prepare()[0].settled, prepare(variant="annealed")[0].settled
+    paper, annealed = prepare()[0].config, prepare(variant="annealed")[0].config
     assert (paper.regularisation, paper.annealing) == (4, 0)
     assert (annealed.regularisation, annealed.annealing) == (8, pytest.approx(1 / 3))
     with pytest.raises(ValueError, match="the paper has no annealing"):
@@ -429,10 +429,10 @@ def test_gates_become_deterministic_in_the_last_epochs():
         method.theta.uniform_(generator=torch.Generator().manual_seed(0))
     theta, seen = method.theta.detach(), []
     for epoch in range(6):
-        seen.append(method.remaining)
+        seen.append(method.inverse_kappa)
         method.step = epoch
         gates = method.sample(task.seed)
-        probability = theta if method.remaining == 1 else 0.5 + (theta - 0.5) / max(method.remaining, 1e-9)
+        probability = theta if method.inverse_kappa == 1 else 0.5 + (theta - 0.5) / max(method.inverse_kappa, 1e-9)
         assert torch.equal(gates, bernoulli_gate(probability.clamp(0, 1), seed=task.seed, step=epoch))
         (slope,) = torch.autograd.grad((gates * theta).sum(), method.theta)
         assert torch.equal(slope, theta)  # straight-through, whatever the probability
@@ -448,7 +448,7 @@ def test_a_restart_in_the_last_epochs_continues():
     method.end_epoch(task, 0)
     other, _ = prepare(**options)
     other.load_state_dict(method.state_dict())
-    assert other.remaining == method.remaining == 0.5
+    assert other.inverse_kappa == method.inverse_kappa == 0.5
 
 
 def test_the_accuracy_of_drawn_gates_is_measured_too():
@@ -465,7 +465,7 @@ def test_the_accuracy_of_drawn_gates_is_measured_too():
     with torch.no_grad():
         method.theta.fill_(0.75)
     metrics = method.end_epoch(task, 0)
-    gates = bernoulli_gate(method.theta.detach(), seed=task.seed, step=method.step)
+    gates = method.sample(task.seed).detach()
     expected = task.masked(batch()[0], method.placement.spread(gates))
     assert metrics["proxy_accuracy_of_drawn_gates"] == pytest.approx(float(expected.detach().abs().sum()), rel=1e-5)
     assert metrics["proxy_accuracy"] != metrics["proxy_accuracy_of_drawn_gates"]

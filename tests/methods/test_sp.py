@@ -143,6 +143,8 @@ def test_options_follow_the_variant() -> None:
     given = SP(configure(SP, options)).config
     assert (given.adaptor, given.proxy, given.schedule) == ("closed_form", "fisher", "cosine")
     assert SP(configure(SP, {"milestones": [30, 60]})).config.schedule == "milestones"
+    assert SP(configure(SP, {"milestones": [0.2, 0.4, 0.6, 0.8]})).config.schedule == "milestones"  # typed
+    assert SP().config.resolve() == SP().config
     everything = {f.name: getattr(SPConfig(), f.name) for f in dataclasses.fields(SPConfig)}  # as command lines do
     assert SP(configure(SP, {**everything, "variant": "paper"})).config == papers
     with pytest.raises(ValueError, match="relative: losses of the proxy 'fisher' have one unit already"):
@@ -161,7 +163,9 @@ def test_adaptors_start_as_the_identity_or_random() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("proxy", [pytest.param("channel", marks=pytest.mark.slow), "fisher", "network"])
+@pytest.mark.parametrize(
+    "proxy", ["network", *(pytest.param(proxy, marks=pytest.mark.slow) for proxy in ("channel", "fisher"))]
+)
 def test_every_proxy_searches_and_goes_on_where_it_was(proxy: str, workers: int) -> None:
     method, task = prepare(proxy=proxy, workers=workers)
     plan = run_search(method, task).plan(task)

@@ -164,7 +164,7 @@ def test_quotas_are_corrected_by_the_cost_of_the_network(interaction: float) -> 
 def test_below_their_cost_the_smallest_widths_are_the_result(total: float) -> None:
     search = finish(make_search(total)[0])
     assert search.best == [(2, 2, 2)] * 3
-    assert search.passes == [PassResult(search.metrics()["distillation_loss"], 0.0, [(0, 0, 0)] * 3)]
+    assert search.passes == [PassResult(search.metrics()["proxy_loss"], 0.0, [(0, 0, 0)] * 3)]
 
 
 def test_if_every_network_costs_too_much_the_cheapest_wins() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fastprune.methods.gates.ddnp import DDNP, DDNPConfig
+from fastprune.methods.gates.dp import DP
 from fastprune.report.gate_training import FORMULAS, cost_terms, distances_around, mask_edges, trainings
 from fastprune.report.log import PruningRun
 
@@ -17,6 +20,12 @@ WriteRun = Callable[..., Path]
 
 GATED = 0.8  # part of the cost next to gates, so that p = 1 − (1 − 0.6)/0.8 = 0.5 at a budget of 0.6
 PLAN = {"stage": "plan", "search": {"gated_part": GATED, "flops_of_plan": 0.6}}
+
+
+@pytest.mark.parametrize("variant", ["perturbed", "paper", "release"])
+def test_runs_without_options_say_which_cost_term_they_had(variant: str) -> None:
+    assert asdict(DDNP(DDNPConfig(variant=variant)).config)["resource"] in FORMULAS
+    assert asdict(DP().config)["resource"] in FORMULAS
 
 
 def search(**metrics: list[float]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ NETWORKS = [
 
 
 def searched(write_run: WriteRun, name: str, proxy: float, tuned: float | None, **settings: Any) -> PruningRun:
-    records: list[dict[str, Any]] = [{"stage": "plan", "search": {"distillation_loss": proxy}}]
+    records: list[dict[str, Any]] = [{"stage": "plan", "search": {"proxy_loss": proxy}}]
     if tuned is not None:
         records.append({"stage": "result", "method": "finetune", "compact": {"accuracy": tuned}})
     return PruningRun.read(write_run(name, records, **({"method": "sp", "sp": {}, "model": "a"} | settings)))
@@ -47,10 +47,33 @@ def test_runs_that_were_trained_after_their_search(write_run: WriteRun) -> None:
     runs = [searched(write_run, f"sp{n}", n / 10, 0.9 - n / 10) for n in range(3)]
     runs += [searched(write_run, "untuned", 0.5, None), searched(write_run, "other", 0.6, 0.5, model="b")]
     (found,) = rank_runs(runs)
-    assert (found.title, found.label) == ("sp", "distillation loss")
+    assert (found.title, found.label) == ("sp", "loss of the proxy")
     assert found.proxies == [0, 0.1, 0.2]
     assert found.accuracies == [[0.9], [0.8], [pytest.approx(0.7)]]
     assert rank_runs(runs[1:]) == []  # two of a model
+
+
+def test_other_losses_are_other_rankings(write_run: WriteRun) -> None:
+    runs = [
+        searched(write_run, f"{proxy}{n}", n, 0.9 - n / 10, sp={"proxy": proxy, "adaptor": "trained"})
+        for proxy in ("mse", "network")
+        for n in range(3)
+    ]
+    titles = [ranking.title for ranking in rank_runs(runs)]
+    assert titles == ["sp, proxy=mse, adaptor=trained", "sp, proxy=network, adaptor=trained"]
+
+
+def test_stages_and_seeds_of_a_file(tmp_path: Path) -> None:
+    """The rows of bench/proxies.py: losses of stages, accuracies by seed, networks that wait for their training."""
+    rows = [{"proxies": {"mse": [1, n], "network": [n]}, "accuracies": {"0": 0.9, "1": 0.8 - n / 10}} for n in range(3)]
+    path = tmp_path / "proxies.json"
+    path.write_text(json.dumps({"networks": [*rows, {"proxies": {"mse": [1, 9]}, "accuracies": {}}]}))
+    mse, network = read_ranking(path)
+    assert (mse.proxies, network.proxies) == ([1, 2, 3], [0, 1, 2])
+    assert mse.accuracies == [[0.9, pytest.approx(0.8 - n / 10)] for n in range(3)]
+    path.write_text(json.dumps({"networks": [*rows[:2], *({"proxies": {"mse": [1]}, "accuracies": {}},) * 2]}))
+    with pytest.raises(ValueError, match="only 2 networks are trained; 3 are needed"):
+        read_ranking(path)
 
 
 def test_a_file(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ the cross-entropy and of C, and g_k those of R and of C: k never sees the data, 
 
 With ``variant=paper`` that is all. Redundant channels then slide along the soft edge of the mask, the search converges
 to gates between 0 and 1, and rounding them loses what it found. ``variant=perturbed``, the default, ranks the channels
-of each step by s̄ + τ G, with G fresh logistic noise, and lets the learning rate fall to 0; plan and evaluation rank
-without noise. ``variant=release`` computes the terms of the authors' published code, see ``ddnp_release``.
+of each step by s̄ + τ G, with G fresh logistic noise, and R = |log(T/pT)| also raises a cost that has fallen below the
+budget; plan and evaluation rank without noise. ``variant=release`` computes the terms of the authors' published code,
+see ``ddnp_release``.
 """
 
 from __future__ import annotations
@@ -51,23 +52,21 @@ from fastprune.training.phases import Metrics, Phase
 
 @dataclass(frozen=True)
 class DDNPConfig:
-    """Options of DDNP; the defaults are the paper's for CIFAR-10 (§5.1)."""
+    """Options of DDNP; the defaults are the paper's for CIFAR-10 (§5.1), where the variant does not say otherwise."""
 
     variant: Literal["perturbed", "paper", "release"] = option(
         "perturbed",
-        "paper: as in the paper; perturbed: its losses, with noise in the scores and a learning rate that falls; "
-        "release: as in the authors' published code, with its losses, masks, ranking and optimiser",
+        "paper: as in the paper; perturbed: with noise in the scores and a cost term of two sides; release: as in the "
+        "authors' published code, with its losses, masks, ranking and optimiser",
     )
     epochs: int = option(200, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on; the paper takes 25000 on ImageNet", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
     learning_rate: float = option(1e-3, "learning rate of Adam for both generators", minimum=0.0)
-    schedule: Literal["auto", "constant", "cosine"] = option(
-        "auto", "learning rate over the epochs, cosine falls to 0; auto = that of the variant: cosine, paper: constant"
-    )
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate over the epochs; cosine falls to 0")
     noise: float | None = option(
         None,
-        "τ, scale of the logistic noise that each step adds to the raw scores; none = that of the variant: 1, paper: 0",
+        "τ, scale of the logistic noise that a step adds to raw scores; none = that of the variant: 0.3, paper: 0",
         minimum=0.0,
     )
     regularisation: float | None = option(
@@ -105,25 +104,29 @@ class DDNPConfig:
     augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
+    def resolve(self) -> DDNPConfig:
+        """Return these options with those of the variant where they are None or ``auto``."""
+        return settle(self, VARIANTS[self.variant])
 
-NAMES = ("schedule", "noise", "regularisation", "coupling", "resource")
+
+NAMES = ("noise", "regularisation", "coupling", "resource")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "perturbed": dict(zip(NAMES, ("cosine", 1.0, 2.0, 2.0, "two_sided"), strict=True)),
-    "paper": dict(zip(NAMES, ("constant", 0.0, 2.0, 2.0, "one_sided"), strict=True)),
-    "release": dict(zip(NAMES[2:], (4.0, 1.0, "two_sided"), strict=True)),
+    "perturbed": dict(zip(NAMES, (0.3, 2.0, 2.0, "two_sided"), strict=True)),
+    "paper": dict(zip(NAMES, (0.0, 2.0, 2.0, "one_sided"), strict=True)),
+    "release": dict(zip(NAMES[1:], (4.0, 1.0, "two_sided"), strict=True)),
 }
-"""Options that each variant sets where the user leaves them out; the release has its own noise and schedule."""
+"""Options that each variant sets where the user leaves them out; the release has its own noise."""
 
 
 def make_terms(config: Any, groups: GatedGroups, seed: int) -> Terms:
-    """Create the terms of the option ``variant``, from settled options.
+    """Create the terms of the option ``variant``, from resolved options.
 
     Raises:
         ValueError: for options that the variant's terms do not have.
     """
     if config.variant != "release":
-        if config.variant == "paper" and (config.noise, config.schedule) != (0, "constant"):
-            raise ValueError("ddnp: the paper has no noise and no schedule; set them with variant 'perturbed'")
+        if config.variant == "paper" and config.noise:
+            raise ValueError("ddnp: the paper has no noise; leave it out, or take variant 'perturbed'")
         if config.noise and config.output != "sigmoid":
             raise ValueError(
                 f"ddnp: output {config.output!r} takes no noise; set noise to 0, or output to 'sigmoid', or variant to "
@@ -167,7 +170,11 @@ class DDNP(GateSearch):
     paper = "Gao et al., Disentangled Differentiable Network Pruning, ECCV 2022"
     phase = "generators"
     Config: ClassVar[type[Any]] = DDNPConfig
-    config: DDNPConfig
+    config: Any  # as resolved
+
+    def __init__(self, config: DDNPConfig | None = None) -> None:
+        super().__init__(config)
+        self.config = self.config.resolve()
 
     def setup(self, task: Task) -> None:
         """Create the generators and the terms.
@@ -182,8 +189,7 @@ class DDNP(GateSearch):
         self.full_widths = sizes.double().to(task.device)
         self.gated = gated.to(task.device)  # indices of the gated groups among all
         self.groups = GatedGroups.build(sizes[gated].to(task.device))
-        self.settled: Any = settle(self.config, VARIANTS[self.config.variant])
-        self.terms = make_terms(self.settled, self.groups, task.seed)
+        self.terms = make_terms(self.config, self.groups, task.seed)
         divided = self.config.variant != "release"
         self.scores = ScoreGenerator(
             self.groups.sizes.tolist(), self.config.architecture, task.seed, divided=divided
@@ -211,7 +217,7 @@ class DDNP(GateSearch):
     def raw_scores(self) -> Tensor:
         """Return s̄ of all gated channels, [n]."""
         raw: Tensor = self.scores()
-        return raw + self.config.score_bias
+        return raw + float(self.config.score_bias)
 
     def keep(self) -> Tensor:
         """Return the widths k of all gated groups, [L]."""
@@ -223,7 +229,7 @@ class DDNP(GateSearch):
 
     def step_on(self, task: Task, inputs: Any, targets: Any) -> Metrics:
         """Take one step of Algorithm 1."""
-        config = self.settled
+        config = self.config
         with torch.autocast(task.device.type, enabled=False):  # bfloat16 would round different scores to equal ones
             raw, keep = self.raw_scores(), self.keep()
             mask, widths, coupling = self.terms.step(raw, keep)

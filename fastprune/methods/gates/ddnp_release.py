@@ -8,6 +8,8 @@ Source: Gao et al., ECCV 2022, and their release. The differences, with k the wi
   largest of its group). The energies are measured before the search.
 * The cost is that of widths halfway between Ck and the number of open hard gates, and reaches both generators.
 * k follows the hard gates: Σ log(|mean gate − k + u| + 1), u uniform in ±0.02.
+* The scores are not divided (``generators``), the cost term is |log(T/pT)| with λ = 4, and the term of the widths that
+  follow the gates has weight 1 (``ddnp.VARIANTS``).
 * AdamW has weight decay for the scores, and a cosine schedule for the widths' learning rate.
 
 The release keeps the sub-network with the best accuracy on the test set; this code keeps the last one.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprune.methods.gates.gated import fraction_left
 from fastprune.ops import gumbel_gate, topk_mask
 from fastprune.training.phases import Phase
 
@@ -99,7 +100,7 @@ class Terms(ABC):
 
 
 class MaskTerms(Terms):
-    """The terms of the paper, and of the same with noise in the scores.
+    """The paper's terms, with or without noise in the scores.
 
     Args:
         groups: the gated groups.
@@ -179,9 +180,7 @@ class MaskTerms(Terms):
 
     def edge_in(self, epoch: int) -> float:
         """Return the factor of the windows in an epoch, counted from 0; 0 in the last one if they close."""
-        if not self.closing:
-            return 1.0
-        return min(1.0, max(0, self.epochs - 1 - epoch) / (self.closing * self.epochs))
+        return fraction_left(epoch, self.epochs, self.closing)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the factor of the windows and the step."""
@@ -189,7 +188,7 @@ class MaskTerms(Terms):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.edge, self.steps = float(state["edge"]), int(state.get("step", 0))
+        self.edge, self.steps = float(state["edge"]), int(state["step"])
 
 
 def cosine_rate(learning_rate: float, epoch: int, epochs: int) -> float:

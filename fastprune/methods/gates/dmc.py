@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fastprune.graph.interior import GROUPS
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Task
-from fastprune.methods.gates.gated import GateSearch, freeze_weights
+from fastprune.methods.gates.gated import GateSearch, fraction_left, freeze_weights
 from fastprune.methods.gates.gates import deterministic_gate, straight_through
 from fastprune.methods.gates.regularisers import log_distance
 from fastprune.methods.scores.filters import unit_norms
@@ -74,6 +74,10 @@ class DMCConfig:
     augment: bool = option(False, "search on augmented images")
     evaluate_every: int = option(10, "epochs between two held-out accuracies of the current plan; 0 = never", minimum=0)
 
+    def resolve(self) -> DMCConfig:
+        """Return these options with those of the variant where they are None."""
+        return settle(self, VARIANTS[self.variant])
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "annealed": {"regularisation": 8.0, "annealing": 1 / 3},
@@ -92,7 +96,11 @@ class DMC(GateSearch):
     paper = "Gao et al., Discrete Model Compression with Resource Constraint for Deep Neural Networks, CVPR 2020"
     phase = "gates"
     Config: ClassVar[type[Any]] = DMCConfig
-    config: DMCConfig
+    config: Any  # as resolved
+
+    def __init__(self, config: DMCConfig | None = None) -> None:
+        super().__init__(config)
+        self.config = self.config.resolve()
 
     def setup(self, task: Task) -> None:
         """Create the gates, all open, and their optimiser.
@@ -101,10 +109,9 @@ class DMC(GateSearch):
             BudgetError: if the budget is out of reach with these gates; says what is in reach.
         """
         self.place_gates(task)
-        self.settled: Any = settle(self.config, VARIANTS[self.config.variant])
-        if self.config.variant == "paper" and self.settled.annealing:
+        if self.config.variant == "paper" and self.config.annealing:
             raise ValueError("dmc: the paper has no annealing; leave it out, or take variant 'annealed'")
-        self.remaining = self.randomness_in(0)
+        self.inverse_kappa = self.inverse_kappa_in(0)
         self.theta = nn.Parameter(torch.ones(len(self.placement.index), device=task.device))
         self.optimizer = torch.optim.Adam([self.theta], lr=self.config.learning_rate)
         self.step = 0
@@ -116,7 +123,7 @@ class DMC(GateSearch):
             data_loss = self.data_loss(task, inputs, targets, gates)
             cost = self.cost(task)
             regulariser = log_distance(self.placement.ratio(cost), self.placement.target)
-            loss = data_loss + self.settled.regularisation * regulariser.float()
+            loss = data_loss + self.config.regularisation * regulariser.float()
             (gradient,) = torch.autograd.grad(loss, [self.theta])
         # Gates and cost term are equal on all ranks; the images differ.
         self.theta.grad = task.distributed.mean_(gradient)
@@ -136,30 +143,31 @@ class DMC(GateSearch):
 
     def sample(self, seed: int) -> Tensor:
         """Draw the gates of the cross-entropy term, [n]."""
-        if self.config.sampling == "deterministic" or self.remaining == 0:
+        if self.config.sampling == "deterministic" or self.inverse_kappa == 0:
             return deterministic_gate(self.theta)
-        if self.remaining == 1:
+        if self.inverse_kappa == 1:
             return bernoulli_gate(self.theta, seed=seed, step=self.step)
         with torch.no_grad():
-            probability = 0.5 + (self.theta - 0.5) / self.remaining  # the kernel takes all below 0 for 0
+            probability = 0.5 + (self.theta - 0.5) / self.inverse_kappa  # the kernel takes all below 0 for 0
             drawn = bernoulli_gate(probability, seed=seed, step=self.step)
         return straight_through(self.theta, drawn > 0)
 
     def end_epoch(self, task: Task, epoch: int) -> Metrics:
         """Let the gates of the next epoch become less random; return the metrics to log."""
         metrics = super().end_epoch(task, epoch)
-        self.remaining = self.randomness_in(epoch + 1)
+        self.inverse_kappa = self.inverse_kappa_in(epoch + 1)
         return metrics
 
-    def randomness_in(self, epoch: int) -> float:
+    def inverse_kappa_in(self, epoch: int) -> float:
         """Return 1/κ in an epoch, counted from 0: 1 until annealing begins, 0 in the last epoch."""
-        annealed = self.settled.annealing * self.config.epochs
-        return 1.0 if not annealed else min(1.0, max(0, self.config.epochs - 1 - epoch) / annealed)
+        return fraction_left(epoch, self.config.epochs, self.config.annealing)
 
     def proxy_accuracy(self, task: Task) -> Metrics:
-        """Measure the held-out accuracy under the deterministic gates, and under drawn ones."""
+        """Measure the held-out accuracy under the deterministic gates, and under a draw of the next step's."""
+        if self.config.sampling == "deterministic":
+            return super().proxy_accuracy(task)
         with torch.no_grad():
-            gates = self.placement.spread(bernoulli_gate(self.theta, seed=task.seed, step=self.step))
+            gates = self.placement.spread(self.sample(task.seed))
             drawn = task.measure(GatedCall(self.masked, gates))
         return {**super().proxy_accuracy(task), f"proxy_{task.objective.measure_name}_of_drawn_gates": drawn}
 
@@ -192,7 +200,7 @@ class DMC(GateSearch):
         # Copies: later steps change the tensors that torch returns.
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         theta = self.theta.detach().clone()
-        return {"theta": theta, "optimizer": optimizer, "step": self.step, "remaining": self.remaining}
+        return {"theta": theta, "optimizer": optimizer, "step": self.step, "inverse_kappa": self.inverse_kappa}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
@@ -208,7 +216,7 @@ class DMC(GateSearch):
         with torch.no_grad():
             self.theta.copy_(state["theta"])
         self.optimizer.load_state_dict(dict(state["optimizer"]))
-        self.step, self.remaining = int(state["step"]), float(state.get("remaining", 1.0))
+        self.step, self.inverse_kappa = int(state["step"]), float(state["inverse_kappa"])
 
 
 def symmetric_decay_(theta: Tensor, amount: float) -> None:

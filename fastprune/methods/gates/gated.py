@@ -227,6 +227,20 @@ class GateSearch(Method):
         return dict(self._results)
 
 
+def fraction_left(epoch: int, epochs: int, last: float) -> float:
+    """Return what is left, in an epoch counted from 0, of something that vanishes over the last part of a search.
+
+    Args:
+        epoch: the epoch.
+        epochs: the number of epochs.
+        last: the part, as a fraction of the epochs; with 0 nothing vanishes.
+
+    Returns:
+        1 before the last part, then less in equal steps, and 0 in the last epoch.
+    """
+    return min(1.0, max(0, epochs - 1 - epoch) / (last * epochs)) if last else 1.0
+
+
 @contextmanager
 def freeze_weights(weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Compute no gradients of these weights within the context; restore the flags afterwards.

@@ -1,4 +1,4 @@
-"""What a search of SP measures: candidates of a super-net under one proxy, or under all of them side by side."""
+"""The measurements of a search of SP: candidates of a super-net under one proxy, or under all of them side by side."""
 
 from __future__ import annotations
 

@@ -104,10 +104,15 @@ class SPConfig(WeightSharingConfig):
             )
 
     def resolve(self) -> Self:
-        """Return these options with what ``auto`` stands for."""
-        if self.variant == "paper":
-            return settle(self, {"adaptor": "trained", "proxy": "channel", "schedule": "milestones"})
-        return settle(super().resolve(), {"adaptor": "closed_form", "proxy": "mse"})
+        """Return these options with what ``auto`` and no milestones stand for."""
+        return super(SPConfig, settle(self, VARIANTS[self.variant])).resolve()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours": {"adaptor": "closed_form", "proxy": "mse"},
+    "paper": {"adaptor": "trained", "proxy": "channel", "schedule": "milestones"},
+}
+"""What ``auto`` stands for in each variant."""
 
 
 class SP(WeightSharing):

@@ -192,8 +192,8 @@ class StageSearch:
             "measured_literally": float(managers * len(self.stages) * settings.population * settings.iterations),
         }
         if self.finished:
-            return counts | {"distillation_loss": self.best_pass.loss}
-        return counts | ({"distillation_loss": self.manager.best[1]} if self.manager.losses else {})
+            return counts | {"proxy_loss": self.best_pass.loss}
+        return counts | ({"proxy_loss": self.manager.best[1]} if self.manager.losses else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return limits, results, losses and running searches."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -43,17 +43,17 @@ class WeightSharingConfig(WeightOptions):
         choices=("auto", *SCHEDULES),
     )
     milestones: tuple[float, ...] = option(
-        MILESTONES, "epochs of the drops, or fractions of all epochs if below 1", minimum=0.0
+        (), "epochs of the drops, or fractions of all epochs if below 1; none = fifths, if there are drops", minimum=0.0
     )
     images: int = option(2048, "held-out images, in one batch, on which sub-networks are compared", minimum=2)
 
     def resolve(self) -> Self:
-        """Return these options with what ``auto`` stands for.
+        """Return these options with what ``auto`` and no milestones stand for.
 
         Not in ``__post_init__``: command lines give every option, the defaults of an instance for those not typed.
         """
-        drops = tuple(self.milestones) != MILESTONES
-        return settle(self, {"schedule": "milestones" if drops else "cosine"})
+        settled = settle(self, {"schedule": "milestones" if self.milestones else "cosine"})
+        return replace(settled, milestones=self.milestones or MILESTONES)
 
 
 class WeightSharing(Method):
