@@ -125,8 +125,9 @@ def _read_row(row: Any, where: str) -> tuple[dict[str, float], list[float]]:
     named = values.get("proxies", {name: value for name, value in values.items() if name != key})
     if not isinstance(named, Mapping):
         raise ValueError(f"{where}: 'proxies' must be {{name: number}}; got {named!r}")
-    summed: dict[str, Any] = {str(n): sum(value) if _is_numbers(value) else value for n, value in named.items()}
-    proxies = {name: float(value) for name, value in summed.items() if _is_number(value)}
+    if "proxies" in values:
+        named = {name: sum(value) if _is_numbers(value) else value for name, value in named.items()}
+    proxies = {str(name): float(value) for name, value in named.items() if _is_number(value)}
     return proxies, [float(value) for value in given]
 
 

@@ -302,7 +302,7 @@ def test_a_row_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "leave out --recipe" in capsys.readouterr().err
 
 
-UNSAID = {"sampling": "stochastic", "annealing": None}  # options that the recipe leaves at their defaults
+UNSAID = {"sampling": "stochastic", "annealing": 0.0}  # options that the recipe leaves at their defaults
 
 
 def test_lists_and_a_config_beside_it(tmp_path: Path) -> None:

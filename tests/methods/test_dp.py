@@ -72,7 +72,7 @@ def test_the_plan_keeps_the_open_gates_if_they_meet_the_budget():
     method, task = prepare(architecture="channel", base=0.5)
     graph = task.graph
     with torch.no_grad():
-        method.scores.scores.uniform_(-2, 1, generator=torch.Generator().manual_seed(1))
+        method.scores.parts.uniform_(-2, 1, generator=torch.Generator().manual_seed(1)).div_(method.scores.stride)
     mask = torch.ones(graph.num_units, dtype=torch.bool)
     mask[method.placement.index] = method.current_scores() + 0.5 >= 0
     ratio = float(task.budget.cost(graph, mask)) / float(task.budget.cost(graph))
@@ -87,7 +87,9 @@ def test_the_plan_keeps_the_open_gates_if_they_meet_the_budget():
 def test_the_plan_closes_the_lowest_scores_if_the_gates_cost_too_much():
     method, task = prepare("flops=0.6", architecture="channel")
     with torch.no_grad():
-        method.scores.scores.uniform_(-2, 1, generator=torch.Generator().manual_seed(1))  # all open with base 3
+        method.scores.parts.uniform_(-2, 1, generator=torch.Generator().manual_seed(1)).div_(
+            method.scores.stride
+        )  # all open with base 3
     plan = method.plan(task)
     kept = plan.mask.bool()[method.placement.index]
     scores = method.current_scores()

@@ -28,10 +28,10 @@ def prepare(budget: str = "flops=0.5", *, closed: float = 0.4, **options: Any) -
     method.setup(task)
     if method.config.architecture != "channel":
         return method, task
-    scores = method.scores.scores
+    scores = method.scores.parts
     with torch.no_grad():
         drawn = torch.rand(len(scores), generator=torch.Generator().manual_seed(2))
-        scores.copy_(torch.where(drawn < closed, -4.0, 0.0))
+        scores.copy_(torch.where(drawn < closed, -4.0, 0.0) / method.scores.stride)
     method.choose_channels()
     return method, task
 

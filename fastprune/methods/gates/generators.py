@@ -83,6 +83,7 @@ class ScoreGenerator(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if architecture == "channel":
+                self.stride = STRIDE * self.scale
                 self.parts = nn.Parameter(torch.randn(sum(sizes)) * (SPREAD / STRIDE))
                 return
             self.register_buffer("input", nn.init.orthogonal_(torch.empty(len(sizes), 1, INPUT)))
@@ -97,7 +98,7 @@ class ScoreGenerator(nn.Module):
     def forward(self) -> Tensor:
         """Return the raw scores of all gates, concatenated, float32 [n]."""
         if self.architecture == "channel":
-            return self.parts * (STRIDE * self.scale)
+            return self.parts * self.stride
         with torch.autocast(self.input.device.type, enabled=False):
             if not isinstance(self.between, nn.GRU):
                 features = self.between(self.input)
