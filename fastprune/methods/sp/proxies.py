@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastprune.methods.sp.stage_losses import PROXIES, Proxy, Query, StageData, make_stage_data
+from fastprune.methods.sp.stage_losses import PROXIES, Proxy, Query, StageData, lay_out, make_stage_data
 from fastprune.methods.sp.supernet import Part, SuperNet, WholeNetwork
 from fastprune.training.objective import Objective
 
@@ -70,7 +70,7 @@ def make_candidates(
     if proxy == "network":
         objective.require_classification("proxy 'network'")
         whole = WholeNetwork(net.graph, net.model, groups, images)
-        return Candidates([whole], [StageData(whole.slices.freeze(), images, targets, proxy)])
+        return Candidates([whole], [StageData(whole.slices.freeze(), lay_out(images), targets, proxy)])
     fitted = adaptor == "closed_form"
     parts = net.own_features if fitted else net.parts
     data = make_stage_data(
