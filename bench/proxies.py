@@ -213,7 +213,7 @@ def correlate(networks: Sequence[dict[str, Any]]) -> dict[str, float]:
     scores = {name: [-sum(row["proxies"][name]) for row in rows] for name in rows[0]["proxies"]}
     scores["cost"] = [row["ratio"] for row in rows]
     found = {name: rho(values, truth) for name, values in scores.items()}
-    pairs = list(combinations(sorted(rows[0]["scratch"]), 2))
+    pairs = list(combinations(sorted(rows[0]["accuracies"]), 2))
     if pairs:
         found["seeds"] = statistics.mean(rho(*([row["accuracies"][s] for row in rows] for s in pair)) for pair in pairs)
     return found

@@ -28,15 +28,15 @@ def test_numbers_are_kept_and_shared_among_processes(
     run(monkeypatch, path, "--share", "1/2")
     first = json.loads(path.read_text())
     assert list(first["supernets"]) == ["sp"]
-    assert [len(row["scratch"]) for row in first["networks"]] == [2, 0, 2, 0]
+    assert [len(row["accuracies"]) for row in first["networks"]] == [2, 0, 2, 0]
     for row in first["networks"]:
         goal = float(row["budget"].partition("=")[2])
         assert goal - 0.02 <= row["ratio"] <= goal
     run(monkeypatch, path, "--share", "2/2")
     second = json.loads(path.read_text())
     assert set(second["supernets"]) == {"sp", "autoslim"}
-    assert all(len(row["scratch"]) == 2 for row in second["networks"])
-    assert second["networks"][0]["scratch"] == first["networks"][0]["scratch"]
+    assert all(len(row["accuracies"]) == 2 for row in second["networks"])
+    assert second["networks"][0]["accuracies"] == first["networks"][0]["accuracies"]
     names = {"mse", "channel", "fisher", "network", "autoslim", "autoslim_error", "mse_relative"}
     assert all(names <= row["proxies"].keys() for row in second["networks"])
     capsys.readouterr()
@@ -53,7 +53,7 @@ def test_numbers_are_kept_and_shared_among_processes(
 
 def make_row(loss: float, *accuracies: float) -> dict[str, Any]:
     scratch = {str(seed): accuracy for seed, accuracy in enumerate(accuracies)}
-    return {"proxies": {"mse": [loss / 2, loss / 2]}, "ratio": 0.5, "scratch": scratch}
+    return {"proxies": {"mse": [loss / 2, loss / 2]}, "ratio": 0.5, "accuracies": scratch}
 
 
 def test_correlations() -> None:
