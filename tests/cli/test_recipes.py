@@ -169,7 +169,9 @@ def test_a_training_from_the_command_line(tmp_path: Path, capsys: pytest.Capture
     assert "# next: fastprune train --recipe train-resnet56-cifar10" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["uniform-mobilenetv2-cifar10", "l1-resnet56-cifar10"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("uniform-mobilenetv2-cifar10", marks=pytest.mark.slow), "l1-resnet56-cifar10"]
+)
 def test_other_methods_reach_their_budgets(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(shlex.split(f"prune --recipe {name} --device cpu --out {tmp_path}/run --json")) == 0
     found = json.loads(capsys.readouterr().out)
