@@ -72,8 +72,8 @@ def test_a_training_logs_it() -> None:
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = f"prune --model resnet20 --method l1 --compensate none --data synthetic:3x8x8:12:64 --device cpu --out {tmp_path}/run"
-    assert main(shlex.split(f"{line} --json")) == 0
+    line = "prune --model resnet20 --method l1 --compensate none --data synthetic:3x8x8:12:64 --device cpu"
+    assert main(shlex.split(f"{line} --out {tmp_path}/run --json")) == 0
     pruned = json.loads(capsys.readouterr().out)
     assert main(shlex.split(f"evaluate --run {tmp_path}/run --device cpu --json")) == 0
     found = json.loads(capsys.readouterr().out)
