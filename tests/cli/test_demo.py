@@ -34,6 +34,7 @@ def test_an_existing_directory_is_refused_before_any_training(tmp_path: Path, mo
         demo(DemoSettings(out=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_stages_of_a_short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BASELINE", dataclasses.replace(module.BASELINE, epochs=2))
     monkeypatch.setattr(module, "FINETUNE", dataclasses.replace(module.FINETUNE, epochs=1))

@@ -94,6 +94,7 @@ def work(folder: str) -> None:
     Distributed.leave()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run([*command, __file__, str(tmp_path)], capture_output=True, text=True, timeout=120)

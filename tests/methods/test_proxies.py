@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fastprune.testing import network, sample_data
 from fastprune.training.objective import Objective
 
 
+@cache
 def prepare() -> tuple[nn.Module, ChannelGraph, SuperNet, Tensor, Tensor]:
     model = network().double()
     images, labels = next(iter(sample_data().batches("train", 24)))

@@ -162,10 +162,9 @@ def test_adaptors_start_as_the_identity_or_random() -> None:
         assert (max(losses) < 1e-9) == (start == "identity"), losses
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "proxy", ["network", *(pytest.param(proxy, marks=pytest.mark.slow) for proxy in ("channel", "fisher"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("proxy", ["channel", "fisher", "network"])
 def test_every_proxy_searches_and_goes_on_where_it_was(proxy: str, workers: int) -> None:
     method, task = prepare(proxy=proxy, workers=workers)
     plan = run_search(method, task).plan(task)
