@@ -55,35 +55,7 @@ PY
 note() { # note RECIPE SEED RUN: measure the run's networks once more, from its files alone, and add a line
     local measured
     measured=$(fastprune evaluate --run "$3" --device "$device" --json) || return
-    python - "$results" "$@" "$measured" "$device" <<'PY'
-import json, sys
-from datetime import date
-from importlib.metadata import version
-
-import torch
-import yaml
-
-import fastprune as fp
-from fastprune.cli.shelf import find_recipe
-
-path, recipe, seed, run, measured, device = sys.argv[1:]
-config = yaml.safe_load(open(f"{run}/config.yaml", encoding="utf-8"))
-line = {
-    "recipe": recipe, "seed": int(seed), "data": config["data"], "epochs_of_finetuning": None,
-    "paper": yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))["paper"],
-    "measured": json.loads(measured), "date": date.today().isoformat(),
-    "fastprune": version("fastprune"), "torch": torch.__version__,
-    "machine": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-}  # fmt: skip
-if config["command"] == "prune":
-    line["outcome"] = fp.compare([run]).rows[0]
-    try:
-        line["epochs_of_finetuning"] = yaml.safe_load(open(f"{run}/finetune.yaml", encoding="utf-8"))["epochs"]
-    except FileNotFoundError:
-        pass  # the recipe has no fine-tuning
-with open(path, "a", encoding="utf-8") as file:
-    file.write(json.dumps(line) + "\n")
-PY
+    python bench/gpu_row.py "$results" "$@" "$measured" "$device"
 }
 
 train() { # train RECIPE SEED: train an unpruned network

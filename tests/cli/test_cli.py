@@ -472,7 +472,7 @@ def test_every_command_resumes_after_every_signal(
     recipe = "--epochs 3 --batch_size 16 --device cpu"
     common, _, _ = DMC.partition(" --dmc")
     ddnp = DMC.replace("dmc", "ddnp") + " --method ddnp --ddnp.epochs 4 --out {}"
-    sp = "--sp.batch_size 16 --sp.population 4 --sp.iterations 2 --sp.levels 3 --sp.images 12"
+    sp = "--sp.adaptor trained --sp.batch_size 16 --sp.population 4 --sp.iterations 2 --sp.levels 3 --sp.images 12"
     lines = {
         "prune ddnp": ddnp,
         "prune ddnp release": f"{ddnp} --ddnp.variant release",

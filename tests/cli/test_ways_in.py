@@ -108,7 +108,8 @@ def test_runs_get_the_next_free_directory(here: Path, capsys: pytest.CaptureFixt
 
 
 def test_options_with_hyphens_and_the_model_as_first_word(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("prune resnet20 --method=l1 --round-to=8 --l1.ranking global --data digits --image-size 16 --out a") == 0
+    options = "--method=l1 --compensate=none --round-to=8 --l1.ranking global --data digits --image-size 16"
+    assert run(f"prune resnet20 {options} --out a") == 0
     config = yaml.safe_load((here / "a" / "config.yaml").read_text())
     assert (config["model"], config["round_to"], config["image_size"]) == ("resnet20", 8, 16)
     assert run("inspect resnet20 --json") == 0
@@ -142,7 +143,7 @@ def test_a_function_is_asked_for_sizes_only_if_it_takes_them(here: Path) -> None
         source += [f"def {name}({arguments}):", "    " + body.format(classes, channels)]
     (here / "sized.py").write_text("\n".join(source))
     for name in ("fixed", "asked", "any"):
-        assert run(f"prune sized.py:{name} --data digits --method l1 --out {name}") == 0
+        assert run(f"prune sized.py:{name} --data digits --method l1 --compensate none --out {name}") == 0
         assert run(f"evaluate --run {name}") == 0
 
 
@@ -158,7 +159,7 @@ def test_a_function_of_other_sizes_is_refused(
 
 
 def test_means_and_deviations(here: Path) -> None:
-    assert run("prune resnet20 --method l1 --data digits --mean 0.25 --std 0.5 --out a") == 0
+    assert run("prune resnet20 --method l1 --compensate none --data digits --mean 0.25 --std 0.5 --out a") == 0
     config = yaml.safe_load((here / "a" / "config.yaml").read_text())
     assert (config["mean"], config["std"]) == ([0.25], [0.5])
     assert run("evaluate --run a") == 0
@@ -183,7 +184,8 @@ def test_a_run_of_the_python_interface_keeps_the_name_of_its_data(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = fp.models.create("resnet20", num_classes=10, in_channels=1)
-    fp.prune(model, torch.zeros(1, 1, 8, 8), method="l1", data="digits", held_out=0.2, out=here / "run")
+    digits = {"data": "digits", "held_out": 0.2}
+    fp.prune(model, torch.zeros(1, 1, 8, 8), method="l1", compensate="none", out=here / "run", **digits)
     config = yaml.safe_load((here / "run" / "config.yaml").read_text())
     assert (config["data"], config["held_out"]) == ("digits", 0.2)
     assert run("evaluate run --json") == 0
