@@ -100,7 +100,10 @@ def test_the_first_interrupt_raises_once_there_is_work() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [5, 7])
 def test_workers_of_sp_print_nothing(seconds: float, tmp_path: Path) -> None:
-    options = "--sp.epochs 1 --sp.batch_size 16 --sp.population 8 --sp.iterations 30 --sp.images 12 --sp.workers 2"
+    options = (
+        "--sp.adaptor trained --sp.epochs 1 --sp.batch_size 16 --sp.population 8 --sp.iterations 30 --sp.images 12 "
+        "--sp.workers 2"
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "fastprune", *f"{LINE} sp {options} --out {tmp_path}/run".split()],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,

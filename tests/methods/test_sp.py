@@ -324,6 +324,8 @@ def test_infeasible_tasks_are_refused() -> None:
         prepare("params=0.002")
     with pytest.raises(ValueError, match="stages 'nowhere': no point"):
         prepare(stages=("nowhere",))
+    with pytest.raises(ValueError, match=r"closed_form.* pixels of 2 held-out images"):
+        prepare(images=2)
     _, task = prepare()
     task.distributed = Distributed(0, 2)
     with pytest.raises(ValueError, match="give workers 0"):

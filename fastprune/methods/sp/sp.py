@@ -43,7 +43,7 @@ from fastprune.methods.contract import Task
 from fastprune.methods.sp.evolution import EvolutionSettings
 from fastprune.methods.sp.proxies import Adaptor, make_candidates
 from fastprune.methods.sp.spaces import StageWidths
-from fastprune.methods.sp.stage_losses import LocalLosses, Proxy, Query
+from fastprune.methods.sp.stage_losses import LocalLosses, Proxy, Query, check_pixels
 from fastprune.methods.sp.stage_search import StageSearch
 from fastprune.methods.sp.stage_workers import ExecutorLosses, prepare_worker
 from fastprune.methods.sp.supernet import Start, SuperNet
@@ -128,7 +128,7 @@ class SP(WeightSharing):
 
         Raises:
             BudgetError: if the budget is out of reach with the channels of stages; says what is in reach.
-            ValueError: if the network has no stages, or nothing is held out to measure losses on.
+            ValueError: if the network has no stages, or too few images are held out to measure losses on.
         """
         config, graph = self.config, task.graph
         if config.workers and task.distributed.world_size > 1:
@@ -143,10 +143,19 @@ class SP(WeightSharing):
             task.objective.require_classification("proxy 'network'")
         start: Start = "random" if config.variant == "paper" else "identity"
         self.net = SuperNet(graph, task.model, self.stages, task.seed, start)
+        if config.adaptor == "closed_form" and not self.is_whole:
+            self.check_images(task)
         self.training = self.make_training(task, nn.ModuleList([task.model, self.net.adaptors]))
         self.search = self.make_search(task)
         self.measure: Callable[[Sequence[Query]], list[float]] | None = None
         self.scales = [1.0] * len(self.stages)  # divisors of the losses
+
+    @torch.no_grad()
+    def check_images(self, task: Task) -> None:
+        """Check before the training that its held-out images will be enough to fit adaptors on."""
+        assert task.data is not None
+        images, _ = task.data.held_out_batch(self.config.images)
+        check_pixels(self.net.features(images[:2])[1:], len(images))
 
     def select_groups(self, task: Task, stage: Stage) -> tuple[int, ...]:
         """Return the groups of a stage whose widths are searched."""

@@ -130,14 +130,28 @@ def make_stage_data(
         StageData(n.freeze(), x, y, proxy, fitted, slope)
         for n, (x, y), slope in zip(networks, pairwise(laid_out), slopes, strict=True)
     ]
-    for number, stage in enumerate(stages, 1):
-        rows = len(stage.target) * stage.pixels
-        if fitted and rows <= 2 * stage.target.shape[1]:
-            raise ValueError(
-                f"adaptor 'closed_form': stage {number} has {stage.target.shape[1]} features and only {rows} pixels of "
-                "held-out images to fit an adaptor on; raise images, hold more out, or give adaptor trained"
-            )
+    if fitted:
+        check_pixels(features[1:], len(features[0]))
     return stages
+
+
+def check_pixels(outputs: Sequence[Tensor], images: int) -> None:
+    """Check that an adaptor can be fitted on the pixels of a number of images.
+
+    Args:
+        outputs: the output of each stage, [N, C, H, W], of any number N of images.
+        images: the number of images to fit on.
+
+    Raises:
+        ValueError: if a stage has too few pixels.
+    """
+    for number, output in enumerate(outputs, 1):
+        channels, pixels = output.shape[1], images * output[0, 0].numel()
+        if pixels <= 2 * channels:
+            raise ValueError(
+                f"adaptor 'closed_form': stage {number} has {channels} features and only {pixels} pixels of "
+                f"{images} held-out images to fit an adaptor on; raise images, hold more out, or give adaptor trained"
+            )
 
 
 def lay_out(x: Tensor) -> Tensor:
