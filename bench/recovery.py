@@ -141,13 +141,17 @@ def prune_by_peer(
         "lamp": lambda: tp.importance.LAMPImportance(p=2),
     }
     inside = interior_units(graph)
-    producers = {group.name for group in graph.groups if bool(inside[group.units].all())}
+    prunable = {
+        piece.tensor.removesuffix(".weight")
+        for piece in graph.slices
+        if piece.role in {"out", "depthwise"} and bool(((piece.units >= 0) & inside[piece.units]).all())
+    }
     limit = Budget.of(budget).limit(graph)
     total = float(graph.cost().macs)
 
     def pruned(percent: int) -> tuple[nn.Module, float]:
         network = copy.deepcopy(model).eval()
-        kept = [m for n, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and n not in producers]
+        kept = [m for n, m in network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and n not in prunable]
         pruner = tp.pruner.BasePruner(
             network, example, importance=importances[name](), pruning_ratio=percent / 100, ignored_layers=kept
         )
