@@ -99,6 +99,7 @@ def masked_act(
     y: SupportsDLPack | None,
     saved: SupportsDLPack | None,
     num_threads: int = 0,
+    residual: SupportsDLPack | None = None,
 ) -> None: ...
 def masked_act_backward(
     dy: SupportsDLPack,
@@ -116,9 +117,14 @@ def masked_act_backward(
     dscale: SupportsDLPack | None,
     partials: SupportsDLPack | None,
     num_threads: int = 0,
+    others: SupportsDLPack | None = None,
 ) -> None: ...
 def masked_act_partials(
-    dy: SupportsDLPack, saved: SupportsDLPack, x: SupportsDLPack | None, dx: SupportsDLPack | None
+    dy: SupportsDLPack,
+    saved: SupportsDLPack,
+    x: SupportsDLPack | None,
+    dx: SupportsDLPack | None,
+    others: SupportsDLPack | None = None,
 ) -> int: ...
 def channel_moments(
     x: SupportsDLPack,

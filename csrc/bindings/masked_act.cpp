@@ -23,8 +23,9 @@ int64_t num_partials(const MaskedActBackwardCall& call) {
 }
 
 void masked_act(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& mask,
-                const std::string& activation, const Optional& y, const Optional& saved, int num_threads) {
-    const MaskedActCall call(x, scale, shift, mask, activation, y, saved);
+                const std::string& activation, const Optional& y, const Optional& saved, int num_threads,
+                const Optional& residual) {
+    const MaskedActCall call(x, scale, shift, mask, activation, y, saved, residual);
     dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
         const auto args = call.of<Storage>();
         run(
@@ -36,9 +37,10 @@ void masked_act(const Tensor& x, const Optional& scale, const Optional& shift, c
 void masked_act_backward(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& mask,
                          const Optional& scale, const Optional& centre, const Optional& slope, const Optional& offset,
                          const std::string& activation, const Optional& dx, const Optional& dmask,
-                         const Optional& dshift, const Optional& dscale, const Optional& partials, int num_threads) {
+                         const Optional& dshift, const Optional& dscale, const Optional& partials, int num_threads,
+                         const Optional& others) {
     const MaskedActBackwardCall call(dy, saved, x, mask, scale, centre, slope, offset, activation, dx, dmask, dshift,
-                                     dscale);
+                                     dscale, others);
     if (dy.on_cuda()) call.arguments.check_partials(partials, num_partials(call));
     dispatch_storage(call.arguments.dtype(), [&]<class Storage>() {
         const auto args = call.of<Storage>();
@@ -51,11 +53,13 @@ void masked_act_backward(const Tensor& dy, const Tensor& saved, const Optional& 
 }
 
 /// Returns how many doubles one sum over tensors of this layout needs. All tensors together determine the layout.
-int64_t masked_act_partials(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& dx) {
+int64_t masked_act_partials(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& dx,
+                            const Optional& others) {
     ChannelArguments arguments;
     arguments.add("dy", dy);
     arguments.add("saved", saved);
     arguments.add("x", x);
+    arguments.add("others", others);
     arguments.add("dx", dx);
     arguments.check();
     if constexpr (build::has_cuda) return cuda::masked_act_partials(arguments.layout());
@@ -67,16 +71,18 @@ int64_t masked_act_partials(const Tensor& dy, const Tensor& saved, const Optiona
 void bind_masked_act(py::module_& module) {
     module.def("masked_act", &masked_act, py::arg("x"), py::arg("scale").none(true), py::arg("shift").none(true),
                py::arg("mask").none(true), py::arg("activation"), py::arg("y").none(true), py::arg("saved").none(true),
-               py::arg("num_threads") = 0,
-               "Writes act(x scale + shift) mask into `y`, what backward needs into `saved`.");
+               py::arg("num_threads") = 0, py::arg("residual") = py::none(),
+               "Writes act(x scale + shift + residual) mask into `y`, what backward needs into `saved`.");
     module.def("masked_act_backward", &masked_act_backward, py::arg("dy"), py::arg("saved"), py::arg("x").none(true),
                py::arg("mask").none(true), py::arg("scale").none(true), py::arg("centre").none(true),
                py::arg("slope").none(true), py::arg("offset").none(true), py::arg("activation"),
                py::arg("dx").none(true), py::arg("dmask").none(true), py::arg("dshift").none(true),
                py::arg("dscale").none(true), py::arg("partials").none(true), py::arg("num_threads") = 0,
+               py::arg("others") = py::none(),
                "Writes the wanted ones of dx, dmask, dshift and dscale. `partials`: float64, on CUDA for the sums.");
     module.def("masked_act_partials", &masked_act_partials, py::arg("dy"), py::arg("saved"), py::arg("x").none(true),
-               py::arg("dx").none(true), "How many elements `partials` needs for each wanted sum.");
+               py::arg("dx").none(true), py::arg("others") = py::none(),
+               "How many elements `partials` needs for each wanted sum.");
 }
 
 }  // namespace fastprune

@@ -13,9 +13,11 @@ namespace fastprune {
 /// A forward call, checked when constructed. Borrows the tensors.
 struct MaskedActCall {
     MaskedActCall(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& mask,
-                  const std::string& activation_name, const Optional& y, const Optional& saved)
+                  const std::string& activation_name, const Optional& y, const Optional& saved,
+                  const Optional& residual)
         : activation(check::activation(activation_name)), scale(scale), shift(shift), mask(mask) {
         x_place = arguments.add("x", x);
+        residual_place = arguments.add("residual", residual);
         y_place = arguments.add("y", y);
         saved_place = arguments.add("saved", saved);
         arguments.add_vector("scale", scale);
@@ -31,6 +33,7 @@ struct MaskedActCall {
         return {arguments.layout(),
                 activation,
                 arguments.view<const Storage>(x_place),
+                arguments.view<const Storage>(residual_place),
                 data_of<const Real<Storage>>(scale),
                 data_of<const Real<Storage>>(shift),
                 data_of<const Real<Storage>>(mask),
@@ -40,7 +43,7 @@ struct MaskedActCall {
     ChannelArguments arguments;
     Activation activation;
     const Optional &scale, &shift, &mask;
-    ChannelArguments::Place x_place, y_place, saved_place;
+    ChannelArguments::Place x_place, residual_place, y_place, saved_place;
 };
 
 /// A backward call, checked when constructed. Borrows the tensors.
@@ -48,7 +51,7 @@ struct MaskedActBackwardCall {
     MaskedActBackwardCall(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& mask,
                           const Optional& scale, const Optional& centre, const Optional& slope, const Optional& offset,
                           const std::string& activation_name, const Optional& dx, const Optional& dmask,
-                          const Optional& dshift, const Optional& dscale)
+                          const Optional& dshift, const Optional& dscale, const Optional& others)
         : activation(check::activation(activation_name)),
           mask(mask),
           scale(scale),
@@ -61,6 +64,7 @@ struct MaskedActBackwardCall {
         dy_place = arguments.add("dy", dy);
         saved_place = arguments.add("saved", saved);
         x_place = arguments.add("x", x);
+        others_place = arguments.add("others", others);
         dx_place = arguments.add("dx", dx);
         arguments.add_vector("mask", mask);
         arguments.add_vector("scale", scale);
@@ -82,6 +86,9 @@ struct MaskedActBackwardCall {
         if (!x && (dscale || slope)) {
             check::refuse("x", "None", std::string("a tensor for ") + (dscale ? "dscale" : "slope"));
         }
+        if (others && (dshift || dscale || slope)) {
+            check::refuse("others", "a tensor", "None beside dshift, dscale and slope");
+        }
         arguments.check_output(dx_place, dx_place.value_or(0));
         arguments.check_output_vectors(num_inputs);
     }
@@ -93,6 +100,7 @@ struct MaskedActBackwardCall {
                 arguments.view<const Storage>(dy_place),
                 arguments.view<const Storage>(saved_place),
                 arguments.view<const Storage>(x_place),
+                arguments.view<const Storage>(others_place),
                 data_of<const Value>(mask),
                 data_of<const Value>(scale),
                 data_of<const Value>(centre),
@@ -108,7 +116,7 @@ struct MaskedActBackwardCall {
     ChannelArguments arguments;
     Activation activation;
     const Optional &mask, &scale, &centre, &slope, &offset, &dmask, &dshift, &dscale;
-    ChannelArguments::Place dy_place, saved_place, x_place, dx_place;
+    ChannelArguments::Place dy_place, saved_place, x_place, others_place, dx_place;
 };
 
 }  // namespace fastprune

@@ -10,28 +10,32 @@
 namespace fastprune::cpu {
 namespace {
 
+/// What a loop reads and writes. Loops that add a residual write both results: fewer loops to compile.
+enum class Streams { y, saved, both, with_residual };
+
 template <class Storage>
 struct ForwardTile {
-    const Storage* x;
+    const Storage *x, *residual;
     Storage* y;
     Storage* saved;
-    int64_t x_pitch, y_pitch, saved_pitch;
+    int64_t x_pitch, residual_pitch, y_pitch, saved_pitch;
     alignas(64) Real<Storage> scale[tile_width];
     alignas(64) Real<Storage> shift[tile_width];
     alignas(64) Real<Storage> mask[tile_width];
 };
 
-template <class Storage, Activation activation, bool wants_y, bool wants_saved>
+template <class Storage, Activation activation, Streams streams>
 FASTPRUNE_INLINE void forward_line(const ForwardTile<Storage>& tile, int64_t row, int64_t at, int64_t width) {
-    const Storage* const x = tile.x + row * tile.x_pitch;
+    const Storage *const x = tile.x + row * tile.x_pitch, *const residual = tile.residual + row * tile.residual_pitch;
     Storage *const y = tile.y + row * tile.y_pitch, *const saved = tile.saved + row * tile.saved_pitch;
     const Real<Storage>*scale = tile.scale + at, *shift = tile.shift + at, *mask = tile.mask + at;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-        const Real<Storage> z = widen(x[i]) * scale[i] + shift[i];
+        const Real<Storage> scaled = widen(x[i]) * scale[i] + shift[i];
+        const Real<Storage> z = streams == Streams::with_residual ? scaled + widen(residual[i]) : scaled;
         const Real<Storage> r = activate(activation, z);
-        if constexpr (wants_saved) saved[i] = narrow<Storage>(saves_input(activation) ? z : r);
-        if constexpr (wants_y) y[i] = narrow<Storage>(r * mask[i]);
+        if constexpr (streams != Streams::y) saved[i] = narrow<Storage>(saves_input(activation) ? z : r);
+        if constexpr (streams != Streams::saved) y[i] = narrow<Storage>(r * mask[i]);
     }
 }
 
@@ -39,12 +43,12 @@ FASTPRUNE_INLINE void forward_line(const ForwardTile<Storage>& tile, int64_t row
 template <class Storage>
 using ForwardLines = void (*)(const LineTile& lines, const ForwardTile<Storage>& tile);
 
-template <class Storage, Activation activation, bool wants_y, bool wants_saved>
+template <class Storage, Activation activation, Streams streams>
 void forward_lines(const LineTile& lines, const ForwardTile<Storage>& tile) {
     run_vectorised([&]() __attribute__((always_inline)) {
         for_each_stretch(lines, 0, lines.all_lines(),
                          [&](int64_t row, int64_t at, int64_t width) __attribute__((always_inline)) {
-                             forward_line<Storage, activation, wants_y, wants_saved>(tile, row, at, width);
+                             forward_line<Storage, activation, streams>(tile, row, at, width);
                          });
     });
 }
@@ -52,9 +56,10 @@ void forward_lines(const LineTile& lines, const ForwardTile<Storage>& tile) {
 template <class Storage>
 ForwardLines<Storage> forward_lines_for(const MaskedActArgs<Storage>& args) {
     return with_activation(args.activation, [&]<Activation activation>() -> ForwardLines<Storage> {
-        if (args.saved.data == nullptr) return &forward_lines<Storage, activation, true, false>;
-        if (args.y.data == nullptr) return &forward_lines<Storage, activation, false, true>;
-        return &forward_lines<Storage, activation, true, true>;
+        if (args.residual.data != nullptr) return &forward_lines<Storage, activation, Streams::with_residual>;
+        if (args.saved.data == nullptr) return &forward_lines<Storage, activation, Streams::y>;
+        if (args.y.data == nullptr) return &forward_lines<Storage, activation, Streams::saved>;
+        return &forward_lines<Storage, activation, Streams::both>;
     });
 }
 
@@ -64,15 +69,18 @@ template <class Storage>
 Status masked_act(const MaskedActArgs<Storage>& args, int num_threads) {
     const ChannelLayout& layout = args.layout;
     const ForwardLines<Storage> process = forward_lines_for(args);
-    const bool gapless = are_gapless(layout, args.x, args.y, args.saved);
+    const bool gapless = are_gapless(layout, args.x, args.residual, args.y, args.saved);
     for_each_tile(layout, gapless ? rows_of_line(layout) : 1, gapless, num_threads, [&](const LineTile& lines) {
+        Storage unwanted[tile_width];  // the line of a result that the caller does not want
         ForwardTile<Storage> tile;
         tile.x = first_of(args.x, lines, layout);
-        tile.y = first_of(args.y, lines, layout);
-        tile.saved = first_of(args.saved, lines, layout);
+        tile.residual = first_of(args.residual, lines, layout);
+        tile.y = args.y.data != nullptr ? first_of(args.y, lines, layout) : unwanted;
+        tile.saved = args.saved.data != nullptr ? first_of(args.saved, lines, layout) : unwanted;
         tile.x_pitch = lines.pitch(args.x.outer_stride);
-        tile.y_pitch = lines.pitch(args.y.outer_stride);
-        tile.saved_pitch = lines.pitch(args.saved.outer_stride);
+        tile.residual_pitch = lines.pitch(args.residual.outer_stride);
+        tile.y_pitch = args.y.data != nullptr ? lines.pitch(args.y.outer_stride) : 0;
+        tile.saved_pitch = args.saved.data != nullptr ? lines.pitch(args.saved.outer_stride) : 0;
         fill_line(tile.scale, args.scale, Real<Storage>{1}, lines);
         fill_line(tile.shift, args.shift, -Real<Storage>{0}, lines);  // x + -0 is x, signed zeros included
         fill_line(tile.mask, args.mask, Real<Storage>{1}, lines);

@@ -15,8 +15,9 @@ namespace {
 /// How many terms are added in float before their sum is added to a double; half as many for lines of several rows.
 constexpr int64_t lines_per_stretch = 32;
 
-/// Which sums a loop computes. Loops with `all` also read x.
-enum class Sums { none, mask, all };
+/// Which sums a loop computes. Loops with `all` also read x, and with `of_several` add the gradients of other readers:
+/// these always write dx.
+enum class Sums { none, mask, of_several, all };
 
 template <class Real>
 struct Coefficients {
@@ -36,9 +37,9 @@ struct LineSums {
 
 template <class Storage>
 struct Lines {
-    const Storage *dy, *saved, *x;
+    const Storage *dy, *saved, *x, *others;
     Storage* dx;
-    int64_t dy_pitch, saved_pitch, x_pitch, dx_pitch;
+    int64_t dy_pitch, saved_pitch, x_pitch, others_pitch, dx_pitch;
 };
 
 template <class Storage, Activation activation, bool wants_dx, Sums wanted>
@@ -49,13 +50,15 @@ FASTPRUNE_INLINE void backward_line(const Lines<Storage>& lines, int64_t row, in
     const Storage* const dy_line = lines.dy + row * lines.dy_pitch;
     const Storage* const saved_line = lines.saved + row * lines.saved_pitch;
     const Storage* const x_line = lines.x + row * lines.x_pitch;
+    const Storage* const others_line = lines.others + row * lines.others_pitch;
     Storage* const dx_line = lines.dx + row * lines.dx_pitch;
     const Value *mask = coefficients.mask + at, *scale = coefficients.scale + at, *centre = coefficients.centre + at,
                 *slope = coefficients.slope + at, *offset = coefficients.offset + at;
     Value *mask_sums = line_sums.mask + at, *shift_sums = line_sums.shift + at, *scale_sums = line_sums.scale + at;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-        const Value dy = widen(dy_line[i]);
+        Value dy = widen(dy_line[i]);
+        if constexpr (wanted == Sums::of_several) dy += widen(others_line[i]);
         const Activated<Value> r = reactivate(activation, widen(saved_line[i]));
         const Value dz = masked_gradient(dy, mask[i], r.derivative);
         Value dx = dz * scale[i];
@@ -91,6 +94,7 @@ BackwardLines<Storage> backward_lines_for(const MaskedActBackwardArgs<Storage>& 
     return with_activation(args.activation, [&]<Activation activation>() -> BackwardLines<Storage> {
         switch (wanted) {
             case Sums::none: break;
+            case Sums::of_several: return &backward_lines<Storage, activation, true, Sums::of_several>;
             case Sums::mask:
                 return wants_dx ? &backward_lines<Storage, activation, true, Sums::mask>
                                 : &backward_lines<Storage, activation, false, Sums::mask>;
@@ -105,6 +109,7 @@ BackwardLines<Storage> backward_lines_for(const MaskedActBackwardArgs<Storage>& 
 template <class Storage>
 Sums wanted_sums(const MaskedActBackwardArgs<Storage>& args) {
     if (args.dshift != nullptr || args.dscale != nullptr || args.slope != nullptr) return Sums::all;
+    if (args.others.data != nullptr) return Sums::of_several;
     return args.dmask != nullptr ? Sums::mask : Sums::none;
 }
 
@@ -130,7 +135,7 @@ void run_backward(const MaskedActBackwardArgs<Storage>& args, const Partials& pa
     const auto& x = args.x.data != nullptr
                         ? args.x
                         : args.saved;  // null where dshift is the only sum; the loop then reads `saved` in vain
-    const bool gapless = are_gapless(args.layout, args.dy, args.saved, x, args.dx);
+    const bool gapless = are_gapless(args.layout, args.dy, args.saved, x, args.others, args.dx);
     for_each_tile(args.layout, rows_of_line(args.layout), gapless, num_threads, [&](const LineTile& tile) {
         Coefficients<Value> coefficients;
         fill_line(coefficients.mask, args.mask, Value{1}, tile);
@@ -144,10 +149,18 @@ void run_backward(const MaskedActBackwardArgs<Storage>& args, const Partials& pa
             std::fill_n(sums.shift, tile.width(), Value{0});
             std::fill_n(sums.scale, tile.width(), Value{0});
         }
-        const Lines<Storage> lines{first_of(args.dy, tile, args.layout), first_of(args.saved, tile, args.layout),
-                                   first_of(x, tile, args.layout),       first_of(args.dx, tile, args.layout),
-                                   tile.pitch(args.dy.outer_stride),     tile.pitch(args.saved.outer_stride),
-                                   tile.pitch(x.outer_stride),           tile.pitch(args.dx.outer_stride)};
+        Storage unwanted[tile_width];
+        const bool wants_dx = args.dx.data != nullptr;
+        const Lines<Storage> lines{first_of(args.dy, tile, args.layout),
+                                   first_of(args.saved, tile, args.layout),
+                                   first_of(x, tile, args.layout),
+                                   first_of(args.others, tile, args.layout),
+                                   wants_dx ? first_of(args.dx, tile, args.layout) : unwanted,
+                                   tile.pitch(args.dy.outer_stride),
+                                   tile.pitch(args.saved.outer_stride),
+                                   tile.pitch(x.outer_stride),
+                                   tile.pitch(args.others.outer_stride),
+                                   wants_dx ? tile.pitch(args.dx.outer_stride) : 0};
         const int64_t count = tile.all_lines();
         const int64_t stretch = tile.rows > 1 ? lines_per_stretch / 2 : lines_per_stretch;
         for (int64_t begin = 0; begin < count; begin += stretch) {

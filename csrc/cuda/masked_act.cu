@@ -10,10 +10,10 @@
 namespace fastprune::cuda {
 namespace {
 
-template <class Storage, int vector, bool rows>
+template <class Storage, int vector, bool rows, bool adds>
 __global__ void __launch_bounds__(block_threads)
     forward_kernel(MaskedActArgs<Storage> args, device::ChannelTasks tasks) {
-    device::masked_act<Storage, vector, rows>(Block{}, args, tasks, blockIdx.x);
+    device::masked_act<Storage, vector, rows, adds>(Block{}, args, tasks, blockIdx.x);
 }
 
 template <class Storage, int vector, bool rows, device::Sums wanted>
@@ -39,7 +39,10 @@ Status masked_act(const MaskedActArgs<Storage>& args, int device, void* stream) 
     if (!guard.status().ok()) return guard.status();
     const auto tasks = device::ChannelTasks::of(args.layout, device::vector_for(args), block_threads, warp_threads);
     return device::dispatch_vector<Storage>(tasks, [&]<int vector, bool rows>() {
-        return launch(&forward_kernel<Storage, vector, rows>, tasks.count, stream, args, tasks);
+        const bool adds = args.residual.data != nullptr;
+        return launch(
+            adds ? &forward_kernel<Storage, vector, rows, true> : &forward_kernel<Storage, vector, rows, false>,
+            tasks.count, stream, args, tasks);
     });
 }
 

@@ -14,11 +14,12 @@ namespace fastprune::device {
 /// Which sums a body makes; `all` also reads x.
 enum class Sums { none, mask, all };
 
-template <class Storage, int vector, bool rows, class Block>
+/// `adds`: there is a residual.
+template <class Storage, int vector, bool rows, bool adds, class Block>
 FASTPRUNE_DEVICE void masked_act(const Block& block, const MaskedActArgs<Storage>& args, const ChannelTasks& tasks,
                                  int64_t task) {
     using Value = Real<Storage>;
-    constexpr int in_flight = 4;
+    constexpr int in_flight = adds ? 2 : 4;  // two vectors for each where something is added
     constexpr int channels = rows ? vector : 1;
     const Run run = rows ? row_run(block, tasks, task) : plane_run(block, tasks, task);
     const Coefficients<Value, channels> scale(args.scale, Value{1}, run), shift(args.shift, -Value{0}, run),
@@ -26,10 +27,14 @@ FASTPRUNE_DEVICE void masked_act(const Block& block, const MaskedActArgs<Storage
     const Storage* x = run.first(args.x, args.layout);
     const int64_t x_step = run.step(args.x), y_step = run.step(args.y), saved_step = run.step(args.saved);
     for (int64_t k = 0; k < run.count; k += in_flight) {
-        Vector<Storage, vector> loaded[in_flight] = {};
+        Vector<Storage, vector> loaded[in_flight] = {}, added[in_flight] = {};
         FASTPRUNE_UNROLL
         for (int j = 0; j < in_flight; ++j) {
-            if (k + j < run.count) loaded[j] = load<Storage, vector>(x + (k + j) * x_step);
+            if (k + j >= run.count) continue;
+            loaded[j] = load<Storage, vector>(x + (k + j) * x_step);
+            if (adds)
+                added[j] =
+                    load<Storage, vector>(run.first(args.residual, args.layout) + (k + j) * run.step(args.residual));
         }
         FASTPRUNE_UNROLL
         for (int j = 0; j < in_flight; ++j) {
@@ -37,7 +42,8 @@ FASTPRUNE_DEVICE void masked_act(const Block& block, const MaskedActArgs<Storage
             Vector<Storage, vector> y, saved;
             FASTPRUNE_UNROLL
             for (int v = 0; v < vector; ++v) {
-                const Value z = widen(loaded[j].values[v]) * scale[v] + shift[v];
+                Value z = widen(loaded[j].values[v]) * scale[v] + shift[v];
+                if (adds) z += widen(added[j].values[v]);
                 const Value r = activate(args.activation, z);
                 saved.values[v] = narrow<Storage>(saves_input(args.activation) ? z : r);
                 y.values[v] = narrow<Storage>(r * mask[v]);
@@ -66,19 +72,22 @@ FASTPRUNE_DEVICE void masked_act_backward(const Block& block, const MaskedActBac
     const Coefficients<Value, channels> mask(args.mask, Value{1}, run), scale(args.scale, Value{1}, run),
         centre(args.centre, Value{0}, run), slope(args.slope, Value{0}, run), offset(args.offset, -Value{0}, run);
     const bool reads_x = wanted == Sums::all && args.x.data != nullptr;
+    const bool adds = wanted != Sums::all && args.others.data != nullptr;
     const Storage *dy = run.first(args.dy, args.layout), *saved = run.first(args.saved, args.layout);
     const int64_t dy_step = run.step(args.dy), saved_step = run.step(args.saved), x_step = run.step(args.x),
                   dx_step = run.step(args.dx);
     Value mask_sums[channels] = {}, shift_sums[channels] = {}, scale_sums[channels] = {};
 
     for (int64_t k = 0; k < run.count; k += in_flight) {
-        Vector<Storage, vector> dy_loaded[in_flight], saved_loaded[in_flight], x_loaded[in_flight];
+        Vector<Storage, vector> dy_loaded[in_flight], saved_loaded[in_flight], x_loaded[in_flight], added[in_flight];
         FASTPRUNE_UNROLL
         for (int j = 0; j < in_flight; ++j) {
             if (k + j >= run.count) continue;
             dy_loaded[j] = load<Storage, vector>(dy + (k + j) * dy_step);
             saved_loaded[j] = load<Storage, vector>(saved + (k + j) * saved_step);
             if (reads_x) x_loaded[j] = load<Storage, vector>(run.first(args.x, args.layout) + (k + j) * x_step);
+            if (adds)
+                added[j] = load<Storage, vector>(run.first(args.others, args.layout) + (k + j) * run.step(args.others));
         }
         FASTPRUNE_UNROLL
         for (int j = 0; j < in_flight; ++j) {
@@ -87,7 +96,8 @@ FASTPRUNE_DEVICE void masked_act_backward(const Block& block, const MaskedActBac
             FASTPRUNE_UNROLL
             for (int v = 0; v < vector; ++v) {
                 const int c = rows ? v : 0;
-                const Value gradient = widen(dy_loaded[j].values[v]);
+                Value gradient = widen(dy_loaded[j].values[v]);
+                if (adds) gradient += widen(added[j].values[v]);
                 const Activated<Value> r = reactivate(args.activation, widen(saved_loaded[j].values[v]));
                 const Value dz = masked_gradient(gradient, mask[v], r.derivative);
                 Value result = dz * scale[v];
@@ -156,7 +166,8 @@ Sums sums_of(const MaskedActBackwardArgs<Storage>& args) {
 template <class Storage>
 int vector_for(const MaskedActArgs<Storage>& args) {
     constexpr int wide = widest_vector<Storage>;
-    return divides(args.layout, wide) && can_load(args.x, wide) && can_load(args.y, wide) && can_load(args.saved, wide)
+    return divides(args.layout, wide) && can_load(args.x, wide) && can_load(args.residual, wide) &&
+                   can_load(args.y, wide) && can_load(args.saved, wide)
                ? wide
                : 1;
 }
@@ -164,7 +175,7 @@ template <class Storage>
 int vector_for(const MaskedActBackwardArgs<Storage>& args) {
     constexpr int wide = widest_vector<Storage>;
     return divides(args.layout, wide) && can_load(args.dy, wide) && can_load(args.saved, wide) &&
-                   can_load(args.x, wide) && can_load(args.dx, wide)
+                   can_load(args.x, wide) && can_load(args.others, wide) && can_load(args.dx, wide)
                ? wide
                : 1;
 }

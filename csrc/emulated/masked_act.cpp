@@ -14,10 +14,14 @@ template <class Storage>
 Status masked_act(const MaskedActArgs<Storage>& args, int num_threads, int warp_size) {
     const auto tasks = device::ChannelTasks::of(args.layout, device::vector_for(args), num_threads, warp_size);
     device::dispatch_vector<Storage>(tasks, [&]<int vector, bool rows>() {
-        for (int64_t task = 0; task < tasks.count; ++task) {
-            run_block(num_threads, warp_size,
-                      [&](const Block& block) { device::masked_act<Storage, vector, rows>(block, args, tasks, task); });
-        }
+        const auto run = [&]<bool adds>() {
+            for (int64_t task = 0; task < tasks.count; ++task) {
+                run_block(num_threads, warp_size, [&](const Block& block) {
+                    device::masked_act<Storage, vector, rows, adds>(block, args, tasks, task);
+                });
+            }
+        };
+        args.residual.data != nullptr ? run.template operator()<true>() : run.template operator()<false>();
     });
     return {};
 }

@@ -87,9 +87,9 @@ void run_channels(const Call& call, int num_threads, int warp_size, const Emulat
 }
 
 void masked_act(const Tensor& x, const Optional& scale, const Optional& shift, const Optional& mask,
-                const std::string& activation, const Optional& y, const Optional& saved, int num_threads,
-                int warp_size) {
-    const MaskedActCall call(x, scale, shift, mask, activation, y, saved);
+                const std::string& activation, const Optional& y, const Optional& saved, int num_threads, int warp_size,
+                const Optional& residual) {
+    const MaskedActCall call(x, scale, shift, mask, activation, y, saved, residual);
     run_channels(call, num_threads, warp_size,
                  [&](const auto& args) { emulated::masked_act(args, num_threads, warp_size); });
 }
@@ -97,9 +97,10 @@ void masked_act(const Tensor& x, const Optional& scale, const Optional& shift, c
 void masked_act_backward(const Tensor& dy, const Tensor& saved, const Optional& x, const Optional& mask,
                          const Optional& scale, const Optional& centre, const Optional& slope, const Optional& offset,
                          const std::string& activation, const Optional& dx, const Optional& dmask,
-                         const Optional& dshift, const Optional& dscale, int num_threads, int warp_size) {
+                         const Optional& dshift, const Optional& dscale, int num_threads, int warp_size,
+                         const Optional& others) {
     const MaskedActBackwardCall call(dy, saved, x, mask, scale, centre, slope, offset, activation, dx, dmask, dshift,
-                                     dscale);
+                                     dscale, others);
     run_channels(call, num_threads, warp_size,
                  [&](const auto& args) { emulated::masked_act_backward(args, num_threads, warp_size); });
 }
@@ -132,12 +133,13 @@ PYBIND11_MODULE(_emulated, module) {
                py::arg("num_threads") = 8, py::arg("warp_size") = 4);
     module.def("masked_act", &masked_act, py::arg("x"), py::arg("scale").none(true), py::arg("shift").none(true),
                py::arg("mask").none(true), py::arg("activation"), py::arg("y").none(true), py::arg("saved").none(true),
-               py::arg("num_threads") = 8, py::arg("warp_size") = 4);
+               py::arg("num_threads") = 8, py::arg("warp_size") = 4, py::arg("residual") = py::none());
     module.def("masked_act_backward", &masked_act_backward, py::arg("dy"), py::arg("saved"), py::arg("x").none(true),
                py::arg("mask").none(true), py::arg("scale").none(true), py::arg("centre").none(true),
                py::arg("slope").none(true), py::arg("offset").none(true), py::arg("activation"),
                py::arg("dx").none(true), py::arg("dmask").none(true), py::arg("dshift").none(true),
-               py::arg("dscale").none(true), py::arg("num_threads") = 8, py::arg("warp_size") = 4);
+               py::arg("dscale").none(true), py::arg("num_threads") = 8, py::arg("warp_size") = 4,
+               py::arg("others") = py::none());
     module.def("channel_moments", &channel_moments, py::arg("x"), py::arg("mean"), py::arg("variance"),
                py::arg("num_threads") = 8, py::arg("warp_size") = 4);
 }

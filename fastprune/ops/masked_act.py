@@ -16,25 +16,31 @@ from fastprune.ops.library import _C, register
 
 
 def _forward(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None, activation: str, want_saved: bool
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    want_saved: bool,
 ) -> tuple[Tensor, Tensor]:
-    (x,) = as_views(x)
+    x, *rest = as_views(x, residual)
+    residual = rest[0] if rest else None
     scale, shift, mask = (None if vector is None else vector.contiguous() for vector in (scale, shift, mask))
     y = empty_like_views(x)
     saved = empty_like_views(x) if want_saved else None
-    _C.masked_act(x, scale, shift, mask, activation, y, saved, torch.get_num_threads())
+    _C.masked_act(x, scale, shift, mask, activation, y, saved, torch.get_num_threads(), residual)
     return y, x.new_empty(0) if saved is None else saved
 
 
-def _fake_forward(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None, mask: Tensor | None, activation: str, want_saved: bool
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    want_saved = rest[-1]
     return empty_like_views(x), empty_like_views(x) if want_saved else x.new_empty(0)
 
 
 register(
-    "_masked_act(Tensor x, Tensor? scale, Tensor? shift, Tensor? mask, str activation, bool want_saved)"
-    " -> (Tensor, Tensor)",
+    "_masked_act(Tensor x, Tensor? scale, Tensor? shift, Tensor? mask, Tensor? residual, str activation,"
+    " bool want_saved) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
@@ -50,6 +56,7 @@ def _backward(
     dy: Tensor,
     saved: Tensor,
     x: Tensor | None,
+    others: Tensor | None,
     mask: Tensor | None,
     scale: Tensor | None,
     centre: Tensor | None,
@@ -58,8 +65,8 @@ def _backward(
     activation: str,
     wants: list[bool],
 ) -> list[Tensor]:
-    saved, dy, *rest = as_views(saved, dy, x)
-    x = rest[0] if rest else None
+    saved, dy, *rest = as_views(saved, dy, x, others)
+    x, others = (None if given is None else rest.pop(0) for given in (x, others))
     mask, scale, centre, slope, offset = (
         None if vector is None else vector.contiguous() for vector in (mask, scale, centre, slope, offset)
     )
@@ -67,12 +74,12 @@ def _backward(
     outputs = [result if want else None for want, result in zip(wants, results, strict=True)]
     partials = None
     if dy.is_cuda and any(wants[1:]):
-        count = sum(wants[1:]) * _C.masked_act_partials(dy, saved, x, outputs[0])
+        count = sum(wants[1:]) * _C.masked_act_partials(dy, saved, x, outputs[0], others)
         partials = torch.empty(count, dtype=torch.float64, device=dy.device)
     dx, dmask, dshift, dscale = outputs
     _C.masked_act_backward(
         dy, saved, x, mask, scale, centre, slope, offset, activation, dx, dmask, dshift, dscale, partials,
-        torch.get_num_threads(),
+        torch.get_num_threads(), others,
     )  # fmt: skip
     return results
 
@@ -83,8 +90,8 @@ def _fake_backward(dy: Tensor, saved: Tensor, *rest: Any) -> list[Tensor]:
 
 
 register(
-    "_masked_act_backward(Tensor dy, Tensor saved, Tensor? x, Tensor? mask, Tensor? scale, Tensor? centre,"
-    " Tensor? slope, Tensor? offset, str activation, bool[] wants) -> Tensor[]",
+    "_masked_act_backward(Tensor dy, Tensor saved, Tensor? x, Tensor? others, Tensor? mask, Tensor? scale,"
+    " Tensor? centre, Tensor? slope, Tensor? offset, str activation, bool[] wants) -> Tensor[]",
     _backward,
     _fake_backward,
 )
@@ -96,24 +103,28 @@ def masked_act(
     shift: Tensor | None = None,
     mask: Tensor | None = None,
     *,
+    residual: Tensor | None = None,
     activation: str = "relu",
     want_saved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``act(x * scale + shift) * mask``, and what :func:`masked_act_backward` needs; without a gradient.
+    """Compute ``act(x * scale + shift + residual) * mask``, and what :func:`masked_act_backward` needs.
+
+    Autograd does not see this.
 
     Args:
         x: ``[N, C, *spatial]``, float16, bfloat16, float32 or float64.
         scale: ``[C]``; ``None``: 1.
         shift: ``[C]``; ``None``: 0.
         mask: ``[C]``; ``None``: 1.
+        residual: Shape and dtype of ``x``; ``None``: 0.
         activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
         want_saved: Whether to compute the second result.
 
     Returns:
         ``y``, and ``saved`` (empty if not wanted): the activation before the mask for identity, relu and relu6,
-        ``x * scale + shift`` for silu and hardswish. Both have the memory format of ``x``.
+        ``x * scale + shift + residual`` for silu and hardswish. Both have the memory format of ``x``.
     """
-    y, saved = torch.ops.fastprune._masked_act(x, scale, shift, mask, activation, want_saved)
+    y, saved = torch.ops.fastprune._masked_act(x, scale, shift, mask, residual, activation, want_saved)
     return y, saved
 
 
@@ -127,17 +138,26 @@ def masked_act_in_place(x: Tensor, scale: Tensor, shift: Tensor, *, activation: 
     return x
 
 
-def masked_act_saving_in_place(z: Tensor, mask: Tensor | None, *, activation: str) -> tuple[Tensor, Tensor]:
-    """Compute ``act(z) * mask`` and what :func:`masked_act_backward` needs, in the memory of z; do not use z again.
+def masked_act_saving_in_place(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Compute the two results of :func:`masked_act`, the second in the memory of x, which must not be used again.
 
     Autograd does not see this.
     """
-    (z,) = as_views(z)
-    y = empty_like_views(z)
-    saved = z if activation in ("relu", "relu6") else None  # for the others z is saved unchanged
-    mask = None if mask is None else mask.contiguous()
-    _C.masked_act(z, None, None, mask, activation, y, saved, torch.get_num_threads())
-    return y, z
+    x, *rest = as_views(x, residual)
+    scale, shift, mask = (None if vector is None else vector.contiguous() for vector in (scale, shift, mask))
+    y = empty_like_views(x)
+    is_z = scale is None and shift is None and not rest
+    saved = None if is_z and activation in ("identity", "silu", "hardswish") else x  # these would save x unchanged
+    _C.masked_act(x, scale, shift, mask, activation, y, saved, torch.get_num_threads(), rest[0] if rest else None)
+    return y, x
 
 
 def masked_act_backward(
@@ -148,6 +168,7 @@ def masked_act_backward(
     *,
     activation: str = "relu",
     x: Tensor | None = None,
+    others: Tensor | None = None,
     centre: Tensor | None = None,
     slope: Tensor | None = None,
     offset: Tensor | None = None,
@@ -156,10 +177,11 @@ def masked_act_backward(
     want_dshift: bool = False,
     want_dscale: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients of :func:`masked_act`, in one pass over ``dy`` and ``saved`` (and ``x`` if needed).
+    """Compute the gradients of :func:`masked_act`, in one pass over ``dy`` and ``saved``, ``x`` and ``others``.
 
-    With ``dz = dy * mask * act'(z)``: ``dx = dz * scale + (x - centre) * slope + offset``, ``dmask`` = sum of
-    ``dy * r``, also where the mask is 0, ``dshift`` = sum of ``dz``, ``dscale`` = sum of ``dz * (x - centre)``.
+    With ``d = dy + others`` and ``dz = d * mask * act'(z)``: ``dx = dz * scale + (x - centre) * slope + offset``,
+    ``dmask`` = sum of ``d * r``, also where the mask is 0, ``dshift`` = sum of ``dz``, ``dscale`` = sum of
+    ``dz * (x - centre)``.
 
     Args:
         dy: ``[N, C, *spatial]``, gradient of ``y``.
@@ -168,6 +190,8 @@ def masked_act_backward(
         scale: ``[C]``, as in the forward pass.
         activation: As in the forward pass.
         x: As in the forward pass; needed for ``dscale`` and for ``slope``.
+        others: Shape and dtype of ``dy``: the gradient of ``y`` from other readers; ``None``: 0. Not beside ``slope``,
+            ``dshift`` and ``dscale``.
         centre: ``[C]``, subtracted from ``x`` in ``dscale`` and with ``slope``; ``None``: 0.
         slope: ``[C]``, together with ``offset``: the gradient through batch statistics.
         offset: ``[C]``.
@@ -181,6 +205,6 @@ def masked_act_backward(
     """
     wants = [want_dx, want_dmask, want_dshift, want_dscale]
     vectors = (mask, scale, centre, slope, offset)
-    results = torch.ops.fastprune._masked_act_backward(dy, saved, x, *vectors, activation, wants)
+    results = torch.ops.fastprune._masked_act_backward(dy, saved, x, others, *vectors, activation, wants)
     dx, dmask, dshift, dscale = (result if want else None for want, result in zip(wants, results, strict=True))
     return dx, dmask, dshift, dscale

@@ -68,6 +68,8 @@ BOTH = np.zeros((4, 3, 12), np.float32)
         ({"x": BOTH[..., :6]}, ValueError, "x: got strides"),
         ({"x": BOTH.reshape(-1)[:72].reshape(4, 3, 6), "y": BOTH.reshape(-1)[6:78].reshape(4, 3, 6)},
          ValueError, "y: got memory that overlaps x, needs memory of its own or exactly the same"),
+        ({"residual": np.zeros((4, 3, 5), np.float32)}, ValueError, r"residual: got shape \[4, 3, 5\], needs shape"),
+        ({"residual": WHOLE, "y": WHOLE}, ValueError, "y: got memory that overlaps residual"),
         ({"y": WHOLE, "mask": WHOLE.reshape(-1)[:3]}, ValueError, "y: got memory that overlaps mask"),
         ({"x": np.zeros(289, np.int8)[1:].view(np.float32).reshape(4, 3, 6)}, ValueError, "x: got unaligned memory"),
         ({"x": torch.empty(4, 3, 6, device="meta")}, TypeError, "x: got a Tensor that does not lend its memory"),
@@ -97,6 +99,7 @@ def test_forward_refuses(emulated, change, error, message):
         ({"dmask": read_only((3,))}, (TypeError, ValueError), "dmask: got a.*read-?only"),
         ({"saved": np.ones((4, 3, 7), np.float32)}, ValueError, r"saved: got shape .* needs shape \[4, 3, 6\] as dy"),
         ({"dx": np.ones((4, 6, 3), np.float32).swapaxes(1, 2)}, ValueError, "dx: got strides .* in the format of dy"),
+        ({"others": WHOLE}, ValueError, "others: got a tensor, needs None beside dshift, dscale and slope"),
         ({"activation": ""}, ValueError, "activation: got ''"),
     ],
 )

@@ -29,15 +29,15 @@ def vectors(channels, dtype, count):
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.sampled_from(ACTIVATIONS), st.booleans(), threads,
-    st.sampled_from([0, 3, 8]), st.integers(0, 2**32),
+    st.sampled_from([0, 3, 8]), st.integers(0, 2**32), st.booleans(),
 )  # fmt: skip
-def test_forward(emulated, shape, dtype, activation, rows, block, gap, seed):
-    x = draw(shape, dtype, seed, rows, gap)
+def test_forward(emulated, shape, dtype, activation, rows, block, gap, seed, adds):
+    x, residual = draw(shape, dtype, seed, rows, gap), draw(shape, dtype, seed + 1, rows) if adds else None
     scale, shift, mask = vectors(shape[1], dtype, 3)
     results = []
     for kernel, options in ((_C.masked_act, ()), (emulated.masked_act, block)):
         y, saved = (draw(shape, dtype, 0, rows, gap) for _ in range(2))
-        kernel(x, scale, shift, mask, activation, y, saved, *options)
+        kernel(x, scale, shift, mask, activation, y, saved, *options, residual=residual)
         results.append((y, saved))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
@@ -49,13 +49,15 @@ def test_forward(emulated, shape, dtype, activation, rows, block, gap, seed):
 )  # fmt: skip
 def test_backward(emulated, shape, dtype, activation, rows, block, gap, seed, wants, through_statistics):
     dy, saved, x = (draw(shape, dtype, seed + i, rows, gap) for i in range(3))
+    adds = wants < 4 and not through_statistics
+    others = draw(shape, dtype, seed + 3, rows) if adds else None
     mask, scale, centre, slope, offset = vectors(shape[1], dtype, 5)
     adjust = (slope, offset) if through_statistics else (None, None)
     results = []
     for kernel, options in ((_C.masked_act_backward, (None,)), (emulated.masked_act_backward, block)):
         outputs = [draw(shape, dtype, 0, rows, gap), *(torch.full_like(mask, -7) for _ in range(3))]
         wanted = [output if wants >> i & 1 else None for i, output in enumerate(outputs)]
-        kernel(dy, saved, x, mask, scale, centre, *adjust, activation, *wanted, *options)
+        kernel(dy, saved, x, mask, scale, centre, *adjust, activation, *wanted, *options, others=others)
         results.append(outputs)
     (expected_dx, *expected_sums), (dx, *sums) = results
     assert torch.equal(dx, expected_dx)

@@ -2,9 +2,9 @@
 //
 // masked_act: everything between two convolutions, forward and backward, each in one pass.
 //
-//     forward    z = x scale_c + shift_c,  r = act(z),  y = r mask_c
-//     backward   dz = dy mask_c act'(z),   dx = dz scale_c [+ (x - centre_c) slope_c + offset_c]
-//                dmask_c = sum dy r,  dshift_c = sum dz,  dscale_c = sum dz (x - centre_c)
+//     forward    z = x scale_c + shift_c + residual,  r = act(z),  y = r mask_c
+//     backward   d = dy + others,  dz = d mask_c act'(z),  dx = dz scale_c [+ (x - centre_c) slope_c + offset_c]
+//                dmask_c = sum d r,  dshift_c = sum dz,  dscale_c = sum dz (x - centre_c)
 //
 // with sums over everything but the channel. `saved` carries the forward pass to the backward pass, in as many bytes as
 // y: r from before the mask (identity, relu, relu6), since the straight-through gradient of a closed channel's mask
@@ -16,11 +16,10 @@
 // Storage is float, double, float16 or bfloat16. Real, for the vectors and all arithmetic, is float (double for
 // double); results are rounded once. Sums are accumulated in Real over short stretches and in double across them.
 //
-// Aliasing: y and saved may each be the same memory as x (same address, same stride), dx the same as dy, saved or x;
-// outputs overlap nothing else. Views of different channels of one wider tensor do not overlap. Nothing outside of the
-// views is written.
-// Deterministic: the same bits for the same input, on every run and for every number of threads. y, saved and dx have
-// the same bits on the CPU and on CUDA; the sums are cut differently there.
+// Aliasing: y and saved may each be the same memory as x (same address, same stride), dx the same as dy, saved, x or
+// others; outputs overlap nothing else. Views of different channels of one wider tensor do not overlap. Nothing outside
+// of the views is written. Deterministic: the same bits for the same input, on every run and for every number of
+// threads. y, saved and dx have the same bits on the CPU and on CUDA; the sums are cut differently there.
 #pragma once
 
 #include <cstdint>
@@ -38,9 +37,10 @@ struct MaskedActArgs {
     ChannelLayout layout;
     Activation activation;
     ChannelView<const Storage> x;
-    const Real<Storage>* scale;  // [C], or null: 1
-    const Real<Storage>* shift;  // [C], or null: 0
-    const Real<Storage>* mask;   // [C], or null: 1
+    ChannelView<const Storage> residual;  // or null: 0
+    const Real<Storage>* scale;           // [C], or null: 1
+    const Real<Storage>* shift;           // [C], or null: 0
+    const Real<Storage>* mask;            // [C], or null: 1
     ChannelView<Storage> y;
     ChannelView<Storage> saved;
 };
@@ -53,11 +53,13 @@ struct MaskedActBackwardArgs {
     ChannelView<const Storage> dy;
     ChannelView<const Storage> saved;
     ChannelView<const Storage> x;  // needed for dscale and with slope and offset, else null
-    const Real<Storage>* mask;     // [C], or null: 1
-    const Real<Storage>* scale;    // [C], or null: 1
-    const Real<Storage>* centre;   // [C], or null: 0
-    const Real<Storage>* slope;    // [C], with offset and x; or null, both
-    const Real<Storage>* offset;   // [C]
+    ChannelView<const Storage>
+        others;                   // the gradient of other readers of y, or null: 0; not with dshift, dscale and slope
+    const Real<Storage>* mask;    // [C], or null: 1
+    const Real<Storage>* scale;   // [C], or null: 1
+    const Real<Storage>* centre;  // [C], or null: 0
+    const Real<Storage>* slope;   // [C], with offset and x; or null, both
+    const Real<Storage>* offset;  // [C]
     ChannelView<Storage> dx;
     Real<Storage>* dmask;   // [C]
     Real<Storage>* dshift;  // [C]

@@ -341,9 +341,10 @@ def _input_gradients(
         )
     size = [x_size[0], inputs, *x_size[2:]]  # of x with the channels that it may lack
     dx = input_gradient(dz, size, conv.weight, conv.geometry, weight)[:, : x_size[1]]
-    dx = dx if others is None else dx + others
     if previous is None or (mask is None and activation == "identity"):
-        return dx, None
-    into, dmask, _, _ = masked_act_backward(dx, previous, mask, activation=activation, want_dmask=want_dmask)
+        return dx if others is None else dx + others, None
+    into, dmask, _, _ = masked_act_backward(
+        dx, previous, mask, others=others, activation=activation, want_dmask=want_dmask
+    )
     assert into is not None
     return into, dmask

@@ -76,6 +76,11 @@ def onednn_takes(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
+def adds(x: Tensor, activation: str) -> bool:
+    """Return whether the library adds a residual before it writes the convolution's result, and as precisely as we."""
+    return onednn_takes(x) and x.dtype == torch.float32 and activation in ("identity", "relu")
+
+
 def weight_outweighs(weight: Tensor, rows: int) -> bool:
     """Return whether copying the weight into oneDNN's layout costs more than that layout gains over a plain one.
 
@@ -109,7 +114,7 @@ def convolve(
     if residual is None:
         left = "identity" if activation in _POST_OPS else activation
         z = _convolve_by_onednn(x, weight, shift, geometry, _POST_OPS.get(activation, "none"))
-    elif x.dtype == torch.float32 and activation in ("identity", "relu"):
+    elif adds(x, activation):
         z = _convolve_and_add_by_onednn(x, weight, shift, geometry, residual.contiguous(memory_format=layout))
     else:
         z = _convolve_by_onednn(x, weight, shift, geometry, multiplies=False).add_(residual)
@@ -169,12 +174,10 @@ def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, g
         rows = dz.shape[0] * dz.shape[2] * dz.shape[3]
         if geometry.is_pointwise(weight) or not weight_outweighs(weight, rows):
             return convolve(dz, transposed_weight(weight, geometry.groups), None, transposed)
-    # Only the shape and the layout of x matter; on the CPU untouched memory costs nothing.
+    # Only the shape and the layout of x matter. Untouched memory costs nothing; a tensor of strides 0 would, since it
+    # makes torch bring dz and dx into another layout and back.
     layout = layout_of(dz)
-    if dz.device.type == "cpu":
-        x = torch.empty(x_size, dtype=dz.dtype, memory_format=layout)
-    else:
-        x = dz.new_empty(()).expand(x_size)
+    x = torch.empty(x_size, dtype=dz.dtype, device=dz.device, memory_format=layout)
     return _library_gradients(dz, x, weight.contiguous(memory_format=layout), geometry, (True, False, False))[0]
 
 

@@ -50,6 +50,8 @@ def _convolve(
         return _by_our_kernel(x[:, :open_in], layer, layer.packed, mask, residual, rows, saves=saves)
     if x.is_cuda and residual is None and layer.geometry.groups == 1 and min(open_in, rows) > 0:
         return _by_fused_kernel(x[:, :open_in], layer, mask, rows, saves=saves)
+    if x.is_cuda or (residual is not None and not library.adds(x, layer.activation)):
+        return _by_two_passes(x, layer, mask, residual, open_in, rows, saves=saves)
     return _by_library(x, layer, mask, residual, open_in, rows, saves=saves)
 
 
@@ -88,15 +90,28 @@ def _by_fused_kernel(
     return y, saved[0] if saves else None
 
 
+def _by_two_passes(
+    x: Tensor, layer: ConvLayer, mask: Tensor | None, residual: Tensor | None, open_in: int, rows: int, *, saves: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Leave what follows the convolution to one pass; but oneDNN, unlike cuDNN, scales and shifts for nothing."""
+    product, scale, shift = replace(layer, activation="identity"), None, None
+    if x.is_cuda:
+        product = replace(product, scale=None, shift=None)
+        scale, shift = (None if vector is None else vector[:rows] for vector in (layer.scale, layer.shift))
+    z = convolve_open(x, product, None, open_in, rows)
+    residual = None if residual is None else residual[:, :rows]
+    if saves:
+        return masked_act_saving_in_place(z, scale, shift, mask, residual=residual, activation=layer.activation)
+    return masked_act(z, scale, shift, mask, residual=residual, activation=layer.activation)[0], None
+
+
 def _by_library(
     x: Tensor, layer: ConvLayer, mask: Tensor | None, residual: Tensor | None, open_in: int, rows: int, *, saves: bool
 ) -> tuple[Tensor, Tensor | None]:
     if saves:
-        # The pass that applies the mask applies the activation, too. (Again for relu6 behind a sum, which the library
-        # rounds otherwise without an activation.)
-        before = "relu6" if layer.activation == "relu6" and residual is not None else "identity"
-        z = convolve_open(x, replace(layer, activation=before), residual, open_in, rows)
-        return masked_act_saving_in_place(z, mask, activation=layer.activation)
+        # The pass that applies the mask applies the activation, too.
+        z = convolve_open(x, replace(layer, activation="identity"), residual, open_in, rows)
+        return masked_act_saving_in_place(z, mask=mask, activation=layer.activation)
     if mask is not None and residual is None and mask_folds(mask, layer.activation):
         padded = F.pad(mask, (0, layer.weight.shape[0] - rows))
         scale = padded if layer.scale is None else layer.scale * padded
