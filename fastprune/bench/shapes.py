@@ -158,8 +158,17 @@ def convolutions(network: str) -> tuple[ConvShape, ...]:
     if network not in NETWORKS:
         raise ValueError(f"network {network!r}: must be one of {', '.join(NETWORKS)}")
     with torch.device("meta"):
-        model = models.resnet56() if network == "ResNet-56" else torchvision_network(network)
+        model = network_of(network)
     return tuple(convolutions_of(model, NETWORKS[network]))
+
+
+def network_of(network: str) -> nn.Module:
+    """Return one of ``NETWORKS`` with random weights.
+
+    Raises:
+        ModuleNotFoundError: if torchvision is needed and not installed.
+    """
+    return models.resnet56() if network == "ResNet-56" else torchvision_network(network)
 
 
 def torchvision_network(network: str) -> nn.Module:

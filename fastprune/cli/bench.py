@@ -8,6 +8,7 @@ from typing import Any
 
 from fastprune.bench.case import BenchmarkError
 from fastprune.bench.latency import LatencyBenchSettings, bench_latency
+from fastprune.bench.passes import PassesBenchSettings, bench_passes
 from fastprune.bench.run import (
     KernelBenchSettings,
     SearchBenchSettings,
@@ -41,6 +42,12 @@ def run_latency(values: dict[str, Any], given: set[str]) -> int:
     model, shape = build_model(network, None), input_shape(network, None)
     check_fit(model, network.model, make_example(shape))
     bench_latency(settings, model, shape)
+    return 0
+
+
+def run_passes(values: dict[str, Any], given: set[str]) -> int:
+    """Count how often a search step passes over activations."""
+    bench_passes(pick(PassesBenchSettings, values))
     return 0
 
 

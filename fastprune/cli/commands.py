@@ -137,6 +137,11 @@ COMMANDS: dict[str, Command] = {
         "fastprune.cli.bench:run_latency",
         ("fastprune.bench.latency:LatencyBenchSettings",),
     ),
+    "bench passes": Command(
+        "Count how often a search step passes over activations on CUDA; needs no GPU.",
+        "fastprune.cli.bench:run_passes",
+        ("fastprune.bench.passes:PassesBenchSettings",),
+    ),
     "doctor": Command("Say what is installed and whether it works.", "fastprune.cli.doctor:run_doctor"),
     "demo": Command(
         "Train, prune and fine-tune a small network on real data, offline.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 import torch
@@ -100,7 +101,8 @@ class CostModel:
         """Return the value of each term, float64 [..., T], for numbers of kept units per group [..., G]."""
         _, incidence, fixed, factors, constant, *_ = self._tables(kept.device)
         sizes = kept @ incidence.T + fixed
-        return constant * sizes[..., factors].prod(-1)
+        # Not prod: its gradient counts zeros on the host.
+        return reduce(torch.mul, sizes[..., factors].unbind(-1), constant)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return the group of each unit; incidence [S+1, G] and fixed part [S+1] of each size (the last is 1); and for
@@ -120,7 +122,7 @@ class CostModel:
             fixed[row] = sliced.fixed
             for group, count in sliced.counts.items():
                 incidence[row, group] = count
-        depth = max((len(term.dims) for term in self.terms), default=1)
+        depth = max([1, *(len(term.dims) for term in self.terms)])
         one = len(self.dims)
         factors = [[rows[dim] for dim in term.dims] + [one] * (depth - len(term.dims)) for term in self.terms]
         numbers = np.array([(term.constant, term.macs, term.params) for term in self.terms]).reshape(-1, 3)

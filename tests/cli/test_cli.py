@@ -136,7 +136,7 @@ BAD = [
     ("demo --out p", "'p' exists already: give another --out"),
     ("demo --out new --seed -3", "seed -3: must be at least 0"),
     # bench
-    ("bench", "bench needs one more word: give one of bench kernels, bench step, bench search, bench latency"),
+    ("bench", "bench needs one more word: give one of bench kernels, bench step, bench search, bench latency, "),
     ("bench stap", "there is no command 'bench stap': did you mean 'bench step'?"),
     ("bench kernels --only nope", "only 'nope': must be one of 'gates', 'group_prox', "),
     ("bench kernels --onyl topk_mask", "there is no option --onyl: did you mean --only?"),

@@ -204,8 +204,6 @@ class FrozenConv:
             raise ValueError(f"open_in: got {open_in} beside a deferred x, needs None: x knows how many are open")
         if x.channels != inputs:
             raise ValueError(f"x: got {x.channels} channels, needs {inputs}")
-        if x.mask is not None and not x.hard and self.geometry.groups > 1:
-            return x.settled(), None, x.open_count  # columns of a grouped weight are not those of x
         return x._r, x, x.open_count
 
     def make_layer(self, x: Tensor, input_mask: Tensor | None, open_in: int) -> ConvLayer:
@@ -213,7 +211,8 @@ class FrozenConv:
         layer = ConvLayer(self.weight, None, self.shift, self.geometry, self.activation)
         ours = packed.computes(x, self.weight, self.geometry)
         if input_mask is not None:
-            layer = replace(layer, weight=(self.weight * input_mask.view(-1, 1, 1)).to(self.weight.dtype))
+            columns = columns_of(input_mask, self.weight, self.geometry.groups)
+            layer = replace(layer, weight=(self.weight * columns).to(self.weight.dtype))
         if not ours:
             return layer
         algorithm = packed.algorithm_for(self.weight, self.geometry, open_in)
@@ -235,6 +234,14 @@ class FrozenConv:
         if key not in self._packed:
             self._packed[key] = packed.pack(self.weight, geometry, transposed=transposed, algorithm=algorithm)
         return self._packed[key]
+
+
+def columns_of(mask: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Return the mask ``[C]`` as a factor of the columns of a weight ``[K, C / groups, R, S]``."""
+    if groups == 1:
+        return mask.view(-1, 1, 1)
+    outputs, inputs = weight.shape[0], weight.shape[1]
+    return mask.view(groups, 1, inputs).expand(-1, outputs // groups, -1).reshape(outputs, inputs, 1, 1)
 
 
 def _check_promise(mask: Tensor | None, open_out: int | None, hard: bool) -> None:
@@ -307,7 +314,9 @@ class _FrozenConv(torch.autograd.Function):
             )  # fmt: skip
         if for_images and dz is not None:
             others = grad_outputs[1] if call.branches else None
-            dx, dinput_mask = _input_gradients(dz, ctx.x_size, call, previous, input_mask, others, for_input_mask)
+            dx, dinput_mask = _input_gradients(
+                dz, ctx.x_size, call, previous, input_mask, others, want_dx=for_x, want_dmask=for_input_mask
+            )
         residual = widen(dz, call.conv.weight.shape[0]) if for_residual and dz is not None else None
         return dx, dinput_mask, dmask, residual, None
 
@@ -319,8 +328,10 @@ def _input_gradients(
     previous: Tensor | None,
     mask: Tensor | None,
     others: Tensor | None,
+    *,
+    want_dx: bool,
     want_dmask: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients of x (for a deferred x, of its activation's argument) and of its mask.
 
     Args:
@@ -330,6 +341,7 @@ def _input_gradients(
         previous: x, if it is deferred.
         mask: Its mask.
         others: The gradient of other readers of x.
+        want_dx: Whether the gradient of x is needed; otherwise it may be missing.
         want_dmask: Whether to compute the gradient of the mask.
     """
     conv, activation = call.conv, call.owed or "identity"
@@ -344,7 +356,6 @@ def _input_gradients(
     if previous is None or (mask is None and activation == "identity"):
         return dx if others is None else dx + others, None
     into, dmask, _, _ = masked_act_backward(
-        dx, previous, mask, others=others, activation=activation, want_dmask=want_dmask
+        dx, previous, mask, others=others, activation=activation, want_dx=want_dx, want_dmask=want_dmask
     )
-    assert into is not None
     return into, dmask

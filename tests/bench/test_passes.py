@@ -1,0 +1,76 @@
+"""Passes over activations, counted: by hand for a small network, bounded for large ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastprune.bench.passes import Passes, count_passes, run_backward
+from fastprune.bench.shapes import NETWORKS, network_of
+from fastprune.cli.main import main
+from fastprune.graph import trace
+from fastprune.networks.masked import MaskedNetwork
+
+
+class Small(nn.Module):
+    """Four convolutions; the outputs of all but the first and the last have gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8 if i else 3, 8, 3, padding=1, bias=False) for i in range(4))
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "ResNet-56" else pytest.mark.slow)
+                                  for name in NETWORKS])  # fmt: skip
+def test_a_step_passes_seldom_over_activations(name: str) -> None:
+    ours, torchs = count_passes(name, network_of(name), NETWORKS[name], batch=256)
+    assert ours.variant == "fastprune"
+    assert torchs.variant == "torch"
+    assert 1 <= ours.forward < 1.4 < torchs.forward
+    assert 1 <= ours.backward < 1.9 < torchs.backward
+    assert ours.launches < torchs.launches
+    assert ours.syncs == ours.odd_layouts == 0
+
+
+def test_a_network_counted_by_hand() -> None:
+    """Counted in activations of 8 channels in bfloat16. Vectors and weights are next to nothing."""
+    ours, _ = count_passes("small", Small(), 32, batch=64)
+    images = 3 / 8 * (2 + 1)  # read in float32, written in bfloat16
+    relus, mean = 4 * 2, 1  # each relu reads and writes, the mean reads
+    assert ours.forward == pytest.approx((images + relus + mean) / (4 * 2), rel=0.01)
+    spread = 1 + 2  # the mean's gradient, which is then brought into channels_last
+    relus = 3 + 3 + 2  # a gradient and the activation are read, a gradient is written, but not in front of all gates
+    assert ours.backward == pytest.approx((spread + relus) / (4 * 2), rel=0.01)
+
+
+def test_the_gradients_are_those_of_the_engine() -> None:
+    torch.manual_seed(0)
+    model = Small().eval().requires_grad_(requires_grad=False)
+    graph = trace(model, torch.zeros(2, 3, 8, 8))
+    gates = torch.rand(graph.num_units, requires_grad=True)
+    loss = MaskedNetwork(graph, model)(torch.randn(4, 3, 8, 8), gates).square().sum()
+    (expected,) = torch.autograd.grad(loss, gates, retain_graph=True)
+    with torch.no_grad():
+        ((leaf, gradient),) = run_backward(loss)
+    assert leaf is gates
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "passes.json"
+    assert main(["bench", "passes", "--only", "ResNet-56", "--batch", "8", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["networks"]
+    assert [row["variant"] for row in rows] == ["fastprune", "torch"]
+    assert Passes(**rows[0]).forward < Passes(**rows[1]).forward
+    assert "ResNet-56" in capsys.readouterr().out
