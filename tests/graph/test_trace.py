@@ -218,6 +218,7 @@ def test_a_layer_that_is_never_reached_is_listed() -> None:
     assert "never reached" in dict(graph.unprunable)["1.spare"]
 
 
+@pytest.mark.slow
 def test_train_only_heads_are_traced(tiny: nn.Module) -> None:
     model = torchvision.models.googlenet(init_weights=False)
     graph = fp.trace(model, torch.zeros(1, 3, 64, 64))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 import fastprune
 from fastprune import models
@@ -14,6 +16,18 @@ from fastprune.graph import ChannelGraph, trace
 from fastprune.graph.interior import gated_units, interior_units, last_gated_units
 from fastprune.methods.gates.gated import prunable_cost
 from fastprune.planning.budget import Budget
+
+
+@cache
+def traced(name: str) -> tuple[nn.Module, ChannelGraph]:
+    """Return a network and its graph for images of 32 pixels; nobody changes them."""
+    if name.startswith("torchvision:"):
+        with torch.device("meta"):  # nobody reads the weights
+            model = getattr(torchvision.models, name.removeprefix("torchvision:"))(weights=None, num_classes=10)
+        model = model.to_empty(device="cpu")
+    else:
+        model = models.create(name)
+    return model, trace(model, torch.zeros(1, 3, 32, 32))
 
 
 def gated_groups(graph: ChannelGraph) -> list[str]:
@@ -56,14 +70,14 @@ def test_gates_of_the_papers(name):
     ],
 )
 def test_gates_on_cifar_networks(name, gates, prunable):
-    graph = trace(models.create(name), torch.zeros(1, 3, 32, 32))
+    _, graph = traced(name)
     assert len(gated_groups(graph)) == gates
     assert prunable_cost(graph, Budget("flops", 0.5), interior_units(graph)) / 1e6 == pytest.approx(prunable, abs=0.005)
 
 
 def test_a_bottleneck_has_two_gates_at_any_input_size():
-    model = torchvision.models.resnet50(weights=None)
-    names = gated_groups(trace(model, torch.zeros(1, 3, 32, 32)))  # the last stage has one pixel, like a classifier
+    model, graph = traced("torchvision:resnet50")
+    names = gated_groups(graph)  # the last stage has one pixel, like a classifier
     blocks = [
         name for name, module in model.named_modules() if isinstance(module, torchvision.models.resnet.Bottleneck)
     ]
@@ -71,8 +85,7 @@ def test_a_bottleneck_has_two_gates_at_any_input_size():
 
 
 def test_one_gate_follows_the_second_convolution():
-    model = torchvision.models.resnet50(weights=None)
-    graph = trace(model, torch.zeros(1, 3, 32, 32))
+    _, graph = traced("torchvision:resnet50")
     both, one = interior_units(graph), gated_units(graph, "one_gate")
     names = [group.name for group in graph.groups if bool(one[group.start])]
     assert names == [name for name in gated_groups(graph) if name.endswith("conv2")]
@@ -88,20 +101,20 @@ def test_one_gate_follows_the_second_convolution():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (models.create("mobilenetv2-cifar"), "no residual block of this network has two gates"),
-        (models.create("resnet20"), "no residual block of this network has two gates"),
-        (torchvision.models.vgg11_bn(weights=None, num_classes=10), "no residual blocks"),
+        ("mobilenetv2-cifar", "no residual block of this network has two gates"),
+        ("resnet20", "no residual block of this network has two gates"),
+        ("torchvision:vgg11_bn", "no residual blocks"),
     ],
 )
 def test_one_gate_is_refused_without_blocks_of_two_gates(model, words):
-    graph = trace(model, torch.zeros(1, 3, 32, 32))
+    _, graph = traced(model)
     with pytest.raises(ValueError, match=words):
         last_gated_units(graph, interior_units(graph))
 
 
 def test_a_plain_network_keeps_its_first_and_last_convolution():
-    model = torchvision.models.vgg11_bn(weights=None, num_classes=10)
-    names = gated_groups(trace(model, torch.zeros(1, 3, 32, 32)))
+    model, graph = traced("torchvision:vgg11_bn")
+    names = gated_groups(graph)
     convolutions = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
     assert names == convolutions[1:-1]
 
