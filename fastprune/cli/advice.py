@@ -111,7 +111,8 @@ def after_pruning(settings: PruneSettings, metrics: Mapping[str, Any]) -> str:
     if "failed" in metrics.get("compensation", {}):
         return f"next: fastprune calibrate {word(settings.out)} --how {metrics['compensation']['how']}"
     data = "" if settings.data else " --data DATA"
-    return f"next: fastprune finetune --run {word(settings.out)}{data}"
+    teacher = " --teacher auto" if settings.weights and settings.recipe is None else ""  # a recipe has its own
+    return f"next: fastprune finetune --run {word(settings.out)}{data}{teacher}"
 
 
 def tell_compensation(metrics: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ def test_commands_lead_from_one_to_the_next(
     assert last == f"next: fastprune prune --model resnet20 --weights t/model.safetensors --data {DATA} --out RUN"
     follow = last.removeprefix("next: fastprune ").replace("RUN", "'a run'")
     last, err = last_line(f"{follow} --method l1", capsys)
-    assert last == "next: fastprune finetune --run 'a run'"
+    assert last == "next: fastprune finetune --run 'a run' --teacher auto"
     assert "warning" not in err
     last, _ = last_line(f"{last.removeprefix('next: fastprune ')} --epochs 1", capsys)
     assert last == "next: fastprune report --run 'a run'"
