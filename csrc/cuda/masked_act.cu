@@ -10,8 +10,13 @@
 namespace fastprune::cuda {
 namespace {
 
+/// Forward blocks that a multiprocessor shall hold: three of them keep 48 KiB of reads in flight. Backward two keep 64,
+/// with more registers; three would spill. So would three forward blocks of double.
+template <class Storage>
+constexpr int blocks_for = sizeof(Storage) == 8 ? 2 : 3;
+
 template <class Storage, int vector, bool rows, bool adds>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, blocks_for<Storage>)
     forward_kernel(MaskedActArgs<Storage> args, device::ChannelTasks tasks) {
     device::masked_act<Storage, vector, rows, adds>(Block{}, args, tasks, blockIdx.x);
 }

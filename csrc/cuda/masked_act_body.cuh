@@ -27,7 +27,7 @@ FASTPRUNE_DEVICE void masked_act(const Block& block, const MaskedActArgs<Storage
     const Storage* x = run.first(args.x, args.layout);
     const int64_t x_step = run.step(args.x), y_step = run.step(args.y), saved_step = run.step(args.saved);
     for (int64_t k = 0; k < run.count; k += in_flight) {
-        Vector<Storage, vector> loaded[in_flight] = {}, added[in_flight] = {};
+        Vector<Storage, vector> loaded[in_flight], added[in_flight];
         FASTPRUNE_UNROLL
         for (int j = 0; j < in_flight; ++j) {
             if (k + j >= run.count) continue;
@@ -66,7 +66,7 @@ FASTPRUNE_DEVICE void masked_act_backward(const Block& block, const MaskedActBac
                                           Real<Storage>* scratch) {
     using Value = Real<Storage>;
     constexpr int in_flight =
-        wanted == Sums::all ? 2 : 4;  // three vectors for each, and three sums: registers are short
+        wanted == Sums::all || sizeof(Storage) == 8 ? 2 : 4;  // three vectors for each, and sums: registers are short
     constexpr int channels = rows ? vector : 1;
     const Run run = rows ? row_run(block, tasks, task) : plane_run(block, tasks, task);
     const Coefficients<Value, channels> mask(args.mask, Value{1}, run), scale(args.scale, Value{1}, run),
