@@ -65,8 +65,8 @@ FASTPRUNE_DEVICE void masked_act_backward(const Block& block, const MaskedActBac
                                           const ChannelTasks& tasks, int64_t task, const SumPartials& partials,
                                           Real<Storage>* scratch) {
     using Value = Real<Storage>;
-    constexpr int in_flight =
-        wanted == Sums::all || sizeof(Storage) == 8 ? 2 : 4;  // three vectors for each, and sums: registers are short
+    // Three vectors for each, and up to three sums: registers are short.
+    constexpr int in_flight = (wanted == Sums::all ? 2 : 4) / (sizeof(Storage) == 8 ? 2 : 1);
     constexpr int channels = rows ? vector : 1;
     const Run run = rows ? row_run(block, tasks, task) : plane_run(block, tasks, task);
     const Coefficients<Value, channels> mask(args.mask, Value{1}, run), scale(args.scale, Value{1}, run),
