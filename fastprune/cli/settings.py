@@ -69,7 +69,7 @@ class RunSettings:
     )
     image_size: int | None = option(None, "side of the images in pixels; by default the data's own", minimum=1)
     held_out: float | None = option(
-        None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
+        None, "samples of the training set to hold out, a number or a fraction; by default 10 %, and at most 5000"
     )
     balanced: bool = option(False, BALANCED, flag=SWITCH)
     mean: tuple[float, ...] = option((), MEAN, flag=NUMBERS)
@@ -166,7 +166,7 @@ class SensitivitySettings(ModelSettings):
     )
     image_size: int | None = option(None, "side of the images in pixels; by default the data's own", minimum=1)
     held_out: float | None = option(
-        None, "part of the training set to hold out; by default 10 %, and at most 5000 samples"
+        None, "samples of the training set to hold out, a number or a fraction; by default 10 %, and at most 5000"
     )
     balanced: bool = option(False, BALANCED, flag=SWITCH)
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
