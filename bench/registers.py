@@ -22,7 +22,7 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).parents[1]
-REGISTERS, THREADS, WARP = 65_536, 256, 32
+REGISTERS, THREADS, MOST_THREADS = 65_536, 256, 2048
 PATTERN = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'"
     r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
@@ -53,8 +53,8 @@ class Kernel:
 
     @property
     def blocks(self) -> int:
-        """Blocks of 256 threads for which a multiprocessor has registers; it gives them out by 8."""
-        return REGISTERS // (-(-self.registers // 8) * 8 * THREADS)
+        """Blocks of 256 threads for which a multiprocessor has registers, which it gives out by 8, and places."""
+        return min(REGISTERS // (-(-self.registers // 8) * 8 * THREADS), MOST_THREADS // THREADS)
 
 
 def compile_commands(folder: str) -> Iterator[tuple[Path, list[str], str]]:
@@ -103,7 +103,7 @@ def names_in(text: str) -> list[str]:
     """Return the names of the kernels in ptxas's demangled output, without their arguments and namespaces."""
     text = re.sub(r"\w+::|\(anonymous namespace\)::", "", text)
     functions = re.findall(r"Compiling entry function '(?:void )?(.*)' for '\w+'", text)
-    return [re.sub(r"\((?!\w+\)\d).*$", "", function) for function in functions]  # but for (Sums)0
+    return [re.sub(r"\((?!\w+\)\d).*$", "", function) for function in functions]  # keeps (Sums)0
 
 
 def main() -> int:

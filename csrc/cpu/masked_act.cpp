@@ -69,16 +69,18 @@ template <class Storage>
 Status masked_act(const MaskedActArgs<Storage>& args, int num_threads) {
     const ChannelLayout& layout = args.layout;
     const ForwardLines<Storage> process = forward_lines_for(args);
+    const bool adds = args.residual.data != nullptr;
     const bool gapless = are_gapless(layout, args.x, args.residual, args.y, args.saved);
     for_each_tile(layout, gapless ? rows_of_line(layout) : 1, gapless, num_threads, [&](const LineTile& lines) {
         Storage unwanted[tile_width];  // the line of a result that the caller does not want
         ForwardTile<Storage> tile;
         tile.x = first_of(args.x, lines, layout);
-        tile.residual = first_of(args.residual, lines, layout);
+        const auto& residual = adds ? args.residual : args.x;  // not read unless there is one
+        tile.residual = first_of(residual, lines, layout);
         tile.y = args.y.data != nullptr ? first_of(args.y, lines, layout) : unwanted;
         tile.saved = args.saved.data != nullptr ? first_of(args.saved, lines, layout) : unwanted;
         tile.x_pitch = lines.pitch(args.x.outer_stride);
-        tile.residual_pitch = lines.pitch(args.residual.outer_stride);
+        tile.residual_pitch = lines.pitch(residual.outer_stride);
         tile.y_pitch = args.y.data != nullptr ? lines.pitch(args.y.outer_stride) : 0;
         tile.saved_pitch = args.saved.data != nullptr ? lines.pitch(args.saved.outer_stride) : 0;
         fill_line(tile.scale, args.scale, Real<Storage>{1}, lines);

@@ -135,6 +135,7 @@ void run_backward(const MaskedActBackwardArgs<Storage>& args, const Partials& pa
     const auto& x = args.x.data != nullptr
                         ? args.x
                         : args.saved;  // null where dshift is the only sum; the loop then reads `saved` in vain
+    const auto& others = args.others.data != nullptr ? args.others : args.dy;  // not read unless there are any
     const bool gapless = are_gapless(args.layout, args.dy, args.saved, x, args.others, args.dx);
     for_each_tile(args.layout, rows_of_line(args.layout), gapless, num_threads, [&](const LineTile& tile) {
         Coefficients<Value> coefficients;
@@ -154,12 +155,12 @@ void run_backward(const MaskedActBackwardArgs<Storage>& args, const Partials& pa
         const Lines<Storage> lines{first_of(args.dy, tile, args.layout),
                                    first_of(args.saved, tile, args.layout),
                                    first_of(x, tile, args.layout),
-                                   first_of(args.others, tile, args.layout),
+                                   first_of(others, tile, args.layout),
                                    wants_dx ? first_of(args.dx, tile, args.layout) : unwanted,
                                    tile.pitch(args.dy.outer_stride),
                                    tile.pitch(args.saved.outer_stride),
                                    tile.pitch(x.outer_stride),
-                                   tile.pitch(args.others.outer_stride),
+                                   tile.pitch(others.outer_stride),
                                    wants_dx ? tile.pitch(args.dx.outer_stride) : 0};
         const int64_t count = tile.all_lines();
         const int64_t stretch = tile.rows > 1 ? lines_per_stretch / 2 : lines_per_stretch;

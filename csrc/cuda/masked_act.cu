@@ -10,8 +10,8 @@
 namespace fastprune::cuda {
 namespace {
 
-/// Forward blocks that a multiprocessor shall hold: three of them keep 48 KiB of reads in flight. Backward two keep 64,
-/// with more registers; three would spill. So would three forward blocks of double.
+/// Forward blocks that a multiprocessor shall hold: three of them keep 48 KiB of reads in flight. Backward two keep 64;
+/// three would spill, and so would three forward blocks of double.
 template <class Storage>
 constexpr int blocks_for = sizeof(Storage) == 8 ? 2 : 3;
 
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(block_threads, blocks_for<Storage>)
 }
 
 template <class Storage, int vector, bool rows, device::Sums wanted>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, wanted == device::Sums::all ? 1 : 2)
     backward_kernel(MaskedActBackwardArgs<Storage> args, device::ChannelTasks tasks, device::SumPartials partials) {
     __shared__ Real<Storage> scratch[rows && wanted != device::Sums::none ? block_threads * vector : 1];
     device::masked_act_backward<Storage, vector, rows, wanted>(Block{}, args, tasks, blockIdx.x, partials, scratch);

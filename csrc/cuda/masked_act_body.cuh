@@ -14,7 +14,7 @@ namespace fastprune::device {
 /// Which sums a body makes; `all` also reads x.
 enum class Sums { none, mask, all };
 
-/// `adds`: there is a residual.
+/// `adds`: whether there is a residual.
 template <class Storage, int vector, bool rows, bool adds, class Block>
 FASTPRUNE_DEVICE void masked_act(const Block& block, const MaskedActArgs<Storage>& args, const ChannelTasks& tasks,
                                  int64_t task) {

@@ -1,14 +1,13 @@
-"""How often a search step passes over activations on CUDA, counted on tensors without memory: no GPU is needed.
+"""How often a search passes over activations on CUDA, counted on tensors without memory: no GPU is needed.
 
-One pass reads and writes every convolution's result once. Convolutions themselves are not counted, nor are views: what
-is counted are the bytes that all other kernels read and write. A step is the masked network's forward pass on images
-in float32 under autocast to bfloat16, cross-entropy, and the gradient
-of the gates, which sit inside of blocks. ``fastprune`` is the graph that a
-search runs while weights are frozen, ``torch`` the same network with torch's operators and products with gates between
-them. Kernels that compute a convolution together with what follows need a device to be tried on and are not counted:
-on one they take passes away.
+One pass reads and writes every convolution's result once. Counted are the bytes that all kernels but convolutions (with
+their bias) read and write; views move none. A step is the masked network's forward pass on images in float32 under
+autocast to bfloat16, the cross-entropy, and the gradient of the gates, which sit inside of blocks. The generator of the
+gates, the cost term and the optimiser work on vectors and are left out. ``fastprune`` is the graph that a search runs
+while weights are frozen, ``torch`` the same network with torch's operators and products with gates between them.
 
-Weights are folded before the count, as they are in a search from the second step on.
+Kernels that compute a convolution together with what follows have to be tried on a device and are not counted; there
+they take passes away. Weights are folded before the count, as they are from the second step of a search on.
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastprune.bench.case import BenchmarkError
 from fastprune.bench.settings import check_folder
 from fastprune.bench.shapes import NETWORKS, network_of
 from fastprune.graph import trace
@@ -44,10 +44,8 @@ from fastprune.options import SEVERAL, check, option
 aten = torch.ops.aten
 
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
-WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default}
-"""Operators whose result the host waits for."""
-
 UNWRITTEN = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
+OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}
 
 
 @dataclass
@@ -73,8 +71,9 @@ class Passes:
         forward: passes over activations outside of convolutions, forward.
         backward: the same, backward.
         launches: operators that launch a kernel, convolutions included.
-        syncs: operators that the host waits for.
-        odd_layouts: tensors at convolutions' gradients that are not dense in channels_last; torch copies them.
+        syncs: copies to the host. A step that reads a number from the device cannot be counted at all.
+        odd_layouts: gradients of convolutions that get or give images that are not dense in channels_last. cuDNN then
+            computes in another layout, and torch copies the images into it and back.
     """
 
     name: str
@@ -110,15 +109,19 @@ def show(document: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def count_passes(name: str, model: nn.Module, side: int, batch: int) -> Iterator[Passes]:
-    """Yield the counts of both variants of a network.
+def count_passes(name: str, model: nn.Module, side: int, batch: int) -> list[Passes]:
+    """Count both variants of a network.
 
     Args:
         name: title of the network.
-        model: the network, which reads images [N, 3, side, side].
+        model: the network, which reads images [N, 3, side, side]. It has no memory afterwards.
         side: the side of its images.
         batch: N.
+
+    Raises:
+        BenchmarkError: if a step reads a number from the device, for which the host would wait.
     """
+    found = []
     model = model.eval().requires_grad_(requires_grad=False)
     graph = trace(model, torch.zeros(2, 3, side, side))
     masked, units = MaskedNetwork(graph, model, interior_units(graph)), graph.num_units
@@ -133,7 +136,7 @@ def count_passes(name: str, model: nn.Module, side: int, batch: int) -> Iterator
             step.run()
             forward, backward = step.run()
             unit = 2 * forward.convolved
-            yield Passes(
+            passes = Passes(
                 name,
                 variant,
                 forward.moved / unit,
@@ -142,6 +145,8 @@ def count_passes(name: str, model: nn.Module, side: int, batch: int) -> Iterator
                 forward.syncs + backward.syncs,
                 forward.odd_layouts + backward.odd_layouts,
             )
+            found.append(passes)
+    return found
 
 
 @contextmanager
@@ -193,7 +198,7 @@ class Traffic(TorchDispatchMode):
         moved: bytes that others than convolutions read and write.
         convolved: bytes of convolutions' results.
         launches: operators that launch a kernel.
-        syncs: operators that the host waits for.
+        syncs: copies to the host.
         odd_layouts: see :class:`Passes`.
     """
 
@@ -203,8 +208,10 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count it."""
-        self.syncs += func in WAITS
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise BenchmarkError(f"{func}: the step reads a number from the device; the host would wait") from error
         if func in CONVOLUTIONS:
             result = lay_out(result, args)
         if func.namespace == "prim" or is_view(func):
@@ -213,13 +220,20 @@ class Traffic(TorchDispatchMode):
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if func.overloadpacket in UNWRITTEN:
             return result
+        if func.overloadpacket in OVERWRITING:  # reads none of what it writes into
+            inputs = inputs[1:]
         self.launches += 1
+        self.syncs += any(x.is_cuda for x in inputs) and any(x.device.type == "cpu" for x in results)
         if func is aten.convolution.default:
             self.convolved += size_of(results[0])
         if func is aten.convolution_backward.default:
-            self.odd_layouts += sum(not is_dense_rows(x) for x in [*inputs, *results] if x.dim() == 4)
+            gradient, x, _weight = inputs[:3]
+            images = [gradient, x, *results[:1]]
+            self.odd_layouts += not all(map(is_dense_rows, images))
         if func not in CONVOLUTIONS:
-            self.moved += sum(map(size_of, [*inputs, *results]))
+            written = written_by(func, args)
+            results = [x for x in results if not any(x is y for y in written)]
+            self.moved += sum(map(size_of, [*inputs, *results, *written]))
         return result
 
 
@@ -239,6 +253,12 @@ def is_view(func: Any) -> bool:
     """Return whether an operator's results are views of what it reads."""
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def written_by(func: Any, args: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors among an operator's arguments that it writes into."""
+    arguments = zip(func._schema.arguments, args, strict=False)
+    return [x for argument, x in arguments if argument.alias_info is not None and argument.alias_info.is_write]
 
 
 def size_of(x: Tensor) -> int:
@@ -284,7 +304,8 @@ def call(node: Any, gradients: Sequence[Tensor | None]) -> tuple[Sequence[tuple[
         found = node(*gradients)
         return places, found if isinstance(found, tuple) else (found,)
     # An autograd.Function returns one for each argument, but has places for tensors alone.
-    found = node.apply(*gradients)
+    results = zip(gradients, node._input_metadata, strict=True)
+    found = node.apply(*(torch.zeros(r.shape, dtype=r.dtype, device=r.device) if g is None else g for g, r in results))
     found = found if isinstance(found, tuple) else (found,)
     wanted = [gradient for gradient, wants in zip(found, node.needs_input_grad, strict=True) if wants]
     return [place for place in places if place[0] is not None], wanted

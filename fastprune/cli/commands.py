@@ -138,7 +138,7 @@ COMMANDS: dict[str, Command] = {
         ("fastprune.bench.latency:LatencyBenchSettings",),
     ),
     "bench passes": Command(
-        "Count how often a search step passes over activations on CUDA; needs no GPU.",
+        "Count how often a search passes over activations on CUDA; needs no GPU.",
         "fastprune.cli.bench:run_passes",
         ("fastprune.bench.passes:PassesBenchSettings",),
     ),

@@ -14,6 +14,16 @@ from fastprune.ops.arguments import vector_dtype
 from fastprune.ops.layout import as_views, empty_like_views
 from fastprune.ops.library import _C, register
 
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Scale, shift and mask."""
+
+
+def _prepare(x: Tensor, vectors: Vectors, residual: Tensor | None) -> tuple[Tensor, Vectors, Tensor | None]:
+    """Return the arguments as the kernels read them; copy only those that they cannot read."""
+    x, *rest = as_views(x, residual)
+    scale, shift, mask = (None if vector is None else vector.contiguous() for vector in vectors)
+    return x, (scale, shift, mask), rest[0] if rest else None
+
 
 def _forward(
     x: Tensor,
@@ -24,12 +34,10 @@ def _forward(
     activation: str,
     want_saved: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, *rest = as_views(x, residual)
-    residual = rest[0] if rest else None
-    scale, shift, mask = (None if vector is None else vector.contiguous() for vector in (scale, shift, mask))
+    x, vectors, residual = _prepare(x, (scale, shift, mask), residual)
     y = empty_like_views(x)
     saved = empty_like_views(x) if want_saved else None
-    _C.masked_act(x, scale, shift, mask, activation, y, saved, torch.get_num_threads(), residual)
+    _C.masked_act(x, *vectors, activation, y, saved, torch.get_num_threads(), residual)
     return y, x.new_empty(0) if saved is None else saved
 
 
@@ -43,6 +51,40 @@ register(
     " bool want_saved) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
+)
+
+
+def _in_place(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> None:
+    _C.masked_act(x, scale, shift, mask, activation, x, None, torch.get_num_threads(), residual)
+
+
+def _saving_in_place(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    writes: bool,
+) -> Tensor:
+    y = empty_like_views(x)
+    _C.masked_act(x, scale, shift, mask, activation, y, x if writes else None, torch.get_num_threads(), residual)
+    return y
+
+
+_ARGUMENTS = "Tensor(a!) x, Tensor? scale, Tensor? shift, Tensor? mask, Tensor? residual, str activation"
+register(f"_masked_act_in_place({_ARGUMENTS}) -> ()", _in_place, lambda *arguments: None)
+register(
+    f"_masked_act_saving_in_place({_ARGUMENTS}, bool writes) -> Tensor",
+    _saving_in_place,
+    lambda x, *rest: empty_like_views(x),
 )
 
 
@@ -128,13 +170,21 @@ def masked_act(
     return y, saved
 
 
-def masked_act_in_place(x: Tensor, scale: Tensor, shift: Tensor, *, activation: str) -> Tensor:
-    """Compute ``act(x * scale + shift)`` in the memory of x, which must not be used again.
+def masked_act_in_place(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str,
+) -> Tensor:
+    """Compute the first result of :func:`masked_act` in the memory of x, which must not be used again.
 
     An x that the kernels cannot read in place is copied. Autograd does not see this.
     """
-    (x,) = as_views(x)
-    _C.masked_act(x, scale.contiguous(), shift.contiguous(), None, activation, x, None, torch.get_num_threads())
+    x, vectors, residual = _prepare(x, (scale, shift, mask), residual)
+    torch.ops.fastprune._masked_act_in_place(x, *vectors, residual, activation)
     return x
 
 
@@ -151,12 +201,10 @@ def masked_act_saving_in_place(
 
     Autograd does not see this.
     """
-    x, *rest = as_views(x, residual)
-    scale, shift, mask = (None if vector is None else vector.contiguous() for vector in (scale, shift, mask))
-    y = empty_like_views(x)
-    is_z = scale is None and shift is None and not rest
-    saved = None if is_z and activation in ("identity", "silu", "hardswish") else x  # these would save x unchanged
-    _C.masked_act(x, scale, shift, mask, activation, y, saved, torch.get_num_threads(), rest[0] if rest else None)
+    x, vectors, residual = _prepare(x, (scale, shift, mask), residual)
+    is_z = scale is None and shift is None and residual is None
+    writes = not is_z or activation in ("relu", "relu6")  # the others would save x unchanged
+    y = torch.ops.fastprune._masked_act_saving_in_place(x, *vectors, residual, activation, writes)
     return y, x
 
 

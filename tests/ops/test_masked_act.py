@@ -13,7 +13,12 @@ from torch import Tensor
 
 from fastprune import _C
 from fastprune.ops.activations import ACTIVATIONS
-from fastprune.ops.masked_act import masked_act, masked_act_backward
+from fastprune.ops.masked_act import (
+    masked_act,
+    masked_act_backward,
+    masked_act_in_place,
+    masked_act_saving_in_place,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -316,6 +321,25 @@ def test_results_may_overwrite_inputs(rows):
     assert torch.equal(saved, expected["dx"])
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_results_may_overwrite_inputs_where_something_is_added(rows):
+    case = Case.make((3, 20, 9, 30), torch.float32, seed=6, rows=rows)
+    vectors = (case.scale, case.shift, case.mask)
+    y, saved = masked_act(case.x, *vectors, residual=case.dy, want_saved=True)
+    only = torch.empty_like(saved)
+    _C.masked_act(case.x, *vectors, "relu", None, only, residual=case.dy)
+    assert torch.equal(only, saved)
+    assert torch.equal(masked_act_in_place(case.x.clone(), *vectors, residual=case.dy, activation="relu"), y)
+    results = masked_act_saving_in_place(case.x.clone(), *vectors, residual=case.dy, activation="relu")
+    assert torch.equal(results[0], y)
+    assert torch.equal(results[1], saved)
+    expected, *_ = masked_act_backward(case.x, saved, case.mask, case.scale, others=case.dy)
+    dx = case.dy.clone()
+    none = (None,) * 3
+    _C.masked_act_backward(case.x, saved, None, case.mask, case.scale, *none, "relu", dx, *none, None, others=dx)
+    assert torch.equal(dx, expected)
+
+
 def test_columns_of_one_matrix_do_not_overlap():
     whole = to_rows(torch.randn(3, 12, 4, 4))
     expected = whole[:, :6].relu()
@@ -351,6 +375,9 @@ def test_opcheck(dtype, rows):
     kernel = torch.ops.fastprune._masked_act.default
     torch.library.opcheck(kernel, (case.x, case.scale, None, case.mask, case.dy, "silu", True))
     torch.library.opcheck(kernel, (case.x[:, :2], None, None, None, None, "relu", False))
+    for name, more in (("_masked_act_in_place", ()), ("_masked_act_saving_in_place", (True,))):
+        arguments = (case.x.clone(), case.scale, None, case.mask, case.dy, "silu", *more)
+        torch.library.opcheck(getattr(torch.ops.fastprune, name).default, arguments)
     kernel = torch.ops.fastprune._masked_act_backward.default
     vectors = (case.mask, case.scale, case.centre, None, None)
     torch.library.opcheck(kernel, (case.dy, case.x, case.x, None, *vectors, "silu", [True, True, False, True]))

@@ -32,7 +32,7 @@ def vectors(channels, dtype, count):
     st.sampled_from([0, 3, 8]), st.integers(0, 2**32), st.booleans(),
 )  # fmt: skip
 def test_forward(emulated, shape, dtype, activation, rows, block, gap, seed, adds):
-    x, residual = draw(shape, dtype, seed, rows, gap), draw(shape, dtype, seed + 1, rows) if adds else None
+    x, residual = draw(shape, dtype, seed, rows, gap), draw(shape, dtype, seed + 1, rows, gap) if adds else None
     scale, shift, mask = vectors(shape[1], dtype, 3)
     results = []
     for kernel, options in ((_C.masked_act, ()), (emulated.masked_act, block)):
@@ -45,12 +45,12 @@ def test_forward(emulated, shape, dtype, activation, rows, block, gap, seed, add
 @settings(max_examples=50, deadline=None)
 @given(
     st.sampled_from(SHAPES), st.sampled_from(DTYPES), st.sampled_from(ACTIVATIONS), st.booleans(), threads,
-    st.sampled_from([0, 3, 8]), st.integers(0, 2**32), st.integers(1, 15), st.booleans(),
+    st.sampled_from([0, 3, 8]), st.integers(0, 2**32), st.integers(1, 15), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_backward(emulated, shape, dtype, activation, rows, block, gap, seed, wants, through_statistics):
+def test_backward(emulated, shape, dtype, activation, rows, block, gap, seed, wants, through_statistics, several):
     dy, saved, x = (draw(shape, dtype, seed + i, rows, gap) for i in range(3))
-    adds = wants < 4 and not through_statistics
-    others = draw(shape, dtype, seed + 3, rows) if adds else None
+    adds = several and wants < 4 and not through_statistics
+    others = draw(shape, dtype, seed + 3, rows, gap) if adds else None
     mask, scale, centre, slope, offset = vectors(shape[1], dtype, 5)
     adjust = (slope, offset) if through_statistics else (None, None)
     results = []

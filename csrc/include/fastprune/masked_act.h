@@ -54,7 +54,7 @@ struct MaskedActBackwardArgs {
     ChannelView<const Storage> saved;
     ChannelView<const Storage> x;  // needed for dscale and with slope and offset, else null
     ChannelView<const Storage>
-        others;                   // the gradient of other readers of y, or null: 0; not with dshift, dscale and slope
+        others;  // the gradient of y from its other readers, or null: 0; then no dshift, dscale and slope
     const Real<Storage>* mask;    // [C], or null: 1
     const Real<Storage>* scale;   // [C], or null: 1
     const Real<Storage>* centre;  // [C], or null: 0

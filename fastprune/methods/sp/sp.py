@@ -154,8 +154,8 @@ class SP(WeightSharing):
     def check_images(self, task: Task) -> None:
         """Check before the training that its held-out images will be enough to fit adaptors on."""
         assert task.data is not None
-        images, _ = task.data.held_out_batch(self.config.images)
-        check_pixels(self.net.features(images[:2])[1:], len(images))
+        images, _ = task.data.held_out_batch(2)
+        check_pixels(self.net.features(images)[1:], min(self.config.images, task.data.held_out))
 
     def select_groups(self, task: Task, stage: Stage) -> tuple[int, ...]:
         """Return the groups of a stage whose widths are searched."""

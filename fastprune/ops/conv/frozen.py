@@ -40,7 +40,7 @@ class FrozenConv:
     A network of these passes over no activation between two convolutions, neither forward nor backward, if each
     result that another of them reads is a :class:`fastprune.ops.conv.deferred.Deferred`, of :meth:`defer` or
     :meth:`branch`. This holds on the CPU, in float32 and channels_last, for identity, relu and relu6, where readers
-    have stride 1 and are dense, or depthwise behind a hard mask; elsewhere the results are the same, and passes
+    have stride 1 and are dense or depthwise; elsewhere the results are the same, and passes
     over memory remain.
 
     Args:

@@ -105,7 +105,7 @@ def convolve(
         shift: ``[K]``.
         geometry: Stride, padding, dilation, groups.
         activation: One of ``fastprune.ops.activations.ACTIVATIONS``.
-        residual: A tensor of the result's shape.
+        residual: A tensor of the result's shape, where ``adds`` holds or oneDNN does not compute.
     """
     if not onednn_takes(x) or x.numel() == 0 or weight.numel() == 0:
         z = F.conv2d(x, weight, shift, *geometry.numbers)
@@ -114,25 +114,17 @@ def convolve(
     if residual is None:
         left = "identity" if activation in _POST_OPS else activation
         z = _convolve_by_onednn(x, weight, shift, geometry, _POST_OPS.get(activation, "none"))
-    elif adds(x, activation):
-        z = _convolve_and_add_by_onednn(x, weight, shift, geometry, residual.contiguous(memory_format=layout))
     else:
-        z = _convolve_by_onednn(x, weight, shift, geometry, multiplies=False).add_(residual)
+        z = _convolve_and_add_by_onednn(x, weight, shift, geometry, residual.contiguous(memory_format=layout))
     return IN_PLACE[left](z).contiguous(memory_format=layout)
 
 
 def _convolve_by_onednn(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    geometry: Geometry,
-    post_op: str = "none",
-    *,
-    multiplies: bool = True,
+    x: Tensor, weight: Tensor, shift: Tensor | None, geometry: Geometry, post_op: str = "none"
 ) -> Tensor:
-    """Compute the convolution; ``multiplies``: as a matrix product where that is faster."""
+    """Compute the convolution, as a matrix product where that is faster."""
     rows = x.shape[0] * x.shape[2] * x.shape[3]
-    multiplies = multiplies and layout_of(x) == torch.channels_last and geometry.is_pointwise(weight)
+    multiplies = layout_of(x) == torch.channels_last and geometry.is_pointwise(weight)
     if multiplies and weight_outweighs(weight, rows):
         matrix = torch.ops.mkldnn._linear_pointwise(
             x.permute(0, 2, 3, 1).reshape(rows, x.shape[1]), weight.reshape(weight.shape[:2]), shift, post_op, [], ""
@@ -174,8 +166,8 @@ def input_gradient(dz: Tensor, x_size: torch.Size | list[int], weight: Tensor, g
         rows = dz.shape[0] * dz.shape[2] * dz.shape[3]
         if geometry.is_pointwise(weight) or not weight_outweighs(weight, rows):
             return convolve(dz, transposed_weight(weight, geometry.groups), None, transposed)
-    # Only the shape and the layout of x matter. Untouched memory costs nothing; a tensor of strides 0 would, since it
-    # makes torch bring dz and dx into another layout and back.
+    # Only the shape and the layout of x matter, and its memory is never touched; on CUDA it is taken until the call
+    # returns. A tensor of strides 0 takes none, but makes torch bring dz and dx into another layout and back.
     layout = layout_of(dz)
     x = torch.empty(x_size, dtype=dz.dtype, device=dz.device, memory_format=layout)
     return _library_gradients(dz, x, weight.contiguous(memory_format=layout), geometry, (True, False, False))[0]

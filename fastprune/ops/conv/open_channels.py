@@ -58,6 +58,8 @@ def convolve_open(x: Tensor, layer: ConvLayer, residual: Tensor | None, open_in:
         z[:, :computed] = convolve(make_dense(x), weight, None, geometry)[:, :computed]
     if residual is not None:
         z += residual
+    if shift is None and layer.activation == "identity":
+        return z
     return masked_act(z, shift=shift, activation=layer.activation)[0]
 
 

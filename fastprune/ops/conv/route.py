@@ -17,7 +17,7 @@ from fastprune.ops.conv.fused import Channels, FusedGeometry, fused_conv
 from fastprune.ops.conv.library import Geometry, weight_outweighs
 from fastprune.ops.conv.open_channels import ConvLayer, convolve_open, input_gradient_of_open
 from fastprune.ops.conv.packed import PackedWeight
-from fastprune.ops.masked_act import masked_act, masked_act_saving_in_place
+from fastprune.ops.masked_act import masked_act, masked_act_in_place, masked_act_saving_in_place
 
 
 def convolve_for_inference(
@@ -51,7 +51,7 @@ def _convolve(
     if x.is_cuda and residual is None and layer.geometry.groups == 1 and min(open_in, rows) > 0:
         return _by_fused_kernel(x[:, :open_in], layer, mask, rows, saves=saves)
     if x.is_cuda or (residual is not None and not library.adds(x, layer.activation)):
-        return _by_two_passes(x, layer, mask, residual, open_in, rows, saves=saves)
+        return _by_two_passes(x, layer, mask, residual, open_in, rows, saves=saves, folds=not x.is_cuda)
     return _by_library(x, layer, mask, residual, open_in, rows, saves=saves)
 
 
@@ -91,18 +91,29 @@ def _by_fused_kernel(
 
 
 def _by_two_passes(
-    x: Tensor, layer: ConvLayer, mask: Tensor | None, residual: Tensor | None, open_in: int, rows: int, *, saves: bool
+    x: Tensor,
+    layer: ConvLayer,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    open_in: int,
+    rows: int,
+    *,
+    saves: bool,
+    folds: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Leave what follows the convolution to one pass; but oneDNN, unlike cuDNN, scales and shifts for nothing."""
+    """Leave what follows the convolution to one pass.
+
+    ``folds``: scale and shift stay with the convolution, for which oneDNN takes no pass, unlike cuDNN.
+    """
     product, scale, shift = replace(layer, activation="identity"), None, None
-    if x.is_cuda:
+    if not folds:
         product = replace(product, scale=None, shift=None)
         scale, shift = (None if vector is None else vector[:rows] for vector in (layer.scale, layer.shift))
     z = convolve_open(x, product, None, open_in, rows)
     residual = None if residual is None else residual[:, :rows]
     if saves:
         return masked_act_saving_in_place(z, scale, shift, mask, residual=residual, activation=layer.activation)
-    return masked_act(z, scale, shift, mask, residual=residual, activation=layer.activation)[0], None
+    return masked_act_in_place(z, scale, shift, mask, residual=residual, activation=layer.activation), None
 
 
 def _by_library(

@@ -90,3 +90,26 @@ def test_without_a_fused_kernel_two_passes_give_the_same(activation, saves):
     results = route._by_fused_kernel(x[:, :5], layer, mask[:7], 7, saves=saves)
     expected = route._by_library(x, layer, mask[:7], None, 5, 7, saves=saves)
     torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("activation", ["identity", "relu", "hardswish"])
+def test_the_pass_behind_a_convolution_may_scale_and_shift(activation, groups, saves):
+    """As on CUDA, where the library would take a pass for the bias."""
+    torch.manual_seed(0)
+    x, scale, shift, mask = torch.randn(2, 8, 5, 5), *torch.rand(3, 8)
+    residual = torch.randn(2, 8, 5, 5)
+    layer = ConvLayer(
+        torch.randn(8, 8 // groups, 3, 3), scale, shift, Geometry((1, 1), (1, 1), (1, 1), groups), activation
+    )
+    for open_in, rows in ((8, 8), (5, 6), (0, 6)):
+        for added in (None, residual):
+            folded, separate = (
+                route._by_two_passes(x, layer, mask[:rows], added, open_in, rows, saves=saves, folds=folds)
+                for folds in (True, False)
+            )
+            torch.testing.assert_close(separate, folded, rtol=1e-5, atol=1e-5)
+            if activation != "hardswish":
+                expected = route._by_library(x, layer, mask[:rows], added, open_in, rows, saves=saves)
+                torch.testing.assert_close(separate, expected, rtol=1e-5, atol=1e-5)
