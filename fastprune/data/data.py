@@ -222,7 +222,7 @@ def held_out_part(size: int, seed: int, amount: int | float | None, labels: Indi
     Args:
         size: samples of the training set.
         seed: seed of the run.
-        amount: a number of samples from 1 on, or a fraction below 1; None = 10 %, at most 5000.
+        amount: a number of samples, above 1 also as a float, or a fraction below 1; None = 10 %, at most 5000.
         labels: class of each sample, for a part with the same number of each class, the amount rounded down; None = the
             classes do not matter.
 
@@ -235,12 +235,13 @@ def held_out_part(size: int, seed: int, amount: int | float | None, labels: Indi
     if amount is None:
         count = min(int(size * HELD_OUT_SHARE), HELD_OUT_MOST)
     else:
-        if not 0 <= amount < size or (amount > 1 and amount % 1):
+        is_count = isinstance(amount, int) or amount > 1
+        if not 0 <= amount < size or (amount % 1 if is_count else amount == 1):  # 1.0 could mean either
             raise ValueError(
                 f"held_out {amount}: give a number of samples below the {size} of the training set, or a fraction in "
                 "[0, 1)"
             )
-        count = int(size * amount if amount < 1 else amount)
+        count = int(amount if is_count else size * amount)
     order = permutation(size, seed, _HOLD_OUT)
     if labels is None or not count:
         return order[:count]

@@ -48,7 +48,7 @@ def test_time_is_estimated_from_steps(empty: Path, capsys: pytest.CaptureFixture
 
 
 def test_time_that_nobody_knows_is_not_guessed(capsys: pytest.CaptureFixture[str]) -> None:
-    found = preview("--method sp --sp.batch_size 16", capsys)
+    found = preview("--method sp --sp.adaptor trained --sp.batch_size 16", capsys)
     assert found["seconds"] is None
     assert "unknown: the number of rounds in 'search'" in str(found["how"])
 

@@ -101,6 +101,8 @@ def why_not_now(x: Tensor) -> str | None:
         return "this build of fastprune has no CUTLASS kernels"
     if x.device.type != "cuda":
         return f"the tensors are on {x.device}, not on a CUDA device"
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return f"the tensors are of the class {type(x).__name__}, which may have no memory"
     if torch.compiler.is_compiling():
         return "torch is tracing"
     if x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprune import _C
 from fastprune.ops.conv import fused
@@ -161,6 +162,9 @@ def test_without_a_kernel_the_library_runs():
     x, weight, geometry = image(2, 16, 9, 7), image(24, 16, 3, 3), FusedGeometry(padding=(1, 1))
     why = "the tensors are on cpu, not on a CUDA device" if HAS_KERNELS else "no CUTLASS kernels"
     assert why in str(fused.why_not_now(x))
+    with FakeTensorMode():
+        why = "of the class FakeTensor, which may have no memory" if HAS_KERNELS else "no CUTLASS kernels"
+        assert why in str(fused.why_not_now(torch.empty(1, device="cuda")))
     fallback = partial(fused.library_conv, geometry=geometry)
     (y,) = fused.fused_conv(x, weight, (None, None, None), geometry, fallback)
     assert torch.equal(y, torch.nn.functional.conv2d(x, weight, padding=1))
