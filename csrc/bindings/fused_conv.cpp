@@ -236,7 +236,8 @@ const float* check_channels(const char* name, const std::optional<Tensor>& vecto
     return vector->data_as<const float>();
 }
 
-void* check_workspace(const std::optional<Tensor>& workspace, const Tensor& x, size_t bytes) {
+// Without CUTLASS there is no kernel to give it to.
+[[maybe_unused]] void* check_workspace(const std::optional<Tensor>& workspace, const Tensor& x, size_t bytes) {
     if (bytes == 0) return nullptr;
     if (!workspace || !workspace->problem().empty()) refuse("workspace", "none", std::to_string(bytes) + " bytes");
     check::same_device({"workspace", *workspace}, {"x", x});

@@ -2,6 +2,7 @@
 #include "fastprune/instruction_set.h"
 
 #include <atomic>
+#include <initializer_list>
 
 namespace fastprune::cpu {
 namespace {

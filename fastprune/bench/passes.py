@@ -16,7 +16,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastprune.bench.backward import run_backward
 from fastprune.bench.case import BenchmarkError
 from fastprune.bench.settings import check_folder
 from fastprune.bench.shapes import NETWORKS, network_of
@@ -54,11 +55,22 @@ class PassesBenchSettings:
 
     only: tuple[str, ...] = option((), "networks to count; default: all", choices=tuple(NETWORKS), flag=SEVERAL)
     batch: int = option(256, "images per step", minimum=2)
+    bandwidth: float | None = option(None, "TB/s of a GPU's memory; with tflops, adds a step's milliseconds", above=0.0)
+    tflops: float | None = option(None, "TFLOP/s of a GPU's products in bfloat16", above=0.0)
     json: str | None = option(None, "file for the numbers")
 
     def __post_init__(self) -> None:
         check(self)
         check_folder("json", self.json)
+        if (self.bandwidth is None) is not (self.tflops is None):
+            raise ValueError("bandwidth and tflops: got one of them; needs both or neither")
+
+    @property
+    def rates(self) -> tuple[float, float] | None:
+        """Bytes and operations per second of the GPU; None: unknown."""
+        if self.bandwidth is None or self.tflops is None:
+            return None
+        return self.bandwidth * 1e12, self.tflops * 1e12
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,10 @@ class Passes:
         syncs: copies to the host. A step that reads a number from the device cannot be counted at all.
         odd_layouts: gradients of convolutions that get or give images that are not dense in channels_last. cuDNN then
             computes in another layout, and torch copies the images into it and back.
+        convolutions_ms: least milliseconds of the convolutions on a GPU of the given rates: each takes the time of its
+            products or that of its reads and writes, whichever is longer. None: no rates were given.
+        forward_ms: milliseconds of all else at the full bandwidth, forward.
+        backward_ms: the same, backward.
     """
 
     name: str
@@ -83,14 +99,19 @@ class Passes:
     launches: int
     syncs: int
     odd_layouts: int
+    convolutions_ms: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
 
 
 def bench_passes(settings: PassesBenchSettings) -> dict[str, Any]:
     """Count, print a table, and write the document to ``settings.json``."""
     document: dict[str, Any] = {"batch": settings.batch, "torch": torch.__version__, "networks": []}
+    if settings.rates is not None:
+        document.update(bandwidth=settings.bandwidth, tflops=settings.tflops)
     for name in settings.only or NETWORKS:
         side = NETWORKS[name]
-        for passes in count_passes(name, network_of(name), side, settings.batch):
+        for passes in count_passes(name, network_of(name), side, settings.batch, settings.rates):
             document["networks"].append(asdict(passes))
         if settings.json is not None:
             atomic.write_text(Path(settings.json), json.dumps(document, indent=2) + "\n")
@@ -99,17 +120,32 @@ def bench_passes(settings: PassesBenchSettings) -> dict[str, Any]:
 
 
 def show(document: Mapping[str, Any]) -> None:
-    """Print the table."""
+    """Print the table, and one of milliseconds where there are rates."""
     table = Table("network", "graph", box=box.SIMPLE_HEAD)
     for title in ("forward", "backward", "launches", "syncs", "copied layouts"):
         table.add_column(title, justify="right")
     for row in document["networks"]:
         counts = [str(row[name]) for name in ("launches", "syncs", "odd_layouts")]
         table.add_row(row["name"], row["variant"], f"{row['forward']:.2f}", f"{row['backward']:.2f}", *counts)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if "bandwidth" not in document:
+        return
+    title = (
+        f"least milliseconds at {document['bandwidth']:g} TB/s and {document['tflops']:g} TFLOP/s: a model, not timed"
+    )
+    table = Table("network", "graph", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("convolutions", "forward", "backward", "total"):
+        table.add_column(column, justify="right")
+    for row in document["networks"]:
+        times = [row[f"{part}_ms"] for part in ("convolutions", "forward", "backward")]
+        table.add_row(row["name"], row["variant"], *(f"{time:.1f}" for time in [*times, sum(times)]))
+    console.print(table)
 
 
-def count_passes(name: str, model: nn.Module, side: int, batch: int) -> list[Passes]:
+def count_passes(
+    name: str, model: nn.Module, side: int, batch: int, rates: tuple[float, float] | None = None
+) -> list[Passes]:
     """Count both variants of a network.
 
     Args:
@@ -117,6 +153,7 @@ def count_passes(name: str, model: nn.Module, side: int, batch: int) -> list[Pas
         model: the network, which reads images [N, 3, side, side]. It has no memory afterwards.
         side: the side of its images.
         batch: N.
+        rates: bytes and operations per second of a GPU, for milliseconds.
 
     Raises:
         BenchmarkError: if a step reads a number from the device, for which the host would wait.
@@ -145,8 +182,21 @@ def count_passes(name: str, model: nn.Module, side: int, batch: int) -> list[Pas
                 forward.syncs + backward.syncs,
                 forward.odd_layouts + backward.odd_layouts,
             )
-            found.append(passes)
+            found.append(passes if rates is None else add_milliseconds(passes, forward, backward, *rates))
     return found
+
+
+def add_milliseconds(
+    passes: Passes, forward: Traffic, backward: Traffic, bandwidth: float, flops_per_second: float
+) -> Passes:
+    """Add the milliseconds of a step on a GPU of these rates."""
+    convolutions = [max(nbytes / bandwidth, flops / flops_per_second) for nbytes, flops in forward.work + backward.work]
+    return replace(
+        passes,
+        convolutions_ms=1e3 * sum(convolutions),
+        forward_ms=1e3 * forward.moved / bandwidth,
+        backward_ms=1e3 * backward.moved / bandwidth,
+    )
 
 
 @contextmanager
@@ -200,11 +250,13 @@ class Traffic(TorchDispatchMode):
         launches: operators that launch a kernel.
         syncs: copies to the host.
         odd_layouts: see :class:`Passes`.
+        work: bytes and operations of each convolution and each convolution's gradient.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.moved = self.convolved = self.launches = self.syncs = self.odd_layouts = 0
+        self.work: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count it."""
@@ -226,15 +278,25 @@ class Traffic(TorchDispatchMode):
         self.syncs += any(x.is_cuda for x in inputs) and any(x.device.type == "cpu" for x in results)
         if func is aten.convolution.default:
             self.convolved += size_of(results[0])
+            self.work.append((sum(map(size_of, [*inputs, *results])), operations(results[0], inputs[1])))
         if func is aten.convolution_backward.default:
-            gradient, x, _weight = inputs[:3]
+            gradient, x, weight = inputs[:3]
             images = [gradient, x, *results[:1]]
             self.odd_layouts += not all(map(is_dense_rows, images))
+            for wanted, read, written in zip(args[-1][:2], (weight, x), result, strict=False):
+                if wanted:
+                    moved = size_of(gradient) + size_of(read) + size_of(written)
+                    self.work.append((moved, operations(gradient, weight)))
         if func not in CONVOLUTIONS:
             written = written_by(func, args)
             results = [x for x in results if not any(x is y for y in written)]
             self.moved += sum(map(size_of, [*inputs, *results, *written]))
         return result
+
+
+def operations(y: Tensor, weight: Tensor) -> int:
+    """Return the operations of a convolution that computes ``y``, or of one gradient from ``y``'s."""
+    return 2 * y.numel() * weight[0].numel()
 
 
 def lay_out(result: Any, args: Sequence[Any]) -> Any:
@@ -272,63 +334,3 @@ def size_of(x: Tensor) -> int:
 def is_dense_rows(x: Tensor) -> bool:
     """Return whether a tensor is dense in channels_last."""
     return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def run_backward(loss: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Call every node of the gradient's graph once, as torch's engine does, which needs a device.
-
-    Returns:
-        The leaves that require gradients, each with its gradient.
-    """
-    assert loss.grad_fn is not None
-    leaves = []
-    gradients: dict[Any, list[Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
-    for node in in_order(loss.grad_fn):
-        given = gradients.pop(node, None)
-        if given is None:  # no gradient reaches it
-            continue
-        if hasattr(node, "variable"):
-            assert given[0] is not None
-            leaves.append((node.variable, given[0]))
-            continue
-        for (target, number), gradient in zip(*call(node, given), strict=True):
-            if target is not None and gradient is not None:
-                add_gradient(gradients, target, number, gradient)
-    return leaves
-
-
-def call(node: Any, gradients: Sequence[Tensor | None]) -> tuple[Sequence[tuple[Any, int]], Sequence[Tensor | None]]:
-    """Return the places that a node hands gradients to, and these."""
-    places = node.next_functions
-    if not hasattr(node, "apply"):
-        found = node(*gradients)
-        return places, found if isinstance(found, tuple) else (found,)
-    # An autograd.Function returns one for each argument, but has places for tensors alone.
-    results = zip(gradients, node._input_metadata, strict=True)
-    found = node.apply(*(torch.zeros(r.shape, dtype=r.dtype, device=r.device) if g is None else g for g, r in results))
-    found = found if isinstance(found, tuple) else (found,)
-    wanted = [gradient for gradient, wants in zip(found, node.needs_input_grad, strict=True) if wants]
-    return [place for place in places if place[0] is not None], wanted
-
-
-def in_order(root: Any) -> Sequence[Any]:
-    """Return the nodes of a gradient's graph, each before those that it hands gradients to."""
-    order, seen, stack = [], set(), [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(target, False) for target, _ in node.next_functions if target is not None]
-    return order[::-1]
-
-
-def add_gradient(gradients: dict[Any, list[Tensor | None]], node: Any, number: int, gradient: Tensor) -> None:
-    """Add a gradient to those of a node's results, in the shape and dtype of that result."""
-    results = node._input_metadata
-    own = gradients.setdefault(node, [None] * len(results))
-    gradient = gradient.sum_to_size(results[number].shape).to(results[number].dtype)
-    before = own[number]
-    own[number] = gradient if before is None else before + gradient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from fastprune.bench.case import OURS, Case, check_agreement
 from fastprune.bench.ceilings import Ceilings
 from fastprune.bench.search import METHODS
 from fastprune.bench.settings import PROCESSOR_TIME, check_folder, check_processor_time
+from fastprune.bench.step import NETWORKS as STEP_NETWORKS
 from fastprune.bench.timing import Clock, Timing, rotate_inputs, time_in_turns
 from fastprune.engine import choose_device
 from fastprune.host import atomic
@@ -38,6 +39,7 @@ class BenchSettings:
     compile_seconds: float | None = option(
         None, "drop torch.compile from later cases after this time of compiling", above=0.0
     )
+    no_compile: bool = option(False, "leave torch.compile out", flag=SWITCH)
     seed: int = option(0, "seed of the inputs", minimum=0, maximum=LARGEST_SEED)
     json: str | None = option(None, "file for the numbers")
 
@@ -56,6 +58,8 @@ class KernelBenchSettings(BenchSettings):
 @dataclass
 class StepBenchSettings(BenchSettings):
     """Time a step of gate training."""
+
+    only: tuple[str, ...] = option((), "networks to time; default: all", choices=STEP_NETWORKS, flag=SEVERAL)
 
 
 @dataclass
@@ -78,7 +82,7 @@ def bench_kernels(settings: KernelBenchSettings) -> dict[str, Any]:
 
 def bench_step(settings: StepBenchSettings) -> dict[str, Any]:
     """Time a step of gate training with ``bench``."""
-    return bench(settings, STEP)
+    return bench(settings, {name: partial(cases, only=settings.only) for name, cases in STEP.items()})
 
 
 def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def bench_search(settings: SearchBenchSettings) -> dict[str, Any]:
 
 
 def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterable[Case]]]) -> dict[str, Any]:
-    """Time benchmarks, print a table for each, and write the document to ``settings.json``.
+    """Time benchmarks, print a table for each, and write the document to ``settings.json`` after every case.
 
     Returns:
         The document of ``report.document``.
@@ -103,66 +107,68 @@ def bench(settings: BenchSettings, benchmarks: Mapping[str, Callable[..., Iterab
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     ceilings = Ceilings.measure(device, quick=settings.quick)
-    results = {}
+    results: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     generators = [device] if device.type == "cuda" else []
     for name, cases in benchmarks.items():
         with torch.random.fork_rng(devices=generators):  # inputs do not depend on earlier benchmarks
-            results[name] = bench_kernel(
+            for results[name] in bench_cases(
                 cases(device, quick=settings.quick),
                 ceilings,
                 quick=settings.quick,
                 seconds=settings.seconds,
-                compile_seconds=settings.compile_seconds,
-            )
-        document = report.document(results, ceilings, quick=settings.quick)
-        if settings.json is not None:  # after each, so that a later failure loses no numbers
-            atomic.write_text(Path(settings.json), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+                compile_seconds=0.0 if settings.no_compile else settings.compile_seconds,
+            ):
+                document = report.document(results, ceilings, quick=settings.quick)
+                if settings.json is not None:  # a later case may fail, or the time may be over
+                    atomic.write_text(Path(settings.json), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         report.show(name, document)
     return document
 
 
-def bench_kernel(
+def bench_cases(
     cases: Iterable[Case],
     ceilings: Ceilings,
     *,
     quick: bool = False,
     seconds: float | None = None,
     compile_seconds: float | None = None,
-) -> dict[str, Any]:
-    """Time one kernel's cases.
+) -> Iterator[dict[str, Any]]:
+    """Time the cases of one benchmark; yield the results so far after each case, and once more at the end.
 
     Args:
         cases: cases to time.
         ceilings: ceilings of the device that the cases run on.
         quick: whether to run only a few rounds.
         seconds: time after which no further case begins.
-        compile_seconds: time of compiling after which later cases drop torch.compile.
+        compile_seconds: time of compiling after which later cases drop torch.compile; 0 = all do.
 
-    Returns:
+    Yields:
         ``cases``, ``geometric_means`` of the ratios by peer, the means of each of the cases' ``groups``, and
         ``left_out`` with the reasons.
     """
     begin, compiling = time.perf_counter(), 0.0
     rows: list[dict[str, Any]] = []
-    left_out = []
+    left_out: list[str] = []
+
+    def results() -> dict[str, Any]:
+        means = {"geometric_means": report.geometric_means(rows), "groups": report.grouped_means(rows)}
+        return {"cases": rows, **means, "left_out": left_out}
+
     try:
         for case in cases:
             if seconds is not None and time.perf_counter() - begin > seconds:
                 left_out.append(f"{case.name}: the {seconds:g} seconds are over")
                 continue
-            if compile_seconds is not None and case.compiled and compiling > compile_seconds:
+            if compile_seconds is not None and case.compiled and compiling >= compile_seconds:
                 left_out.append(f"{case.name}, compiled: the {compile_seconds:g} seconds of compiling are over")
                 case = case.drop_compiled()
             rows.append(bench_case(case, ceilings, quick=quick))
             compiling += sum(variant.seconds or 0.0 for variant in case.compiled)
+            yield results()
     except ModuleNotFoundError as error:  # networks of the remaining cases need another package
         left_out.append(str(error))
-    return {
-        "cases": rows,
-        "geometric_means": report.geometric_means(rows),
-        "groups": report.grouped_means(rows),
-        "left_out": left_out,
-    }
+    yield results()
 
 
 def bench_case(case: Case, ceilings: Ceilings, *, quick: bool = False) -> dict[str, Any]:

@@ -37,6 +37,9 @@ LEARNING_RATE = 1e-3
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}
 """Tolerance in norm of the gates' gradient: rounding opens and closes relus in every layer."""
 
+NETWORKS = ("ResNet-50", "ResNet-56")
+"""Networks that are timed."""
+
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Computes the loss from gate parameters, images and labels."""
@@ -271,9 +274,11 @@ def sizes_of(model: nn.Module, images: Tensor) -> dict[nn.Module, tuple[torch.Si
     return sizes
 
 
-def cases(device: torch.device, *, quick: bool = False) -> Iterator[Case]:
-    """Yield ResNet-56 and ResNet-50, each with all and with half of the gates open."""
+def cases(device: torch.device, *, quick: bool = False, only: Sequence[str] = ()) -> Iterator[Case]:
+    """Yield ResNet-56 and ResNet-50 or those of ``only``, each with all and with half of the gates open."""
     for name, (make, batch, side) in networks(device, quick=quick).items():
+        if only and not quick and name not in only:
+            continue
         model = prepare(make(), device)
         for half in (False, True):
             yield case(name, model, batch, side, device, half=half, compiled=not quick)

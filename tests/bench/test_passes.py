@@ -105,3 +105,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     rows = json.loads(file.read_text())["networks"]
     check(*(Passes(**row) for row in rows))
     assert "ResNet-56" in capsys.readouterr().out
+
+
+def test_milliseconds_follow_the_rates() -> None:
+    """Four convolutions forward, three gradients; at a slow memory all take the time of their bytes."""
+    batch, rate = 64, 1e12
+    ours, _ = count_passes("small", Small(), 32, batch=batch, rates=(rate, 1e18))
+    unit = 2 * 8 * 32 * 32 * batch * 2  # bytes of 8 channels, read and written
+    assert ours.forward_ms == pytest.approx(1e3 * ours.forward * 4 * unit / rate)
+    assert ours.backward_ms == pytest.approx(1e3 * ours.backward * 4 * unit / rate)
+    moved = 3 + (3 / 8 + 1) / 2 + 2  # the gates of the second convolution need the gradients of the two behind it
+    assert ours.convolutions_ms == pytest.approx(1e3 * moved * unit / rate, rel=0.01)
+    busy, _ = count_passes("small", Small(), 32, batch=batch, rates=(1e18, rate))
+    products = 2 * 9 * 8 * 32 * 32 * batch * (3 + 8 * 3 + 8 * 2)
+    assert busy.convolutions_ms == pytest.approx(1e3 * products / rate)
+
+
+def test_half_of_the_rates_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "passes", "--bandwidth", "4.3"]) == 2
+    assert "bandwidth and tflops: got one of them" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastprune import _C
 from fastprune.bench import KERNELS, OURS, Case, Compiled, report
-from fastprune.bench.__main__ import BENCHMARKS
 from fastprune.bench.ceilings import Ceilings
-from fastprune.bench.run import bench_case, bench_kernel
+from fastprune.bench.run import bench_case, bench_cases
 from fastprune.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -125,28 +124,35 @@ def test_only_the_kernels_of_only_are_timed(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [*BENCHMARKS, "align", "subnets"])
+@pytest.mark.parametrize("program", ["align", "subnets"])
 def test_programs_need_little_more_than_torch(program: str, tmp_path: Path) -> None:
     """A bare GPU machine lacks the dependencies of the command line."""
-    script = ROOT / "bench" / f"{program}.py"
-    run = f"runpy.run_path({str(script)!r}, run_name='__main__')"
-    arguments = [program] if program in BENCHMARKS else []
-    if program in BENCHMARKS:
-        run = "runpy.run_module('fastprune.bench', run_name='__main__')"
+    run = f"runpy.run_path({str(ROOT / 'bench' / f'{program}.py')!r}, run_name='__main__')"
     options = ["--device", "cpu", "--quick", "--seconds", "60", "--json", str(tmp_path / "numbers.json")]
     code = f"import runpy, sys; sys.modules['jsonargparse'] = None; {run}"
-    subprocess.run([sys.executable, "-c", code, *arguments, *options], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, *options], check=True, capture_output=True)
     document = json.loads((tmp_path / "numbers.json").read_text(encoding="utf-8"))
     check(document["kernels"][program])
     assert list(document["kernels"]) == [program]
 
 
-@pytest.mark.slow
-def test_an_unknown_program_is_refused() -> None:
-    command = [sys.executable, "-m", "fastprune.bench", "nothing"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "benchmark 'nothing': there is no such benchmark; give one of gates," in done.stderr
+def test_a_case_that_fails_loses_none_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def cases(device: torch.device, *, quick: bool) -> Iterator[Case]:
+        yield copy_case("one")
+        raise RuntimeError("the device is gone")
+
+    file = tmp_path / "numbers.json"
+    monkeypatch.setitem(KERNELS, "topk_mask", cases)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        main(["bench", "kernels", "--quick", "--only", "topk_mask", "--json", str(file)])
+    (case,) = json.loads(file.read_text(encoding="utf-8"))["kernels"]["topk_mask"]["cases"]
+    assert case["name"] == "one"
+
+
+def test_torch_compile_can_be_left_out(ceilings: Ceilings) -> None:
+    variants = {"eager": torch.clone, "compiled": Compiled(torch.clone, CPU), "fastprune": torch.clone}
+    kernel = time_all([copy_case("one", variants=variants)], ceilings, compile_seconds=0)
+    assert set(kernel["cases"][0]["variants"]) == {"eager", "fastprune"}
 
 
 def test_a_variant_that_disagrees_ends_the_command(
@@ -158,6 +164,11 @@ def test_a_variant_that_disagrees_ends_the_command(
     monkeypatch.setitem(KERNELS, "topk_mask", cases)
     assert main(["bench", "kernels", "--quick", "--only", "topk_mask"]) == 1
     assert capsys.readouterr().err.startswith("fastprune: error: wrong: fastprune disagrees with eager")
+
+
+def time_all(cases: Iterable[Case], ceilings: Ceilings, **options: Any) -> dict[str, Any]:
+    """Return the last results, which are those of all cases."""
+    return list(bench_cases(cases, ceilings, quick=True, **options))[-1]
 
 
 def copy_case(name: str, **options: Any) -> Case:
@@ -182,7 +193,7 @@ def test_a_compilation_that_fails_is_not_timed_and_is_reported(
         raise ValueError("cannot be compiled")
 
     variants = {"eager": lambda x: x + 0, "compiled": Compiled(fails, CPU), "fastprune": lambda x: x.clone()}
-    kernel = bench_kernel([copy_case("one", variants=variants), copy_case("two")], ceilings, quick=True)
+    kernel = time_all([copy_case("one", variants=variants), copy_case("two")], ceilings)
     check(kernel)
     assert list(kernel["cases"][0]["failures"]) == ["compiled"]
     report.show("copying", report.document({"copying": kernel}, ceilings, quick=True))
@@ -201,7 +212,7 @@ def test_a_compiled_peer_is_timed_without_its_compilation(ceilings: Ceilings) ->
 
 
 def test_cases_after_the_time_limit_are_named(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) -> None:
-    kernel = bench_kernel([copy_case("one"), copy_case("two"), copy_case("three")], ceilings, quick=True, seconds=1e-9)
+    kernel = time_all([copy_case("one"), copy_case("two"), copy_case("three")], ceilings, seconds=1e-9)
     assert kernel["cases"] == []
     assert kernel["left_out"] == [f"{name}: the 1e-09 seconds are over" for name in ("one", "two", "three")]
     report.show("copying", report.document({"copying": kernel}, ceilings, quick=True))
@@ -210,7 +221,7 @@ def test_cases_after_the_time_limit_are_named(ceilings: Ceilings, capsys: pytest
 
 def test_each_group_has_its_means(ceilings: Ceilings, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [copy_case("one", groups=("all, small", "all")), copy_case("two", groups=("all",)), copy_case("three")]
-    kernel = bench_kernel(cases, ceilings, quick=True)
+    kernel = time_all(cases, ceilings)
     check(kernel)
     counts = [(group, means["eager"]["cases"]) for group, means in kernel["groups"].items()]
     assert counts == [("all", 2), ("all, small", 1)]
@@ -228,7 +239,7 @@ def test_compiling_ends_after_its_time(ceilings: Ceilings, monkeypatch: pytest.M
         copy_case(f"{number}", variants={"eager": torch.clone, "compiled": peer, "fastprune": torch.clone})
         for number, peer in enumerate(peers)
     ]
-    kernel = bench_kernel(cases, ceilings, quick=True, compile_seconds=1e-9)
+    kernel = time_all(cases, ceilings, compile_seconds=1e-9)
     check(kernel)
     assert kernel["geometric_means"]["compiled"]["cases"] == 1
     assert kernel["left_out"] == ["1, compiled: the 1e-09 seconds of compiling are over"]
@@ -241,6 +252,6 @@ def test_a_package_that_is_missing_is_named(ceilings: Ceilings) -> None:
         yield copy_case("one")
         raise ModuleNotFoundError("ResNet-50 needs torchvision: pip install 'fastprune[vision]'")
 
-    kernel = bench_kernel(cases(), ceilings, quick=True)
+    kernel = time_all(cases(), ceilings)
     check(kernel)
     assert kernel["left_out"] == ["ResNet-50 needs torchvision: pip install 'fastprune[vision]'"]

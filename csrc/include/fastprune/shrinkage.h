@@ -37,7 +37,7 @@ FASTPRUNE_HD T soft_threshold(T value, T threshold) {
     const T shrunk = value - std::copysign(threshold, value);
     const T result = threshold >= norm ? T{0} : shrunk;
     // NaN stays the NaN that it is: its comparison above is false, but the subtraction may quieten it.
-    return (threshold > 0) & (norm == norm) ? result : value;  // without a branch, so that loops vectorise
+    return ((threshold > 0) & (norm == norm)) ? result : value;  // without a branch, so that loops vectorise
 }
 
 /// `value` times a factor of Shrinkage. In T: products in double would cost the CPU five times as much as all the rest

@@ -29,15 +29,10 @@ import torch
 
 from fastprune.host import atomic
 from fastprune.host.cache import cache_folder
-from fastprune.ops.conv.agreement import Problem, verify
-from fastprune.ops.conv.timing import Call, Timer, time_calls
+from fastprune.ops.conv.agreement import Problem
+from fastprune.ops.conv.timing import Timer, time_calls
+from fastprune.ops.conv.trial import Key, Trials, try_candidates
 from fastprune.ops.library import _C
-
-Key = tuple[tuple[str, Any], ...]
-"""Everything but the machine that a choice depends on: operator, dtype, shapes, pitches, parameters. JSON values."""
-
-MARGIN = 0.97
-"""A candidate has to be 3 % faster than the fallback: less is noise, and then the library is preferred."""
 
 
 @dataclass
@@ -49,11 +44,13 @@ class Autotuner:
         timer: Measures calls, in milliseconds.
         enabled: Whether to choose at all; if not, every answer is the fallback. The environment variable
             ``FASTPRUNE_AUTOTUNE=0`` switches off.
+        trials: Tries candidates on CUDA devices in another process; None: they are tried in this one.
     """
 
     folder: Path | None = None
     timer: Timer = field(default_factory=lambda: time_calls)
     enabled: bool = True
+    trials: Trials | None = None
 
     def __post_init__(self) -> None:
         self._choices: dict[tuple[Key, torch.device], str | None] = {}
@@ -87,7 +84,7 @@ class Autotuner:
             if record is None:
                 if is_busy(device):
                     return None
-                record = self._tune(key, device, make_problem)
+                record = self._tune(key, device, names, make_problem)
                 if record is not None:
                     self._write(label, {"environment": where, "key": dict(key), **record})
             self._choices[key, device] = None if record is None else record["winner"]
@@ -98,22 +95,16 @@ class Autotuner:
         deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
         return self.enabled and not deterministic
 
-    def _tune(self, key: Key, device: torch.device, make_problem: Callable[[], Problem]) -> dict[str, Any] | None:
+    def _tune(
+        self, key: Key, device: torch.device, names: Sequence[str], make_problem: Callable[[], Problem]
+    ) -> dict[str, Any] | None:
+        if self.trials is not None and device.type == "cuda":
+            return self.trials.tune(key, device, names)
         try:
-            # Under autocast the fallback would compute in another dtype than the candidates.
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                problem = make_problem()
-                good, dropped = verify(problem, dict(key), device)
-                calls: list[Call] = [problem.fallback, *(call for _, call in good)]
-                times = self.timer(calls, device) if good else [0.0]
+            return try_candidates(make_problem, key, device, self.timer)
         except torch.OutOfMemoryError:
             warnings.warn(f"no memory to try kernels for {dict(key)}: the library runs", RuntimeWarning, stacklevel=4)
             return None
-        names = [None, *(candidate.name for candidate, _ in good)]
-        best = min(range(len(names)), key=times.__getitem__)
-        winner = names[best] if times[best] < MARGIN * times[0] else None
-        milliseconds = {name or "fallback": time for name, time in zip(names, times, strict=True)}
-        return {"winner": winner, "milliseconds": milliseconds, "dropped": dropped}
 
     def _read(self, label: str, where: Mapping[str, str], key: Key, names: Sequence[str]) -> dict[str, Any] | None:
         if self.folder is None:
@@ -191,5 +182,9 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-AUTOTUNER = Autotuner(folder=cache_folder("autotune"), enabled=os.environ.get("FASTPRUNE_AUTOTUNE", "1") != "0")
+AUTOTUNER = Autotuner(
+    folder=cache_folder("autotune"),
+    enabled=os.environ.get("FASTPRUNE_AUTOTUNE", "1") != "0",
+    trials=Trials("fastprune.ops.conv.fused:problem_of"),
+)
 """The autotuner of all operators."""

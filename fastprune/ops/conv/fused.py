@@ -6,9 +6,9 @@ A part of :func:`fastprune.ops.masked_conv_bn_act` without gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastprune.ops.activations import ACTIVATIONS, DIFFERENTIABLE_BY_VALUE
+from fastprune.ops.conv import library
 from fastprune.ops.conv.agreement import Candidate, Problem
 from fastprune.ops.conv.autotune import AUTOTUNER
 from fastprune.ops.conv.library import Geometry
 from fastprune.ops.layout import has_rows
 from fastprune.ops.library import _C
+from fastprune.ops.masked_act import masked_act
 
 Channels = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Scale, shift and mask, each ``[K]`` float32, or None: 1, 0 and 1."""
@@ -204,6 +206,38 @@ def library_conv(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedG
     if not geometry.save:
         return (y,)
     return y, (r if geometry.activation in DIFFERENTIABLE_BY_VALUE else z).to(x.dtype)
+
+
+def two_passes(x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry) -> Sequence[Tensor]:
+    """Compute the same with the library's convolution, and one pass for everything behind it."""
+    z = library.convolve(x, weight, None, geometry)
+    y, saved = masked_act(z, *channels, activation=geometry.activation, want_saved=geometry.save)
+    return (y,) if saved is None else (y, saved)
+
+
+def problem_of(key: Mapping[str, Any], device: torch.device, names: Sequence[str]) -> Problem:
+    """Make the problem of a key of :func:`choose`, for a process that has nothing else.
+
+    Args:
+        key: The key; tuples may have become lists.
+        device: Where to compute.
+        names: The kernels to try.
+    """
+    dtype = {name: dtype for dtype, name in DTYPES.items()}[key["dtypes"][0]]
+
+    def empty(name: str) -> Tensor:
+        return torch.empty_strided(key[name], key[f"{name}_strides"], dtype=dtype, device=device)
+
+    def vector(wanted: bool) -> Tensor | None:
+        return torch.empty(key["weight"][0], device=device) if wanted else None
+
+    stride, padding, dilation = (tuple(key[name]) for name in ("stride", "padding", "dilation"))
+    geometry = FusedGeometry(stride, padding, dilation, key["groups"], key["activation"], key["save"])
+    scale, shift, mask = map(vector, key["vectors"])
+    inputs = _draw_similar(empty("x"), empty("weight"), (scale, shift, mask))
+    kernels = _find_supported_here(inputs.x, inputs.weight, geometry)
+    fallback = partial(two_passes, geometry=geometry)
+    return _make_problem(inputs, geometry, fallback, [kernels[name] for name in names])
 
 
 _SUPPORTED: dict[Any, dict[str, Kernel]] = {}

@@ -7,13 +7,14 @@ convolution is followed by passes over memory.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastprune.ops.activations import BOUNDS, DIFFERENTIABLE_BY_VALUE
 from fastprune.ops.conv import library, packed
-from fastprune.ops.conv.fused import Channels, FusedGeometry, fused_conv
+from fastprune.ops.conv.fused import FusedGeometry, fused_conv, two_passes
 from fastprune.ops.conv.library import Geometry, weight_outweighs
 from fastprune.ops.conv.open_channels import ConvLayer, convolve_open, input_gradient_of_open
 from fastprune.ops.conv.packed import PackedWeight
@@ -80,13 +81,8 @@ def _by_fused_kernel(
     weight = layer.weight[:rows, : x.shape[1]]
     scale, shift = (None if vector is None else vector[:rows] for vector in (layer.scale, layer.shift))
 
-    def two_passes(x: Tensor, weight: Tensor, channels: Channels) -> tuple[Tensor, ...]:
-        z = library.convolve(x, weight, None, layer.geometry)
-        y, saved = masked_act(z, *channels, activation=layer.activation, want_saved=saves)
-        return (y, saved) if saves else (y,)
-
     geometry = FusedGeometry(*layer.geometry.numbers, layer.activation, saves)
-    y, *saved = fused_conv(x, weight, (scale, shift, mask), geometry, two_passes)
+    y, *saved = fused_conv(x, weight, (scale, shift, mask), geometry, partial(two_passes, geometry=geometry))
     return y, saved[0] if saves else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,6 +104,22 @@ def test_inputs_for_trials_resemble_the_real_ones():
     assert 0.3 < z.std() < 3  # nothing overflows, nothing vanishes
     again = fused._draw_similar(x, weight, (scale, None, mask))
     assert torch.equal(inputs.x, again.x)
+
+
+def test_another_process_gets_the_same_problem(monkeypatch):
+    x, weight = image(2, 64, 9, 7, dtype=torch.bfloat16)[:, :48], image(40, 64, 3, 3, dtype=torch.bfloat16)[:, :48]
+    scale, shift, _ = vectors(40)
+    geometry = FusedGeometry((2, 1), (1, 0), (1, 2), activation="silu", save=True)
+    key = json.loads(json.dumps(fused._make_key(x, weight, (scale, shift, None), geometry)))
+    kernels = {name: Kernel(index, name, "bfloat16", (80, 90)) for index, name in enumerate(("one", "two", "three"))}
+    monkeypatch.setattr(fused, "_find_supported_here", lambda *_: kernels)
+    problem = fused.problem_of(dict(key), torch.device("cpu"), ["three", "one"])
+    assert [candidate.name for candidate in problem.candidates] == ["three", "one"]
+    inputs = fused._draw_similar(x, weight, (scale, shift, None))
+    expected = fused.two_passes(inputs.x, inputs.weight, inputs.channels, geometry)
+    for got, usual in zip(problem.fallback(), expected, strict=True):
+        assert torch.equal(got, usual)
+    assert problem.unit == fused.UNITS[torch.bfloat16]
 
 
 def test_exact_results_do_not_depend_on_how_images_are_split():

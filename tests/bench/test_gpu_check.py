@@ -1,0 +1,90 @@
+"""The script that checks a GPU machine: its steps, tried out on the CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_steps
+import pytest
+from gpu_steps import Run, Step
+
+from fastprune.ops.conv import fused
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("script", ["gpu_check.sh", "gpu_wheelhouse.sh", "sources.sh"])
+def test_it_reads_well(script: str) -> None:
+    subprocess.run(["bash", "-n", str(BENCH / script)], check=True)
+
+
+def program(name: str, code: str, seconds: float = 60.0, *, has_numbers: bool = False) -> Step:
+    return Step(name, [sys.executable, "-c", code], seconds, has_numbers=has_numbers)
+
+
+def test_a_step_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path / "found.json", 60.0)
+    writes = "import sys; open(sys.argv[2], 'w').write('[1]'); sys.exit(3)"
+    run.run_group([program("first", "print('hello')"), program("second", writes, has_numbers=True)])
+    run.run_group([program("third", "")])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))}
+    assert {name: row["code"] for name, row in rows.items()} == {"first": 0, "second": 3, "third": 0}
+    assert rows["second"]["numbers"] == [1]
+    assert run.failures() == ["second: FAILED (3)"]
+    out = capsys.readouterr().out
+    assert "=== first: ok" in out
+    assert "hello" in out
+
+
+def test_what_has_no_time_is_left_out(tmp_path: Path) -> None:
+    run = Run(tmp_path / "found.json", 1.0)
+    run.run_group([program("late", "")])
+    assert run.failures() == ["late: LEFT OUT"]
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_is_ended(tmp_path: Path) -> None:
+    run = Run(tmp_path / "found.json", 60.0)
+    writes = "import sys, time; open(sys.argv[2], 'w').write('[1]'); time.sleep(600)"
+    run.run_group([program("hangs", writes, seconds=5.0, has_numbers=True)])
+    assert run.failures() == ["hangs: OUT OF TIME"]
+    assert run.rows[0]["numbers"] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", gpu_steps.MEMCHECK)
+def test_a_selection_selects_tests(kernel: str) -> None:
+    if kernel == "conv/fused_cuda" and not fused.kernels_of_this_build():
+        pytest.skip("this build has no fused convolutions")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", gpu_steps.file_of(kernel)]
+    subprocess.run([*command, "-k", gpu_steps.MEMCHECK[kernel]], check=True, cwd=BENCH.parent, capture_output=True)
+
+
+@pytest.mark.slow
+def test_every_fused_convolution_is_in_one_family() -> None:
+    kernels = fused.kernels_of_this_build()
+    if not kernels:
+        pytest.skip("this build has no fused convolutions")
+    for kernel in kernels:
+        own = f"{kernel.dtype} {kernel.name}"
+        families = [family for family in gpu_steps.FAMILIES if selects(family, own)]
+        assert len(families) == 1, own
+
+
+def selects(expression: str, name: str) -> bool:
+    """Return what pytest's -k makes of an expression of ``and`` and ``not``."""
+    terms = [term.split() for term in expression.split(" and ")]
+    return all((words[-1] in name) is (len(words) == 1) for words in terms)
+
+
+@pytest.mark.parametrize("part", sorted(gpu_steps.SECONDS))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_names_are_unique(part: str, device: str) -> None:
+    groups = (gpu_steps.tests if part == "tests" else gpu_steps.speed)(device)
+    names = [step.name for group in groups for step in group]
+    assert len(names) == len(set(names))
