@@ -2,8 +2,9 @@
 
     python bench/registers.py [--only masked_act.cu …] [--json registers.json]
 
-Compiles the sources with the flags of CMakeLists.txt, with CUTLASS if FASTPRUNE_CUTLASS_DIR names its headers. Fails
-if a kernel spills. "blocks" is for how many blocks of 256 threads a multiprocessor has registers.
+Compiles the sources with the flags of CMakeLists.txt, with CUTLASS if FASTPRUNE_CUTLASS_DIR names its headers, and the
+choices of the Triton kernel (``--only triton_kernel.py``). Fails if a kernel spills. "blocks" is for how many blocks of
+its threads (256, or those of the choice) a multiprocessor has registers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pybind11
 
 ROOT = Path(__file__).parents[1]
 REGISTERS, THREADS, MOST_THREADS = 65_536, 256, 2048
+TRITON = "triton_kernel.py"
 PATTERN = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'"
     r".*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
@@ -41,7 +43,8 @@ class Kernel:
         arch: the architecture.
         registers: of a thread.
         spilled: bytes that a thread stores to and loads from local memory for lack of registers.
-        shared: static shared memory in bytes.
+        shared: shared memory in bytes; of CUTLASS's kernels without what they ask for at the launch.
+        threads: of a block.
     """
 
     source: str
@@ -50,11 +53,12 @@ class Kernel:
     registers: int
     spilled: int
     shared: int
+    threads: int = THREADS
 
     @property
     def blocks(self) -> int:
-        """Blocks of 256 threads for which a multiprocessor has registers, which it gives out by 8, and places."""
-        return min(REGISTERS // (-(-self.registers // 8) * 8 * THREADS), MOST_THREADS // THREADS)
+        """Blocks for which a multiprocessor has registers, which it gives out by 8, and places."""
+        return min(REGISTERS // (-(-self.registers // 8) * 8 * self.threads), MOST_THREADS // self.threads)
 
 
 def compile_commands(folder: str) -> Iterator[tuple[Path, list[str], str]]:
@@ -113,10 +117,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args()
     kernels: list[Kernel] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source, command, place in compile_commands(folder):
-            if arguments.only is None or source.name in arguments.only:
-                kernels += kernels_of(source, command, place)
+    if arguments.only != [TRITON]:
+        with tempfile.TemporaryDirectory() as folder:
+            for source, command, place in compile_commands(folder):
+                if arguments.only is None or source.name in arguments.only:
+                    kernels += kernels_of(source, command, place)
+    if arguments.only is None or TRITON in arguments.only:
+        from triton_registers import triton_registers
+
+        kernels += [Kernel(TRITON, **facts) for facts in triton_registers()]
     print(f"{'registers':>9} {'spilled':>7} {'shared':>6} {'blocks':>6}  arch   kernel")
     for kernel in kernels:
         print(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+# Without a GPU Triton's kernels run in its interpreter, which has to be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # On networks this small a second thread costs more than it gains, and much more on a busy machine.
 torch.set_num_threads(1)

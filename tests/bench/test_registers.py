@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fastprune.ops.conv.triton_conv import HALF, TF32, is_here
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "registers.py"
 
@@ -27,6 +31,21 @@ def test_every_kernel_of_a_source(
     assert {kernel["name"] for kernel in kernels} == {"topk_mask_kernel<float>", "topk_mask_kernel<double>"}
     assert all(8 <= kernel["registers"] <= 255 for kernel in kernels)
     assert capsys.readouterr().out.splitlines()[-1] == f"{len(kernels)} kernels, 0 of them spill"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_here(), reason="needs Triton")
+def test_no_choice_of_the_triton_kernel_spills(tmp_path: Path) -> None:
+    file = tmp_path / "registers.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--only", "triton_kernel.py", "--json", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = json.loads(file.read_text())
+    assert len(kernels) == 2 * 2 * len(HALF + TF32)
+    most_shared = {"sm_80": 166_912, "sm_90": 232_448}
+    for kernel in kernels:
+        assert 0 < kernel["shared"] <= most_shared[kernel["arch"]], kernel
 
 
 def test_ptxas_is_read() -> None:

@@ -185,6 +185,6 @@ def digest(value: object) -> str:
 AUTOTUNER = Autotuner(
     folder=cache_folder("autotune"),
     enabled=os.environ.get("FASTPRUNE_AUTOTUNE", "1") != "0",
-    trials=Trials("fastprune.ops.conv.fused:problem_of"),
+    trials=Trials("fastprune.ops.conv.problems:problem_of"),
 )
 """The autotuner of all operators."""

@@ -26,10 +26,12 @@ from fastprune.ops.conv.arguments import (
     make_geometry,
 )
 from fastprune.ops.conv.deferred import Deferred
+from fastprune.ops.conv.fused_back import BackwardInputs, input_gradients
 from fastprune.ops.conv.library import Geometry
 from fastprune.ops.conv.open_channels import ConvLayer, activation_gradients, fold, widen
 from fastprune.ops.conv.packed import PackedWeight
 from fastprune.ops.conv.route import convolve_for_inference, convolve_for_training, input_gradient
+from fastprune.ops.conv.triton_conv import BackwardEpilogue
 from fastprune.ops.layout import layout_of
 from fastprune.ops.masked_act import masked_act_backward
 
@@ -351,9 +353,15 @@ def _input_gradients(
         return packed.convolve_back(
             dz, weight, residual=others, previous=previous, mask=mask, activation=activation, want_dmask=want_dmask
         )
+    if previous is not None and mask is None and activation == "identity":
+        previous = None  # nothing is multiplied
+    follows = previous is not None or others is not None
+    if dz.is_cuda and want_dx and x_size[1] == inputs and dz.shape[1] > 0 and follows:
+        epilogue = BackwardEpilogue(previous, mask, others, activation)
+        return input_gradients(BackwardInputs(dz, conv.weight, x_size, conv.geometry, epilogue, want_dmask))
     size = [x_size[0], inputs, *x_size[2:]]  # of x with the channels that it may lack
     dx = input_gradient(dz, size, conv.weight, conv.geometry, weight)[:, : x_size[1]]
-    if previous is None or (mask is None and activation == "identity"):
+    if previous is None:
         return dx if others is None else dx + others, None
     into, dmask, _, _ = masked_act_backward(
         dx, previous, mask, others=others, activation=activation, want_dx=want_dx, want_dmask=want_dmask

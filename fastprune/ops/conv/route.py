@@ -49,8 +49,8 @@ def _convolve(
     """Compute the first ``rows`` outputs from the first ``open_in`` inputs, with ``saves`` what gradients need, too."""
     if layer.packed is not None and open_in > 0:
         return _by_our_kernel(x[:, :open_in], layer, layer.packed, mask, residual, rows, saves=saves)
-    if x.is_cuda and residual is None and layer.geometry.groups == 1 and min(open_in, rows) > 0:
-        return _by_fused_kernel(x[:, :open_in], layer, mask, rows, saves=saves)
+    if x.is_cuda and layer.geometry.groups == 1 and min(open_in, rows) > 0:
+        return _by_fused_kernel(x[:, :open_in], layer, mask, residual, rows, saves=saves)
     if x.is_cuda or (residual is not None and not library.adds(x, layer.activation)):
         return _by_two_passes(x, layer, mask, residual, open_in, rows, saves=saves, folds=not x.is_cuda)
     return _by_library(x, layer, mask, residual, open_in, rows, saves=saves)
@@ -76,13 +76,15 @@ def _by_our_kernel(
 
 
 def _by_fused_kernel(
-    x: Tensor, layer: ConvLayer, mask: Tensor | None, rows: int, *, saves: bool
+    x: Tensor, layer: ConvLayer, mask: Tensor | None, residual: Tensor | None, rows: int, *, saves: bool
 ) -> tuple[Tensor, Tensor | None]:
     weight = layer.weight[:rows, : x.shape[1]]
     scale, shift = (None if vector is None else vector[:rows] for vector in (layer.scale, layer.shift))
 
     geometry = FusedGeometry(*layer.geometry.numbers, layer.activation, saves)
-    y, *saved = fused_conv(x, weight, (scale, shift, mask), geometry, partial(two_passes, geometry=geometry))
+    residual = None if residual is None else residual[:, :rows]
+    fallback = partial(two_passes, geometry=geometry)
+    y, *saved = fused_conv(x, weight, (scale, shift, mask), geometry, fallback, residual)
     return y, saved[0] if saves else None
 
 

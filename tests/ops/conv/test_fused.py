@@ -110,13 +110,15 @@ def test_another_process_gets_the_same_problem(monkeypatch):
     x, weight = image(2, 64, 9, 7, dtype=torch.bfloat16)[:, :48], image(40, 64, 3, 3, dtype=torch.bfloat16)[:, :48]
     scale, shift, _ = vectors(40)
     geometry = FusedGeometry((2, 1), (1, 0), (1, 2), activation="silu", save=True)
-    key = json.loads(json.dumps(fused._make_key(x, weight, (scale, shift, None), geometry)))
+    residual = image(2, 40, 5, 3, dtype=torch.bfloat16)
+    assert list(residual.shape) == geometry.output_size(x.shape, weight.shape)
+    key = json.loads(json.dumps(fused._make_key(x, weight, (scale, shift, None), geometry, residual)))
     kernels = {name: Kernel(index, name, "bfloat16", (80, 90)) for index, name in enumerate(("one", "two", "three"))}
     monkeypatch.setattr(fused, "_find_supported_here", lambda *_: kernels)
     problem = fused.problem_of(dict(key), torch.device("cpu"), ["three", "one"])
     assert [candidate.name for candidate in problem.candidates] == ["three", "one"]
-    inputs = fused._draw_similar(x, weight, (scale, shift, None))
-    expected = fused.two_passes(inputs.x, inputs.weight, inputs.channels, geometry)
+    inputs = fused._draw_similar(x, weight, (scale, shift, None), residual)
+    expected = fused.two_passes(inputs.x, inputs.weight, inputs.channels, geometry, inputs.residual)
     for got, usual in zip(problem.fallback(), expected, strict=True):
         assert torch.equal(got, usual)
     assert problem.unit == fused.UNITS[torch.bfloat16]
@@ -136,9 +138,15 @@ class OnTheCPU(Kernel):
     offset: float = 0.0
 
     def run(
-        self, x: Tensor, weight: Tensor, channels: Channels, geometry: FusedGeometry, results: Sequence[Tensor]
+        self,
+        x: Tensor,
+        weight: Tensor,
+        channels: Channels,
+        geometry: FusedGeometry,
+        results: Sequence[Tensor],
+        residual: Tensor | None = None,
     ) -> None:
-        for result, value in zip(results, fused.library_conv(x, weight, channels, geometry), strict=True):
+        for result, value in zip(results, fused.library_conv(x, weight, channels, geometry, residual), strict=True):
             result.copy_(value + self.offset)
 
 
@@ -158,28 +166,30 @@ def two_kernels(monkeypatch):
     return tuner
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("save", [False, True])
-def test_the_chosen_kernel_runs(two_kernels, save):
+def test_the_chosen_kernel_runs(two_kernels, save, adds):
     x, weight, channels = image(2, 8, 7, 5), image(6, 8, 3, 3), vectors(6)
+    residual = image(2, 6, 5, 3) if adds else None
     geometry = FusedGeometry(activation="silu", save=save)
     calls = []
 
-    def fallback(*arguments):
+    def fallback(*arguments, residual):
         calls.append(arguments)
-        return fused.library_conv(*arguments, geometry)
+        return fused.library_conv(*arguments, geometry, residual)
 
     with pytest.warns(RuntimeWarning, match="kernel 'wrong' is not used for .*'x': \\(2, 8, 7, 5\\)"):
-        results = fused.fused_conv(x, weight, channels, geometry, fallback)
-    expected = fused.library_conv(x, weight, channels, geometry)
+        results = fused.fused_conv(x, weight, channels, geometry, fallback, residual)
+    expected = fused.library_conv(x, weight, channels, geometry, residual)
     assert len(results) == 1 + save
     assert all(torch.equal(got, wanted) for got, wanted in zip(results, expected, strict=True))
     assert len(calls) > 0
     assert all(given[0] is not x for given in calls)  # tried on other numbers than the user's
     calls.clear()
-    fused.fused_conv(x, weight, channels, geometry, fallback)
+    fused.fused_conv(x, weight, channels, geometry, fallback, residual)
     assert calls == []
     two_kernels.enabled = False
-    fused.fused_conv(x, weight, channels, geometry, fallback)
+    fused.fused_conv(x, weight, channels, geometry, fallback, residual)
     assert calls[0][0] is x
 
 
@@ -198,8 +208,10 @@ def results_for(x: Tensor, weight: Tensor, geometry: FusedGeometry) -> list[Tens
 
 
 def names(x: Tensor, weight: Tensor, geometry: FusedGeometry | None = None, capability: int = 90) -> set[str]:
+    """Return CUTLASS's kernels; Triton's take all sizes."""
     geometry = geometry or FusedGeometry()
-    return set(fused.find_supported(x, weight, results_for(x, weight, geometry), geometry, capability))
+    found = fused.find_supported(x, weight, results_for(x, weight, geometry), geometry, capability)
+    return {name for name, kernel in found.items() if isinstance(kernel, Kernel)}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastprune import _C
-from fastprune.ops.conv import fused
+from fastprune.ops.conv import fused, triton_conv
 from fastprune.ops.conv.fused import FusedGeometry
 
 HAS_KERNELS = bool(_C.fused_conv_candidates())
@@ -160,10 +160,11 @@ def test_prefixes_and_sizes_of_one_are_taken():
 
 def test_without_a_kernel_the_library_runs():
     x, weight, geometry = image(2, 16, 9, 7), image(24, 16, 3, 3), FusedGeometry(padding=(1, 1))
-    why = "the tensors are on cpu, not on a CUDA device" if HAS_KERNELS else "no CUTLASS kernels"
+    some = HAS_KERNELS or triton_conv.is_here()
+    why = "the tensors are on cpu, not on a CUDA device" if some else "no Triton"
     assert why in str(fused.why_not_now(x))
     with FakeTensorMode():
-        why = "of the class FakeTensor, which may have no memory" if HAS_KERNELS else "no CUTLASS kernels"
+        why = "of the class FakeTensor, which may have no memory" if some else "no Triton"
         assert why in str(fused.why_not_now(torch.empty(1, device="cuda")))
     fallback = partial(fused.library_conv, geometry=geometry)
     (y,) = fused.fused_conv(x, weight, (None, None, None), geometry, fallback)

@@ -81,14 +81,16 @@ def test_nan_goes_through(activation, dtype, layout, layer, device):
                 assert torch.equal(got.isnan(), expected.isnan()), name
 
 
+@pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("saves", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_without_a_fused_kernel_two_passes_give_the_same(activation, saves):
+def test_without_a_fused_kernel_two_passes_give_the_same(activation, saves, adds):
     torch.manual_seed(0)
+    residual = torch.randn(2, 8, 5, 5) if adds else None
     x, scale, shift, mask = torch.randn(2, 6, 5, 5), *torch.rand(3, 8)
     layer = ConvLayer(torch.randn(8, 6, 3, 3), scale, shift, Geometry(padding=(1, 1)), activation)
-    results = route._by_fused_kernel(x[:, :5], layer, mask[:7], 7, saves=saves)
-    expected = route._by_library(x, layer, mask[:7], None, 5, 7, saves=saves)
+    results = route._by_fused_kernel(x[:, :5], layer, mask[:7], residual, 7, saves=saves)
+    expected = route._by_library(x, layer, mask[:7], residual, 5, 7, saves=saves)
     torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,228 @@
+"""Candidates for convolutions on CUDA that Triton compiles at run time: for users who installed without nvcc.
+
+Sizes of blocks are tried by the autotuner beside CUTLASS's kernels, where these were built, and the library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastprune.ops.activations import DIFFERENTIABLE_BY_VALUE
+from fastprune.ops.conv.library import Geometry
+
+if TYPE_CHECKING:
+    from fastprune.ops.conv.fused import FusedGeometry
+
+Channels = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Scale, shift and mask, each ``[K]`` float32, or None: 1, 0 and 1."""
+
+BAND = 8
+LEAST_CAPABILITY = 80
+MOST_ELEMENTS = 2**31
+"""Rows, columns and weights are counted in 32 bits; places of pixels in 64."""
+
+
+@cache
+def is_here() -> bool:
+    """Return whether Triton can be imported, and ``FASTPRUNE_TRITON=0`` does not switch it off."""
+    return os.environ.get("FASTPRUNE_TRITON", "1") != "0" and importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """One choice of blocks.
+
+    Args:
+        rows: Pixels of a block.
+        columns: Output channels of a block.
+        depth: Input channels of one product of blocks.
+        warps: Warps of a block.
+        stages: Blocks of products whose loads are under way at once.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """The name by which a choice is remembered."""
+        return f"triton {self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages}"
+
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        channels: Channels,
+        geometry: FusedGeometry,
+        results: Sequence[Tensor],
+        residual: Tensor | None = None,
+        bound: Tensor | None = None,
+    ) -> None:
+        """Write (y,) or (y, saved) into ``results``; see :func:`fastprune.ops.conv.fused.fused_conv`.
+
+        Args:
+            x: ``[N, C, H, W]``.
+            weight: ``[K, C, R, S]``.
+            channels: Scale, shift and mask.
+            geometry: The geometry, the activation, and whether there is a second result.
+            results: ``[N, K, P, Q]`` each.
+            residual: ``[N, K, P, Q]``, added before the activation.
+            bound: An int32 on the device: how many of the C channels are read.
+        """
+        _launch(
+            self, x, weight, weight.stride(), weight.shape[2:], (geometry.stride, geometry.padding, geometry.dilation),
+            y=results[0], second=results[1] if len(results) > 1 else None, channels=channels, added=residual,
+            bound=bound, backward=False, activation=geometry.activation,
+            saves_argument=geometry.activation not in DIFFERENTIABLE_BY_VALUE,
+        )  # fmt: skip
+
+    def run_backward(
+        self,
+        dz: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        epilogue: BackwardEpilogue,
+        results: Sequence[Tensor],
+        bound: Tensor | None = None,
+    ) -> None:
+        """Write the gradient of x, and that of its mask if there is a second result, into ``results``.
+
+        Args:
+            dz: ``[N, open, P, Q]``.
+            weight: ``[K, C, R, S]``; the first ``open`` of K are read.
+            geometry: That of the convolution, whose stride is 1.
+            epilogue: What follows the gradient of the convolution.
+            results: ``[N, C, H, W]``, ``[C]`` float32.
+            bound: An int32 on the device: how many channels of ``dz`` are read.
+        """
+        window = weight.shape[2], weight.shape[3]
+        padding = tuple(d * (n - 1) - p for d, n, p in zip(geometry.dilation, window, geometry.padding, strict=True))
+        flipped = weight[:, :, window[0] - 1 :, window[1] - 1 :]  # taps are read from the last one backwards
+        strides = weight.stride(1), weight.stride(0), -weight.stride(2), -weight.stride(3)
+        dx = results[0]
+        sums = None
+        if len(results) > 1:
+            blocks = -(-dx.numel() // dx.shape[1] // self.rows)
+            sums = torch.empty(blocks, dx.shape[1], dtype=torch.float32, device=dx.device)
+        _launch(
+            self, dz, flipped, strides, window, ((1, 1), padding, geometry.dilation), y=dx, second=epilogue.previous,
+            channels=(None, None, epilogue.mask), added=epilogue.others, sums=sums, bound=bound, backward=True,
+            activation=epilogue.activation,
+        )  # fmt: skip
+        if sums is not None:
+            torch.sum(sums, 0, out=results[1])
+
+
+@dataclass(frozen=True)
+class BackwardEpilogue:
+    """What follows the gradient of a convolution's input ``mask * r``, ``r = activation(z)``.
+
+    Args:
+        previous: r, ``[N, C, H, W]``; None: x is no activation, and its gradient is wanted.
+        mask: ``[C]`` float32; None: 1.
+        others: The gradient of ``mask * r`` from its other readers; None: 0.
+        activation: One whose derivative is a function of r.
+    """
+
+    previous: Tensor | None = None
+    mask: Tensor | None = None
+    others: Tensor | None = None
+    activation: str = "identity"
+
+
+HALF = tuple(
+    TritonKernel(*sizes)
+    for sizes in (
+        (128, 128, 64, 8, 3),
+        (256, 64, 32, 8, 4),
+        (128, 64, 64, 4, 4),
+        (64, 128, 64, 4, 4),
+        (64, 64, 64, 4, 4),
+        (128, 32, 32, 4, 4),
+    )
+)
+"""Choices for float16 and bfloat16. None spills registers (``bench/registers.py``)."""
+
+TF32 = tuple(
+    TritonKernel(*sizes)
+    for sizes in ((128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 4), (128, 32, 16, 4, 4))
+)
+"""Choices for float32, multiplied as tf32."""
+
+
+def supported_kernels(tensors: Sequence[Tensor | None], capability: int) -> dict[str, TritonKernel]:
+    """Return the choices for these tensors on a device of this capability (10 * major + minor), by name."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not is_here() or capability < LEAST_CAPABILITY or any(t.numel() >= MOST_ELEMENTS for t in given):
+        return {}
+    return {kernel.name: kernel for kernel in (TF32 if given[0].dtype == torch.float32 else HALF)}
+
+
+def _launch(
+    kernel: TritonKernel,
+    x: Tensor,
+    weight: Tensor,
+    weight_strides: Sequence[int],
+    window: Sequence[int],
+    geometry: tuple[Any, Any, Any],
+    *,
+    y: Tensor,
+    second: Tensor | None,
+    channels: Channels,
+    added: Tensor | None,
+    backward: bool,
+    activation: str,
+    saves_argument: bool = False,
+    sums: Tensor | None = None,
+    bound: Tensor | None = None,
+) -> None:
+    from fastprune.ops.conv.triton_kernel import conv_kernel
+
+    scale, shift, mask = channels
+    rows, columns = y.numel() // y.shape[1], y.shape[1]
+    pitch = pitch_of(x)
+    blocks = -(-rows // kernel.rows) * -(-columns // kernel.columns)
+    # What is absent is never read; y stands in for its address.
+    second_, scale_, shift_, mask_, added_, sums_, bound_ = (
+        y if tensor is None else tensor for tensor in (second, scale, shift, mask, added, sums, bound)
+    )
+    with _device_of(x):
+        conv_kernel[(blocks,)](
+            x, weight, y, second_, scale_, shift_, mask_, added_, sums_, bound_,
+            rows, columns, x.shape[1], x.shape[2], x.shape[3], y.shape[2], y.shape[3],
+            x.shape[2] * x.shape[3] * pitch, x.shape[3] * pitch, pitch, *weight_strides,
+            pitch_of(y), 0 if second is None else pitch_of(second), 0 if added is None else pitch_of(added),
+            *geometry[0], *geometry[1], *geometry[2],
+            TAPS_H=window[0], TAPS_W=window[1], BACKWARD=backward, ACTIVATION=activation,
+            SAVES_ARGUMENT=saves_argument, HAS_SECOND=second is not None, HAS_SCALE=scale is not None,
+            HAS_SHIFT=shift is not None, HAS_MASK=mask is not None, HAS_ADDED=added is not None,
+            HAS_SUMS=sums is not None, HAS_BOUND=bound is not None,
+            PRECISION="tf32", WIDENS=not x.is_cuda and x.dtype == torch.bfloat16, BLOCK_ROWS=kernel.rows,
+            BLOCK_COLUMNS=kernel.columns, BLOCK_DEPTH=kernel.depth, BAND=BAND,
+            num_warps=kernel.warps, num_stages=kernel.stages,
+        )  # fmt: skip
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def pitch_of(x: Tensor) -> int:
+    """Return the distance of neighbouring pixels in channels_last, or in some channels of a wider such tensor."""
+    for dim in (3, 2, 0):
+        if x.size(dim) > 1:
+            return x.stride(dim)
+    return x.size(1)

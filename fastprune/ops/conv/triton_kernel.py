@@ -1,0 +1,136 @@
+"""One Triton kernel for convolutions on CUDA with everything behind them, forward and backward.
+
+Imported where Triton is: it comes with every CUDA build of torch on Linux and needs no nvcc at installation.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _act(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        return tl.where(z < 0, 0.0, z)  # NaN stays
+    elif ACTIVATION == "relu6":
+        return tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
+    elif ACTIVATION == "silu":
+        return z / (1 + tl.exp(-z))
+    elif ACTIVATION == "hardswish":
+        clipped = tl.where(z < -3, 0.0, tl.where(z > 3, 6.0, z + 3))
+        return z * clipped / 6
+    else:
+        return z
+
+
+@triton.jit
+def _times_derivative(d, r, ACTIVATION: tl.constexpr):
+    """Multiply by the derivative of an activation whose value is r."""
+    if ACTIVATION == "relu":
+        return tl.where(r <= 0, 0.0, d)  # NaN stays
+    elif ACTIVATION == "relu6":
+        return tl.where((r <= 0) | (r >= 6), 0.0, d)
+    else:
+        return d
+
+
+@triton.jit
+def _load_vector(vector, columns, inside, otherwise, HAS: tl.constexpr):
+    if HAS:
+        return tl.load(vector + columns, mask=inside, other=0.0)[None, :]
+    else:
+        return otherwise
+
+
+@triton.jit
+def conv_kernel(
+    x, w, y, second, scale, shift, mask, added, sums, bound,
+    rows, columns, depth, height, width, out_height, out_width,
+    x_image, x_row, x_pixel, w_column, w_depth, w_tap_row, w_tap, y_pitch, second_pitch, added_pitch,
+    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, BACKWARD: tl.constexpr, ACTIVATION: tl.constexpr,
+    SAVES_ARGUMENT: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_BOUND: tl.constexpr,
+    PRECISION: tl.constexpr, WIDENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """Compute a block of BLOCK_ROWS pixels by BLOCK_COLUMNS channels of a convolution and what follows it.
+
+    Forward, with acc = the sum of products of x and w:
+
+        z = scale * acc + shift + added;  r = activation(z);  y = mask * r;  second = z if SAVES_ARGUMENT else r
+
+    Backward, where acc is the gradient of the convolution's input, and ``second``, which is read, that input:
+
+        d = acc + added;  y = mask * d * activation'(second);  sums[block of rows] = the sum of d * second over rows
+
+    Pixels of y, ``second`` and ``added`` follow each other at a pitch; channels are neighbours everywhere. Only the
+    first ``bound[0]`` of ``depth`` channels of x are read, if there is a bound: a number on the device. WIDENS is for
+    Triton's interpreter, which multiplies the bits of bfloat16 as integers.
+    """
+    # Blocks that share their pixels' or their weights' memory run next to each other: bands of BAND blocks of rows.
+    block = tl.program_id(0)
+    row_blocks, column_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(columns, BLOCK_COLUMNS)
+    in_band = BAND * column_blocks
+    first = block // in_band * BAND
+    band = min(row_blocks - first, BAND)
+    row_block = first + block % in_band % band
+    column_block = block % in_band // band
+
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    part = tl.arange(0, BLOCK_DEPTH)
+    is_row, is_column = row < rows, column < columns
+    image = row // (out_height * out_width)
+    top = row // out_width % out_height * stride_h - padding_h
+    left = row % out_width * stride_w - padding_w
+    x_base = image.to(tl.int64) * x_image
+
+    open_depth = depth
+    if HAS_BOUND:
+        open_depth = min(depth, tl.load(bound))
+    steps = tl.cdiv(open_depth, BLOCK_DEPTH)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for step in range(TAPS_H * TAPS_W * steps):
+        tap = step // steps
+        channel = step % steps * BLOCK_DEPTH + part
+        is_channel = channel < open_depth
+        h, v = top + tap // TAPS_W * dilation_h, left + tap % TAPS_W * dilation_w
+        is_pixel = is_row & (h >= 0) & (h < height) & (v >= 0) & (v < width)
+        at = x_base + h.to(tl.int64) * x_row + v.to(tl.int64) * x_pixel
+        a = tl.load(x + at[:, None] + channel[None, :], mask=is_pixel[:, None] & is_channel[None, :], other=0.0)
+        w_at = w + tap // TAPS_W * w_tap_row + tap % TAPS_W * w_tap
+        b = tl.load(
+            w_at + channel[:, None] * w_depth + column[None, :] * w_column,
+            mask=is_channel[:, None] & is_column[None, :],
+            other=0.0,
+        )
+        if WIDENS:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    inside = is_row[:, None] & is_column[None, :]
+    row = row.to(tl.int64)
+    gate = _load_vector(mask, column, is_column, 1.0, HAS_MASK)
+    if HAS_ADDED:
+        more = tl.load(added + row[:, None] * added_pitch + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    else:
+        more = 0.0
+    second_at = second + row[:, None] * second_pitch + column[None, :]
+    if BACKWARD:
+        d = acc + more
+        if HAS_SECOND:
+            r = tl.load(second_at, mask=inside, other=0.0).to(tl.float32)
+            if HAS_SUMS:
+                total = tl.sum(tl.where(inside, d * r, 0.0), axis=0)
+                tl.store(sums + row_block * columns + column, total, mask=is_column)
+            d = _times_derivative(d, r, ACTIVATION)
+        result = d * gate
+    else:
+        z = acc * _load_vector(scale, column, is_column, 1.0, HAS_SCALE)
+        z = z + _load_vector(shift, column, is_column, 0.0, HAS_SHIFT) + more
+        r = _act(z, ACTIVATION)
+        if HAS_SECOND:
+            kept = z if SAVES_ARGUMENT else r
+            tl.store(second_at, kept.to(second.dtype.element_ty), mask=inside)
+        result = r * gate
+    tl.store(y + row[:, None] * y_pitch + column[None, :], result.to(y.dtype.element_ty), mask=inside)
