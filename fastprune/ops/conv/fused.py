@@ -149,10 +149,10 @@ def why_not_for(x: Tensor, weight: Tensor, geometry: FusedGeometry, residual: Te
         return f"the tensors are on {x.device} and {weight.device}, not on one device"
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
         return f"the dtypes are {x.dtype} and {weight.dtype}, not one of float16, bfloat16 and float32"
-    if geometry.groups != 1:
-        return f"there are {geometry.groups} groups; the kernels have one"
     if x.dim() != 4 or weight.dim() != 4:
         return "the convolution is not two-dimensional"
+    if geometry.groups != 1 and not triton_conv.is_depthwise(x.shape[1], weight, geometry):
+        return f"there are {geometry.groups} groups; the kernels have one, or one for each channel"
     if not all(has_rows(tensor) for tensor in (x, weight, residual) if tensor is not None):
         return "the tensors are not channels_last"
     if residual is not None and (residual.dtype != x.dtype or residual.device != x.device):
@@ -224,7 +224,7 @@ def find_supported(
 ) -> dict[str, ConvKernel]:
     """Return the kernels that take these tensors on a device of this capability (10 * major + minor), by name."""
     kernels: dict[str, ConvKernel] = {}
-    for kernel in kernels_of_this_build() if residual is None else ():
+    for kernel in kernels_of_this_build() if residual is None and geometry.groups == 1 else ():
         first, last = kernel.capabilities
         if kernel.dtype != DTYPES[x.dtype] or not first <= capability <= last:
             continue
@@ -233,7 +233,8 @@ def find_supported(
         workspace = _C.fused_conv_workspace(x, weight, results[0], saved, *window, kernel.index)
         if workspace is not None:
             kernels[kernel.name] = replace(kernel, workspace=workspace)
-    return kernels | triton_conv.supported_kernels([x, weight, *results, residual], capability)
+    depthwise = geometry.groups > 1
+    return kernels | triton_conv.supported_kernels([x, weight, *results, residual], capability, depthwise=depthwise)
 
 
 def library_conv(

@@ -45,6 +45,11 @@ class BackwardInputs:
     want_dmask: bool
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether every channel is convolved alone, and the gradients of all of them are there."""
+        return triton_conv.is_depthwise(self.dz.shape[1], self.weight, self.geometry)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The images that are read, by name."""
         named = {"dz": self.dz, "previous": self.epilogue.previous, "others": self.epilogue.others}
@@ -81,7 +86,9 @@ def choose(inputs: BackwardInputs) -> TritonKernel | None:
     if why_not(inputs) is not None:
         return None
     major, minor = torch.cuda.get_device_capability(dz.device)
-    kernels = triton_conv.supported_kernels([*inputs.tensors.values(), inputs.weight], 10 * major + minor)
+    kernels = triton_conv.supported_kernels(
+        [*inputs.tensors.values(), inputs.weight], 10 * major + minor, depthwise=inputs.is_depthwise
+    )
 
     def make_problem() -> Problem:
         return _make_problem(_draw_similar(inputs), list(kernels.values()))
@@ -98,12 +105,12 @@ def why_not(inputs: BackwardInputs) -> str | None:
     if not triton_conv.is_here():
         return "there is no Triton"
     geometry, weight, tensors = inputs.geometry, inputs.weight, [*inputs.tensors.values()]
-    if geometry.groups != 1 or geometry.stride != (1, 1):
+    if not inputs.is_depthwise and (geometry.groups != 1 or geometry.stride != (1, 1)):
         return f"the stride is {geometry.stride} in {geometry.groups} group(s); the kernels have stride 1 and one group"
     if inputs.dz.dtype not in fused.DTYPES or any(t.dtype != inputs.dz.dtype for t in (weight, *tensors)):
         return f"the dtypes are {sorted({str(t.dtype) for t in (weight, *tensors)})}, not one that kernels multiply"
-    if weight.shape[1] != inputs.size[1]:
-        return f"x has {inputs.size[1]} channels and the weight {weight.shape[1]}"
+    if weight.shape[1] * geometry.groups != inputs.size[1]:
+        return f"x has {inputs.size[1]} channels and the weight {weight.shape[1] * geometry.groups}"
     if not all(has_rows(tensor) for tensor in (weight, *tensors)):
         return "the tensors are not channels_last"
     if any(tensor.numel() == 0 for tensor in (weight, *tensors)):
@@ -134,7 +141,7 @@ def problem_of(key: Mapping[str, Any], device: torch.device, names: Sequence[str
 
     size, weight_size = key["size"], key["weight"]
     stride, padding, dilation = (tuple(key[name]) for name in ("stride", "padding", "dilation"))
-    geometry = Geometry(stride, padding, dilation)
+    geometry = Geometry(stride, padding, dilation, key["groups"])
     output = geometry.output_size(size, weight_size)
     dz, weight = empty("dz", [output[0], key["open"], *output[2:]]), empty("weight", weight_size)
     assert dz is not None
@@ -142,7 +149,7 @@ def problem_of(key: Mapping[str, Any], device: torch.device, names: Sequence[str
     mask = torch.empty(size[1], device=device) if key["mask"] else None
     epilogue = BackwardEpilogue(empty("previous", size), mask, empty("others", size), key["activation"])
     inputs = _draw_similar(BackwardInputs(dz, weight, size, geometry, epilogue, key["want_dmask"]))
-    kernels = {kernel.name: kernel for kernel in (*triton_conv.HALF, *triton_conv.TF32)}
+    kernels = {kernel.name: kernel for kernel in (*triton_conv.HALF, *triton_conv.TF32, *triton_conv.DEPTHWISE)}
     return _make_problem(inputs, [kernels[name] for name in names])
 
 
@@ -168,6 +175,7 @@ def _make_key(inputs: BackwardInputs) -> tuple[tuple[str, Any], ...]:
         ("stride", inputs.geometry.stride),
         ("padding", inputs.geometry.padding),
         ("dilation", inputs.geometry.dilation),
+        ("groups", inputs.geometry.groups),
     )
 
 
@@ -187,7 +195,7 @@ def _draw_similar(inputs: BackwardInputs) -> BackwardInputs:
         mask=None if mask is None else fused.draw_mask(mask, random),
         others=None if others is None else normal(others, 1.0),
     )
-    terms = inputs.dz.shape[1] * inputs.weight[0, 0].numel()
+    terms = inputs.dz.shape[1] * inputs.weight[0, 0].numel() // inputs.geometry.groups
     return replace(
         inputs, dz=normal(inputs.dz, 1.0), weight=normal(inputs.weight, terms**-0.5), epilogue=drawn
     )  # fmt: skip

@@ -18,6 +18,7 @@ from fastprune.ops.conv.fused import FusedGeometry, fused_conv, two_passes
 from fastprune.ops.conv.library import Geometry, weight_outweighs
 from fastprune.ops.conv.open_channels import ConvLayer, convolve_open, input_gradient_of_open
 from fastprune.ops.conv.packed import PackedWeight
+from fastprune.ops.conv.triton_conv import is_depthwise
 from fastprune.ops.masked_act import masked_act, masked_act_in_place, masked_act_saving_in_place
 
 
@@ -49,11 +50,18 @@ def _convolve(
     """Compute the first ``rows`` outputs from the first ``open_in`` inputs, with ``saves`` what gradients need, too."""
     if layer.packed is not None and open_in > 0:
         return _by_our_kernel(x[:, :open_in], layer, layer.packed, mask, residual, rows, saves=saves)
-    if x.is_cuda and layer.geometry.groups == 1 and min(open_in, rows) > 0:
+    if x.is_cuda and _may_fuse(x, layer, open_in, rows):
         return _by_fused_kernel(x[:, :open_in], layer, mask, residual, rows, saves=saves)
     if x.is_cuda or (residual is not None and not library.adds(x, layer.activation)):
         return _by_two_passes(x, layer, mask, residual, open_in, rows, saves=saves, folds=not x.is_cuda)
     return _by_library(x, layer, mask, residual, open_in, rows, saves=saves)
+
+
+def _may_fuse(x: Tensor, layer: ConvLayer, open_in: int, rows: int) -> bool:
+    """Return whether the convolution is dense, or depthwise with all channels open."""
+    if layer.geometry.groups == 1:
+        return min(open_in, rows) > 0
+    return open_in == rows == x.shape[1] and is_depthwise(x.shape[1], layer.weight, layer.geometry)
 
 
 def _by_our_kernel(
@@ -78,7 +86,7 @@ def _by_our_kernel(
 def _by_fused_kernel(
     x: Tensor, layer: ConvLayer, mask: Tensor | None, residual: Tensor | None, rows: int, *, saves: bool
 ) -> tuple[Tensor, Tensor | None]:
-    weight = layer.weight[:rows, : x.shape[1]]
+    weight = layer.weight[:rows, : x.shape[1]]  # of a depthwise layer: all
     scale, shift = (None if vector is None else vector[:rows] for vector in (layer.scale, layer.shift))
 
     geometry = FusedGeometry(*layer.geometry.numbers, layer.activation, saves)

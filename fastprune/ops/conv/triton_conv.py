@@ -44,7 +44,7 @@ class TritonKernel:
     Args:
         rows: Pixels of a block.
         columns: Output channels of a block.
-        depth: Input channels of one product of blocks.
+        depth: Input channels of one product of blocks; 0: the kernel of depthwise convolutions.
         warps: Warps of a block.
         stages: Blocks of products whose loads are under way at once.
     """
@@ -58,6 +58,8 @@ class TritonKernel:
     @property
     def name(self) -> str:
         """The name by which a choice is remembered."""
+        if self.depth == 0:
+            return f"triton depthwise {self.rows}x{self.columns} w{self.warps}"
         return f"triton {self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages}"
 
     def run(
@@ -102,22 +104,27 @@ class TritonKernel:
         Args:
             dz: ``[N, open, P, Q]``.
             weight: ``[K, C, R, S]``; the first ``open`` of K are read.
-            geometry: That of the convolution, whose stride is 1.
+            geometry: That of the convolution, whose stride is 1 unless it is depthwise.
             epilogue: What follows the gradient of the convolution.
             results: ``[N, C, H, W]``, ``[C]`` float32.
             bound: An int32 on the device: how many channels of ``dz`` are read.
         """
-        window = weight.shape[2], weight.shape[3]
-        padding = tuple(d * (n - 1) - p for d, n, p in zip(geometry.dilation, window, geometry.padding, strict=True))
-        flipped = weight[:, :, window[0] - 1 :, window[1] - 1 :]  # taps are read from the last one backwards
-        strides = weight.stride(1), weight.stride(0), -weight.stride(2), -weight.stride(3)
         dx = results[0]
         sums = None
         if len(results) > 1:
             blocks = -(-dx.numel() // dx.shape[1] // self.rows)
             sums = torch.empty(blocks, dx.shape[1], dtype=torch.float32, device=dx.device)
+        window = weight.shape[2], weight.shape[3]
+        if self.depth == 0:
+            read, strides, numbers = weight, weight.stride(), geometry.numbers[:3]
+        else:
+            # Taps are read from the last one backwards.
+            padding_h, padding_w = (geometry.dilation[d] * (window[d] - 1) - geometry.padding[d] for d in (0, 1))
+            read = weight[:, :, window[0] - 1 :, window[1] - 1 :]
+            strides = weight.stride(1), weight.stride(0), -weight.stride(2), -weight.stride(3)
+            numbers = (1, 1), (padding_h, padding_w), geometry.dilation
         _launch(
-            self, dz, flipped, strides, window, ((1, 1), padding, geometry.dilation), y=dx, second=epilogue.previous,
+            self, dz, read, strides, window, numbers, y=dx, second=epilogue.previous,
             channels=(None, None, epilogue.mask), added=epilogue.others, sums=sums, bound=bound, backward=True,
             activation=epilogue.activation,
         )  # fmt: skip
@@ -162,12 +169,26 @@ TF32 = tuple(
 """Choices for float32, multiplied as tf32."""
 
 
-def supported_kernels(tensors: Sequence[Tensor | None], capability: int) -> dict[str, TritonKernel]:
+DEPTHWISE = tuple(
+    TritonKernel(*sizes, depth=0, warps=4, stages=1) for sizes in ((64, 32), (32, 64), (16, 64), (32, 32))
+)
+"""Choices for depthwise convolutions."""
+
+
+def is_depthwise(x_channels: int, weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether every channel is convolved alone."""
+    return 1 < x_channels == weight.shape[0] == geometry.groups
+
+
+def supported_kernels(
+    tensors: Sequence[Tensor | None], capability: int, *, depthwise: bool = False
+) -> dict[str, TritonKernel]:
     """Return the choices for these tensors on a device of this capability (10 * major + minor), by name."""
     given = [tensor for tensor in tensors if tensor is not None]
     if not is_here() or capability < LEAST_CAPABILITY or any(t.numel() >= MOST_ELEMENTS for t in given):
         return {}
-    return {kernel.name: kernel for kernel in (TF32 if given[0].dtype == torch.float32 else HALF)}
+    dense = TF32 if given[0].dtype == torch.float32 else HALF
+    return {kernel.name: kernel for kernel in (DEPTHWISE if depthwise else dense)}
 
 
 def _launch(
@@ -188,30 +209,35 @@ def _launch(
     sums: Tensor | None = None,
     bound: Tensor | None = None,
 ) -> None:
-    from fastprune.ops.conv.triton_kernel import conv_kernel
+    from fastprune.ops.conv.triton_kernel import conv_kernel, depthwise_kernel
 
     scale, shift, mask = channels
     rows, columns = y.numel() // y.shape[1], y.shape[1]
     pitch = pitch_of(x)
     blocks = -(-rows // kernel.rows) * -(-columns // kernel.columns)
     # What is absent is never read; y stands in for its address.
-    second_, scale_, shift_, mask_, added_, sums_, bound_ = (
-        y if tensor is None else tensor for tensor in (second, scale, shift, mask, added, sums, bound)
-    )
+    optional = [y if tensor is None else tensor for tensor in (second, scale, shift, mask, added, sums)]
+    images = x.shape[2] * x.shape[3] * pitch, x.shape[3] * pitch, pitch
+    pitches = [0 if tensor is None else pitch_of(tensor) for tensor in (y, second, added)]
+    numbers = [number for pair in geometry for number in pair]
+    constants = {
+        "TAPS_H": window[0], "TAPS_W": window[1], "BACKWARD": backward, "ACTIVATION": activation,
+        "SAVES_ARGUMENT": saves_argument, "HAS_SECOND": second is not None, "HAS_SCALE": scale is not None,
+        "HAS_SHIFT": shift is not None, "HAS_MASK": mask is not None, "HAS_ADDED": added is not None,
+        "HAS_SUMS": sums is not None, "BLOCK_ROWS": kernel.rows, "BLOCK_COLUMNS": kernel.columns,
+        "num_warps": kernel.warps, "num_stages": kernel.stages,
+    }  # fmt: skip
     with _device_of(x):
+        if kernel.depth == 0:
+            depthwise_kernel[(blocks,)](
+                x, weight, y, *optional, rows, columns, *x.shape[2:], *y.shape[2:], *images,
+                weight_strides[0], *weight_strides[2:], *pitches, *numbers, **constants,
+            )  # fmt: skip
+            return
         conv_kernel[(blocks,)](
-            x, weight, y, second_, scale_, shift_, mask_, added_, sums_, bound_,
-            rows, columns, x.shape[1], x.shape[2], x.shape[3], y.shape[2], y.shape[3],
-            x.shape[2] * x.shape[3] * pitch, x.shape[3] * pitch, pitch, *weight_strides,
-            pitch_of(y), 0 if second is None else pitch_of(second), 0 if added is None else pitch_of(added),
-            *geometry[0], *geometry[1], *geometry[2],
-            TAPS_H=window[0], TAPS_W=window[1], BACKWARD=backward, ACTIVATION=activation,
-            SAVES_ARGUMENT=saves_argument, HAS_SECOND=second is not None, HAS_SCALE=scale is not None,
-            HAS_SHIFT=shift is not None, HAS_MASK=mask is not None, HAS_ADDED=added is not None,
-            HAS_SUMS=sums is not None, HAS_BOUND=bound is not None,
-            PRECISION="tf32", WIDENS=not x.is_cuda and x.dtype == torch.bfloat16, BLOCK_ROWS=kernel.rows,
-            BLOCK_COLUMNS=kernel.columns, BLOCK_DEPTH=kernel.depth, BAND=BAND,
-            num_warps=kernel.warps, num_stages=kernel.stages,
+            x, weight, y, *optional, y if bound is None else bound, rows, columns, x.shape[1], *x.shape[2:],
+            *y.shape[2:], *images, *weight_strides, *pitches, *numbers, **constants, HAS_BOUND=bound is not None,
+            PRECISION="tf32", WIDENS=not x.is_cuda and x.dtype == torch.bfloat16, BLOCK_DEPTH=kernel.depth, BAND=BAND,
         )  # fmt: skip
 
 

@@ -73,11 +73,18 @@ def test_exact_gradients_do_not_depend_on_how_images_are_split() -> None:
         torch.testing.assert_close(parts, whole.float(), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
-def test_another_process_gets_the_same_problem(adds: bool) -> None:
+def test_another_process_gets_the_same_problem(adds: bool, depthwise: bool) -> None:
     inputs = make_inputs(torch.bfloat16, adds=adds)
+    kernels = triton_conv.HALF
+    if depthwise:
+        geometry, kernels = Geometry((2, 2), (1, 1), (1, 1), 6), triton_conv.DEPTHWISE
+        dz, weight = image(2, 6, 5, 4, dtype=torch.bfloat16), image(6, 1, 3, 3, dtype=torch.bfloat16)
+        inputs = replace(inputs, dz=dz, weight=weight, geometry=geometry)
+        assert inputs.is_depthwise
     key = json.loads(json.dumps(fused_back._make_key(inputs)))
-    names = [triton_conv.HALF[2].name, triton_conv.HALF[0].name]
+    names = [kernels[2].name, kernels[0].name]
     problem = problems.problem_of(dict(key), CPU, names)
     assert [candidate.name for candidate in problem.candidates] == names
     expected = fused_back.two_passes(fused_back._draw_similar(inputs))
@@ -114,7 +121,7 @@ def test_the_chosen_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = [OnTheCPU(1, 1, 1, 1, 1), OnTheCPU(1, 1, 1, 1, 1, offset=0.125)]
     monkeypatch.setattr(fused, "why_not_now", lambda x: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(triton_conv, "supported_kernels", lambda *_: {kernel.name: kernel for kernel in kernels})
+    monkeypatch.setattr(triton_conv, "supported_kernels", lambda *_, **__: {kernel.name: kernel for kernel in kernels})
     monkeypatch.setattr(triton_conv, "is_here", lambda: True)
     monkeypatch.setattr(fused_back, "AUTOTUNER", Autotuner(timer=lambda calls, device: [3.0, 2.0, 1.0][: len(calls)]))
     inputs = make_inputs()
@@ -131,6 +138,10 @@ def test_the_chosen_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"geometry": Geometry((2, 2), (1, 1))}, "the stride is (2, 2) in 1 group(s)"),
         ({"geometry": Geometry((1, 1), (1, 1), (1, 1), 2)}, "the stride is (1, 1) in 2 group(s)"),
+        (
+            {"geometry": Geometry((2, 2), (1, 1), (1, 1), 5), "weight": image(5, 1, 3, 3)},
+            "x has 6 channels and the weight 5",
+        ),
         ({"weight": torch.ones(8, 6, 3, 3)}, "not channels_last"),
         ({"weight": image(8, 6, 3, 3).half()}, "the dtypes are ['torch.float16', 'torch.float32']"),
         ({"weight": image(8, 5, 3, 3)}, "x has 6 channels and the weight 5"),

@@ -14,7 +14,7 @@ from fastprune.ops.activations import DIFFERENTIABLE_BY_VALUE
 from fastprune.ops.conv import fused, library
 from fastprune.ops.conv.agreement import measure
 from fastprune.ops.conv.fused import ACTIVATIONS, UNITS, FusedGeometry
-from fastprune.ops.conv.triton_conv import HALF, TF32, BackwardEpilogue, TritonKernel, is_here, pitch_of
+from fastprune.ops.conv.triton_conv import DEPTHWISE, HALF, TF32, BackwardEpilogue, TritonKernel, is_here, pitch_of
 from fastprune.ops.masked_act import masked_act_backward
 
 pytestmark = pytest.mark.skipif(not is_here(), reason="needs Triton")
@@ -52,6 +52,11 @@ def prefix(channels: int, wide: int, size: tuple[int, int, int], dtype: torch.dt
 
 def empty(size: list[int], dtype: torch.dtype) -> Tensor:
     return torch.full(size, torch.nan, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def filters(k: int, window: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return the weight of a depthwise convolution."""
+    return torch.randn(k, 1, *window).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def check(results: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
@@ -116,6 +121,35 @@ def test_backward(activation: str, dtype: torch.dtype, device: str) -> None:
             results = [empty(list(previous.shape), dtype), torch.full((c,), torch.nan)]
             kernel.run_backward(dz, weight, geometry, epilogue, results)
             check(results, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)])
+def test_depthwise(stride: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    choose = random.Random(stride[1])
+    torch.manual_seed(0)
+    for window in ((3, 3), (5, 5), (2, 1)):
+        c, size = choose.randint(2, 70), (2, choose.randint(4, 9), choose.randint(4, 9))
+        padding, dilation = (choose.randint(0, 2), window[1] // 2), (1, choose.randint(1, 2))
+        padding = tuple(max(p, 2) for p in padding) if dilation[1] == 2 else padding
+        geometry = FusedGeometry(stride, padding, dilation, groups=c, activation="relu6", save=True)
+        weight, mask = filters(c, window, dtype), (torch.rand(c) * 1.5 - 0.25).clamp(0, 1)
+        previous = ACTIVATIONS["relu6"](5 * prefix(c, c + 3, size, dtype))
+        channels = None, torch.rand(c), mask
+        shape = geometry.output_size(previous.shape, weight.shape)
+        plain = fused.library_conv(previous, weight, channels, geometry)
+        exact = fused.library_conv(previous.double(), weight.double(), channels, geometry)
+        dz, others = prefix(c, c + 5, (shape[0], *shape[2:]), dtype), prefix(c, c + 1, size, dtype)
+        epilogue = BackwardEpilogue(previous, mask, others, "relu6")
+        wide = BackwardEpilogue(previous.double(), mask, others.double(), "relu6")
+        for kernel in (TritonKernel(16, 32, 0, 4, 1),) if device == "cpu" else DEPTHWISE:
+            results = [empty(shape, dtype) for _ in range(2)]
+            kernel.run(previous, weight, channels, geometry, results)
+            check(results, list(plain), list(exact))
+            results = [empty(list(previous.shape), dtype), torch.full((c,), torch.nan)]
+            kernel.run_backward(dz, weight, geometry, epilogue, results)
+            usual = two_passes(dz, weight, geometry, epilogue)
+            check(results, usual, two_passes(dz.double(), weight.double(), geometry, wide))
 
 
 def two_passes(dz: Tensor, weight: Tensor, geometry: FusedGeometry, epilogue: BackwardEpilogue) -> list[Tensor]:
