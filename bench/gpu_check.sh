@@ -3,15 +3,16 @@
 #
 #     bench/gpu_check.sh tests OUTDIR            # at most 280 seconds
 #     bench/gpu_check.sh speed OUTDIR            # at most 420 seconds
+#     bench/gpu_check.sh triton OUTDIR           # at most 240 seconds
 #
 # The wheels come from wheelhouse/ (made by bench/gpu_wheelhouse.sh) if they were built from these sources. Otherwise the
 # package is built here, without CUTLASS's kernels, which needs nvcc, pybind11, scikit-build-core, cmake and ninja.
-# Leaves tests.log or speed.log and a JSON document of the same name in OUTDIR; exits with the number of failed steps.
+# Leaves a log and a JSON document of that name in OUTDIR; exits with the number of failed steps.
 # DEVICE=cpu tries the script out on a machine without a GPU.
 set -uo pipefail
 
-part=${1:?usage: bench/gpu_check.sh tests|speed OUTDIR}
-out=$(mkdir -p "${2:?usage: bench/gpu_check.sh tests|speed OUTDIR}" && cd "$2" && pwd)
+part=${1:?usage: bench/gpu_check.sh tests|speed|triton OUTDIR}
+out=$(mkdir -p "${2:?usage: bench/gpu_check.sh tests|speed|triton OUTDIR}" && cd "$2" && pwd)
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,6 +1,6 @@
 """Run the steps of ``gpu_check.sh``: each a program of its own, so that one that hangs or crashes costs only itself.
 
-    python bench/gpu_steps.py tests|speed --device cuda --json FILE
+    python bench/gpu_steps.py tests|speed|triton --device cuda --json FILE
 
 The document is written after each step: its exit code, its seconds, and the numbers that it wrote so far if it is a
 benchmark, even where its time was over. Exits with the number of steps that failed.
@@ -17,12 +17,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SECONDS = {"tests": 280, "speed": 420}
+SECONDS = {"tests": 280, "speed": 420, "triton": 240}
 TOGETHER = 6
 """Test programs that run at once."""
 
@@ -34,8 +34,11 @@ FAMILIES = (
     "bfloat16 and sm90 and not 1x1",
     "float16 and sm90 and 1x1 and not bfloat16",
     "float16 and sm90 and not 1x1 and not bfloat16",
+    "not sm80 and not sm90",
 )
-"""Fused convolutions of one source file, as pytest selects them."""
+"""Tests of the fused convolutions of one source file, as pytest selects them, and those of the rest."""
+
+WITHOUT_TRITON = ("FASTPRUNE_TRITON=0",)
 
 MEMCHECK = {
     "topk_mask": "test_values_of_every_size and (normal or ties) and (33 or 2049 or 16385)",
@@ -101,7 +104,7 @@ def tests(device: str) -> list[list[Step]]:
     quick = [] if on_cuda else ["--quick"]
     for kernel in ("topk_mask", "gates", "group_prox", "masked_bn_act", "masked_conv_bn_act"):
         bench = ["kernels", "--only", kernel, "--no_compile", "--seconds", "8", *quick]
-        groups.append([Step(f"bench {kernel}", fastprune_bench(bench, device), 20, has_numbers=True)])
+        groups.append([bench_step(f"bench {kernel}", 20, device, *bench)])
     return groups
 
 
@@ -115,28 +118,28 @@ def speed(device: str) -> list[list[Step]]:
     """Return the steps of the second call, the most important ones first."""
     quick = [] if device == "cuda" else ["--quick"]
     profile = [sys.executable, str(ROOT / "bench" / "profile_step.py"), "--device", device, *quick]
-    # Triton's kernels are compiled when they are tried first, which takes longer than everything that is timed.
-    alone = ("FASTPRUNE_TRITON=0",)
-
-    def step(name: str, seconds: float, *arguments: str, environment: Sequence[str] = alone) -> list[Step]:
-        command = fastprune_bench([*arguments, *quick], device)
-        return [Step(name, command, seconds, has_numbers=True, environment=environment)]
-
     return [
         [Step("doctor", [sys.executable, "-m", "fastprune", "doctor"], 60)],
-        step("step ResNet-50", 90, "step", "--only", "ResNet-50", "--no_compile"),
-        [Step("profile", profile, 40, has_numbers=True, environment=alone)],
-        step("search ddnp", 70, "search", "--only", "ddnp"),
-        step("step ResNet-50 with Triton", 110, "step", "--only", "ResNet-50", "--no_compile", environment=()),
-        step("step ResNet-50, compiled", 200, "step", "--only", "ResNet-50"),
-        step("step ResNet-56", 40, "step", "--only", "ResNet-56", "--no_compile"),
-        step("masked_conv_bn_act, compiled", 60, "kernels", "--only", "masked_conv_bn_act", "--seconds", "30"),
+        [bench_step("step ResNet-50", 90, device, "step", "--only", "ResNet-50", "--no_compile", *quick)],
+        [Step("profile", profile, 40, has_numbers=True, environment=WITHOUT_TRITON)],
+        [bench_step("search ddnp", 70, device, "search", "--only", "ddnp", *quick)],
+        [bench_step("step ResNet-50, compiled", 200, device, "step", "--only", "ResNet-50", *quick)],
+        [bench_step("step ResNet-56", 40, device, "step", "--only", "ResNet-56", "--no_compile", *quick)],
+        [bench_step("masked_conv_bn_act, compiled", 60, device, "kernels", "--only", "masked_conv_bn_act", *quick)],
     ]
 
 
-def fastprune_bench(arguments: Sequence[str], device: str) -> list[str]:
-    """Return the command of a benchmark."""
-    return [sys.executable, "-m", "fastprune", "bench", *arguments, "--device", device]
+def triton(device: str) -> list[list[Step]]:
+    """Return the step of the third call: kernels of Triton are compiled and tried, then a step is timed."""
+    quick = [] if device == "cuda" else ["--quick"]
+    step = bench_step("step ResNet-50 with Triton", 230, device, "step", "--only", "ResNet-50", "--no_compile", *quick)
+    return [[replace(step, environment=())]]
+
+
+def bench_step(name: str, seconds: float, device: str, *arguments: str) -> Step:
+    """Return the step of a benchmark, without Triton, whose kernels take longer to compile than all that is timed."""
+    command = [sys.executable, "-m", "fastprune", "bench", *arguments, "--device", device]
+    return Step(name, command, seconds, has_numbers=True, environment=WITHOUT_TRITON)
 
 
 class Run:
@@ -199,7 +202,7 @@ def main() -> None:
     parser.add_argument("--used", type=float, default=0.0, help="seconds of this call that are over already")
     arguments = parser.parse_args()
     run = Run(arguments.json, SECONDS[arguments.part] - arguments.used)
-    for steps in (tests if arguments.part == "tests" else speed)(arguments.device):
+    for steps in {"tests": tests, "speed": speed, "triton": triton}[arguments.part](arguments.device):
         run.run_group(steps)
     failures = run.failures()
     print("\n".join([f"=== {len(failures)} of {len(run.rows)} step(s) failed", *failures]))

@@ -161,7 +161,8 @@ def bench_cases(
                 left_out.append(f"{case.name}: the {seconds:g} seconds are over")
                 continue
             if compile_seconds is not None and case.compiled and compiling >= compile_seconds:
-                left_out.append(f"{case.name}, compiled: the {compile_seconds:g} seconds of compiling are over")
+                over = f"the {compile_seconds:g} seconds of compiling are over" if compile_seconds else "not wanted"
+                left_out.append(f"{case.name}, compiled: {over}")
                 case = case.drop_compiled()
             rows.append(bench_case(case, ceilings, quick=quick))
             compiling += sum(variant.seconds or 0.0 for variant in case.compiled)

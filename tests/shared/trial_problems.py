@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprune.ops.conv import trial
 from fastprune.ops.conv.agreement import Candidate, Problem
 
 
@@ -33,6 +34,22 @@ def make_problem(key: Mapping[str, Any], device: torch.device, names: Sequence[s
     def hanging(results: Sequence[Tensor]) -> None:
         time.sleep(1000)
 
+    def poisoning(results: Sequence[Tensor]) -> None:
+        """Fail as an illegal access does: nothing works on the device from then on."""
+
+        def fail(device: torch.device) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        trial.synchronize = fail
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def failing(results: Sequence[Tensor]) -> None:
+        raise RuntimeError("misaligned address")
+
+    def slow(results: Sequence[Tensor]) -> None:
+        time.sleep(3)
+        right(results)
+
     def talking(results: Sequence[Tensor]) -> None:
         os.write(1, b"a library says something\n")
         right(results)
@@ -41,6 +58,6 @@ def make_problem(key: Mapping[str, Any], device: torch.device, names: Sequence[s
         time.sleep(0.002)
         return (2 * x,)
 
-    kernels = {run.__name__: run for run in (right, wrong, crashing, hanging, talking)}
+    kernels = {run.__name__: run for run in (right, wrong, crashing, hanging, poisoning, failing, slow, talking)}
     candidates = [Candidate(name, kernels[name]) for name in names]
     return Problem(fallback, lambda: (2 * x.double(),), candidates, unit=2.0**-23)

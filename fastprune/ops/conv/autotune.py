@@ -29,6 +29,7 @@ import torch
 
 from fastprune.host import atomic
 from fastprune.host.cache import cache_folder
+from fastprune.ops.conv import triton_conv
 from fastprune.ops.conv.agreement import Problem
 from fastprune.ops.conv.timing import Timer, time_calls
 from fastprune.ops.conv.trial import Key, Trials, try_candidates
@@ -54,6 +55,7 @@ class Autotuner:
 
     def __post_init__(self) -> None:
         self._choices: dict[tuple[Key, torch.device], str | None] = {}
+        self._launched: set[tuple[Key, torch.device]] = set()
         self._lock = threading.RLock()
 
     def choose(
@@ -73,6 +75,16 @@ class Autotuner:
         """
         if not names or not self.is_active():
             return None
+        winner = self._look_up(key, device, names, make_problem)
+        if winner is not None and (key, device) not in self._launched:
+            if is_captured(device):  # the first launch loads the kernel, which no capture allows
+                return None
+            self._launched.add((key, device))
+        return winner
+
+    def _look_up(
+        self, key: Key, device: torch.device, names: Sequence[str], make_problem: Callable[[], Problem]
+    ) -> str | None:
         if (key, device) in self._choices:
             return self._choices[key, device]
         with self._lock:
@@ -147,14 +159,20 @@ def find_fault(record: Any, where: Mapping[str, str], key: Key, names: Sequence[
 
 def is_busy(device: torch.device) -> bool:
     """Return whether nothing may be measured now: a CUDA graph is being captured, or torch is tracing."""
-    if torch.compiler.is_compiling():
-        return True
+    return torch.compiler.is_compiling() or is_captured(device)
+
+
+def is_captured(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """The machine and the software that a choice is valid for."""
-    return _environment(device.type, device.index if device.index is not None else -1)
+    """The machine, the software and the settings that a choice is valid for."""
+    facts = _environment(device.type, device.index if device.index is not None else -1)
+    if device.type == "cuda":
+        facts = facts | {"cudnn.benchmark": str(torch.backends.cudnn.benchmark)}
+    return facts
 
 
 @cache
@@ -173,6 +191,7 @@ def _environment(kind: str, index: int) -> dict[str, str]:
             "driver": driver.read_text(encoding="utf-8").splitlines()[0] if driver.is_file() else "",
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),
+            "triton": triton_conv.version(),
         }
     return facts | {"device": f"{kind} {platform.machine()} {platform.processor()}"}
 

@@ -30,8 +30,9 @@ Fallback = Callable[..., Sequence[Tensor]]
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
-UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-10}
-"""The error of one rounding, relative to the number. tf32 has as many bits as float16, and rounds two factors."""
+UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-9}
+"""The error of one rounding, relative to the number. tf32 has as many bits as float16 and is for two factors, which the
+hardware cuts off if nobody rounds them, as under Triton."""
 
 
 @dataclass(frozen=True)

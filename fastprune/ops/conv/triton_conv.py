@@ -5,12 +5,15 @@ Sizes of blocks are tried by the autotuner beside CUTLASS's kernels, where these
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +38,16 @@ MOST_ELEMENTS = 2**31
 def is_here() -> bool:
     """Return whether Triton can be imported, and ``FASTPRUNE_TRITON=0`` does not switch it off."""
     return os.environ.get("FASTPRUNE_TRITON", "1") != "0" and importlib.util.find_spec("triton") is not None
+
+
+@cache
+def version() -> str:
+    """Return Triton's version with a checksum of our kernels; "": there is no Triton."""
+    if not is_here():
+        return ""
+    sources = [Path(__file__), Path(__file__).with_name("triton_kernel.py")]
+    checksum = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    return f"{importlib.metadata.version('triton')} {checksum}"
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,8 @@ class TritonKernel:
         dx = results[0]
         sums = None
         if len(results) > 1:
+            if epilogue.previous is None:
+                raise ValueError("results: got two without previous, from which the gradient of the mask is computed")
             blocks = -(-dx.numel() // dx.shape[1] // self.rows)
             sums = torch.empty(blocks, dx.shape[1], dtype=torch.float32, device=dx.device)
         window = weight.shape[2], weight.shape[3]

@@ -336,3 +336,16 @@ def test_processes_may_tune_at_once(tmp_path):
     files = list(tmp_path.iterdir())
     assert len(files) == 20
     assert all(json.loads(path.read_text())["winner"] in ("right", "other") for path in files)
+
+
+def test_a_kernel_is_not_launched_first_in_a_capture(monkeypatch):
+    """Its first launch loads it, which no capture allows."""
+    captured = [True]
+    monkeypatch.setattr(autotune, "is_captured", lambda device: captured[0])
+    monkeypatch.setattr(autotune, "is_busy", lambda device: False)
+    tuner = Autotuner(timer=timer_of({"fallback": 1.0, "right": 0.5}))
+    assert tuner.choose(KEY, CPU, ("right",), problem(right)) is None
+    captured[0] = False
+    assert tuner.choose(KEY, CPU, ("right",), never) == "right"
+    captured[0] = True
+    assert tuner.choose(KEY, CPU, ("right",), never) == "right"

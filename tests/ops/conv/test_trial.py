@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from fastprune.ops.conv import autotune
 from fastprune.ops.conv.autotune import Autotuner
-from fastprune.ops.conv.trial import Trials
+from fastprune.ops.conv.trial import Lines, Trials, serve
 
 CPU = torch.device("cpu")
 KEY = (("operator", "double"), ("shape", (3, 5)))
@@ -31,7 +33,8 @@ def make() -> Iterator[Make]:
 
 def test_one_process_tries_all(make: Make) -> None:
     trials = make()
-    record = trials.tune(KEY, CPU, ["right", "wrong", "talking"])
+    with pytest.warns(RuntimeWarning, match="kernel 'wrong' is not used for .* has an error of"):
+        record = trials.tune(KEY, CPU, ["right", "wrong", "talking"])
     assert record is not None
     assert record["winner"] in ("right", "talking")
     assert list(record["dropped"]) == ["wrong"]
@@ -55,6 +58,70 @@ def test_a_crash_costs_the_other_process(make: Make) -> None:
 
 
 @pytest.mark.slow
+def test_a_kernel_that_fails_and_leaves_the_device_usable_ends_nothing(make: Make) -> None:
+    trials = make()
+    with pytest.warns(
+        RuntimeWarning, match="'failing' is not used for .* it failed with RuntimeError: misaligned address"
+    ):
+        record = trials.tune(KEY, CPU, ["failing", "right"])
+    assert record is not None
+    assert record["winner"] == "right"
+    assert trials._worker is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["right", "poisoning"], ["poisoning", "right"], ["poisoning"]])
+def test_an_illegal_access_costs_the_other_process(make: Make, names: list[str]) -> None:
+    """It is an exception, after which nothing works on the device."""
+    trials = make()
+    with pytest.warns(
+        RuntimeWarning, match="'poisoning' is not used for .* exit code 1: RuntimeError: an illegal memory"
+    ):
+        record = trials.tune(KEY, CPU, names)
+    assert record is not None
+    assert record["winner"] == ("right" if "right" in names else None)
+    again = trials.tune(KEY, CPU, ["right"])
+    assert again is not None
+    assert again["winner"] == "right"
+
+
+@pytest.mark.slow
+def test_an_interrupted_question_is_not_answered_later(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = make()
+
+    def interrupted(worker: object, seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        assert trials.tune(KEY, CPU, ["right"]) is not None
+        patch.setattr(type(trials._worker), "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trials.tune(KEY, CPU, ["slow"])
+    record = trials.tune(KEY, CPU, ["right"])
+    assert record is not None
+    assert set(record["milliseconds"]) == {"fallback", "right"}
+
+
+@pytest.mark.slow
+def test_a_process_that_has_ended_is_started_again(make: Make) -> None:
+    trials = make()
+    assert trials.tune(KEY, CPU, ["right"]) is not None
+    assert trials._worker is not None
+    trials._worker.process.kill()
+    trials._worker.process.wait()
+    assert trials.tune(KEY, CPU, ["right"]) is not None
+
+
+def test_a_process_without_questions_ends() -> None:
+    asks, questions = os.pipe()
+    with os.fdopen(asks) as stream, os.fdopen(questions, "w") as idle:
+        answers = io.StringIO()
+        serve("trial_problems:make_problem", Lines(stream), answers, idle_seconds=0.1)
+        assert answers.getvalue() == '{"ready": true}\n'
+        idle.close()  # lets the thread that reads go
+
+
+@pytest.mark.slow
 def test_a_kernel_that_hangs_is_given_up(make: Make) -> None:
     with pytest.warns(RuntimeWarning, match="kernel 'hanging' is not used for .* no answer in 3 seconds"):
         record = make(seconds=3.0).tune(KEY, CPU, ["right", "hanging"])
@@ -66,7 +133,7 @@ def test_a_kernel_that_hangs_is_given_up(make: Make) -> None:
 def test_a_process_that_does_not_start_is_not_started_again(make: Make) -> None:
     trials = make("trial_problems:no_such_function")
     with pytest.warns(
-        RuntimeWarning, match="cannot try kernels in another process: .*no_such_function.*the library runs"
+        RuntimeWarning, match="cannot try kernels for .* in another process: .*no_such_function.*the library runs"
     ):
         assert trials.tune(KEY, CPU, ["right"]) is None
     assert trials.tune(KEY, CPU, ["right"]) is None  # no warning
@@ -91,7 +158,7 @@ def test_the_tuner_asks_it_on_cuda(make: Make, monkeypatch: pytest.MonkeyPatch) 
             return super().tune(key, CPU, names)
 
     monkeypatch.setattr(autotune, "environment", lambda device: {})
-    monkeypatch.setattr(autotune, "is_busy", lambda device: False)
+    monkeypatch.setattr(autotune, "is_captured", lambda device: False)
     trials = OnCPU("trial_problems:make_problem")
     tuner = Autotuner(trials=trials)
 
