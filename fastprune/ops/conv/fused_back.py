@@ -82,26 +82,34 @@ def input_gradients(inputs: BackwardInputs) -> tuple[Tensor, Tensor | None]:
 
 def choose(inputs: BackwardInputs) -> TritonKernel | None:
     """Choose the kernel to run; None: the library. The first call for new shapes tries all kernels."""
-    dz = inputs.dz
-    if why_not(inputs) is not None:
+    device = inputs.dz.device
+    if fused.why_not_now(inputs.dz) is not None:
         return None
-    major, minor = torch.cuda.get_device_capability(dz.device)
-    kernels = triton_conv.supported_kernels(
-        [*inputs.tensors.values(), inputs.weight], 10 * major + minor, depthwise=inputs.is_depthwise
-    )
+    key = _make_key(inputs)
+    kernels = _SUPPORTED.get((key, device))
+    if kernels is None:
+        kernels = _SUPPORTED[key, device] = _find_supported_here(inputs)
 
     def make_problem() -> Problem:
         return _make_problem(_draw_similar(inputs), list(kernels.values()))
 
-    winner = AUTOTUNER.choose(_make_key(inputs), dz.device, tuple(kernels), make_problem)
+    winner = AUTOTUNER.choose(key, device, tuple(kernels), make_problem)
     return None if winner is None else kernels[winner]
 
 
-def why_not(inputs: BackwardInputs) -> str | None:
-    """Return why no kernel computes this now; None: one may."""
-    why = fused.why_not_now(inputs.dz)
-    if why is not None:
-        return why
+_SUPPORTED: dict[Any, dict[str, TritonKernel]] = {}
+
+
+def _find_supported_here(inputs: BackwardInputs) -> dict[str, TritonKernel]:
+    if why_not_for(inputs) is not None:
+        return {}
+    major, minor = torch.cuda.get_device_capability(inputs.dz.device)
+    tensors = [*inputs.tensors.values(), inputs.weight]
+    return triton_conv.supported_kernels(tensors, 10 * major + minor, depthwise=inputs.is_depthwise)
+
+
+def why_not_for(inputs: BackwardInputs) -> str | None:
+    """Return why no kernel computes this; None: one may. The shapes decide; it is asked once for each."""
     if not triton_conv.is_here():
         return "there is no Triton"
     geometry, weight, tensors = inputs.geometry, inputs.weight, [*inputs.tensors.values()]
@@ -133,7 +141,7 @@ def two_passes(inputs: BackwardInputs) -> Sequence[Tensor]:
 
 def problem_of(key: Mapping[str, Any], device: torch.device, names: Sequence[str]) -> Problem:
     """Make the problem of a key of :func:`choose`, for a process that has nothing else."""
-    dtype = {name: dtype for dtype, name in fused.DTYPES.items()}[key["dtype"]]
+    dtype = {name: dtype for dtype, name in fused.DTYPES.items()}[key["dtypes"][0]]
 
     def empty(name: str, size: Sequence[int]) -> Tensor | None:
         strides = key[f"{name}_strides"]
@@ -164,7 +172,7 @@ def _make_key(inputs: BackwardInputs) -> tuple[tuple[str, Any], ...]:
         layouts.append((f"{name}_alignment", None if tensor is None else fused.alignment(tensor)))
     return (
         ("operator", "fused_input_gradient"),
-        ("dtype", fused.DTYPES[inputs.dz.dtype]),
+        ("dtypes", tuple(fused.DTYPES.get(tensor.dtype) for tensor in (inputs.dz, *tensors.values()))),
         ("size", tuple(inputs.size)),
         ("open", inputs.dz.shape[1]),
         ("weight", tuple(inputs.weight.shape)),

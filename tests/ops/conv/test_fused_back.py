@@ -122,6 +122,7 @@ def test_the_chosen_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton_conv, "supported_kernels", lambda *_, **__: {kernel.name: kernel for kernel in kernels})
     monkeypatch.setattr(triton_conv, "is_here", lambda: True)
+    monkeypatch.setattr(fused_back, "_SUPPORTED", {})
     monkeypatch.setattr(fused_back, "AUTOTUNER", Autotuner(timer=lambda calls, device: [3.0, 2.0, 1.0][: len(calls)]))
     inputs = make_inputs()
     with pytest.warns(RuntimeWarning, match="kernel 'wrong' is not used for .*'fused_input_gradient'"):
@@ -150,7 +151,6 @@ def test_the_chosen_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_which_kernels_may_run_depends_on_the_tensors(
     change: dict[str, object], why: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "why_not_now", lambda x: None)
     monkeypatch.setattr(triton_conv, "is_here", lambda: True)
-    found = fused_back.why_not(replace(make_inputs(), **change))
+    found = fused_back.why_not_for(replace(make_inputs(), **change))
     assert found is None if why is None else why in str(found)
