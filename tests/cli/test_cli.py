@@ -144,7 +144,7 @@ BAD = [
     ("bench kernels --json nowhere/file", "json 'nowhere/file': there is no such folder"),
     ("bench kernels --seconds 0", "seconds 0.0: must be above 0"),
     ("bench step --compile_seconds 0", "compile_seconds 0.0: must be above 0"),
-    ("bench step --only topk_mask", "there is no option --only"),
+    ("bench step --only topk_mask", "must be one of 'ResNet-50', 'ResNet-56'"),
     ("bench search --only l1", "only 'l1': must be one of 'dmc', 'ddnp'"),
     # prune: the method, its options, the budget
     ("prune --model resnet20 --out new --method dmcc", "no pruning method is called 'dmcc': did you mean 'dmc'"),
