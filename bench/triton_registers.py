@@ -54,14 +54,13 @@ def compile_choice(kernel: TritonKernel, dtype: str, arch: int, *, backward: boo
     function = conv_kernel if kernel.depth else depthwise_kernel
     if kernel.depth:
         constants |= {
-            "HAS_BOUND": False,
             "PRECISION": "tf32",
             "WIDENS": False,
             "BLOCK_DEPTH": kernel.depth,
             "BAND": BAND,
         }
         constants["w_column" if backward else "w_depth"] = 1
-    types = dict.fromkeys(IMAGES, f"*{dtype}") | dict.fromkeys(VECTORS, "*fp32") | {"bound": "*i32"}
+    types = dict.fromkeys(IMAGES, f"*{dtype}") | dict.fromkeys(VECTORS, "*fp32")
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     divisible = {*IMAGES, *VECTORS, "columns", "depth"} | {

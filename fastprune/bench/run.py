@@ -59,7 +59,9 @@ class KernelBenchSettings(BenchSettings):
 class StepBenchSettings(BenchSettings):
     """Time a step of gate training."""
 
-    only: tuple[str, ...] = option((), "networks to time; default: all", choices=STEP_NETWORKS, flag=SEVERAL)
+    only: tuple[str, ...] = option(
+        (), "networks to time; default: all; quick has its own", choices=STEP_NETWORKS, flag=SEVERAL
+    )
 
 
 @dataclass

@@ -81,6 +81,18 @@ def selects(expression: str, name: str) -> bool:
     return all((words[-1] in name) is (len(words) == 1) for words in terms)
 
 
+@pytest.mark.slow
+def test_a_step_is_profiled(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    program = [sys.executable, str(BENCH / "profile_step.py"), "--device", "cpu", "--quick", "--json", str(file)]
+    subprocess.run(program, check=True, capture_output=True, cwd=tmp_path)
+    steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
+    assert set(steps) == {"fastprune", "eager"}
+    for step in steps.values():
+        assert 0 < step["host_ms"] <= step["step_ms"]
+        assert sum(row["ms"] for row in step["kernels"]) > 0
+
+
 @pytest.mark.parametrize("part", sorted(gpu_steps.SECONDS))
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_names_are_unique(part: str, device: str) -> None:

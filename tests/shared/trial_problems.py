@@ -19,6 +19,8 @@ def make_problem(key: Mapping[str, Any], device: torch.device, names: Sequence[s
     """Make the problem of doubling a tensor, which takes the fallback 2 ms."""
     if key["operator"] == "too large":
         raise torch.OutOfMemoryError
+    if key["operator"] == "unusable":
+        raise RuntimeError("all CUDA-capable devices are busy or unavailable")
     x = torch.randn(key["shape"], device=device)
 
     def right(results: Sequence[Tensor]) -> None:

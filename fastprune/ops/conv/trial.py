@@ -86,13 +86,15 @@ class Trials:
     seconds: float = 60.0
     _worker: _Worker | None = field(default=None, repr=False)
     _is_broken: bool = field(default=False, repr=False)
+    _has_answered: bool = field(default=False, repr=False)
 
     def tune(self, key: Key, device: torch.device, names: Sequence[str]) -> dict[str, Any] | None:
         """Try the candidates of a key.
 
         Returns:
             The record of :func:`try_candidates`, with a reason also for candidates that ended the process. None if
-            nothing can be tried, with a warning. A process that cannot start is not started again.
+            nothing can be tried, with a warning. A process that cannot start, or fails at its first question as on a
+            device for one process alone, is not started again.
         """
         lost: dict[str, str] = {}
         while not self._is_broken:
@@ -104,6 +106,7 @@ class Trials:
             except TrialError as error:
                 self.close()
                 if error.candidate is None:
+                    self._is_broken |= not self._has_answered
                     _warn(f"cannot try kernels for {dict(key)} in another process: {error}; the library runs")
                     return None
                 lost[error.candidate] = str(error)
@@ -112,6 +115,7 @@ class Trials:
             except BaseException:  # Ctrl-C, say: what is not read yet must not answer the next question
                 self.close()
                 raise
+            self._has_answered = True
             if "refusal" in answer:
                 _warn(f"cannot try kernels for {dict(key)}: {answer['refusal']}; the library runs")
                 return None

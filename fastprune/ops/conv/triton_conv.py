@@ -83,7 +83,6 @@ class TritonKernel:
         geometry: FusedGeometry,
         results: Sequence[Tensor],
         residual: Tensor | None = None,
-        bound: Tensor | None = None,
     ) -> None:
         """Write (y,) or (y, saved) into ``results``; see :func:`fastprune.ops.conv.fused.fused_conv`.
 
@@ -94,12 +93,11 @@ class TritonKernel:
             geometry: The geometry, the activation, and whether there is a second result.
             results: ``[N, K, P, Q]`` each.
             residual: ``[N, K, P, Q]``, added before the activation.
-            bound: An int32 on the device: how many of the C channels are read.
         """
         _launch(
             self, x, weight, weight.stride(), weight.shape[2:], (geometry.stride, geometry.padding, geometry.dilation),
             y=results[0], second=results[1] if len(results) > 1 else None, channels=channels, added=residual,
-            bound=bound, backward=False, activation=geometry.activation,
+            backward=False, activation=geometry.activation,
             saves_argument=geometry.activation not in DIFFERENTIABLE_BY_VALUE,
         )  # fmt: skip
 
@@ -110,7 +108,6 @@ class TritonKernel:
         geometry: Geometry,
         epilogue: BackwardEpilogue,
         results: Sequence[Tensor],
-        bound: Tensor | None = None,
     ) -> None:
         """Write the gradient of x, and that of its mask if there is a second result, into ``results``.
 
@@ -120,7 +117,6 @@ class TritonKernel:
             geometry: That of the convolution, whose stride is 1 unless it is depthwise.
             epilogue: What follows the gradient of the convolution.
             results: ``[N, C, H, W]``, ``[C]`` float32.
-            bound: An int32 on the device: how many channels of ``dz`` are read.
         """
         dx = results[0]
         sums = None
@@ -140,7 +136,7 @@ class TritonKernel:
             numbers = (1, 1), (padding_h, padding_w), geometry.dilation
         _launch(
             self, dz, read, strides, window, numbers, y=dx, second=epilogue.previous,
-            channels=(None, None, epilogue.mask), added=epilogue.others, sums=sums, bound=bound, backward=True,
+            channels=(None, None, epilogue.mask), added=epilogue.others, sums=sums, backward=True,
             activation=epilogue.activation,
         )  # fmt: skip
         if sums is not None:
@@ -222,7 +218,6 @@ def _launch(
     activation: str,
     saves_argument: bool = False,
     sums: Tensor | None = None,
-    bound: Tensor | None = None,
 ) -> None:
     from fastprune.ops.conv.triton_kernel import conv_kernel, depthwise_kernel
 
@@ -250,8 +245,8 @@ def _launch(
             )  # fmt: skip
             return
         conv_kernel[(blocks,)](
-            x, weight, y, *optional, y if bound is None else bound, rows, columns, x.shape[1], *x.shape[2:],
-            *y.shape[2:], *images, *weight_strides, *pitches, *numbers, **constants, HAS_BOUND=bound is not None,
+            x, weight, y, *optional, rows, columns, x.shape[1], *x.shape[2:],
+            *y.shape[2:], *images, *weight_strides, *pitches, *numbers, **constants,
             PRECISION="tf32", WIDENS=not x.is_cuda and x.dtype == torch.bfloat16, BLOCK_DEPTH=kernel.depth, BAND=BAND,
         )  # fmt: skip
 

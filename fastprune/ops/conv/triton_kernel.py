@@ -91,20 +91,19 @@ def _finish(
 
 @triton.jit
 def conv_kernel(
-    x, w, y, second, scale, shift, mask, added, sums, bound,
+    x, w, y, second, scale, shift, mask, added, sums,
     rows, columns, depth, height, width, out_height, out_width,
     x_image, x_row, x_pixel, w_column, w_depth, w_tap_row, w_tap, y_pitch, second_pitch, added_pitch,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, BACKWARD: tl.constexpr, ACTIVATION: tl.constexpr,
     SAVES_ARGUMENT: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_BOUND: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_SUMS: tl.constexpr,
     PRECISION: tl.constexpr, WIDENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of BLOCK_ROWS pixels by BLOCK_COLUMNS channels of a convolution and what follows it.
 
-    The gradient of an input, BACKWARD, is a convolution of the output's gradient x. Only the first ``bound[0]`` of
-    ``depth`` channels of x are read, if there is a bound: a number on the device. WIDENS is for Triton's interpreter,
+    The gradient of an input, BACKWARD, is a convolution of the output's gradient x. WIDENS is for Triton's interpreter,
     which multiplies the bits of bfloat16 as integers.
     """
     # Blocks that share their pixels' or their weights' memory run next to each other: bands of BAND blocks of rows.
@@ -125,15 +124,12 @@ def conv_kernel(
     left = row % out_width * stride_w - padding_w
     x_base = image.to(tl.int64) * x_image
 
-    open_depth = depth
-    if HAS_BOUND:
-        open_depth = min(depth, tl.load(bound))
-    steps = tl.cdiv(open_depth, BLOCK_DEPTH)
+    steps = tl.cdiv(depth, BLOCK_DEPTH)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     for step in range(TAPS_H * TAPS_W * steps):
         tap = step // steps
         channel = step % steps * BLOCK_DEPTH + part
-        is_channel = channel < open_depth
+        is_channel = channel < depth
         h, v = top + tap // TAPS_W * dilation_h, left + tap % TAPS_W * dilation_w
         is_pixel = is_row & (h >= 0) & (h < height) & (v >= 0) & (v < width)
         at = x_base + h.to(tl.int64) * x_row + v.to(tl.int64) * x_pixel

@@ -109,7 +109,6 @@ class OnTheCPU(TritonKernel):
         geometry: Geometry,
         epilogue: BackwardEpilogue,
         results: Sequence[Tensor],
-        bound: Tensor | None = None,
     ) -> None:
         inputs = BackwardInputs(dz, weight, results[0].shape, geometry, epilogue, len(results) > 1)
         for result, value in zip(results, fused_back.two_passes(inputs), strict=True):

@@ -141,6 +141,26 @@ def test_a_process_that_does_not_start_is_not_started_again(make: Make) -> None:
 
 
 @pytest.mark.slow
+def test_a_device_for_one_process_alone_is_tried_once(make: Make) -> None:
+    trials, key = make(), (("operator", "unusable"),)
+    with pytest.warns(
+        RuntimeWarning, match="cannot try kernels for .* devices are busy or unavailable; the library runs"
+    ):
+        assert trials.tune(key, CPU, ["right"]) is None
+    assert trials.tune(KEY, CPU, ["right"]) is None  # no warning, and no process
+    assert trials._worker is None
+
+
+@pytest.mark.slow
+def test_one_question_that_fails_spoils_no_other(make: Make) -> None:
+    trials = make()
+    assert trials.tune(KEY, CPU, ["right"]) is not None
+    with pytest.warns(RuntimeWarning, match="the library runs"):
+        assert trials.tune((("operator", "unusable"),), CPU, ["right"]) is None
+    assert trials.tune(KEY, CPU, ["right"]) is not None
+
+
+@pytest.mark.slow
 def test_what_is_too_large_leaves_the_process_alone(make: Make) -> None:
     trials = make()
     with pytest.warns(RuntimeWarning, match="the device has no memory for it; the library runs"):

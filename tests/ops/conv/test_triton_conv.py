@@ -198,22 +198,6 @@ def test_a_gradient_without_an_activation(device: str) -> None:
     torch.testing.assert_close(dx, expected, **LOOSE[device])
 
 
-@pytest.mark.parametrize("count", [0, 1, 17, 40])
-def test_a_bound_on_the_device_ends_the_sum(count: int, device: str) -> None:
-    """Channels behind the bound hold NaN, which nothing reads."""
-    x, weight = prefix(40, 40, (2, 4, 4), torch.float32), prefix(40, 40, (8, 3, 3), torch.float32)
-    x[:, count:], weight[:, count:] = torch.nan, torch.nan
-    geometry = FusedGeometry(padding=(1, 1), activation="relu")
-    y = empty([2, 8, 4, 4], torch.float32)
-    bound = torch.tensor([count], dtype=torch.int32)
-    choice(device, torch.float32, 0).run(x, weight, (None, None, None), geometry, [y], bound=bound)
-    if count == 0:
-        assert torch.equal(y, torch.zeros_like(y))
-        return
-    (expected,) = fused.library_conv(x[:, :count], weight[:, :count], (None, None, None), geometry)
-    torch.testing.assert_close(y, expected, **LOOSE[device])
-
-
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, of products with infinity
 def test_special_values_go_through(device: str) -> None:
     x = torch.tensor([-torch.inf, -1.0, 0.0, 2.0, torch.inf, torch.nan]).view(1, 1, 1, 6)
