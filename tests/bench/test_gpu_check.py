@@ -56,20 +56,27 @@ def test_a_step_that_hangs_is_ended(tmp_path: Path) -> None:
     assert run.rows[0]["numbers"] == [1]
 
 
+def names_of_tests(*selection: str) -> list[str]:
+    """Return the names of the GPU tests that pytest selects.
+
+    The program ``pytest`` finds the installed package; ``python -m pytest`` would find ./fastprune, without its _C.
+    """
+    command = [Path(sys.executable).with_name("pytest"), "--collect-only", "-q", "-m", "gpu", *selection]
+    out = subprocess.run(command, check=True, cwd=BENCH.parent, capture_output=True, text=True).stdout
+    return [line.partition("::")[2] for line in out.splitlines() if "::" in line]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", gpu_steps.MEMCHECK)
 def test_a_selection_selects_tests(kernel: str) -> None:
     if kernel == "conv/fused_cuda" and not fused.kernels_of_this_build():
         pytest.skip("this build has no fused convolutions")
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", gpu_steps.file_of(kernel)]
-    subprocess.run([*command, "-k", gpu_steps.MEMCHECK[kernel]], check=True, cwd=BENCH.parent, capture_output=True)
+    names_of_tests(gpu_steps.file_of(kernel), "-k", gpu_steps.MEMCHECK[kernel])  # pytest fails where it selects none
 
 
 @pytest.mark.slow
 def test_every_test_of_fused_convolutions_is_in_one_family() -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/ops/conv/test_fused_cuda.py"]
-    out = subprocess.run(command, check=True, cwd=BENCH.parent, capture_output=True, text=True).stdout
-    names = [line.partition("::")[2] for line in out.splitlines() if "::" in line]
+    names = names_of_tests("tests/ops/conv/test_fused_cuda.py")
     assert len(names) > 10
     for name in names:
         assert len([family for family in gpu_steps.FAMILIES if selects(family, name)]) == 1, name
