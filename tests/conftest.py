@@ -1,9 +1,10 @@
-"""Networks that several tests need."""
+"""What tests of several rooms need: networks, and a check that nothing waits for the device."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,20 @@ def randomised() -> Callable[[nn.Module], nn.Module]:
 def tiny() -> nn.Module:
     torch.manual_seed(0)
     return randomise_statistics(TinyNet()).eval()
+
+
+@pytest.fixture
+def no_synchronisation() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which waiting for the device is an error."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+            with pytest.raises(RuntimeError, match="synchroniz"):  # or else the mode would prove nothing
+                torch.ones(1, device="cuda").item()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context

@@ -19,7 +19,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class Ours:
 
     def replace_network(self, scores: Tensor) -> Ours:
         """Replace the network by constant scores and constant gradients of gates, and return the step."""
-        self.method.masked = Constants(scores, self.task.graph.num_units)
+        self.method.replayed = Constants(scores, self.task.graph.num_units)
         return self
 
     def advance(self) -> None:
@@ -146,9 +146,9 @@ class Constants:
     def __init__(self, scores: Tensor, units: int) -> None:
         self.scores, self.gradient = scores, 1e-3 * torch.randn(units, device=scores.device)
 
-    def __call__(self, images: Tensor, gates: Tensor) -> Tensor:
-        """Return constant scores [N, classes] with a constant gradient of the gates [U]."""
-        return _Constant.apply(gates, self.scores, self.gradient)  # type: ignore[no-any-return]
+    def under(self, gates: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a network of constant scores [N, classes] with a constant gradient of the gates [U]."""
+        return lambda _: cast("Tensor", _Constant.apply(gates, self.scores, self.gradient))
 
 
 class _Constant(torch.autograd.Function):

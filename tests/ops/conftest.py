@@ -7,8 +7,7 @@ import random
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -114,23 +113,6 @@ def count_programs() -> Callable[[Callable[..., Tensor]], tuple[Callable[..., Te
         return torch.compile(function, fullgraph=True, backend=backend), programs
 
     return compile_counted
-
-
-@pytest.fixture
-def no_synchronisation() -> Callable[[], AbstractContextManager[None]]:
-    """A context in which waiting for the device is an error."""
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-            with pytest.raises(RuntimeError, match="synchroniz"):  # or else the mode would prove nothing
-                torch.ones(1, device="cuda").item()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return context
 
 
 @dataclass(frozen=True)

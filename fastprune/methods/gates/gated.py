@@ -18,6 +18,7 @@ from fastprune.graph.plan import PruningPlan, unique_names
 from fastprune.graph.structure import belong_to
 from fastprune.methods.contract import Method, Task, is_evaluation_due
 from fastprune.networks.masked import GatedCall, MaskedNetwork
+from fastprune.networks.replayed import ReplayedNetwork
 from fastprune.planning.budget import TOLERANCE, Budget
 from fastprune.planning.fitting import fit
 from fastprune.training.phases import Metrics, Phase
@@ -127,6 +128,7 @@ class GateSearch(Method):
         task.require_feasible(units)
         self.placement = GatePlacement.build(task.graph, task.budget, units, task.device)
         self.masked = MaskedNetwork(task.graph, task.model, units)
+        self.replayed = ReplayedNetwork(self.masked)
         self.weights = list(task.model.parameters())
         self._results: dict[str, float] = {}
         return units
@@ -136,8 +138,11 @@ class GateSearch(Method):
         """Take one step on a batch; return the metrics to log."""
 
     def data_loss(self, task: Task, inputs: Any, targets: Any, gates: Tensor) -> Tensor:
-        """Return the loss of the network under gates [U] on a batch; differentiable in the gates."""
-        output, target = task.objective.run(GatedCall(self.masked, gates), inputs, targets)
+        """Return the loss of the network under gates [U] on a batch; differentiable in the gates.
+
+        Its gradient must be computed before the next call, which may overwrite the activations.
+        """
+        output, target = task.objective.run(self.replayed.under(gates), inputs, targets)
         return task.objective.compute(output, target)
 
     @abstractmethod

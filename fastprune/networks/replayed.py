@@ -1,0 +1,123 @@
+"""A masked network's forward and backward pass as CUDA graphs: the host starts two graphs, not hundreds of kernels."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprune.networks.masked import MaskedNetwork
+from fastprune.networks.traced_copy import version
+from fastprune.ops.conv.autotune import is_busy
+
+IS_ENABLED = os.environ.get("FASTPRUNE_CUDA_GRAPHS", "1") != "0"
+
+
+class ReplayedNetwork:
+    """Computes a masked network for the steps of a search; on CUDA by graphs that are captured once and replayed.
+
+    The second of two equal calls in a row is captured, and later ones like it are replayed. Calls are equal if images
+    have the same shapes, dtypes and layouts, under the same autocast, gates want gradients, and weights want none and
+    have not changed. All others run the network itself: smaller last batches, evaluations, all on the CPU, and all
+    after a failed capture. ``FASTPRUNE_CUDA_GRAPHS=0`` leaves graphs out.
+
+    Args:
+        masked: the network.
+    """
+
+    def __init__(self, masked: MaskedNetwork) -> None:
+        self.masked = masked
+        self.parameters = list(masked.network.parameters())
+        self.tensors = [*self.parameters, *masked.network.buffers()]
+        self._seen: Any = None  # the last call that ran the network itself, as a key
+        self._captured: Any = None
+        self._replay: Callable[..., Any] | None = None
+        self._has_failed = False
+
+    def under(self, gates: Tensor) -> StepNetwork:
+        """Return the network under gates [U] for one step, whose backward pass must come before the next step."""
+        return StepNetwork(self, gates)
+
+    def run(self, inputs: Sequence[Any], gates: Tensor) -> Any:
+        """Return the network's outputs. The next step may overwrite their memory."""
+        if self._has_failed or not self.can_replay(inputs, gates):
+            return self.masked(*inputs, gates)
+        key = self.key_of((*inputs, gates))
+        if self._replay is None and key == self._seen:
+            self.capture((*inputs, gates))
+            self._captured = key
+        self._seen = key
+        if self._replay is None or key != self._captured:
+            return self.masked(*inputs, gates)
+        return self._replay(*inputs, gates)
+
+    def can_replay(self, inputs: Sequence[Any], gates: Tensor) -> bool:
+        """Return whether a graph could compute this call."""
+        return (
+            IS_ENABLED
+            and are_on_cuda(inputs, gates)
+            and torch.is_grad_enabled()
+            and gates.requires_grad
+            and not any(tensor.requires_grad for tensor in (*inputs, *self.parameters))
+            and not is_busy(gates.device)
+        )
+
+    def key_of(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Return what equal calls have in common."""
+        kind = tensors[0].device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        calls = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
+        return *calls, autocast, *map(version, self.tensors)
+
+    def capture(self, tensors: Sequence[Tensor]) -> None:
+        """Capture both passes, on copies of these tensors."""
+        samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
+        kind = tensors[0].device.type
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        try:
+            # Casts of weights must not be taken from a cache that is emptied when the step is over.
+            with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
+                self._replay = torch.cuda.make_graphed_callables(self._call, samples)
+        except (AttributeError, RuntimeError) as error:
+            self._has_failed = True
+            warnings.warn(
+                f"the search's step runs without a CUDA graph, and slower where the host is slow: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _call(self, *tensors: Tensor) -> Any:
+        return self.masked(*tensors)
+
+
+@dataclass
+class StepNetwork:
+    """A network under gates in one step of a search, called as the model is.
+
+    Args:
+        network: the network.
+        gates: the gates, [U].
+    """
+
+    network: ReplayedNetwork
+    gates: Tensor
+    was_called: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the network's outputs. Only a first call is replayed: a second would overwrite its activations."""
+        masked = self.network.masked
+        inputs = masked.in_order(args, kwargs) if kwargs else args
+        if self.was_called:
+            return masked(*inputs, self.gates)
+        self.was_called = True
+        return self.network.run(inputs, self.gates)
+
+
+def are_on_cuda(inputs: Sequence[Any], gates: Tensor) -> bool:
+    """Return whether all are tensors on CUDA."""
+    return all(isinstance(x, Tensor) and x.is_cuda for x in (*inputs, gates))
