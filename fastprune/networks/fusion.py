@@ -82,6 +82,12 @@ class FusedConv(nn.Module):
         return self._frozen[1]
 
 
+def frozen_convolutions(module: GraphModule) -> list[FrozenConv]:
+    """Return the convolutions of a graph that are folded now."""
+    calls = (call for call in module.modules() if isinstance(call, FusedConv))
+    return [call._frozen[1] for call in calls if call._frozen is not None]
+
+
 def defer_gates(x: Tensor | Deferred, gates: Tensor) -> Deferred:
     """Return ``gates * x``, which the convolution that reads it multiplies."""
     if isinstance(x, Deferred):

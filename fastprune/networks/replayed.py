@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprune.networks.fusion import frozen_convolutions
 from fastprune.networks.masked import MaskedNetwork
 from fastprune.networks.traced_copy import version
 from fastprune.ops.conv.autotune import is_busy
+from fastprune.ops.conv.frozen import FrozenConv
 
 IS_ENABLED = os.environ.get("FASTPRUNE_CUDA_GRAPHS", "1") != "0"
 
@@ -37,6 +39,7 @@ class ReplayedNetwork:
         self._seen: Any = None  # the last call that ran the network itself, as a key
         self._captured: Any = None
         self._replay: Callable[..., Any] | None = None
+        self._weights: list[FrozenConv] = []  # those that the graphs read
         self._has_failed = False
 
     def under(self, gates: Tensor) -> StepNetwork:
@@ -83,6 +86,8 @@ class ReplayedNetwork:
             # Casts of weights must not be taken from a cache that is emptied when the step is over.
             with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
                 self._replay = torch.cuda.make_graphed_callables(self._call, samples)
+            # A graph reads folded weights by address, and an evaluation in another dtype replaces them in the network.
+            self._weights = frozen_convolutions(self.masked.fused)
         except (AttributeError, RuntimeError) as error:
             self._has_failed = True
             warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import fastprune as fp
 from fastprune.networks import replayed
+from fastprune.networks.fusion import frozen_convolutions
 from fastprune.networks.masked import MaskedNetwork
 from fastprune.networks.replayed import ReplayedNetwork
 
@@ -95,6 +97,20 @@ def test_changed_weights_run_the_network(graphs: Graphs, network: ReplayedNetwor
             parameter.mul_(1.5)
     assert not torch.equal(step(network), before[1])  # and step compares it with the network itself
     assert graphs.replayed == 1
+
+
+def test_folded_weights_live_as_long_as_the_graph(graphs: Graphs, network: ReplayedNetwork) -> None:
+    """An evaluation in another dtype folds the weights anew; the graph goes on reading the old ones."""
+    step(network)
+    step(network)
+    folded = [weakref.ref(conv) for conv in frozen_convolutions(network.masked.fused)]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        network.masked(torch.zeros(2, 3, 16, 16), torch.ones(network.masked.num_units))
+    now = frozen_convolutions(network.masked.fused)
+    assert folded
+    for conv, ref in zip(now, folded, strict=True):
+        assert conv.weight.dtype is torch.bfloat16
+        assert ref() is not None
 
 
 @pytest.mark.parametrize("what", ["weights", "gates"])
