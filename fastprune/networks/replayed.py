@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,16 +18,16 @@ from fastprune.networks.traced_copy import version
 from fastprune.ops.conv.autotune import is_busy
 from fastprune.ops.conv.frozen import FrozenConv
 
-IS_ENABLED = os.environ.get("FASTPRUNE_CUDA_GRAPHS", "1") != "0"
+IS_ENABLED = os.environ.get("FASTPRUNE_CUDA_GRAPHS", "0") == "1"
 
 
 class ReplayedNetwork:
-    """Computes a masked network for the steps of a search; on CUDA by graphs that are captured once and replayed.
+    """Computes a masked network for the steps of a search; on CUDA, if asked for, by graphs that are captured once.
 
-    The second of two equal calls in a row is captured, and later ones like it are replayed. Calls are equal if images
-    have the same shapes, dtypes and layouts, under the same autocast, gates want gradients, and weights want none and
-    have not changed. All others run the network itself: smaller last batches, evaluations, all on the CPU, and all
-    after a failed capture. ``FASTPRUNE_CUDA_GRAPHS=0`` leaves graphs out.
+    ``FASTPRUNE_CUDA_GRAPHS=1`` asks for them. Of equal calls on the largest batch so far the second one is captured,
+    and those after it are replayed. Calls are equal if images have the same shapes, dtypes and layouts, under the same
+    autocast, gates want gradients, and weights want none and have not changed. All others run the network itself:
+    smaller last batches, evaluations, all on the CPU, and all after a failed capture.
 
     Args:
         masked: the network.
@@ -36,7 +37,7 @@ class ReplayedNetwork:
         self.masked = masked
         self.parameters = list(masked.network.parameters())
         self.tensors = [*self.parameters, *masked.network.buffers()]
-        self._seen: Any = None  # the last call that ran the network itself, as a key
+        self._seen: dict[int, Any] = {}  # {number of images' elements: what its last call had}
         self._captured: Any = None
         self._replay: Callable[..., Any] | None = None
         self._weights: list[FrozenConv] = []  # those that the graphs read
@@ -46,18 +47,19 @@ class ReplayedNetwork:
         """Return the network under gates [U] for one step, whose backward pass must come before the next step."""
         return StepNetwork(self, gates)
 
-    def run(self, inputs: Sequence[Any], gates: Tensor) -> Any:
-        """Return the network's outputs. The next step may overwrite their memory."""
+    def find_replay(self, inputs: Sequence[Any], gates: Tensor) -> Callable[..., Any] | None:
+        """Return what computes this call from ``(*inputs, gates)`` by graphs, captured now if it is time; or None.
+
+        The next replay overwrites the outputs, and what their gradient is computed from.
+        """
         if self._has_failed or not self.can_replay(inputs, gates):
-            return self.masked(*inputs, gates)
-        key = self.key_of((*inputs, gates))
-        if self._replay is None and key == self._seen:
+            return None
+        key, size = self.key_of((*inputs, gates)), sum(x.numel() for x in inputs)
+        if self._replay is None and self._seen.get(size) == key and size == max(self._seen):
             self.capture((*inputs, gates))
             self._captured = key
-        self._seen = key
-        if self._replay is None or key != self._captured:
-            return self.masked(*inputs, gates)
-        return self._replay(*inputs, gates)
+        self._seen[size] = key
+        return self._replay if key == self._captured else None
 
     def can_replay(self, inputs: Sequence[Any], gates: Tensor) -> bool:
         """Return whether a graph could compute this call."""
@@ -72,6 +74,7 @@ class ReplayedNetwork:
 
     def key_of(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Return what equal calls have in common."""
+        self.masked.note_new_statistics()
         kind = tensors[0].device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         calls = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
@@ -83,18 +86,18 @@ class ReplayedNetwork:
         kind = tensors[0].device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         try:
-            # Casts of weights must not be taken from a cache that is emptied when the step is over.
+            # torch captures nothing while autocast keeps what it has cast.
             with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
-                self._replay = torch.cuda.make_graphed_callables(self._call, samples)
-            # A graph reads folded weights by address, and an evaluation in another dtype replaces them in the network.
-            self._weights = frozen_convolutions(self.masked.fused)
-        except (AttributeError, RuntimeError) as error:
+                self._replay = make_graphs(self._call, samples)
+        except (AttributeError, RuntimeError) as error:  # AttributeError: an output that is no tensor
             self._has_failed = True
             warnings.warn(
                 f"the search's step runs without a CUDA graph, and slower where the host is slow: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
+        # A graph reads folded weights by address, and an evaluation in another dtype replaces them in the network.
+        self._weights = frozen_convolutions(self.masked.fused)
 
     def _call(self, *tensors: Tensor) -> Any:
         return self.masked(*tensors)
@@ -111,16 +114,34 @@ class StepNetwork:
 
     network: ReplayedNetwork
     gates: Tensor
-    was_called: bool = False
+    was_replayed: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the network's outputs. Only a first call is replayed: a second would overwrite its activations."""
+        """Return the network's outputs. Only one call is replayed: a second would overwrite its activations."""
         masked = self.network.masked
         inputs = masked.in_order(args, kwargs) if kwargs else args
-        if self.was_called:
+        replay = None if self.was_replayed else self.network.find_replay(inputs, self.gates)
+        if replay is None:
             return masked(*inputs, self.gates)
-        self.was_called = True
-        return self.network.run(inputs, self.gates)
+        self.was_replayed = True
+        return replay(*inputs, self.gates)
+
+
+def make_graphs(function: Callable[..., Any], samples: Sequence[Tensor]) -> Callable[..., Any]:
+    """Capture a function's forward and backward pass on the device of its arguments, and on that of no other thread.
+
+    A failed capture leaves torch on the stream of the capture; the caller's is restored.
+    """
+    make: Any = torch.cuda.make_graphed_callables
+    # Of older versions a loader's thread that pins memory can end the capture.
+    mode = {"capture_error_mode": "thread_local"} if "capture_error_mode" in inspect.signature(make).parameters else {}
+    device = samples[0].device
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        try:
+            graphs: Callable[..., Any] = make(function, tuple(samples), **mode)
+        finally:
+            torch.cuda.synchronize(device)
+    return graphs
 
 
 def are_on_cuda(inputs: Sequence[Any], gates: Tensor) -> bool:

@@ -19,7 +19,7 @@ from fastprune.networks.replayed import ReplayedNetwork
 
 
 class Graphs:
-    """A stand-in for ``torch.cuda.make_graphed_callables``, which computes what it was given and counts."""
+    """A stand-in for ``make_graphs``, which computes what it was given and counts."""
 
     def __init__(self) -> None:
         self.captured: list[Sequence[Tensor]] = []
@@ -43,7 +43,8 @@ class Graphs:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """Let calls on the CPU be taken for calls on CUDA, and count captures and replays."""
     stand_in = Graphs()
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in.make)
+    monkeypatch.setattr(replayed, "make_graphs", stand_in.make)
+    monkeypatch.setattr(replayed, "IS_ENABLED", True)
     monkeypatch.setattr(replayed, "are_on_cuda", lambda inputs, gates: all(isinstance(x, Tensor) for x in inputs))
     return stand_in
 
@@ -76,7 +77,7 @@ def test_the_second_equal_call_is_captured(graphs: Graphs, network: ReplayedNetw
 
 
 def test_a_smaller_batch_runs_the_network(graphs: Graphs, network: ReplayedNetwork) -> None:
-    for count in (1, 2, 2, 1, 2, 1, 1):
+    for count in (1, 2, 1, 2, 1, 2, 1, 1):  # equal calls need not follow each other
         step(network, count)
     assert [len(samples[0]) for samples in graphs.captured] == [2]
     assert graphs.replayed == 2
@@ -113,6 +114,16 @@ def test_folded_weights_live_as_long_as_the_graph(graphs: Graphs, network: Repla
         assert ref() is not None
 
 
+def test_new_statistics_run_the_network(graphs: Graphs, network: ReplayedNetwork) -> None:
+    for _ in range(2):
+        step(network)
+    norm = next(norm for norm in network.masked._norms if isinstance(norm, nn.BatchNorm2d))
+    norm.train()(torch.randn(4, norm.num_features, 3, 3))
+    norm.eval()
+    step(network)
+    assert graphs.replayed == 1
+
+
 @pytest.mark.parametrize("what", ["weights", "gates"])
 def test_gradients_that_a_graph_lacks(what: str, graphs: Graphs, network: ReplayedNetwork) -> None:
     images, gates = torch.zeros(2, 3, 16, 16), torch.ones(network.masked.num_units)
@@ -135,7 +146,7 @@ def test_a_second_call_in_a_step_runs_the_network(graphs: Graphs, network: Repla
         both = network.masked(images, gates), network.masked(images.flip(3), gates)
         assert torch.equal(gradient, torch.autograd.grad((both[0] - both[1]).square().sum(), gates)[0])
     assert len(graphs.captured) == 1
-    assert graphs.replayed == 2
+    assert graphs.replayed == 3  # one in each step; in the first step the second call
 
 
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted"), torch.OutOfMemoryError("no memory")])
@@ -152,7 +163,9 @@ def test_a_failed_capture_is_not_tried_again(error: Exception, graphs: Graphs, n
     assert graphs.captured == []
 
 
-def test_graphs_can_be_switched_off(graphs: Graphs, network: ReplayedNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_are_made_if_asked_for(
+    graphs: Graphs, network: ReplayedNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(replayed, "IS_ENABLED", False)
     for _ in range(3):
         step(network)
