@@ -127,7 +127,7 @@ class MaskedNetwork(nn.Module):
 
     def in_order(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         """Return inputs of the model by position, in the order of its signature."""
-        return tuple(self.signature.bind(*args, **kwargs).arguments.values())
+        return tuple(self.signature.bind(*args, **kwargs).arguments.values()) if kwargs else args
 
     def note_new_statistics(self) -> None:
         """Give statistics a new version where batch norms have seen batches since the last call.
@@ -162,8 +162,7 @@ class GatedCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the network's outputs."""
-        inputs = self.masked.in_order(args, kwargs) if kwargs else args
-        return self.masked(*inputs, self.gates)
+        return self.masked(*self.masked.in_order(args, kwargs), self.gates)
 
 
 @dataclass
@@ -181,7 +180,7 @@ class EnergyMeter:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Measure; return the network's outputs."""
-        energies, outputs = self.masked.run_energies(self.masked.in_order(args, kwargs) if kwargs else args)
+        energies, outputs = self.masked.run_energies(self.masked.in_order(args, kwargs))
         self.energies = self.energies + energies
         return outputs
 

@@ -89,6 +89,8 @@ class ReplayedNetwork:
             # torch captures nothing while autocast keeps what it has cast.
             with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
                 self._replay = make_graphs(self._call, samples)
+            # A graph reads folded weights by address, and an evaluation in another dtype replaces them in the network.
+            self._weights = frozen_convolutions(self.masked.fused)
         except (AttributeError, RuntimeError) as error:  # AttributeError: an output that is no tensor
             self._has_failed = True
             warnings.warn(
@@ -96,8 +98,6 @@ class ReplayedNetwork:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        # A graph reads folded weights by address, and an evaluation in another dtype replaces them in the network.
-        self._weights = frozen_convolutions(self.masked.fused)
 
     def _call(self, *tensors: Tensor) -> Any:
         return self.masked(*tensors)
@@ -119,7 +119,7 @@ class StepNetwork:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the network's outputs. Only one call is replayed: a second would overwrite its activations."""
         masked = self.network.masked
-        inputs = masked.in_order(args, kwargs) if kwargs else args
+        inputs = masked.in_order(args, kwargs)
         replay = None if self.was_replayed else self.network.find_replay(inputs, self.gates)
         if replay is None:
             return masked(*inputs, self.gates)
@@ -128,12 +128,12 @@ class StepNetwork:
 
 
 def make_graphs(function: Callable[..., Any], samples: Sequence[Tensor]) -> Callable[..., Any]:
-    """Capture a function's forward and backward pass on the device of its arguments, and on that of no other thread.
+    """Capture a function's forward and backward pass on the device of its arguments.
 
     A failed capture leaves torch on the stream of the capture; the caller's is restored.
     """
     make: Any = torch.cuda.make_graphed_callables
-    # Of older versions a loader's thread that pins memory can end the capture.
+    # In older versions of torch a loader's thread that pins memory can end the capture.
     mode = {"capture_error_mode": "thread_local"} if "capture_error_mode" in inspect.signature(make).parameters else {}
     device = samples[0].device
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
