@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,8 @@ from fastprune.data.nests import map_tensors
 from fastprune.training.options import PRECISIONS
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -60,9 +63,16 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def cpu_computes_bf16() -> bool:
+    """Return whether this CPU has convolutions and products in bfloat16; without, they take many times as long."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @dataclass(frozen=True)
 class Placement:
     """Device, precision and memory layout of a computation.
+
+    Logs a warning for "bf16" on a CPU that does not have it.
 
     Args:
         device: device of the tensors.
@@ -80,6 +90,11 @@ class Placement:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r}: give {' or '.join(PRECISIONS)}")
+        if self.precision == "bf16" and self.device.type == "cpu" and not cpu_computes_bf16():
+            log.warning(
+                "precision bf16: this CPU has no fast bfloat16 (AVX-512 on x86, bf16 on ARM), so it takes many times "
+                "as long as float32; give float32"
+            )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which forward passes run."""

@@ -56,25 +56,34 @@ def test_a_step_that_hangs_is_ended(tmp_path: Path) -> None:
     assert run.rows[0]["numbers"] == [1]
 
 
+class Selected:
+    """The names of the tests that pytest selects, as a plugin of it."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.names = [item.name for item in session.items]
+
+
 def names_of_tests(*selection: str) -> list[str]:
-    """Return the names of the GPU tests that pytest selects.
+    """Return the names of the GPU tests that pytest selects."""
+    selected = Selected()
+    folder = BENCH.parent
+    options = [f"--rootdir={folder}", f"--config-file={folder / 'pyproject.toml'}", "--collect-only", "-q", "-m", "gpu"]
+    file, *others = selection
+    pytest.main([*options, "-p", "no:cacheprovider", str(folder / file), *others], plugins=[selected])
+    return selected.names
 
-    The program ``pytest`` finds the installed package; ``python -m pytest`` would find ./fastprune, without its _C.
-    """
-    command = [Path(sys.executable).with_name("pytest"), "--collect-only", "-q", "-m", "gpu", *selection]
-    out = subprocess.run(command, check=True, cwd=BENCH.parent, capture_output=True, text=True).stdout
-    return [line.partition("::")[2] for line in out.splitlines() if "::" in line]
 
-
-@pytest.mark.slow
 @pytest.mark.parametrize("kernel", gpu_steps.MEMCHECK)
 def test_a_selection_selects_tests(kernel: str) -> None:
     if kernel == "conv/fused_cuda" and not fused.kernels_of_this_build():
         pytest.skip("this build has no fused convolutions")
     assert names_of_tests(gpu_steps.file_of(kernel), "-k", gpu_steps.MEMCHECK[kernel])
+    assert not names_of_tests(gpu_steps.file_of(kernel), "-k", "no_such_test")
 
 
-@pytest.mark.slow
 def test_every_test_of_fused_convolutions_is_in_one_family() -> None:
     names = names_of_tests("tests/ops/conv/test_fused_cuda.py")
     assert len(names) > 10

@@ -451,7 +451,6 @@ def test_interrupted_prune_resumes_to_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize(
     "command",
     [
@@ -467,7 +466,7 @@ def test_interrupted_prune_resumes_to_the_same_bytes(
     ],
 )
 def test_every_command_resumes_after_every_signal(
-    command: str, number: signal.Signals, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = "--epochs 3 --batch_size 16 --device cpu"
     common, _, _ = DMC.partition(" --dmc")
@@ -484,20 +483,26 @@ def test_every_command_resumes_after_every_signal(
         "prune": f"{DMC} --dmc.epochs 4 --out {{}}",
         "finetune": f"finetune {recipe} --run {{}}",
     }
-    expected, run = tmp_path / "expected", tmp_path / "run"
+    verb = command.split()[0]
+    stage, place = {
+        "train": ("training", "--out"),
+        "prune": ("search", "--out"),
+        "finetune": ("finetune", "--run"),
+    }[verb]
+    runs = {name: tmp_path / name for name in ("undisturbed", "SIGINT", "SIGKILL")}
     if command == "finetune":
-        shutil.copytree(whole / "p", expected)
-        shutil.copytree(whole / "p", run)
-    assert main(shlex.split(lines[command].format(expected))) == 0
-    line, command = lines[command].format(run), command.split()[0]
-    stage = {"train": "training", "prune": "search", "finetune": "finetune"}[command]
-    ended = stopped(line, run / "checkpoints" / stage, number)
-    assert ended.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
-    place = "--run" if command == "finetune" else "--out"
-    assert main([command, place, str(run), "--resume", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["run"] == str(run)
-    assert (run / "model.safetensors").exists()
-    same_files(expected, run)
+        for run in runs.values():
+            shutil.copytree(whole / "p", run)
+    assert main(shlex.split(lines[command].format(runs["undisturbed"]))) == 0
+    for number in (signal.SIGINT, signal.SIGKILL):
+        run = runs[number.name]
+        ended = stopped(lines[command].format(run), run / "checkpoints" / stage, number)
+        assert ended.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+        capsys.readouterr()
+        assert main([verb, place, str(run), "--resume", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["run"] == str(run)
+        assert (run / "model.safetensors").exists()
+        same_files(runs["undisturbed"], run)
 
 
 def test_a_run_killed_before_its_first_checkpoint_resumes(whole: Path, tmp_path: Path) -> None:

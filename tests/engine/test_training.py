@@ -356,3 +356,12 @@ def test_devices_without_cuda() -> None:
 def test_unknown_precision() -> None:
     with pytest.raises(ValueError, match="float32 or bf16"):
         Placement(precision="fp8")
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "warned"), [("bf16", False, True), ("bf16", True, False), ("float32", False, False)]
+)
+def test_slow_bf16_is_said(precision: str, fast: bool, warned: bool, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("fastprune.engine.device.cpu_computes_bf16", lambda: fast)
+    Placement(precision=precision)
+    assert ("no fast bfloat16" in caplog.text) == warned

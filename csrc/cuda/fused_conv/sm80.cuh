@@ -35,6 +35,9 @@ struct Kernel {
         typename Default::Mma, ChannelEpilogue<typename Default::Epilogue>,
         cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>, cutlass::conv::Operator::kFprop>>;
 
+    // What a block may ask for on the GPUs from sm_80 on that have least (99 KiB: sm_86, sm_89, sm_120).
+    static_assert(sizeof(typename Convolution::UnderlyingKernel::SharedStorage) <= 101376);
+
     static typename Convolution::Arguments arguments(const FusedConvArgs& args) {
         const auto as_int = [](int64_t value) { return static_cast<int>(value); };
         const cutlass::conv::Conv2dProblemSize problem(

@@ -5,6 +5,8 @@
 // shift).
 #pragma once
 
+#include "tensor_map.cuh"  // before CuTe
+
 #include <cuda_runtime_api.h>
 #include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -63,6 +65,9 @@ using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto,
     float, float, void, Layout, 8, Element, Layout, 8, Schedule, Fusion<Tile, Element, Mask>>::CollectiveOp;
 
+/// What a block may ask for on sm_90 (227 KiB).
+inline constexpr size_t shared_memory_per_block = 232448;
+
 /// The copy engine moves 16 bytes at a time.
 inline bool aligned(const FusedConvArgs& args) {
     const auto fits = [](const void* pointer, int64_t channels, int64_t pitch) {
@@ -75,7 +80,10 @@ inline bool aligned(const FusedConvArgs& args) {
 template <class Adapter>
 Status launch(const typename Adapter::Arguments& arguments, void* workspace, void* stream) {
     Adapter adapter;
-    if (adapter.initialize(arguments, workspace, static_cast<cudaStream_t>(stream)) != cutlass::Status::kSuccess ||
+    tensor_map_refused = false;
+    const cutlass::Status initialized = adapter.initialize(arguments, workspace, static_cast<cudaStream_t>(stream));
+    if (tensor_map_refused) return Status::failed("the driver refused to map a tensor for the copy engine");
+    if (initialized != cutlass::Status::kSuccess ||
         adapter.run(static_cast<cudaStream_t>(stream)) != cutlass::Status::kSuccess) {
         const cudaError_t error = cudaGetLastError();
         return Status::failed(error == cudaSuccess ? "CUTLASS refused the convolution" : cudaGetErrorString(error));

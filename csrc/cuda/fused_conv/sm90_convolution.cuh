@@ -4,7 +4,9 @@
 // itself (its im2col mode). CUTLASS has no persistent schedule for it.
 #pragma once
 
-// First, since the headers below use what these declare without including them.
+#include "tensor_map.cuh"  // before CuTe
+
+// Then these, since the headers below use what they declare without including them.
 #include <cute/tensor.hpp>
 #include <cutlass/kernel_hardware_info.hpp>
 
@@ -56,6 +58,7 @@ struct Convolution {
     using Problem = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
     using Kernel = cutlass::conv::kernel::ConvUniversal<Problem, CollectiveMainloop, CollectiveEpilogue>;
     using Adapter = cutlass::conv::device::ConvUniversalAdapter<Kernel>;
+    static_assert(sizeof(typename Kernel::SharedStorage) <= shared_memory_per_block);
 
     static typename Adapter::Arguments arguments(const FusedConvArgs& args) {
         const auto extent = [](int64_t images, int64_t height, int64_t width, int64_t channels) {

@@ -5,6 +5,8 @@
 // a template ambiguous.
 #pragma once
 
+#include "tensor_map.cuh"  // before CuTe
+
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -38,6 +40,7 @@ struct Product {
     using Kernel =
         cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue>;
     using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+    static_assert(sizeof(typename Kernel::SharedStorage) <= shared_memory_per_block);
 
     static typename Adapter::Arguments arguments(const FusedConvArgs& args) {
         const auto pixels = static_cast<int>(args.n * args.p * args.q);
