@@ -4,7 +4,8 @@
 
 A method is written as ``l1``, or ``l1:ranking=global`` with options. ``peer:taylor`` is torch-pruning's criterion of
 this name under its local ranking, on the same channels; its ratio is the smallest that meets the budget. Every number
-is written at once; a program that is started again with the same file goes on where it was.
+is written at once; a program that is started again with the same file goes on where it was, with ``--runs`` also in
+the middle of a search.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import statistics
 import time
 from bisect import bisect_left
@@ -64,6 +66,7 @@ class Experiment:
             "baseline": self.accuracy(self.model), "rows": [],
         }  # fmt: skip
         self.images: int = self.document["images"]
+        self.runs: Path | None = arguments.runs
 
     def accuracy(self, model: nn.Module) -> float:
         """Return the accuracy on the test set."""
@@ -97,6 +100,8 @@ class Experiment:
         began = time.perf_counter()
         given = dict(option.split("=") for option in options.split(",") if option)
         groups = {} if name == "uniform" else {"groups": "interior"}
+        out = None if self.runs is None else self.runs / re.sub(r"[^\w.]+", "-", f"{method} {budget} {seed}")
+        resume = out is not None and out.exists()
         result = fp.prune(
             self.model,
             self.example,
@@ -105,18 +110,20 @@ class Experiment:
             data=self.data,
             seed=seed,
             compensate="none",
+            out=out,
+            resume=resume,
             **groups,
             **given,
         )
         macs = float(self.graph.cost(result.plan.mask).macs / self.graph.cost().macs)
-        searched = time.perf_counter() - began
+        searched = None if resume else time.perf_counter() - began
         batches = calibration_inputs(self.graph, self.model, self.data, self.images, seed=seed)
         for how in missing:
             began = time.perf_counter()
             model = result.model
             if how != "none":
                 model = apply(result.plan, compensate_weights(self.graph, self.model, result.plan, batches, how)[0])
-            seconds = time.perf_counter() - began + (searched if how == "none" else 0)
+            seconds = searched if how == "none" else time.perf_counter() - began
             self.add(**key, how=how, macs=macs, seconds=seconds, accuracy=self.accuracy(model))
 
 
@@ -206,6 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--compensate", nargs="+", default=list(HOWS), choices=HOWS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--runs", type=Path, help="folder for searches, which go on after an interruption")
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     return parser.parse_args()
 

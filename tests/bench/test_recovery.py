@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import recovery
+
+from fastprune import models
+from fastprune.methods.contract import Task
+from fastprune.methods.gates.dmc import DMC
 
 
 def run(monkeypatch: pytest.MonkeyPatch, path: Path, *methods: str) -> None:
@@ -36,6 +41,35 @@ def test_measurements_are_kept_and_not_repeated(
     assert "| budget | method | MACs | raw | bn |" in lines
     assert [line.split("|")[2].strip() for line in lines[-3:]] == ["`l1:ranking=global`", "`peer:taylor`", "`random`"]
     assert lines[-2].split("|")[5].strip() == "–"  # torch-pruning's network is not compensated
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "weights.safetensors"
+    models.save_weights(models.create("resnet20"), weights)
+
+    def search(folder: str) -> list[dict[str, Any]]:
+        path = tmp_path / f"{folder}.json"
+        line = f"recovery.py --model resnet20 --data synthetic:3x16x16:4:96 --json {path} --compensate none"
+        line += f" --weights {weights} --budgets 0.5 --methods dmc:epochs=3,batch_size=32 --runs {tmp_path / folder}"
+        monkeypatch.setattr(sys, "argv", line.split())
+        recovery.main()
+        return json.loads(path.read_text())["rows"]
+
+    def fail_in_the_last_epoch(method: DMC, task: Task, epoch: int) -> dict[str, float]:
+        if epoch == 2:
+            raise OSError("no space left")
+        return end_epoch(method, task, epoch)
+
+    end_epoch = DMC.end_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(DMC, "end_epoch", fail_in_the_last_epoch)
+        with pytest.raises(OSError, match="no space"):
+            search("parts")
+    (whole,), (parts,) = search("whole"), search("parts")
+    assert whole.pop("seconds") > 0
+    assert parts.pop("seconds") is None
+    assert parts == whole
 
 
 def test_means_and_ranges_over_seeds() -> None:
