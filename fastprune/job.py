@@ -25,6 +25,7 @@ from fastprune.engine import (
     run_phases,
     seed_everything,
 )
+from fastprune.engine.checkpoint import weights_checksum
 from fastprune.engine.latency import time_calls
 from fastprune.engine.loggers import Callback, Logger, MakeLogger, Records, open_records
 from fastprune.engine.run import plain
@@ -213,6 +214,7 @@ class Job:
 
     def search(self, task: Task, source: Data | None, run: RunDirectory | None, records: Records) -> dict[str, float]:
         """Run the method's phases; return the last value of every metric."""
+        weights = weights_checksum(task.model) if self.running.out is not None else None
         return run_phases(
             self.worker,
             task,
@@ -223,6 +225,7 @@ class Job:
             placement=self.running.placement,
             options=self.running.loop,
             records=records,
+            weights=weights,
         )
 
     def cut(self, task: Task, source: Data | None, keep: Callable[[Cut], object]) -> tuple[Cut, dict[str, Any]]:

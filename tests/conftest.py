@@ -11,12 +11,17 @@ import pytest
 import torch
 from torch import nn
 
+from fastprune.host import progress
+
 # Without a GPU Triton's kernels run in its interpreter, which has to be chosen before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # On networks this small a second thread costs more than it gains, and much more on a busy machine.
 torch.set_num_threads(1)
+
+# On a busy machine quick work takes seconds, and progress would then tell of it on standard error.
+progress.PATIENCE = 3600.0
 
 
 def randomise_statistics(model: nn.Module, seed: int = 0) -> nn.Module:

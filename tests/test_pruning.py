@@ -279,3 +279,19 @@ def test_resume_refuses_another_search(other: dict[str, Any], message: str, tiny
     with pytest.raises(ValueError, match=message):
         fp.prune(tiny, EXAMPLE, resume=True, **{**arguments, **other})
     assert (tmp_path / "run" / "plan.json").read_bytes() == plan
+
+
+@pytest.mark.parametrize("method", ["l1", "dmc"])
+def test_resume_refuses_other_weights(method: str, tiny: nn.Module, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"method": method, "budget": "flops=0.7", "out": tmp_path / "run"}
+    if method == "dmc":
+        arguments |= {"data": loader(), **SHORT}
+    fp.prune(tiny, EXAMPLE, **arguments)
+    plan = (tmp_path / "run" / "plan.json").read_bytes()
+    other = copy.deepcopy(tiny)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-3
+    with pytest.raises(ValueError, match="was begun with other weights of the network; give the same network"):
+        fp.prune(other, EXAMPLE, resume=True, **arguments)
+    fp.prune(tiny, EXAMPLE, resume=True, **arguments)
+    assert (tmp_path / "run" / "plan.json").read_bytes() == plan

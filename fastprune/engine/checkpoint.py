@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprune.host import atomic
 from fastprune.host.distributed import Distributed
@@ -154,6 +154,15 @@ def _decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tuple" in structure:
         return tuple(_decode(item, tensors) for item in structure["tuple"])
     return {key: _decode(item, tensors) for key, item in structure["dict"]}
+
+
+def weights_checksum(model: nn.Module) -> int:
+    """Return a checksum of a model's parameters and buffers; tensors without memory count by their names alone."""
+    found = 0
+    for name, tensor in model.state_dict().items():
+        bits = 0 if tensor.is_meta else _checksum(tensor.detach().cpu().contiguous())
+        found = zlib.crc32(f"{name} {bits}".encode(), found)
+    return found
 
 
 def _checksum(tensor: Tensor) -> int:

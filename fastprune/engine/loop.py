@@ -92,6 +92,7 @@ def run_phases(
     placement: Placement | None = None,
     options: LoopOptions | None = None,
     records: Records | None = None,
+    weights: int | None = None,
 ) -> dict[str, float]:
     """Run all phases of ``worker``; a run that is stopped anywhere and resumed ends with the same bits.
 
@@ -107,6 +108,7 @@ def run_phases(
         placement: device, precision and layout; None = the task's device in float32.
         options: how often to write.
         records: what gets every line of the log, besides ``run``; on rank 0 only.
+        weights: a checksum of the weights that the run begins with; checkpoints keep it. None = they are not compared.
 
     Returns:
         The last value of every metric, without families (names with a slash, see ``Phase``).
@@ -114,10 +116,10 @@ def run_phases(
     Raises:
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
         NonFiniteError: if a loss is infinite or not a number; no checkpoint has it.
-        ValueError: if the worker has phases but ``data`` is None.
+        ValueError: if the worker has phases but ``data`` is None, or the run was begun with other weights.
     """
     placement, options = placement or Placement(task.device), options or LoopOptions()
-    loop = Loop(worker, task, data, run, stage, placement, options, records or Records())
+    loop = Loop(worker, task, data, run, stage, placement, options, records or Records(), weights)
     if not (resume and loop.resume()):
         loop.start()
     loop.run()
@@ -140,6 +142,7 @@ class Loop(Generic[T]):
         placement: Placement,
         options: LoopOptions,
         records: Records,
+        weights: int | None = None,
     ) -> None:
         self.worker, self.task, self.data = worker, task, data
         self.directory, self.stage = directory, stage
@@ -151,6 +154,7 @@ class Loop(Generic[T]):
         self.checkpoints = Checkpoints(directory.checkpoints_path(stage), self.peers) if directory else None
         self.saved_at = time.monotonic()
         self.interruption = Interruption()
+        self.weights = weights
         self.quiet = not (options.progress and self.peers.is_main)
 
     def start(self) -> None:
@@ -164,6 +168,11 @@ class Loop(Generic[T]):
         state = self.checkpoints.load_latest() if self.checkpoints else None
         if state is None or self.directory is None:
             return False
+        if state.get("weights") is not None and state["weights"] != self.weights:
+            raise ValueError(
+                f"resume: {str(self.directory.path)!r} was begun with other weights of the network; "
+                "give the same network, or another directory"
+            )
         self.load_state_dict(state)
         if not self.position.finished:  # lines after a finished stage belong to the next one
             self.directory.truncate_metrics(state["metrics_size"])
@@ -185,6 +194,7 @@ class Loop(Generic[T]):
             "meter": self.meter.state_dict(),
             "latest": self.latest,
             "rng": self.task.rng.get_state(),
+            "weights": self.weights,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

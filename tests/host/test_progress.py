@@ -16,6 +16,7 @@ METRICS = {"open": 1.0, "accuracy": 0.98765, "loss": 0.123456, "ratio": 0.5}
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the time, in a list, that progress sees."""
     now = [100.0]
+    monkeypatch.setattr(progress, "PATIENCE", 3.0)  # other tests have more
     monkeypatch.setattr("fastprune.host.progress.time.monotonic", lambda: now[0])
     return now
 
@@ -92,7 +93,7 @@ def test_muted_and_unwanted_work_says_nothing(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_keeps_one_line_of_finished_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_keeps_one_line_of_finished_phases(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
