@@ -163,10 +163,10 @@ def test_adaptors_start_as_the_identity_or_random() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("proxy", ["channel", "fisher", "network"])
-def test_every_proxy_searches_and_goes_on_where_it_was(proxy: str, workers: int) -> None:
-    method, task = prepare(proxy=proxy, workers=workers)
+def test_every_proxy_searches_and_goes_on_where_it_was(proxy: str) -> None:
+    """A search by two workers, and one without workers that is stopped and goes on, find the same plan."""
+    method, task = prepare(proxy=proxy, workers=2)
     plan = run_search(method, task).plan(task)
     assert 0.48 < float(task.budget.cost(task.graph, plan.mask) / task.budget.cost(task.graph)) <= 0.5
     halved, other = prepare(proxy=proxy)
