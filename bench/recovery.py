@@ -5,7 +5,7 @@
 A method is written as ``l1``, or ``l1:ranking=global`` with options. ``peer:taylor`` is torch-pruning's criterion of
 this name under its local ranking, on the same channels; its ratio is the smallest that meets the budget. Every number
 is written at once; a program that is started again with the same file goes on where it was, with ``--runs`` also in
-the middle of a search.
+the middle of a search, whose seconds are then null.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import re
 import statistics
 import time
+import zlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,7 @@ class Experiment:
         }  # fmt: skip
         self.images: int = self.document["images"]
         self.runs: Path | None = arguments.runs
+        self.network_and_data = f"{arguments.model} {arguments.data}"
 
     def accuracy(self, model: nn.Module) -> float:
         """Return the accuracy on the test set."""
@@ -82,6 +84,11 @@ class Experiment:
         atomic.write_text(self.path, json.dumps(self.document, indent=1) + "\n")
         print(" ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
                        for name, value in row.items()), flush=True)  # fmt: skip
+
+    def name_of(self, search: str) -> str:
+        """Return the name of a search's folder; no other search, network or data set has it."""
+        checksum = zlib.crc32(f"{self.network_and_data} {search}".encode())
+        return re.sub(r"[^\w.]+", "-", search) + f"-{checksum:08x}"
 
     def run(self, method: str, budget: float, hows: list[str], seed: int) -> None:
         """Measure one method at one budget under all compensations."""
@@ -100,7 +107,7 @@ class Experiment:
         began = time.perf_counter()
         given = dict(option.split("=") for option in options.split(",") if option)
         groups = {} if name == "uniform" else {"groups": "interior"}
-        out = None if self.runs is None else self.runs / re.sub(r"[^\w.]+", "-", f"{method} {budget} {seed}")
+        out = None if self.runs is None else self.runs / self.name_of(f"{method} {budget} {seed}")
         resume = out is not None and out.exists()
         result = fp.prune(
             self.model,

@@ -126,7 +126,8 @@ def prune(
 
     Raises:
         ValueError: for an unknown method or option, missing data, data that do not fit the example, a run to resume
-            that was begun with other arguments, an origin of another network, or a plan that removes nothing.
+            that was begun with other arguments or weights, an origin of another network, or a plan that removes
+            nothing.
         TypeError: for an argument of a wrong type.
         BudgetError: for a malformed budget, or one out of reach; says what limits it.
         LimitError: for limits that contradict each other.

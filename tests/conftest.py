@@ -21,7 +21,13 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 # On a busy machine quick work takes seconds, and progress would then tell of it on standard error.
-progress.PATIENCE = 3600.0
+SHIPPED_PATIENCE, progress.PATIENCE = progress.PATIENCE, 3600.0
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let progress tell of work after the seconds that users know."""
+    monkeypatch.setattr(progress, "PATIENCE", SHIPPED_PATIENCE)
 
 
 def randomise_statistics(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastprune as fp
 from fastprune.engine import LoopOptions, RunDirectory, RunError
+from fastprune.engine.checkpoint import load_state, save_state
 from fastprune.graph.export.refusals import TraceError
 from fastprune.graph.plan import PruningPlan
 from fastprune.methods.contract import Method, Task
@@ -295,3 +296,17 @@ def test_resume_refuses_other_weights(method: str, tiny: nn.Module, tmp_path: Pa
         fp.prune(other, EXAMPLE, resume=True, **arguments)
     fp.prune(tiny, EXAMPLE, resume=True, **arguments)
     assert (tmp_path / "run" / "plan.json").read_bytes() == plan
+
+
+def test_a_run_of_an_earlier_version_takes_any_weights(tiny: nn.Module, tmp_path: Path) -> None:
+    """Its checkpoints hold no checksum, and get none of a network that may be the wrong one."""
+    arguments: dict[str, Any] = {"method": "l1", "budget": "flops=0.7", "out": tmp_path / "run"}
+    fp.prune(tiny, EXAMPLE, **arguments)
+    (path,) = (tmp_path / "run" / "checkpoints" / "search").iterdir()
+    state = load_state(path)
+    assert state.pop("weights") is not None
+    save_state(path, state)
+    for factor in (2, 3):
+        other = copy.deepcopy(tiny)
+        next(other.parameters()).data.mul_(factor)
+        fp.prune(other, EXAMPLE, resume=True, **arguments)

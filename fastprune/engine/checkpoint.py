@@ -157,7 +157,7 @@ def _decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def weights_checksum(model: nn.Module) -> int:
-    """Return a checksum of a model's parameters and buffers; tensors without memory count by their names alone."""
+    """Return a checksum of a model's state dict; of a tensor on the meta device the name alone counts."""
     found = 0
     for name, tensor in model.state_dict().items():
         bits = 0 if tensor.is_meta else _checksum(tensor.detach().cpu().contiguous())

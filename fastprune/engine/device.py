@@ -7,6 +7,7 @@ import os
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,11 +69,21 @@ def cpu_computes_bf16() -> bool:
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@cache
+def warn_of_slow_bf16() -> None:
+    """Log a warning, once in a process."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "precision bf16: this CPU has no fast bfloat16 (AVX-512 on x86, bf16 on ARM), so it takes many times as "
+            "long as float32; give float32"
+        )
+
+
 @dataclass(frozen=True)
 class Placement:
     """Device, precision and memory layout of a computation.
 
-    Logs a warning for "bf16" on a CPU that does not have it.
+    The first one with "bf16" on a CPU that does not have it logs a warning.
 
     Args:
         device: device of the tensors.
@@ -91,10 +102,7 @@ class Placement:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r}: give {' or '.join(PRECISIONS)}")
         if self.precision == "bf16" and self.device.type == "cpu" and not cpu_computes_bf16():
-            log.warning(
-                "precision bf16: this CPU has no fast bfloat16 (AVX-512 on x86, bf16 on ARM), so it takes many times "
-                "as long as float32; give float32"
-            )
+            warn_of_slow_bf16()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which forward passes run."""

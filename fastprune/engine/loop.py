@@ -168,11 +168,14 @@ class Loop(Generic[T]):
         state = self.checkpoints.load_latest() if self.checkpoints else None
         if state is None or self.directory is None:
             return False
-        if state.get("weights") is not None and state["weights"] != self.weights:
+        begun_with = state.get("weights")  # checkpoints of earlier versions have none
+        differs = begun_with is not None and self.weights is not None and begun_with != self.weights
+        if int(self.peers.broadcast_(torch.tensor([int(differs)]))):  # rank 0 decides for all
             raise ValueError(
                 f"resume: {str(self.directory.path)!r} was begun with other weights of the network; "
                 "give the same network, or another directory"
             )
+        self.weights = begun_with
         self.load_state_dict(state)
         if not self.position.finished:  # lines after a finished stage belong to the next one
             self.directory.truncate_metrics(state["metrics_size"])

@@ -72,7 +72,8 @@ def names_of_tests(*selection: str) -> list[str]:
     folder = BENCH.parent
     options = [f"--rootdir={folder}", f"--config-file={folder / 'pyproject.toml'}", "--collect-only", "-q", "-m", "gpu"]
     file, *others = selection
-    pytest.main([*options, "-p", "no:cacheprovider", str(folder / file), *others], plugins=[selected])
+    code = pytest.main([*options, "-p", "no:cacheprovider", str(folder / file), *others], plugins=[selected])
+    assert code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
     return selected.names
 
 

@@ -61,12 +61,19 @@ def test_a_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monke
             raise OSError("no space left")
         return end_epoch(method, task, epoch)
 
-    end_epoch = DMC.end_epoch
+    def note_epoch(method: DMC, task: Task, epoch: int) -> dict[str, float]:
+        epochs.append(epoch)
+        return end_epoch(method, task, epoch)
+
+    end_epoch, epochs = DMC.end_epoch, []
     with monkeypatch.context() as patch:
         patch.setattr(DMC, "end_epoch", fail_in_the_last_epoch)
         with pytest.raises(OSError, match="no space"):
             search("parts")
-    (whole,), (parts,) = search("whole"), search("parts")
+    (whole,) = search("whole")
+    monkeypatch.setattr(DMC, "end_epoch", note_epoch)
+    (parts,) = search("parts")
+    assert epochs == [2]
     assert whole.pop("seconds") > 0
     assert parts.pop("seconds") is None
     assert parts == whole

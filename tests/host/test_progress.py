@@ -13,10 +13,9 @@ METRICS = {"open": 1.0, "accuracy": 0.98765, "loss": 0.123456, "ratio": 0.5}
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def clock(patience: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the time, in a list, that progress sees."""
     now = [100.0]
-    monkeypatch.setattr(progress, "PATIENCE", 3.0)  # other tests have more
     monkeypatch.setattr("fastprune.host.progress.time.monotonic", lambda: now[0])
     return now
 
@@ -65,9 +64,10 @@ def test_a_line_about_every_tenth_of_long_work(clock: list[float], capsys: pytes
     assert lines[-1] == "measuring: done in 1 min 40 s"
 
 
-def test_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_says_nothing(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with progress.begin("evaluating", 10) as work:
         for _ in range(10):
+            clock[0] += 0.2
             work.advance()
     with progress.begin("tracing"):
         pass

@@ -5,6 +5,10 @@
 // header replaces, so that a launch can ask afterwards. Include it before every header of CuTe.
 #pragma once
 
+#ifdef CUTE_HOST_DEVICE
+#error "tensor_map.cuh: include it before CuTe, which has taken the macro as it was"
+#endif
+
 #include <cuda.h>
 #include <cutlass/cuda_host_adapter.hpp>
 
