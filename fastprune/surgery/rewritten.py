@@ -143,9 +143,15 @@ def rewrite_network(
     """
     traced = traced if traced is not None else trace_graphs(model, plan.example(model))
     try:
-        return rewrite_graphs(plan, model, compact, open_sizes(model, traced))
+        opened = traced.derive(f"open sizes, {kind_of(model)}", lambda: open_sizes(model, traced))
+        return rewrite_graphs(plan, model, compact, opened)
     except (PlanError, RewriteError, TraceError):  # the graph of fixed sizes says more about the channels
         return rewrite_graphs(plan, model, compact, traced)
+
+
+def kind_of(model: nn.Module) -> str:
+    """Return the devices and dtypes of a model's tensors, which the constants of an exported graph follow."""
+    return ", ".join(sorted({f"{x.dtype} on {x.device}" for x in state_of(model).values()}))
 
 
 def open_sizes(model: nn.Module, traced: Traced) -> Traced:
@@ -168,7 +174,7 @@ def rewrite_graphs(plan: PruningPlan, model: nn.Module, compact: nn.Module, trac
     missing = ""
     if traced.training is None:
         try:
-            added = add_training(model, traced)
+            added = traced.derive(f"training, {kind_of(model)}", lambda: add_training(model, traced))
             assert added.training is not None
             labels[True] = run_on_labels(added.training, traced.inputs, state, record=False)
             keep = kept_labels(plan, state)

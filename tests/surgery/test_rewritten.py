@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 import fastprune as fp
 from fastprune.graph import Slice, TraceError
 from fastprune.graph.export.open_sizes import export_for_sizes
+from fastprune.surgery import cut
 from fastprune.surgery.verification import masked
 
 
@@ -140,6 +142,31 @@ def test_it_takes_images_of_other_sizes(
             assert torch.allclose(network(x), masked(model, plan)(x), rtol=1e-12)
     compact.train()(torch.cat([x, x]))["y"].sum().backward()
     assert compact.first.weight.grad is not None
+
+
+def test_a_second_cut_exports_nothing(
+    model: nn.Module, plan: fp.PruningPlan, compact: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Further graphs are kept with the channel graph; weights are those of the model that is cut."""
+    calls: list[bool] = []
+
+    def export_and_count(*arguments: Any, training: bool) -> Any:
+        calls.append(training)
+        return export_for_sizes(*arguments, training=training)
+
+    monkeypatch.setattr("fastprune.surgery.rewritten.export_for_sizes", export_and_count)
+    graph = fp.trace(model, images(2))
+    first = cut(plan, model, graph.traced).model
+    assert calls == [False, True]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    second = cut(plan, other, graph.traced).model
+    assert calls == [False, True]
+    for network, full in ((first, model), (second, other)):
+        torch.testing.assert_close(network.eval()(images(3)), masked(full, plan)(images(3)))
+    assert not torch.equal(first(images(3)), second(images(3)))
 
 
 def test_sizes_that_the_code_does_not_take_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -42,10 +42,18 @@ class Traced:
     inputs: Inputs
     any_batch: bool
     guards: Mapping[bool, Guards] = field(default_factory=dict)
+    _derived: dict[str, Traced] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derive(self, name: str, make: Callable[[], Traced]) -> Traced:
+        """Return further graphs of the same code, which ``make`` exports the first time."""
+        if name not in self._derived:
+            self._derived[name] = make()
+        return self._derived[name]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all but the operator graphs, which hold functions of the exporter."""
-        return {name: value for name, value in vars(self).items() if name not in ("evaluation", "training")}
+        graphs = ("evaluation", "training", "_derived")
+        return {name: value for name, value in vars(self).items() if name not in graphs}
 
     def __getattr__(self, name: str) -> Any:
         """Refuse the operator graphs of an object that was pickled."""
@@ -58,7 +66,7 @@ class Traced:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """Copy the operator graphs too."""
-        return Traced(**{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in fields(self)})
+        return Traced(**{f.name: copy.deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.init})
 
 
 def trace_graphs(model: nn.Module, example: Example | Inputs) -> Traced:
