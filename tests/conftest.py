@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,6 +30,21 @@ SHIPPED_PATIENCE, progress.PATIENCE = progress.PATIENCE, 3600.0
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let progress tell of work after the seconds that users know."""
     monkeypatch.setattr(progress, "PATIENCE", SHIPPED_PATIENCE)
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a slow machine leave out what it has no time for."""
+    parser.addoption("--minutes", type=float, default=math.inf, help="skip the tests whose turn comes later than this")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test if the time is over."""
+    minutes = item.config.getoption("--minutes")
+    if time.monotonic() - BEGUN > 60 * minutes:
+        pytest.skip(f"its turn came after {minutes:g} minutes")
 
 
 def randomise_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
