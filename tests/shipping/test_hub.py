@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_upload_and_download(run: Path, images: Tensor, tmp_path: Path, monkeypa
 
         def upload_folder(self, *, repo_id: str, folder_path: Path, **given: Any) -> str:
             calls.append({"repo_id": repo_id, **given})
-            folder_path.rename(tmp_path / "repository")
+            shutil.copytree(folder_path, tmp_path / "repository")
             return "https://hub/commit"
 
     def download(repo_id: str, **given: Any) -> str:
