@@ -19,7 +19,9 @@ from fastprune.host import progress
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# On networks this small a second thread costs more than it gains, and much more on a busy machine.
+# On networks this small a second thread costs more than it gains, and ten times as much on a busy machine, where OpenMP
+# spins while it waits. The variable is for the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 # On a busy machine quick work takes seconds, and progress would then tell of it on standard error.
