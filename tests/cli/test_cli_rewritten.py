@@ -24,6 +24,9 @@ def test_prune_evaluate_and_finetune_a_rewritten_graph(tmp_path: Path, capsys: p
     pruned = run(f"prune {NETWORK} --method l1 --budget flops=0.4 --out {out}", capsys)
     assert json.loads((out / "plan.json").read_text(encoding="utf-8"))["code"] == "rewritten"
     assert pruned["compact"]["macs"] <= 0.4 * pruned["baseline"]["macs"]
+    before = run(f"evaluate --run {out}", capsys)
+    assert before["compact"]["macs"] == pruned["compact"]["macs"]
+    assert before["compact"]["accuracy"] == pruned["compact"]["accuracy"]
     tuned = run(f"finetune --run {out} --epochs 1 --batch_size 16", capsys)
     found = run(f"evaluate --run {out}", capsys)
     assert found["compact"]["macs"] == pruned["compact"]["macs"]

@@ -290,4 +290,4 @@ def test_malformed_arguments_never_crash(emulated):
 
 @pytest.mark.slow
 def test_many_malformed_arguments_never_crash(emulated):
-    fuzz(emulated, 25_000)
+    fuzz(emulated, 100_000)

@@ -384,4 +384,4 @@ def test_malformed_arguments_never_crash():
 
 @pytest.mark.slow
 def test_many_malformed_arguments_never_crash():
-    check_refusals(25_000)
+    check_refusals(100_000)
