@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 import fastprune as fp
@@ -105,7 +106,8 @@ class Experiment:
             return
         name, _, options = method.partition(":")
         began = time.perf_counter()
-        given = dict(option.split("=") for option in options.split(",") if option)
+        pairs = (option.partition("=") for option in options.split(",") if option)
+        given = {option: yaml.safe_load(value) for option, _, value in pairs}
         groups = {} if name == "uniform" else {"groups": "interior"}
         out = None if self.runs is None else self.runs / self.name_of(f"{method} {budget} {seed}")
         resume = out is not None and out.exists()

@@ -3,7 +3,7 @@ from .calibrating import calibrate
 from .data import UserData
 from .engine.loggers import Logger
 from .finetuning import evaluate, finetune
-from .graph import ChannelGraph, Cost, TraceError, trace
+from .graph import ChannelGraph, Cost, TraceError
 from .graph.plan import PlanError, PruningPlan
 from .planning.budget import Budget, BudgetError, Conditions
 from .planning.limits import LimitError, Limits
@@ -14,7 +14,7 @@ from .runs import load
 from .sensitivity import Sensitivity, sensitivity
 from .shipping import ExportedFile, ExportError, export, from_pretrained, push_to_hub, save_pretrained
 from .steps import prune_in_steps
-from .surgery import SurgeryError, apply, masked, slice_optimizer, verify
+from .surgery import SurgeryError, apply, masked, slice_optimizer, trace, verify
 from .surgery.rewritten import RewrittenNetwork
 
 __version__: str

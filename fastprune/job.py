@@ -29,7 +29,7 @@ from fastprune.engine.checkpoint import weights_checksum
 from fastprune.engine.latency import time_calls
 from fastprune.engine.loggers import Callback, Logger, MakeLogger, Records, open_records
 from fastprune.engine.run import plain
-from fastprune.graph import ChannelGraph, trace
+from fastprune.graph import ChannelGraph
 from fastprune.graph.export.inputs import Example, Inputs
 from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.graph.plan import PruningPlan
@@ -44,7 +44,7 @@ from fastprune.options import fields_of
 from fastprune.planning.budget import Conditions
 from fastprune.planning.goal import Goal
 from fastprune.recovery import CALIBRATION_IMAGES, Recovery, calibration_inputs, compensate_weights
-from fastprune.surgery import cut
+from fastprune.surgery import cut, trace
 from fastprune.surgery.slicing import copy_model
 from fastprune.surgery.surgery import Cut
 from fastprune.training.objective import Objective

@@ -12,8 +12,9 @@ from fastprune.cli.inputs import find_example, load_objective
 from fastprune.cli.networks import build_model, check_fit
 from fastprune.cli.settings import InspectSettings, pick
 from fastprune.data import load_data
-from fastprune.graph import ChannelGraph, trace
+from fastprune.graph import ChannelGraph
 from fastprune.report.graph_tables import print_graph
+from fastprune.surgery import trace
 
 
 def run_inspect(values: dict[str, Any], given: set[str]) -> int:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from fastprune.graph.channel_graph import ChannelGraph
 from fastprune.graph.description import describe_cost, describe_groups, describe_layers, describe_slices, weight_shapes
 from fastprune.graph.export.inputs import Example, Inputs
+from fastprune.graph.export.nodes import module_of
 from fastprune.graph.export.tracing import Traced, trace_graphs
+from fastprune.graph.held_sizes import find_held_sizes, holders_of
 from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.propagate import Propagation
 from fastprune.graph.units import find_inexact, number_units, unmade_dims
@@ -27,46 +32,54 @@ def trace(
     ignore: str | nn.Module | Sequence[str | nn.Module] = (),
     exact: bool = True,
 ) -> ChannelGraph:
-    """Find the channel groups of a network.
+    """Find the channel groups of a network, as ``fastprune.trace`` does.
+
+    With ``rewrite=False`` it is not tried whether the model's own code runs on fewer channels: ``surgery.trace`` does.
 
     Args:
-        model: any ``nn.Module`` that ``torch.export`` takes. It is not changed; its mode does not matter.
-        example_inputs: a batch of inputs, a tuple of them, or a dict of them by the names of ``forward``'s arguments;
-            [N, C, H, W] for an image network. Costs are counted for this height and width.
-        rewrite: whether channels are prunable that the model's own code needs, because it holds their number or cuts
-            among them (a channel shuffle, ``split(x, [64, 64])``). If the code cannot run without them, surgery returns
-            the rewritten graph of the network, a ``RewrittenNetwork``. False = these channels stay, and every compact
-            model has the class of the model.
-        ignore: names or patterns (``layer4.*.conv1``) of layers whose output channels stay, or the modules themselves;
-            a module, or its name, stands for all layers in it.
-        exact: whether a channel is prunable only if its removal equals zeroing it where it is read. False = channels
-            are also prunable that operators mix (layer norm, statistics over channels, efficient channel attention,
-            weight standardisation); ``graph.inexact`` lists these operators, and surgery measures by how much the
-            compact network then differs.
+        model: the network.
+        example_inputs: a batch of inputs.
+        rewrite: whether channels are prunable that only a rewritten graph can remove.
+        ignore: layers whose output channels stay.
+        exact: whether a channel is prunable only if its removal equals zeroing it where it is read.
+    """
+    return label(model, trace_graphs(model, example_inputs), rewrite=rewrite, ignore=ignore, exact=exact)
 
-    Returns:
-        The ``ChannelGraph``.
 
-    Raises:
-        TraceError: if the model cannot be exported; names the reason.
-        TypeError: if the inputs are no tensors, or what is to be ignored is no name and no module.
-        ValueError: if a name or pattern to ignore fits no layer, or a module to ignore is none of the model's.
+def label(
+    model: nn.Module,
+    traced: Traced,
+    *,
+    rewrite: bool,
+    ignore: str | nn.Module | Sequence[str | nn.Module],
+    exact: bool,
+    still: Collection[str] = (),
+) -> ChannelGraph:
+    """Find the channel groups in the graphs of a network.
 
-    Example:
-        >>> import torch, fastprune as fp
-        >>> graph = fp.trace(fp.models.create("resnet20"), torch.zeros(1, 3, 32, 32))
-        >>> len(graph.groups), graph.num_units, round(float(graph.cost().macs) / 1e6, 2)
-        (10, 352, 40.55)
+    Args:
+        model: as in ``trace``.
+        traced: its graphs.
+        rewrite: as in ``trace``.
+        ignore: as in ``trace``.
+        exact: as in ``trace``.
+        still: modules whose code needs all channels of what it reads and makes; ``name.*`` stands for all modules
+            inside.
     """
     patterns = layer_names(model, ignore)
-    traced = trace_graphs(model, example_inputs)
-    state = Propagation(exact=exact, rewrites=rewrite)
-    run_on_labels(traced.evaluation, traced.inputs, state, record=True)
+    held = {name: frozenset(values.values()) for name, values in holders_of(model).items()}
+    state = Propagation(exact=exact, rewrites=rewrite, held=held)
+    labels = run_on_labels(traced.evaluation, traced.inputs, state, record=True)
     if traced.training is not None:
-        run_on_labels(traced.training, traced.inputs, state, record=False)
+        labels |= run_on_labels(traced.training, traced.inputs, state, record=False)
     for pattern in patterns:
         keep_outputs(state, pattern)
-    return build(model, traced, state)
+    for node, value in labels.items():
+        if node.op == "call_function" and any(fnmatchcase(module_of(node), pattern) for pattern in still):
+            for labelled in pytree.tree_leaves((value, [labels[source] for source in node.all_input_nodes])):
+                if isinstance(labelled, Tensor):
+                    state.space.pin(labelled, f"the code of {module_of(node) or 'the model'} (needs all channels)")
+    return build(model, traced, state, labels)
 
 
 def layer_names(model: nn.Module, layers: object) -> list[str]:
@@ -106,8 +119,8 @@ def keep_outputs(state: Propagation, pattern: str) -> None:
             state.space.pin(labelled.labels, f"ignored ({pattern})")
 
 
-def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
-    """Number the units, gather them into groups and describe both."""
+def build(model: nn.Module, traced: Traced, state: Propagation, labels: Mapping[Node, Any]) -> ChannelGraph:
+    """Number the units, gather them into groups and describe both; ``labels`` are those of the graphs' values."""
     labelled_dims = list(state.dims.values())
     for labelled in unmade_dims(state, labelled_dims):
         state.space.pin(labelled.labels, "no convolution or linear layer makes its channels")
@@ -129,4 +142,5 @@ def build(model: nn.Module, traced: Traced, state: Propagation) -> ChannelGraph:
         rewrites=state.rewrites,
         inexact_units=inexact_units,
         inexact=inexact,
+        held_sizes=find_held_sizes(model, labels, units),
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastprune.graph.export.inputs import Inputs, InputSpec
 from fastprune.graph.plan_json import Code, decode, encode
-from fastprune.graph.structure import GraphStructure, Slice, belong_to, index_slices
+from fastprune.graph.structure import GraphStructure, HeldSize, Slice, belong_to, index_slices
 from fastprune.host.atomic import write_text
 from fastprune.host.wording import Facts, card, change, html_card, narrowest, percent
 
@@ -38,6 +38,8 @@ class PruningPlan:
             "either", the own code if it can.
         exact: whether removing the units equals zeroing them where they are read; False = some of them change
             statistics that normalise others, see ``trace(exact=False)``.
+        attributes: {attribute of the model's own code: its numbers of channels before and after}; see
+            ``graph.held_sizes``.
     """
 
     mask: Tensor
@@ -48,6 +50,7 @@ class PruningPlan:
     params: tuple[int, int]
     code: Code = "own"
     exact: bool = True
+    attributes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     @staticmethod
     def from_mask(graph: GraphStructure, mask: Tensor) -> PruningPlan:
@@ -71,6 +74,7 @@ class PruningPlan:
             params=(round(float(full.params)), round(float(planned.params))),
             code="either" if graph.rewrites else "own",
             exact=bool((keep | ~graph.inexact_units).all()),
+            attributes=resized(graph.held_sizes, keep),
         )
 
     @property
@@ -162,6 +166,10 @@ class PruningPlan:
             params=(self.params[0], following.params[1]),
             code="rewritten" if "rewritten" in codes else "either" if "either" in codes else "own",
             exact=self.exact and following.exact,
+            attributes={
+                name: (self.attributes.get(name, sizes)[0], following.attributes.get(name, sizes)[1])
+                for name, sizes in {**following.attributes, **self.attributes}.items()
+            },
         )
         require_same_widths(self, following, both)
         return both
@@ -275,6 +283,15 @@ def free_name(name: str, taken: Mapping[str, int]) -> str:
         count += 1
         free = f"{name}#{count}"
     return free
+
+
+def resized(held_sizes: Iterable[HeldSize], keep: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return {attribute: (its numbers, those that are left)} of those that change, and on which all uses agree."""
+    found: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for held in held_sizes:
+        found.setdefault(held.name, set()).add((held.full, held.under(keep)))
+    agreed = {name: next(iter(sizes)) for name, sizes in found.items() if len(sizes) == 1}
+    return {name: (full, left) for name, (full, left) in agreed.items() if full != left}
 
 
 def unique_names(graph: GraphStructure) -> dict[str, int]:

@@ -37,6 +37,10 @@ def encode(fields: Mapping[str, Any], keep: Mapping[str, list[int]]) -> dict[str
             | ({"computed": True} if s.computed else {})
             for s in fields["slices"]
         ],
+        "attributes": [
+            {"name": name, "full": list(full), "planned": list(left)}
+            for name, (full, left) in fields["attributes"].items()
+        ],
     }
 
 
@@ -63,6 +67,7 @@ def decode(values: Any) -> dict[str, Any]:
         "inputs": tuple(map(decode_input, values["inputs"])),
         "code": require_choice(Code, values.get("code", "own"), "code"),
         "exact": require_bool(values.get("exact", True), "exact"),
+        "attributes": dict(map(decode_attribute, values.get("attributes", []))),
     } | {name: (int(values[name]["full"]), int(values[name]["planned"])) for name in ("macs", "params")}
 
 
@@ -85,6 +90,17 @@ def decode_slice(values: Mapping[str, Any], num_units: int) -> Slice:
         role=require_choice(Role, values["role"], "role"),
         computed=require_bool(values.get("computed", False), "computed"),
     )
+
+
+def decode_attribute(values: Mapping[str, Any]) -> tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return an attribute's name, and its numbers of channels before and after."""
+    name = str(values["name"])
+    full, left = (tuple(require_integer(n, f"attribute {name!r}") for n in values[key]) for key in ("full", "planned"))
+    if len(full) != len(left) or not full:
+        raise ValueError(
+            f"attribute {name!r}: got {len(full)} numbers before and {len(left)} after; as many are needed"
+        )
+    return name, (full, left)
 
 
 def encode_input(spec: InputSpec) -> dict[str, Any]:

@@ -89,6 +89,29 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class HeldSize:
+    """An attribute of a module that holds numbers of channels.
+
+    Args:
+        name: the module's name and the attribute's.
+        counted: the units of each channel that a number counts, int64 [number, units that lie there]; -1 = always kept.
+            One tensor for an integer, several for a sequence of integers.
+    """
+
+    name: str
+    counted: tuple[Tensor, ...]
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """The numbers in the full network."""
+        return tuple(len(units) for units in self.counted)
+
+    def under(self, mask: Tensor) -> tuple[int, ...]:
+        """Return the numbers that are left where the flat ``mask`` [U] is True."""
+        return tuple(int((~belong_to(units, ~mask)).any(1).sum()) for units in self.counted)
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """One line of ``GraphStructure.table``: the groups of a layer's output channels, or why they stay.
 
@@ -161,6 +184,7 @@ class GraphStructure:
         rewrites: whether plans may need the network's graph rewritten; see ``trace``.
         inexact_units: whether the removal of a unit changes statistics that normalise others, bool [U].
         inexact: the operators that compute these statistics, with their modules.
+        held_sizes: attributes of the model's own code that hold numbers of channels, see ``graph.held_sizes``.
     """
 
     groups: tuple[Group, ...]
@@ -173,6 +197,7 @@ class GraphStructure:
     rewrites: bool
     inexact_units: Tensor
     inexact: tuple[str, ...]
+    held_sizes: tuple[HeldSize, ...] = ()
 
     @property
     def exact(self) -> bool:

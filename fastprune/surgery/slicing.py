@@ -15,7 +15,13 @@ from fastprune.graph.structure import Slice
 
 
 class SurgeryError(ValueError):
-    """The plan cannot be applied exactly to this model."""
+    """The plan cannot be applied exactly to this model.
+
+    Attributes:
+        module: name of the module whose code failed; None if none did.
+    """
+
+    module: str | None = None
 
 
 def slice_model(plan: PruningPlan, model: nn.Module) -> nn.Module:
@@ -41,6 +47,11 @@ def slice_model(plan: PruningPlan, model: nn.Module) -> nn.Module:
             correct_convolution(module, name, depthwise=bool(own & depthwise))
         elif own & shrunk:
             correct_sizes(module)
+    for path, (_, left) in plan.attributes.items():
+        name, _, attribute = path.rpartition(".")
+        owner = compact.get_submodule(name)
+        old = getattr(owner, attribute)
+        setattr(owner, attribute, left[0] if isinstance(old, int) else type(old)(left))
     return compact
 
 
@@ -74,6 +85,18 @@ def require_fit(plan: PruningPlan, model: nn.Module) -> None:
             raise PlanError(
                 f"the plan is for another model: {piece.tensor!r} has shape {tuple(tensor.shape)}, "
                 f"the plan needs size {len(piece.units)} along dimension {piece.dim}"
+            )
+
+    for path, (full, _) in plan.attributes.items():
+        name, _, attribute = path.rpartition(".")
+        try:
+            held = getattr(model.get_submodule(name), attribute)
+        except AttributeError:
+            held = None
+        if held not in (*full, list(full), full):
+            raise PlanError(
+                f"the plan is for another model: {path!r} is {held!r}, the plan needs "
+                f"{full[0] if len(full) == 1 else list(full)}"
             )
 
 

@@ -76,18 +76,27 @@ def cut(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> Cu
     if plan.code == "rewritten":
         compact = rewrite_compact(plan, model, compact, traced)
         return Cut(compact, verify(plan, model, compact), plan)
-    try:
-        return Cut(compact, verify(plan, model, compact), replace(plan, code="own"))
-    except SurgeryError as error:
-        if plan.code == "own":
-            raise
+    errors: list[SurgeryError] = []
+    for attempt in own_attempts(plan):
+        compact = slice_model(attempt, model)
         try:
-            compact = rewrite_compact(plan, model, compact, traced)
-            return Cut(compact, verify(plan, model, compact), replace(plan, code="rewritten"))
-        except SurgeryError as second:
-            if str(second) == str(error):
-                raise
-            raise SurgeryError(f"{error}. Its rewritten graph fails too: {second}") from second
+            return Cut(compact, verify(attempt, model, compact), replace(attempt, code="own"))
+        except SurgeryError as error:
+            errors.append(error)
+    if plan.code == "own":
+        raise errors[0]
+    try:
+        compact = rewrite_compact(plan, model, compact, traced)
+        return Cut(compact, verify(plan, model, compact), replace(plan, code="rewritten"))
+    except SurgeryError as second:
+        if str(second) == str(errors[0]):
+            raise
+        raise SurgeryError(f"{errors[0]}. Its rewritten graph fails too: {second}") from second
+
+
+def own_attempts(plan: PruningPlan) -> list[PruningPlan]:
+    """Return the plans under which the model's own code is tried: an attribute's value may fit a size by accident."""
+    return [plan, replace(plan, attributes={})] if plan.attributes else [plan]
 
 
 def cut_inexactly(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced | None) -> Cut:
@@ -98,14 +107,17 @@ def cut_inexactly(plan: PruningPlan, model: nn.Module, compact: nn.Module, trace
     """
     graph = rewrite_compact(plan, model, compact, traced)
     difference = verify(plan, model, graph)
-    if plan.code != "rewritten":
+    errors: list[SurgeryError] = []
+    for attempt in own_attempts(plan) if plan.code != "rewritten" else []:
+        failure = f"the code of {type(model).__name__}, on fewer channels, and its graph differ"
+        compact = slice_model(attempt, model)
         try:
-            failure = f"the code of {type(model).__name__}, on fewer channels, and its graph differ"
             prove_equal(plan, graph, compact, precisions_for(model), failure)
-            return Cut(compact, difference, replace(plan, code="own"))
-        except SurgeryError:
-            if plan.code == "own":
-                raise
+            return Cut(compact, difference, replace(attempt, code="own"))
+        except SurgeryError as error:
+            errors.append(error)
+    if plan.code == "own":
+        raise errors[0]
     return Cut(graph, difference, replace(plan, code="rewritten"))
 
 

@@ -223,9 +223,11 @@ def name_the_failing_module(model: nn.Module, what: str, why: str) -> Iterator[N
         yield
     except Exception as error:  # the model's own code may raise anything
         where = entered[-1] if entered else ""
-        raise SurgeryError(
+        failure = SurgeryError(
             f"{what}: {where or type(model).__name__!r} fails with {' '.join(str(error).split())[:300]}; {why}"
-        ) from error
+        )
+        failure.module = where
+        raise failure from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -51,7 +51,8 @@ def test_a_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     def search(folder: str) -> list[dict[str, Any]]:
         path = tmp_path / f"{folder}.json"
         line = f"recovery.py --model resnet20 --data synthetic:3x16x16:4:96 --json {path} --compensate none"
-        line += f" --weights {weights} --budgets 0.5 --methods dmc:epochs=3,batch_size=32 --runs {tmp_path / folder}"
+        line += f" --weights {weights} --budgets 0.5 --runs {tmp_path / folder}"
+        line += " --methods dmc:epochs=3,batch_size=32,channels_last=true"
         monkeypatch.setattr(sys, "argv", line.split())
         recovery.main()
         return json.loads(path.read_text())["rows"]

@@ -17,7 +17,13 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.nodes import operator_name
 from fastprune.graph.labels.labels import KEPT, canonicalise, core, varying_dims
-from fastprune.graph.labels.own_code import have_same_channels, require_equal, require_unmoved, shrinkable_dims
+from fastprune.graph.labels.own_code import (
+    have_same_channels,
+    require_equal,
+    require_same_parts,
+    require_unmoved,
+    shrinkable_dims,
+)
 from fastprune.graph.labels.propagate import Weight
 from fastprune.graph.labels.rules import Context, give_up, require_box, rule
 from fastprune.graph.labels.selection import Origin, find_selection
@@ -101,7 +107,9 @@ def require_own_code(context: Context, source: Tensor, result: Any, args: Any) -
             require_equal(context, source, list(source.chunk(args[1], 1)))
         elif context.operator in SELECTING and varying_dims(source):
             require_unmoved(context, source, result)
-    elif context.operator in PARTING or context.operator == "unbind":
+    elif context.operator in PARTING:
+        require_same_parts(context, source, list(result))
+    elif context.operator == "unbind":
         require_equal(context, source, list(result))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastprune.graph.export.nodes import module_of
 from fastprune.graph.labels.labels import IntArray, core, varying_dims, vector_along
 from fastprune.graph.labels.rules import Context
 
@@ -49,6 +50,24 @@ def require_equal(context: Context, source: Tensor, parts: list[Tensor]) -> None
         return None if same or whole else source
 
     context.state.checks.append((fails, f"{context.reason} (cuts its channels)"))
+
+
+def require_same_parts(context: Context, source: Tensor, parts: list[Tensor]) -> None:
+    """Require that code that cuts a value can cut it again: parts of one size lose the same channels.
+
+    ``chunk`` follows the number of channels. Other code names the sizes: each must be an attribute, which then changes.
+    """
+    held = context.state.held.get(module_of(context.node), frozenset())
+    dims = [dim for dim in varying_dims(source) if any(part.size(dim) != source.size(dim) for part in parts)]
+    sizes = tuple(part.size(dims[0]) for part in parts) if len(dims) == 1 else ()
+    follows = context.operator in ("chunk", "tensor_split") and len(set(sizes)) == 1
+    if not sizes or not (follows or sizes in held or held.issuperset(sizes)):
+        require_equal(context, source, parts)
+        return
+    for size in set(sizes):
+        first, *others = (part for part in parts if part.size(dims[0]) == size)
+        for other in others:
+            context.state.space.unite(first, other, f"{context.reason} (cuts its channels)")
 
 
 def require_unmoved(context: Context, source: Tensor, result: Tensor) -> None:

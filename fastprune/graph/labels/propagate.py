@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -142,6 +143,8 @@ class Propagation:
 
     exact: bool = True  # whether operators that mix channels pin them; False = they are noted in ``mixed``
     rewrites: bool = True  # whether the compact network may be a rewritten graph; False = the model's own code runs it
+    # {module: the values of its attributes that may be numbers of channels}; see ``graph.held_sizes``
+    held: Mapping[str, frozenset[Any]] = field(default_factory=dict)
     space: LabelSpace = field(default_factory=LabelSpace)
     dims: dict[tuple[str, int], LabelledDim] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)

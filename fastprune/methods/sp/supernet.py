@@ -160,7 +160,7 @@ class Part:
     def __init__(
         self, graph: ChannelGraph, network: GraphModule, example: Tensor, groups: Sequence[int], name: str
     ) -> None:
-        own = trace(network, example, rewrite=graph.rewrites, exact=graph.exact)
+        own = trace(network, example, exact=graph.exact)
         self.slices = SubNetworks(own, network)
         self.unit = map_units(graph, own, groups, name)
 

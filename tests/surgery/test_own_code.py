@@ -1,0 +1,195 @@
+"""Models whose own code holds numbers of channels: the code goes on on fewer of them, with the numbers changed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastprune as fp
+
+IMAGE = torch.zeros(2, 3, 8, 8)
+
+
+class Halves(nn.Module):
+    """Splits at a width that it holds, as YOLO's C3k2 does; ``spare`` has another meaning and the same value."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.width = width
+        self.spare = width
+        self.wide, self.deep = nn.Conv2d(3, 2 * width, 1), nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Conv2d(3 * width, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.wide(x).relu().split((self.width, self.width), 1)
+        return self.head(torch.cat([a, b, self.deep(b).relu()], 1)).mean((2, 3))
+
+
+class Chunks(Halves):
+    """Cuts where the channels end, and holds the width for another way to run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.wide(x).relu().chunk(2, 1)
+        return self.head(torch.cat([a, b, self.deep(b).relu()], 1)).mean((2, 3))
+
+    def forward_split(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Parts(nn.Module):
+    """Splits at a list of widths, as MixNet's convolutions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths = [4, 6]
+        self.stem = nn.Conv2d(3, 10, 1)
+        self.branches = nn.ModuleList(nn.Conv2d(n, n, 3, padding=1, groups=n) for n in self.widths)
+        self.head = nn.Conv2d(10, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.stem(x).split(self.widths, 1)
+        joined = torch.cat([branch(part) for branch, part in zip(self.branches, parts, strict=True)], 1)
+        return self.head(joined.relu()).mean((2, 3))
+
+
+class Attention(nn.Module):
+    """Takes the number of values from the shape of its input, as YOLO's attention does: the two are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mixed, self.head = nn.Conv2d(3, 8, 1), Mixed(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mixed(self.stem(x))).mean((2, 3))
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.make = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return self.make(x).flatten(2).view(n, c, h, w) + x.mean((2, 3), keepdim=True).sum(1, keepdim=True)
+
+
+def plan_of(model: nn.Module, left: float = 2 / 3, **options: Any) -> fp.PruningPlan:
+    graph = fp.trace(model, IMAGE, **options)
+    mask = torch.ones(graph.num_units)
+    for group in graph.groups:
+        mask[group.units][max(1, round(group.size * left)) :] = 0
+    return graph.plan(mask)
+
+
+def test_an_attribute_that_holds_a_width_follows_it() -> None:
+    torch.manual_seed(0)
+    model = Halves()
+    plan = plan_of(model)
+    compact = fp.apply(plan, model)
+    assert type(compact) is Halves
+    assert (compact.width, compact.spare, model.width) == (4, 6, 6)
+    assert plan.attributes == {"width": ((6,), (4,))}
+    assert compact.train()(IMAGE).shape == (2, 4)
+
+
+def test_unequal_halves_need_the_rewritten_graph_unless_the_class_must_stay() -> None:
+    torch.manual_seed(0)
+    model = Halves()
+    graph = fp.trace(model, IMAGE)
+    mask = torch.ones(graph.num_units)
+    mask[graph.groups[0].start] = 0
+    plan = graph.plan(mask)
+    assert plan.attributes == {}
+    assert isinstance(fp.apply(plan, model), fp.RewrittenNetwork)
+    own = fp.trace(model, IMAGE, rewrite=False)
+    assert own.num_units < graph.num_units
+    for unit in range(own.num_units):
+        mask = torch.ones(own.num_units)
+        mask[unit] = 0
+        assert type(fp.apply(own.plan(mask), model)) is Halves
+
+
+def test_a_width_that_the_traced_code_does_not_read_follows_too() -> None:
+    torch.manual_seed(0)
+    model = Chunks()
+    compact = fp.apply(plan_of(model), model)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(compact.forward_split(images), compact(images))
+
+
+def test_a_list_of_widths_follows() -> None:
+    torch.manual_seed(0)
+    model = Parts()
+    plan = plan_of(model, 1 / 2)
+    compact = fp.apply(plan, model)
+    assert type(compact) is Parts
+    assert compact.widths == [2, 3]
+    assert model.widths == [4, 6]
+    assert type(fp.apply(plan_of(model, 1 / 2, rewrite=False), model)) is Parts
+
+
+def test_a_value_that_fits_by_accident_is_left_alone() -> None:
+    class Accident(Halves):
+        def __init__(self) -> None:
+            super().__init__()
+            self.times = 6
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.wide(x).relu().chunk(2, 1)
+            return self.head(torch.cat([a, b, self.deep(b).relu()], 1)).mean((2, 3)) * self.times
+
+    torch.manual_seed(0)
+    model = Accident()
+    plan = plan_of(model)
+    assert set(plan.attributes) == {"times", "width"}
+    compact = fp.apply(plan, model)
+    assert type(compact) is Accident
+    assert (compact.times, compact.width) == (6, 6)
+
+
+def test_channels_stay_that_the_code_of_a_module_needs() -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    graph = fp.trace(model, IMAGE, rewrite=False)
+    reasons = dict(graph.unprunable)
+    assert reasons["mixed.make"] == "the code of mixed (needs all channels)"
+    for unit in range(graph.num_units):
+        mask = torch.ones(graph.num_units)
+        mask[unit] = 0
+        assert type(fp.apply(graph.plan(mask), model)) is Attention
+
+
+def test_a_plan_in_a_file_changes_the_attributes_of_another_copy() -> None:
+    torch.manual_seed(0)
+    model = Parts()
+    plan = plan_of(model, 1 / 2)
+    read = fp.PruningPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert read.attributes == {"widths": ((4, 6), (2, 3))}
+    assert fp.apply(read, Parts()).widths == [2, 3]
+    other = Parts()
+    other.widths = [5, 5]
+    with pytest.raises(fp.PlanError, match=r"'widths' is \[5, 5\], the plan needs \[4, 6\]"):
+        fp.apply(read, other)
+
+
+@pytest.mark.parametrize("planned", [[2], [2, 0], "2"])
+def test_a_damaged_attribute_is_no_plan(planned: object) -> None:
+    values = plan_of(Parts(), 1 / 2).to_json()
+    values["attributes"][0]["planned"] = planned
+    with pytest.raises(fp.PlanError, match="not a pruning plan"):
+        fp.PruningPlan.from_json(values)
+
+
+def test_two_plans_join_to_one() -> None:
+    torch.manual_seed(0)
+    model = Halves()
+    first = plan_of(model)
+    compact = fp.apply(first, model)
+    second = plan_of(compact, 1 / 2)
+    both = first.then(second)
+    assert both.attributes == {"width": ((6,), (2,))}
+    assert type(fp.apply(both, model)) is Halves
