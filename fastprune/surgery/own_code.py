@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -59,11 +59,11 @@ def trace(
     if rewrite or any(tensor.is_meta for tensor in state_of(model).values()):
         return graph
     still: list[str] = []
-    while (module := failing_module(graph, model)) is not None:
-        wider = next((m for m in widen(module) if m not in still), None)
+    while (failing := failing_module(graph, model)) is not None:
+        wider = next((names for names in widen(failing, model) if not set(names) <= set(still)), None)
         if wider is None:
             break
-        still.append(wider)
+        still += wider
         graph = build.label(model, graph.traced, rewrite=False, ignore=ignore, exact=exact, still=still)
     return graph
 
@@ -81,7 +81,18 @@ def failing_module(graph: ChannelGraph, model: nn.Module) -> str | None:
     return None
 
 
-def widen(module: str) -> list[str]:
-    """Return what may need all channels if the code of a module fails, from little to all: see ``build.label``."""
-    around = [module.rsplit(".", up)[0] for up in range(module.count(".") + 1)] if module else []
-    return [pattern for name in around for pattern in (name, f"{name}.*")] + ["", "*"]
+def widen(failing: str, model: nn.Module) -> Iterator[list[str]]:
+    """Yield the modules that may need all their channels if the code of one fails, from few to many.
+
+    The first are those of the same class, then they with all modules inside, then the same of the module around.
+
+    Args:
+        failing: the module's name.
+        model: the network.
+    """
+    parts = failing.split(".") if failing else []
+    for depth in range(len(parts), -1, -1):
+        kind = type(model.get_submodule(".".join(parts[:depth])))
+        alike = [name for name, module in model.named_modules() if type(module) is kind]
+        yield alike
+        yield [f"{name}.*" if name else "*" for name in alike]
