@@ -1,0 +1,1 @@
+"""Networks of other libraries, with their data, losses and trainers."""

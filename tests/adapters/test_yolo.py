@@ -1,0 +1,189 @@
+"""Ultralytics networks: pruned by their own loss on their own data, they train, save and export as before."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import fastprune as fp
+
+pytest.importorskip("ultralytics")
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ultralytics warns of much
+
+SIDE = 64
+BODY = """
+nc: 2
+kpt_shape: [3, 2]
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, C3k2, [24, True]]
+  - [-1, 1, Conv, [128, 3, 2]]
+  - [-1, 1, C2PSA, [128]]
+head:
+"""
+HEADS = {
+    "detect": "  - [[2, 4], 1, Detect, [nc]]\n",
+    "segment": "  - [[2, 4], 1, Segment, [nc, 8, 16]]\n",
+    "pose": "  - [[2, 4], 1, Pose, [nc, kpt_shape]]\n",
+    "obb": "  - [[2, 4], 1, OBB, [nc, 1]]\n",
+    "classify": "  - [-1, 1, Classify, [nc]]\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def keep_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep Ultralytics' settings and results in the test's folder, and let it install and fetch nothing."""
+    for name, value in {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_AUTOINSTALL": "false", "YOLO_OFFLINE": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+
+def make_data(folder: Path, task: str) -> Path:
+    """Write random images with labels; the third has no object."""
+    random = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for number in range(6):
+            image = Image.fromarray(random.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
+            if task == "classify":
+                place = folder / part / "ab"[number % 2] / f"{number}.jpg"
+            else:
+                place = folder / "images" / part / f"{number}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            image.save(place)
+            if task != "classify":
+                lines = [f"{random.integers(2)} {shape(random, task)}" for _ in range(number % 3 if number != 2 else 0)]
+                text = folder / "labels" / part / f"{number}.txt"
+                text.parent.mkdir(parents=True, exist_ok=True)
+                text.write_text("\n".join(lines) + "\n")
+    if task == "classify":
+        return folder
+    values = {"path": str(folder), "train": "images/train", "val": "images/val", "names": ["a", "b"]}
+    (folder / "data.yaml").write_text(yaml.safe_dump(values | {"kpt_shape": [3, 2]}))
+    return folder / "data.yaml"
+
+
+def shape(random: np.random.Generator, task: str) -> str:
+    """Return what a line of labels says of an object."""
+    x, y, w, h = random.uniform(0.3, 0.6, 2).tolist() + random.uniform(0.2, 0.4, 2).tolist()
+    numbers = [x, y, w, h]
+    if task in ("segment", "obb"):
+        numbers = [x, y, x + w, y, x + w, y + h, x, y + h]
+    if task == "pose":
+        numbers += [x, y, x - w / 4, y, x, y + h / 4]
+    return " ".join(f"{number:.4f}" for number in numbers)
+
+
+def make_network(folder: Path, task: str) -> Any:
+    """Return a small untrained ``YOLO`` of a task, of the blocks of YOLO11."""
+    path = folder / f"tiny-{task}.yaml"
+    path.write_text(BODY + HEADS[task])
+    torch.manual_seed(0)
+    return importlib.import_module("ultralytics").YOLO(str(path), task=task)
+
+
+def train(network: Any, data: Path, folder: Path) -> None:
+    """Train for an epoch; Ultralytics takes a relative ``project`` for one in its own folder where pytest runs."""
+    options = {"epochs": 1, "imgsz": SIDE, "batch": 3, "workers": 0, "plots": False, "device": "cpu"}
+    network.train(data=str(data), project=str(folder / "runs"), **options)
+
+
+def adapter() -> Any:
+    return importlib.import_module("fastprune.adapters.yolo")
+
+
+@pytest.mark.parametrize("task", list(HEADS))
+def test_a_network_of_each_task_is_pruned_by_its_own_loss_and_trains_on(task: str, tmp_path: Path) -> None:
+    yolo, network, data = adapter(), make_network(tmp_path, task), make_data(tmp_path / "data", task)
+    options = {"image_size": SIDE, "batch_size": 3, "images": 6, "calibration": 6}
+    small = yolo.prune(network, budget=0.5, method="taylor", data=data, **options)
+    result = small.pruning
+    assert result.plan.code == "own"
+    assert result.plan.macs[1] <= 0.5 * result.plan.macs[0]
+    assert type(small.model) is type(network.model)
+    assert small.names == network.names
+    assert isinstance(small, type(network))
+    small.train(
+        data=str(data),
+        epochs=1,
+        imgsz=SIDE,
+        batch=3,
+        workers=0,
+        plots=False,
+        device="cpu",
+        project=str(tmp_path / "runs"),
+    )
+    assert sum(p.numel() for p in small.model.parameters()) == result.plan.params[1]
+    assert sum(p.numel() for p in network.model.parameters()) == result.plan.params[0]
+    small.save("small.pt")
+    again = yolo.load("small.pt")
+    again.train(
+        data=str(data),
+        epochs=1,
+        imgsz=SIDE,
+        batch=3,
+        workers=0,
+        plots=False,
+        device="cpu",
+        project=str(tmp_path / "runs"),
+    )
+    assert sum(p.numel() for p in again.model.parameters()) == result.plan.params[1]
+
+
+def test_a_pruned_network_is_exported_to_onnx(tmp_path: Path) -> None:
+    runtime = importlib.import_module("onnxruntime")
+    small = adapter().prune(make_network(tmp_path, "detect"), image_size=SIDE)
+    path = small.export(format="onnx", imgsz=SIDE, simplify=False)
+    session = runtime.InferenceSession(path)
+    images = torch.rand(1, 3, SIDE, SIDE)
+    (got,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = small.model.eval()(images)[0]
+    assert torch.allclose(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_sizes_of_images_and_the_split_form_of_its_blocks_run(tmp_path: Path) -> None:
+    small = adapter().prune(make_network(tmp_path, "detect"), image_size=SIDE)
+    images = torch.rand(2, 3, 96, 128)
+    with torch.no_grad():
+        expected = small.model.eval()(images)[0]
+        for module in small.model.modules():
+            if hasattr(module, "forward_split"):
+                module.forward = module.forward_split
+        assert torch.equal(small.model(images)[0], expected)
+
+
+def test_data_of_other_classes_are_refused(tmp_path: Path) -> None:
+    yolo, network, data = adapter(), make_network(tmp_path, "detect"), make_data(tmp_path / "data", "detect")
+    values = yaml.safe_load(data.read_text()) | {"names": ["a", "b", "c"]}
+    data.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="has 3 classes, the network 2"):
+        yolo.prune(network, method="taylor", data=data, image_size=SIDE)
+    small = yolo.prune(network, image_size=SIDE)
+    with pytest.raises(ValueError, match="the data set has 3 classes, the pruned network 2"):
+        small.train(
+            data=str(data), epochs=1, imgsz=SIDE, workers=0, plots=False, device="cpu", project=str(tmp_path / "runs")
+        )
+
+
+def test_what_is_no_network_of_ultralytics_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"got ResNet; an ultralytics\.YOLO"):
+        adapter().prune(fp.models.create("resnet20"))
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n"])
+def test_published_networks_keep_their_class(name: str) -> None:
+    torch.manual_seed(0)
+    network = importlib.import_module("ultralytics").YOLO(f"{name}.yaml")
+    small = adapter().prune(network, image_size=128, budget=0.5)
+    assert type(small.model) is type(network.model)
+    assert small.pruning.plan.macs[1] <= 0.5 * small.pruning.plan.macs[0]
+    assert torch.equal(small.model.stride, network.model.stride)
