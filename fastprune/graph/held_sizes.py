@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fastprune.graph.export.nodes import argument_of, module_of, operator_name
+from fastprune.graph.export.nodes import argument_of, cut_places, module_of, operator_name
 from fastprune.graph.labels.labels import core, varying_dims
 from fastprune.graph.labels.moves import PARTING, SELECTING
 from fastprune.graph.structure import HeldSize
@@ -38,7 +38,7 @@ def find_held_sizes(model: nn.Module, labels: Mapping[Node, Any], units: Units) 
         held = holders.get(module_of(node))
         if node.op != "call_function" or held is None or operator_name(node) not in PARTING | SIZED | SELECTING:
             continue
-        for full, counted in sizes_of(node, value, units):
+        for full, counted in sizes_of(node, value, labels, units):
             for name, own in held.items():
                 if own == full:
                     path = f"{module_of(node)}.{name}".removeprefix(".")
@@ -83,15 +83,29 @@ def names_in(code: CodeType) -> Iterator[str]:
             yield from names_in(constant)
 
 
-def sizes_of(node: Node, labels: Any, units: Units) -> Iterator[tuple[int | tuple[int, ...], tuple[Tensor, ...]]]:
-    """Yield the sizes of a node's results that may shrink, and what they count: single ones, and those of all parts."""
-    results = [x for x in pytree.tree_leaves(labels) if isinstance(x, Tensor)]
+def sizes_of(
+    node: Node, value: Any, labels: Mapping[Node, Any], units: Units
+) -> Iterator[tuple[int | tuple[int, ...], tuple[Tensor, ...]]]:
+    """Yield sizes that may shrink and what they count: of a node's results, of all its parts, up to where it cuts.
+
+    Args:
+        node: a node that moves channels.
+        value: the labels of its results.
+        labels: the labels of all values.
+        units: the units.
+    """
+    results = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
     for result in results:
         for dim in varying_dims(result):
             yield result.size(dim), (units_along(result, dim, units),)
     if operator_name(node) in PARTING and results:
         dim = int(argument_of(node, "dim")) % results[0].dim()
         yield tuple(part.size(dim) for part in results), tuple(units_along(part, dim, units) for part in results)
+    source = labels.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+    if operator_name(node) == "slice" and isinstance(source, Tensor):
+        dim, bounds = cut_places(node, tuple(source.shape))
+        for place in bounds:
+            yield place, (units_along(source.narrow(dim, 0, place), dim, units),)
 
 
 def units_along(labels: Tensor, dim: int, units: Units) -> Tensor:

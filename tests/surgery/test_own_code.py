@@ -56,6 +56,21 @@ class Parts(nn.Module):
         return self.head(joined.relu()).mean((2, 3))
 
 
+class Ahead(nn.Module):
+    """Adds a shortcut to its first channels, as ReXNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = 4
+        self.stem, self.wide, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 10, 1), nn.Conv2d(10, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.wide(x)
+        y = torch.cat([y[:, : self.first] + x, y[:, self.first :]], 1)
+        return self.head(y.relu()).mean((2, 3))
+
+
 class Attention(nn.Module):
     """Takes the number of values from the shape of its input, as YOLO's attention does: the two are the same."""
 
@@ -130,6 +145,16 @@ def test_a_list_of_widths_follows() -> None:
     assert compact.widths == [2, 3]
     assert model.widths == [4, 6]
     assert type(fp.apply(plan_of(model, 1 / 2, rewrite=False), model)) is Parts
+
+
+def test_a_place_to_cut_at_follows() -> None:
+    torch.manual_seed(0)
+    model = Ahead()
+    plan = plan_of(model, 1 / 2, rewrite=False)
+    compact = fp.apply(plan, model)
+    assert type(compact) is Ahead
+    assert compact.first == 2
+    assert plan.widths == {"stem": (2, 4), "wide": (3, 6)}
 
 
 def test_a_value_that_fits_by_accident_is_left_alone() -> None:

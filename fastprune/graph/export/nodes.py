@@ -58,3 +58,12 @@ def set_argument(node: Node, name: str, value: Any) -> None:
         node.update_arg(place, value)
     else:
         node.update_kwarg(name, value)
+
+
+def cut_places(node: Node, shape: tuple[int, ...]) -> tuple[int, list[int]]:
+    """Return the dimension along which a slice cuts a value of ``shape``, and where: its start and end, if inside."""
+    dim = int(argument_of(node, "dim")) % len(shape)
+    size = shape[dim]
+    bounds = (argument_of(node, "start"), argument_of(node, "end"))
+    places = [bound + size if isinstance(bound, int) and bound < 0 else bound for bound in bounds]
+    return dim, [place for place in places if isinstance(place, int) and 0 < place < size]

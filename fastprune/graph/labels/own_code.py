@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprune.graph.export.nodes import module_of
+from fastprune.graph.export.nodes import argument_of, cut_places, module_of
 from fastprune.graph.labels.labels import IntArray, core, varying_dims, vector_along
 from fastprune.graph.labels.rules import Context
 
@@ -71,7 +71,15 @@ def require_same_parts(context: Context, source: Tensor, parts: list[Tensor]) ->
 
 
 def require_unmoved(context: Context, source: Tensor, result: Tensor) -> None:
-    """Require that a selection does not touch the dimension that holds the channels; pin them if it does."""
+    """Require that a selection does not touch the dimension that holds the channels; pin them if it does.
+
+    A slice may cut where an attribute of its module says, which then changes.
+    """
+    held = context.state.held.get(module_of(context.node), frozenset())
+    if context.operator == "slice" and argument_of(context.node, "step") == 1:
+        dim, places = cut_places(context.node, tuple(source.shape))
+        if varying_dims(source) == [dim] and held.issuperset(places):
+            return
     if not have_same_channels(source, result):
         context.state.space.pin(source, f"{context.reason} (selects channels)")
         context.state.space.pin(result, f"{context.reason} (selects channels)")
