@@ -10,9 +10,15 @@ from torch import nn
 from fastprune.graph import build
 from fastprune.graph.channel_graph import ChannelGraph
 from fastprune.graph.export.inputs import Example, Inputs
+from fastprune.graph.export.nodes import operator_name
+from fastprune.graph.export.tracing import Traced
+from fastprune.graph.held_sizes import SIZED
+from fastprune.graph.labels.moves import PARTING, SELECTING
 from fastprune.graph.model_state import state_of
 from fastprune.surgery.slicing import SurgeryError, slice_model
 from fastprune.surgery.verification import verify
+
+CUTTING = PARTING | SIZED | SELECTING | {"unbind", "layer_norm", "group_norm", "rms_norm"}
 
 
 def trace(
@@ -56,7 +62,7 @@ def trace(
         (10, 352, 40.55)
     """
     graph = build.trace(model, example_inputs, rewrite=rewrite, ignore=ignore, exact=exact)
-    if rewrite or any(tensor.is_meta for tensor in state_of(model).values()):
+    if rewrite or not cuts(graph.traced) or any(tensor.is_meta for tensor in state_of(model).values()):
         return graph
     still: list[str] = []
     while (failing := failing_module(graph, model)) is not None:
@@ -66,6 +72,12 @@ def trace(
         still += wider
         graph = build.label(model, graph.traced, rewrite=False, ignore=ignore, exact=exact, still=still)
     return graph
+
+
+def cuts(traced: Traced) -> bool:
+    """Return whether any operator may hold a number of channels, or cut at one; other code runs on any number."""
+    graphs = [traced.evaluation] if traced.training is None else [traced.evaluation, traced.training]
+    return any(operator_name(node) in CUTTING for graph in graphs for node in graph.graph.nodes)
 
 
 def failing_module(graph: ChannelGraph, model: nn.Module) -> str | None:
