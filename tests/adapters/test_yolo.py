@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ pytest.importorskip("ultralytics")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ultralytics warns of much
 
 SIDE = 64
+PAGE = Path(__file__).parents[2] / "docs/detectors.md"
 BODY = """
 nc: 2
 kpt_shape: [3, 2]
@@ -187,3 +189,22 @@ def test_published_networks_keep_their_class(name: str) -> None:
     assert type(small.model) is type(network.model)
     assert small.pruning.plan.macs[1] <= 0.5 * small.pruning.plan.macs[0]
     assert torch.equal(small.model.stride, network.model.stride)
+
+
+def test_the_guide_runs_on_few_small_images(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", "detect")
+    data.write_text(yaml.safe_dump(yaml.safe_load(data.read_text()) | {"names": [f"class {n}" for n in range(80)]}))
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    code = "\n".join(blocks)
+    for printed, here in {
+        "yolo11n.pt": "yolo11n.yaml",
+        "coco8.yaml": str(data),
+        "640": str(SIDE),
+        "epochs=100": f"epochs=1, workers=0, plots=False, device='cpu', project='{tmp_path}/runs'",
+        'format="onnx"': 'format="onnx", simplify=False',
+    }.items():
+        assert printed in code
+        code = code.replace(printed, here)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code, PAGE.name, "exec"), names)
+    assert names["small"].model.yaml["nc"] == 80
