@@ -57,7 +57,7 @@ class SubNetworks:
         self.source = copy_traced(graph)
         self._overwrites = make_out_of_place(self.source)
         share_tensors(model, self.source)
-        state = Propagation(exact=False, rewrites=graph.rewrites)
+        state = Propagation(exact=False)  # these graphs are rewritten, also where the model's own code is to be kept
         self._labels = run_on_labels(self.source, graph.traced.inputs, state, record=True)
         self._selections = state.selections
         self._unit_of_label = unit_of_label(graph, state)

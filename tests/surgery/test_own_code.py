@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastprune as fp
+from fastprune.networks.subnetworks import SubNetworks
 
 IMAGE = torch.zeros(2, 3, 8, 8)
 
@@ -155,6 +156,19 @@ def test_a_place_to_cut_at_follows() -> None:
     assert type(compact) is Ahead
     assert compact.first == 2
     assert plan.widths == {"stem": (2, 4), "wide": (3, 6)}
+
+
+@pytest.mark.parametrize("kind", [Halves, Parts, Ahead])
+def test_sub_networks_on_slices_of_the_weights_compute_the_same(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    graph = fp.trace(model, IMAGE, rewrite=False)
+    mask = torch.ones(graph.num_units)
+    for group in graph.groups:
+        mask[group.units][group.size // 2 :] = 0
+    images = torch.randn(2, 3, 8, 8)
+    compact = fp.apply(graph.plan(mask), model)
+    assert torch.allclose(SubNetworks(graph, model)(images, mask=mask.bool()), compact(images), atol=1e-6)
 
 
 def test_a_value_that_fits_by_accident_is_left_alone() -> None:
