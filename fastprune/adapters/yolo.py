@@ -58,20 +58,23 @@ def prune(
         image_size: height and width of the images; costs are counted for them.
         batch_size: images in a batch.
         workers: processes that read images.
-        **arguments: further ones of ``fastprune.prune``.
+        **arguments: further ones of ``fastprune.prune``, other than ``rewrite``, ``exact``, ``loss`` and ``forward``.
 
     Returns:
         A ``YOLO``; its attribute ``pruning`` is the ``PruningResult``.
 
     Raises:
-        TypeError: if the network is none of Ultralytics'.
+        TypeError: if the network is none of Ultralytics', or for an argument that this function decides.
         ValueError: if the data set has another number of classes than the network; and as ``fastprune.prune``.
     """
+    own = {"rewrite", "exact", *(("loss", "forward") if data is not None else ())}
+    if clash := sorted(own & set(arguments)):
+        raise TypeError(f"{', '.join(clash)}: this function decides it; call fastprune.prune(network.model, …) instead")
     if not isinstance(network, YOLO) or not isinstance(network.model, nn.Module):
         raise TypeError(f"network: got {type(network).__name__}; an ultralytics.YOLO with a PyTorch network is needed")
     model: Any = network.model
     if data is not None:
-        settings = settings_of(network, data=str(data), imgsz=image_size)
+        settings = settings_of(network, data=str(data), imgsz=image_size, rect=False)
         arguments |= {"data": read_batches(network, settings, batch_size, workers), "forward": run_batch}
         arguments |= {"loss": Criterion(model, settings)}
     channels = int(model.yaml.get("channels", 3))
@@ -94,7 +97,8 @@ def adopt(network: Any, result: PruningResult) -> Any:
     compact: Any = result.model
     compact.requires_grad_(requires_grad=True)
     small = copy.copy(network)
-    small.__dict__ = {**vars(network), "_modules": {**network._modules}, "callbacks": {**network.callbacks}}
+    small.__dict__ = {**vars(network), "_modules": {**network._modules}, "callbacks": copy.copy(network.callbacks)}
+    small.callbacks.update({event: list(functions) for event, functions in network.callbacks.items()})
     small.model, small.predictor, small.pruning = compact, None, result
     small.overrides = {**network.overrides, "pretrained": True}
     small.ckpt = {**(network.ckpt or {}), "model": compact, "ema": None, "optimizer": None, "epoch": -1}
@@ -119,16 +123,19 @@ def narrow_class(kind: type) -> type:
     if issubclass(kind, Pruned):
         return kind
 
-    def smart_load(self: Any, key: str) -> Any:
-        found = kind._smart_load(self, key)  # type: ignore[attr-defined]
-        return narrow_trainer(found) if key == "trainer" else found
+    def train(self: Any, trainer: Any = None, **arguments: Any) -> Any:
+        given = trainer or self._smart_load("trainer")  # named, as several data sets would be trained by other code
+        return kind.train(self, trainer=narrow_trainer(given), **arguments)  # type: ignore[attr-defined]
 
-    return type(f"Pruned{kind.__name__}", (kind, Pruned), {"_smart_load": smart_load})
+    def tune(self: Any, *arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError("tune trains networks of full width; tune the full network, then prune it")
+
+    return type(f"Pruned{kind.__name__}", (kind, Pruned), {"train": train, "tune": tune})
 
 
 @functools.cache
 def narrow_trainer(kind: type) -> type:
-    """Return a trainer that takes the network that it is given, where its base builds one from a description."""
+    """Return a trainer that takes a copy of the given network, where its base builds one from a description."""
 
     def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         if weights is None:
@@ -139,8 +146,9 @@ def narrow_trainer(kind: type) -> type:
                 f"the data set has {classes} classes, the pruned network {weights.yaml['nc']}: train the full network "
                 "on these data first, then prune it"
             )
-        weights.requires_grad_(True)
-        return weights
+        network = copy.deepcopy(weights)
+        network.requires_grad_(True)
+        return network
 
     return type(f"Pruned{kind.__name__}", (kind,), {"get_model": get_model})
 
@@ -204,14 +212,19 @@ class Criterion:
     """
 
     def __init__(self, model: Any, settings: Any) -> None:
-        given, model.args = getattr(model, "args", None), settings
-        try:
-            self.criterion = model.init_criterion()
-        finally:
-            model.args = given
+        self.model, self.settings = model, settings
+        self.criteria: dict[torch.device, Any] = {}
+
+    def criterion_on(self, device: torch.device) -> Any:
+        """Return Ultralytics' criterion, which keeps tensors on one device."""
+        if device not in self.criteria:
+            model = copy.deepcopy(self.model).to(device)
+            model.args = self.settings
+            self.criteria[device] = model.init_criterion()
+        return self.criteria[device]
 
     def __call__(self, predictions: Any, batch: Mapping[str, Any]) -> Tensor:
         """Return the mean loss of a batch."""
-        loss, _ = self.criterion(predictions, batch)
+        loss, _ = self.criterion_on(batch["img"].device)(predictions, batch)
         total: Tensor = loss.sum()
         return total if "batch_idx" not in batch else total / len(batch["img"])

@@ -53,7 +53,7 @@ def label(
     rewrite: bool,
     ignore: str | nn.Module | Sequence[str | nn.Module],
     exact: bool,
-    still: Collection[str] = (),
+    whole: Collection[str] = (),
 ) -> ChannelGraph:
     """Find the channel groups in the graphs of a network.
 
@@ -63,7 +63,7 @@ def label(
         rewrite: as in ``trace``.
         ignore: as in ``trace``.
         exact: as in ``trace``.
-        still: modules whose code needs all channels of what it reads and makes; ``name.*`` stands for all modules
+        whole: modules whose code needs all channels of what it reads and makes; ``name.*`` stands for all modules
             inside.
     """
     patterns = layer_names(model, ignore)
@@ -75,7 +75,7 @@ def label(
     for pattern in patterns:
         keep_outputs(state, pattern)
     for node, value in labels.items():
-        if node.op == "call_function" and any(fnmatchcase(module_of(node), pattern) for pattern in still):
+        if node.op == "call_function" and any(fnmatchcase(module_of(node), pattern) for pattern in whole):
             for labelled in pytree.tree_leaves((value, [labels[source] for source in node.all_input_nodes])):
                 if isinstance(labelled, Tensor):
                     state.space.pin(labelled, f"the code of {module_of(node) or 'the model'} (needs all channels)")

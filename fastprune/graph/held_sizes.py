@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import textwrap
 from collections.abc import Iterator, Mapping
-from types import CodeType
 from typing import Any
 
 import torch
@@ -14,18 +17,20 @@ from torch.utils import _pytree as pytree
 from fastprune.graph.export.nodes import argument_of, cut_places, module_of, operator_name
 from fastprune.graph.labels.labels import core, varying_dims
 from fastprune.graph.labels.moves import PARTING, SELECTING
+from fastprune.graph.rewrite import SIZED
 from fastprune.graph.structure import HeldSize
 from fastprune.graph.units import Units
 
-SIZED = {"view", "_unsafe_view", "reshape", "expand", "unflatten"}  # operators with sizes among their arguments
+# Functions and methods of torch with sizes, or places to cut at, among their arguments.
+WITH_SIZES = {"view", "reshape", "expand", "unflatten", "split", "split_with_sizes", "narrow"}
 
 
 def find_held_sizes(model: nn.Module, labels: Mapping[Node, Any], units: Units) -> tuple[HeldSize, ...]:
     """Return the attributes that hold the size of something that an operator of their module's code makes.
 
-    Operators count that have sizes among their arguments, and attributes that are integers, or sequences of integers,
-    and that a method other than ``__init__`` reads. An attribute is listed once for each operator that its value fits;
-    these may disagree, and a value may fit by accident, so whoever changes an attribute has to try the code.
+    Attributes count that are integers, or sequences of integers, and that a method of their class writes into the
+    arguments of such an operator, as ``x.view(n, self.heads, -1)``. An attribute is listed once for each operator that
+    its value fits; these may disagree, so whoever changes an attribute has to try the code.
 
     Args:
         model: the full model.
@@ -36,7 +41,7 @@ def find_held_sizes(model: nn.Module, labels: Mapping[Node, Any], units: Units) 
     found: dict[Any, HeldSize] = {}
     for node, value in labels.items():
         held = holders.get(module_of(node))
-        if node.op != "call_function" or held is None or operator_name(node) not in PARTING | SIZED | SELECTING:
+        if node.op != "call_function" or held is None or operator_name(node) not in PARTING | set(SIZED) | SELECTING:
             continue
         for full, counted in sizes_of(node, value, labels, units):
             for name, own in held.items():
@@ -57,30 +62,52 @@ def integers_of(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
     if type(module).__module__.startswith("torch."):
         return {}
     values = {name: as_integers(value) for name, value in vars(module).items()}
-    read = names_read(type(module)) if any(value is not None for value in values.values()) else set()
-    return {name: value for name, value in values.items() if value is not None and name in read}
+    kind: Any = type(module)
+    written = size_names(kind) if any(value is not None for value in values.values()) else frozenset()
+    return {name: value for name, value in values.items() if value is not None and name in written}
 
 
 def as_integers(value: Any) -> int | tuple[int, ...] | None:
-    """Return an integer, or a sequence of integers as a tuple; None for anything else."""
-    if isinstance(value, (list, tuple)) and value and all(isinstance(x, int) for x in value):
+    """Return an integer, or a list or tuple of integers as a tuple; None for anything else."""
+    if type(value) in (list, tuple) and value and all(type(x) is int for x in value):
         return tuple(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if type(value) is int else None
 
 
-def names_read(kind: type) -> set[str]:
-    """Return the names that the methods of a module's class mention, other than ``__init__``."""
-    own = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
-    functions = [getattr(f, "fget", f) for base in own for name, f in vars(base).items() if name != "__init__"]
-    return {name for f in functions if hasattr(f, "__code__") for name in names_in(f.__code__)}
+@functools.cache
+def size_names(kind: type) -> frozenset[str]:
+    """Return the attributes that the methods of a class write into sizes; none where there is no source to read."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__.startswith(("torch.", "builtins")):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        names |= {name for method in ast.walk(tree) if isinstance(method, FUNCTIONS) for name in names_in_sizes(method)}
+    return frozenset(names)
 
 
-def names_in(code: CodeType) -> Iterator[str]:
-    """Yield the names that compiled code mentions, functions inside it included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from names_in(constant)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def names_in_sizes(method: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """Yield the attributes of its object that a method writes into sizes and places to cut at."""
+    if not method.args.args or method.name == "__init__":
+        return
+    own = method.args.args[0].arg
+    sizes: list[ast.AST] = []
+    for node in ast.walk(method):
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            sizes += [*node.args, *node.keywords] if called in WITH_SIZES else []
+        elif isinstance(node, ast.Slice):
+            sizes += [bound for bound in (node.lower, node.upper) if bound is not None]
+    for size in sizes:
+        for part in ast.walk(size):
+            if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == own:
+                yield part.attr
 
 
 def sizes_of(

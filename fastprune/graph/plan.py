@@ -119,6 +119,7 @@ class PruningPlan:
             ("narrowest", narrowest(self.widths)),
             ("inputs", shapes),
             ("code", code[self.code]),
+            *([("attributes", f"{len(self.attributes)} numbers in the model change")] if self.attributes else []),
             ("exact", "yes" if self.exact else "no: norms or statistics change, see trace(exact=False)"),
         ]
 

@@ -10,15 +10,14 @@ from torch import nn
 from fastprune.graph import build
 from fastprune.graph.channel_graph import ChannelGraph
 from fastprune.graph.export.inputs import Example, Inputs
-from fastprune.graph.export.nodes import operator_name
-from fastprune.graph.export.tracing import Traced
-from fastprune.graph.held_sizes import SIZED
+from fastprune.graph.export.nodes import module_of, operator_name
 from fastprune.graph.labels.moves import PARTING, SELECTING
 from fastprune.graph.model_state import state_of
-from fastprune.surgery.slicing import SurgeryError, slice_model
-from fastprune.surgery.verification import verify
+from fastprune.graph.rewrite import SIZED
+from fastprune.surgery.slicing import SurgeryError
+from fastprune.surgery.surgery import cut
 
-CUTTING = PARTING | SIZED | SELECTING | {"unbind", "layer_norm", "group_norm", "rms_norm"}
+CUTTING = PARTING | set(SIZED) | SELECTING | {"unbind"}
 
 
 def trace(
@@ -38,8 +37,9 @@ def trace(
         rewrite: whether channels are prunable that the model's own code needs, because it holds their number or cuts
             among them (a channel shuffle, ``split(x, [64, 64])``). If the code cannot run without them, surgery returns
             the rewritten graph of the network, a ``RewrittenNetwork``. False = every compact model has the class of the
-            model: its code is tried on fewer channels, and those that it needs stay. Attributes that hold numbers of
-            channels change (``self.c`` in ``x.split((self.c, self.c), 1)``), and equal parts lose the same channels.
+            model: its code is tried on fewer channels, in eval mode, and those that it needs stay (without values, on
+            the meta device, nothing is tried). Attributes that hold numbers of channels change (``self.c`` in
+            ``x.split((self.c, self.c), 1)``), and equal parts lose the same channels.
         ignore: names or patterns (``layer4.*.conv1``) of layers whose output channels stay, or the modules themselves;
             a module, or its name, stands for all layers in it.
         exact: whether a channel is prunable only if its removal equals zeroing it where it is read. False = channels
@@ -62,49 +62,61 @@ def trace(
         (10, 352, 40.55)
     """
     graph = build.trace(model, example_inputs, rewrite=rewrite, ignore=ignore, exact=exact)
-    if rewrite or not cuts(graph.traced) or any(tensor.is_meta for tensor in state_of(model).values()):
+    if rewrite or any(tensor.is_meta for tensor in state_of(model).values()):
         return graph
-    still: list[str] = []
-    while (failing := failing_module(graph, model)) is not None:
-        wider = next((names for names in widen(failing, model) if not set(names) <= set(still)), None)
+    whole: list[str] = []
+    while (failing := failing_modules(graph, model)) is not None:
+        wider = next((names for names in widen(failing, model) if not set(names) <= set(whole)), None)
         if wider is None:
             break
-        still += wider
-        graph = build.label(model, graph.traced, rewrite=False, ignore=ignore, exact=exact, still=still)
+        whole += wider
+        graph = build.label(model, graph.traced, rewrite=False, ignore=ignore, exact=exact, whole=whole)
     return graph
 
 
-def cuts(traced: Traced) -> bool:
-    """Return whether any operator may hold a number of channels, or cut at one; other code runs on any number."""
-    graphs = [traced.evaluation] if traced.training is None else [traced.evaluation, traced.training]
-    return any(operator_name(node) in CUTTING for graph in graphs for node in graph.graph.nodes)
+def failing_modules(graph: ChannelGraph, model: nn.Module) -> list[str] | None:
+    """Return the modules whose code may be what fails on fewer channels; None if the code runs and computes the same.
 
-
-def failing_module(graph: ChannelGraph, model: nn.Module) -> str | None:
-    """Return the module whose code fails where every group has lost channels; None if none does."""
-    mask = torch.ones(graph.num_units)
-    for group in graph.groups:
-        mask[group.units][max(1, group.size * 2 // 3) :] = 0
-    plan = graph.plan(mask)
-    try:
-        verify(plan, model, slice_model(plan, model))
-    except SurgeryError as error:
-        return error.module
+    The first third that stays, random channels and random widths are tried. If outputs differ, no module can be named:
+    then all are meant whose code cuts, splits or reshapes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(3 if graph.groups else 0):
+        mask = torch.zeros(graph.num_units)
+        for group in graph.groups:
+            part = 2 / 3 if trial == 0 else float(torch.empty(()).uniform_(0.3, 1.0, generator=generator))
+            order = torch.randperm(group.size, generator=generator) if trial else torch.arange(group.size)
+            mask[group.units][order[: max(1, int(group.size * part))]] = 1
+        if bool(mask.all()):
+            continue
+        try:
+            cut(graph.plan(mask), model, graph.traced)
+        except SurgeryError as error:
+            if error.module is not None:
+                return [error.module]
+            nodes = [node for node in graph.traced.evaluation.graph.nodes if operator_name(node) in CUTTING]
+            return list(dict.fromkeys(map(module_of, nodes)))
     return None
 
 
-def widen(failing: str, model: nn.Module) -> Iterator[list[str]]:
-    """Yield the modules that may need all their channels if the code of one fails, from few to many.
+def widen(failing: list[str], model: nn.Module) -> Iterator[list[str]]:
+    """Yield the modules that may need all their channels, from few to many; ``name.*`` stands for all inside.
 
-    The first are those of the same class, then they with all modules inside, then the same of the module around.
+    First all modules of the failing one's class, or of the one around it whose code is not torch's own; then also the
+    modules inside them; then the same for the parent.
 
     Args:
-        failing: the module's name.
+        failing: names of modules.
         model: the network.
     """
-    parts = failing.split(".") if failing else []
+    if len(failing) != 1:
+        yield failing
+        return
+    parts = failing[0].split(".") if failing[0] else []
     for depth in range(len(parts), -1, -1):
         kind = type(model.get_submodule(".".join(parts[:depth])))
+        if kind.__module__.startswith("torch.") and depth:
+            continue
         alike = [name for name, module in model.named_modules() if type(module) is kind]
         yield alike
         yield [f"{name}.*" if name else "*" for name in alike]

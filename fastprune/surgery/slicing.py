@@ -51,7 +51,10 @@ def slice_model(plan: PruningPlan, model: nn.Module) -> nn.Module:
         name, _, attribute = path.rpartition(".")
         owner = compact.get_submodule(name)
         old = getattr(owner, attribute)
-        setattr(owner, attribute, left[0] if isinstance(old, int) else type(old)(left))
+        try:
+            setattr(owner, attribute, left[0] if isinstance(old, int) else type(old)(left))
+        except (AttributeError, TypeError, ValueError) as error:  # the class's own ``__setattr__`` or property
+            raise SurgeryError(f"{path!r} of {type(model).__name__} cannot be changed: {error}") from error
     return compact
 
 
@@ -93,9 +96,10 @@ def require_fit(plan: PruningPlan, model: nn.Module) -> None:
             held = getattr(model.get_submodule(name), attribute)
         except AttributeError:
             held = None
-        if held not in (*full, list(full), full):
+        if not (type(held) is int and (held,) == full) and not (type(held) in (list, tuple) and tuple(held) == full):
+            given = repr(held) if isinstance(held, (int, list, tuple)) else f"a {type(held).__name__}"
             raise PlanError(
-                f"the plan is for another model: {path!r} is {held!r}, the plan needs "
+                f"the plan is for another model: {path!r} is {given}, the plan needs "
                 f"{full[0] if len(full) == 1 else list(full)}"
             )
 

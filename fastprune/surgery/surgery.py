@@ -70,23 +70,23 @@ def cut(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> Cu
         traced: its graphs; None = traced here where they are needed.
     """
     require_values(model)
-    compact = slice_model(plan, model)
     if not plan.exact:
-        return cut_inexactly(plan, model, compact, traced)
+        return cut_inexactly(plan, model, traced)
     if plan.code == "rewritten":
-        compact = rewrite_compact(plan, model, compact, traced)
+        compact = rewrite_compact(plan, model, slice_model(plan, model), traced)
         return Cut(compact, verify(plan, model, compact), plan)
     errors: list[SurgeryError] = []
     for attempt in own_attempts(plan):
-        compact = slice_model(attempt, model)
         try:
+            compact = slice_model(attempt, model)
             return Cut(compact, verify(attempt, model, compact), replace(attempt, code="own"))
         except SurgeryError as error:
             errors.append(error)
     if plan.code == "own":
         raise errors[0]
+    plan = own_attempts(plan)[-1]
     try:
-        compact = rewrite_compact(plan, model, compact, traced)
+        compact = rewrite_compact(plan, model, slice_model(plan, model), traced)
         return Cut(compact, verify(plan, model, compact), replace(plan, code="rewritten"))
     except SurgeryError as second:
         if str(second) == str(errors[0]):
@@ -99,26 +99,27 @@ def own_attempts(plan: PruningPlan) -> list[PruningPlan]:
     return [plan, replace(plan, attributes={})] if plan.attributes else [plan]
 
 
-def cut_inexactly(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced | None) -> Cut:
+def cut_inexactly(plan: PruningPlan, model: nn.Module, traced: Traced | None) -> Cut:
     """Return the compact network and its measured difference.
 
     The masked model cannot tell whether the model's own code splits compact tensors in the right places. The rewritten
     graph can: it follows from the labels, and both must compute the same.
     """
-    graph = rewrite_compact(plan, model, compact, traced)
+    unchanged = own_attempts(plan)[-1]
+    graph = rewrite_compact(unchanged, model, slice_model(unchanged, model), traced)
     difference = verify(plan, model, graph)
     errors: list[SurgeryError] = []
     for attempt in own_attempts(plan) if plan.code != "rewritten" else []:
         failure = f"the code of {type(model).__name__}, on fewer channels, and its graph differ"
-        compact = slice_model(attempt, model)
         try:
+            compact = slice_model(attempt, model)
             prove_equal(plan, graph, compact, precisions_for(model), failure)
             return Cut(compact, difference, replace(attempt, code="own"))
         except SurgeryError as error:
             errors.append(error)
     if plan.code == "own":
         raise errors[0]
-    return Cut(graph, difference, replace(plan, code="rewritten"))
+    return Cut(graph, difference, replace(unchanged, code="rewritten"))
 
 
 def rewrite_compact(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced | None = None) -> nn.Module:

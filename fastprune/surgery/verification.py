@@ -135,7 +135,7 @@ def compare(plan: PruningPlan, reference: nn.Module, compact: nn.Module, dtype: 
         with name_the_failing_module(full, f"the model itself does not run in {dtype}", "exactness cannot be checked"):
             expected = pytree.tree_leaves(inputs.run(full))
         with name_the_failing_module(
-            small, "the compact model does not run", "its code expects a fixed number of channels"
+            small, "the compact model does not run", "its code expects a fixed number of channels", blame=True
         ):
             got = pytree.tree_leaves(inputs.run(small))
     if len(expected) != len(got):
@@ -205,8 +205,11 @@ def converted_dtype(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def name_the_failing_module(model: nn.Module, what: str, why: str) -> Iterator[None]:
-    """Turn an error inside ``model`` into one that says ``what`` failed, in which module, and ``why`` that matters."""
+def name_the_failing_module(model: nn.Module, what: str, why: str, *, blame: bool = False) -> Iterator[None]:
+    """Turn an error inside ``model`` into one that says ``what`` failed, in which module, and ``why`` that matters.
+
+    With ``blame`` the error has the module as its attribute.
+    """
     names = {module: name for name, module in model.named_modules()}
     entered: list[str] = []
     hooks: list[Any] = []
@@ -226,7 +229,7 @@ def name_the_failing_module(model: nn.Module, what: str, why: str) -> Iterator[N
         failure = SurgeryError(
             f"{what}: {where or type(model).__name__!r} fails with {' '.join(str(error).split())[:300]}; {why}"
         )
-        failure.module = where
+        failure.module = where if blame else None
         raise failure from error
     finally:
         for hook in hooks:

@@ -176,15 +176,38 @@ def test_data_of_other_classes_are_refused(tmp_path: Path) -> None:
         )
 
 
+def test_several_data_sets_train_the_pruned_network(tmp_path: Path) -> None:
+    small = adapter().prune(make_network(tmp_path, "detect"), image_size=SIDE)
+    data = [str(make_data(tmp_path / name, "detect")) for name in ("first", "second")]
+    options = {"epochs": 1, "imgsz": SIDE, "batch": 3, "workers": 0, "plots": False, "device": "cpu"}
+    small.train(data=data, project=str(tmp_path / "runs"), **options)
+    found = [adapter().load(path) for path in sorted((tmp_path / "runs").rglob("best.pt"))]
+    assert len(found) == 2
+    for network in found:
+        assert sum(p.numel() for p in network.model.parameters()) == small.pruning.plan.params[1]
+
+
+def test_a_copy_has_its_own_callbacks_and_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    network = make_network(tmp_path, "detect")
+    small = adapter().prune(network, image_size=SIDE)
+    before = len(network.callbacks["on_train_start"])
+    small.add_callback("on_train_start", print)
+    small.add_callback("of_my_own", print)
+    assert len(network.callbacks["on_train_start"]) == before
+    with pytest.raises(NotImplementedError, match="tune the full network"):
+        small.tune()
+    with pytest.raises(TypeError, match="rewrite: this function decides it"):
+        adapter().prune(network, image_size=SIDE, rewrite=True)
+
+
 def test_what_is_no_network_of_ultralytics_is_refused() -> None:
     with pytest.raises(TypeError, match=r"got ResNet; an ultralytics\.YOLO"):
         adapter().prune(fp.models.create("resnet20"))
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolo11n"])
-def test_published_networks_keep_their_class(name: str) -> None:
+def test_a_published_network_keeps_its_class() -> None:
     torch.manual_seed(0)
-    network = importlib.import_module("ultralytics").YOLO(f"{name}.yaml")
+    network = importlib.import_module("ultralytics").YOLO("yolo11n.yaml")
     small = adapter().prune(network, image_size=128, budget=0.5)
     assert type(small.model) is type(network.model)
     assert small.pruning.plan.macs[1] <= 0.5 * small.pruning.plan.macs[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -171,23 +171,113 @@ def test_sub_networks_on_slices_of_the_weights_compute_the_same(kind: type[nn.Mo
     assert torch.allclose(SubNetworks(graph, model)(images, mask=mask.bool()), compact(images), atol=1e-6)
 
 
-def test_a_value_that_fits_by_accident_is_left_alone() -> None:
-    class Accident(Halves):
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+class Named(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: Any = Pair(4, 6)
+
+
+class Twice(nn.Module):
+    """Cuts two values at one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 6
+        self.left, self.right = nn.Conv2d(3, 12, 1), nn.Conv2d(3, 12, 1)
+        self.head = nn.Conv2d(24, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.left(x).split((self.width, self.width), 1)
+        c, d = self.right(x).split((self.width, self.width), 1)
+        return self.head(torch.cat([a * 1.0, b.relu(), c, d.relu()], 1)).mean((2, 3))
+
+
+class Half(nn.Module):
+    """Cuts at half of its channels; ``width`` is a size of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 6
+        self.stem, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        half = y.shape[1] // 2
+        return self.head(torch.cat([y[:, :half], y[:, half:].relu()], 1)).mean((2, 3))
+
+    def other(self, x: Tensor) -> Tensor:
+        return x.view(self.width, -1)
+
+
+class Counting(nn.Module):
+    """Has a number that is no width, and the value of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples = 16
+        self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x).relu().mean((2, 3)).view(x.shape[0], -1))
+
+    def loss(self, y: Tensor) -> Tensor:
+        return y.sum() / self.samples
+
+
+def test_a_number_that_is_no_size_in_the_code_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model = Counting()
+    plan = plan_of(model)
+    assert plan.attributes == {}
+    assert fp.apply(plan, model).samples == 16
+
+
+def test_a_sequence_of_another_kind_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model = Named()
+    compact = fp.apply(plan_of(model, 1 / 2), model)
+    assert isinstance(compact, fp.RewrittenNetwork)
+
+
+@pytest.mark.parametrize("kind", [Halves, Twice, Half])
+@pytest.mark.parametrize("method", ["l1", "random"])
+def test_a_pruning_that_keeps_the_class_ends(kind: type[nn.Module], method: str) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    try:
+        result = fp.prune(model, IMAGE, method=method, budget=0.6, rewrite=False)
+    except fp.BudgetError:  # what the code needs is more than the budget
+        assert kind is not Halves
+    else:
+        assert type(result.model) is kind
+
+
+def test_layers_of_torch_are_not_taken_for_the_code_that_fails() -> None:
+    class Big(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.times = 6
+            self.before = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+            self.fixed = Fixed()
 
         def forward(self, x: Tensor) -> Tensor:
-            a, b = self.wide(x).relu().chunk(2, 1)
-            return self.head(torch.cat([a, b, self.deep(b).relu()], 1)).mean((2, 3)) * self.times
+            return self.fixed(self.before(x))
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.reader, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.reader(self.wide(x)[:, 2:6])).mean((2, 3))
 
     torch.manual_seed(0)
-    model = Accident()
-    plan = plan_of(model)
-    assert set(plan.attributes) == {"times", "width"}
-    compact = fp.apply(plan, model)
-    assert type(compact) is Accident
-    assert (compact.times, compact.width) == (6, 6)
+    graph = fp.trace(Big(), IMAGE, rewrite=False)
+    assert "before.0" in [group.name for group in graph.groups]
 
 
 def test_channels_stay_that_the_code_of_a_module_needs() -> None:
