@@ -102,8 +102,8 @@ def failing_modules(graph: ChannelGraph, model: nn.Module) -> list[str] | None:
 def widen(failing: list[str], model: nn.Module) -> Iterator[list[str]]:
     """Yield the modules that may need all their channels, from few to many; ``name.*`` stands for all inside.
 
-    First all modules of the failing one's class, or of the one around it whose code is not torch's own; then also the
-    modules inside them; then the same for the parent.
+    First all modules of the failing one's class, but of torch's own layers the failing one alone; then also the modules
+    inside them; then the same for the parent.
 
     Args:
         failing: names of modules.
@@ -115,7 +115,9 @@ def widen(failing: list[str], model: nn.Module) -> Iterator[list[str]]:
     parts = failing[0].split(".") if failing[0] else []
     for depth in range(len(parts), -1, -1):
         kind = type(model.get_submodule(".".join(parts[:depth])))
-        if kind.__module__.startswith("torch.") and depth:
+        if kind.__module__.startswith("torch.") and depth:  # a layer is not to blame for others of its kind
+            if depth == len(parts):
+                yield failing
             continue
         alike = [name for name, module in model.named_modules() if type(module) is kind]
         yield alike
