@@ -1,12 +1,10 @@
 """Ultralytics networks: prune a ``YOLO``, and go on with it there: ``train``, ``val``, ``predict``, ``export``.
 
->>> from ultralytics import YOLO                                        # doctest: +SKIP
->>> from fastprune.adapters import yolo                                 # doctest: +SKIP
->>> small = yolo.prune(YOLO("yolo11n.pt"), budget=0.5, data="coco8.yaml")   # doctest: +SKIP
->>> small.train(data="coco8.yaml", epochs=10)                           # doctest: +SKIP
->>> small.export(format="onnx")                                         # doctest: +SKIP
+    small = yolo.prune(YOLO("yolo11n.pt"), budget=0.5, data="coco8.yaml")
+    small.train(data="coco8.yaml", epochs=10)
+    small.export(format="onnx")
 
-Needs the extra ``yolo``: ``pip install fastprune[yolo]``. Its licence is the AGPL, other than ours.
+Ultralytics comes with the extra ``yolo`` (``pip install fastprune[yolo]``), and is under the AGPL.
 """
 
 from __future__ import annotations
@@ -192,7 +190,7 @@ def run_batch(model: Any, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     images = batch["img"]
     images = images if images.is_floating_point() else images.float() / 255
     items = [
-        {key: torch.as_tensor(value) if hasattr(value, "dtype") else value for key, value in {**labels}.items()}
+        {key: torch.as_tensor(value) if hasattr(value, "dtype") else value for key, value in labels.items()}
         for labels in batch["labels"]
     ]
     if "batch_idx" in items[0]:

@@ -77,8 +77,8 @@ def trace(
 def failing_modules(graph: ChannelGraph, model: nn.Module) -> list[str] | None:
     """Return the modules whose code may be what fails on fewer channels; None if the code runs and computes the same.
 
-    The first third that stays, random channels and random widths are tried. If outputs differ, no module can be named:
-    then all are meant whose code cuts, splits or reshapes.
+    Three plans are tried: the first two thirds of each group stay, then twice random channels in random numbers. If
+    outputs differ, no module can be named: then all are meant whose code cuts, splits or reshapes.
     """
     generator = torch.Generator().manual_seed(0)
     for trial in range(3 if graph.groups else 0):

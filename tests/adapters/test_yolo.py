@@ -92,10 +92,11 @@ def make_network(folder: Path, task: str) -> Any:
     return importlib.import_module("ultralytics").YOLO(str(path), task=task)
 
 
-def train(network: Any, data: Path, folder: Path) -> None:
+def train(network: Any, data: Path | list[Path], folder: Path) -> None:
     """Train for an epoch; Ultralytics takes a relative ``project`` for one in its own folder where pytest runs."""
     options = {"epochs": 1, "imgsz": SIDE, "batch": 3, "workers": 0, "plots": False, "device": "cpu"}
-    network.train(data=str(data), project=str(folder / "runs"), **options)
+    given = [str(path) for path in data] if isinstance(data, list) else str(data)
+    network.train(data=given, project=str(folder / "runs"), **options)
 
 
 def adapter() -> Any:
@@ -113,30 +114,12 @@ def test_a_network_of_each_task_is_pruned_by_its_own_loss_and_trains_on(task: st
     assert type(small.model) is type(network.model)
     assert small.names == network.names
     assert isinstance(small, type(network))
-    small.train(
-        data=str(data),
-        epochs=1,
-        imgsz=SIDE,
-        batch=3,
-        workers=0,
-        plots=False,
-        device="cpu",
-        project=str(tmp_path / "runs"),
-    )
+    train(small, data, tmp_path)
     assert sum(p.numel() for p in small.model.parameters()) == result.plan.params[1]
     assert sum(p.numel() for p in network.model.parameters()) == result.plan.params[0]
     small.save("small.pt")
     again = yolo.load("small.pt")
-    again.train(
-        data=str(data),
-        epochs=1,
-        imgsz=SIDE,
-        batch=3,
-        workers=0,
-        plots=False,
-        device="cpu",
-        project=str(tmp_path / "runs"),
-    )
+    train(again, data, tmp_path)
     assert sum(p.numel() for p in again.model.parameters()) == result.plan.params[1]
 
 
@@ -171,16 +154,13 @@ def test_data_of_other_classes_are_refused(tmp_path: Path) -> None:
         yolo.prune(network, method="taylor", data=data, image_size=SIDE)
     small = yolo.prune(network, image_size=SIDE)
     with pytest.raises(ValueError, match="the data set has 3 classes, the pruned network 2"):
-        small.train(
-            data=str(data), epochs=1, imgsz=SIDE, workers=0, plots=False, device="cpu", project=str(tmp_path / "runs")
-        )
+        train(small, data, tmp_path)
 
 
 def test_several_data_sets_train_the_pruned_network(tmp_path: Path) -> None:
     small = adapter().prune(make_network(tmp_path, "detect"), image_size=SIDE)
-    data = [str(make_data(tmp_path / name, "detect")) for name in ("first", "second")]
-    options = {"epochs": 1, "imgsz": SIDE, "batch": 3, "workers": 0, "plots": False, "device": "cpu"}
-    small.train(data=data, project=str(tmp_path / "runs"), **options)
+    data = [make_data(tmp_path / name, "detect") for name in ("first", "second")]
+    train(small, data, tmp_path)
     found = [adapter().load(path) for path in sorted((tmp_path / "runs").rglob("best.pt"))]
     assert len(found) == 2
     for network in found:

@@ -38,7 +38,6 @@ class SavedStage:
         structure: the graph of the stage, without values.
         path: the path of the file with tensors and features (.safetensors).
         device: the device of the measurement.
-        rewrite: the argument of ``trace`` for the stage.
         exact: the argument of ``trace`` for the stage.
         autocast: the autocast type of the measurement; None = off.
         channels_last: names of the tensors in the file that are channels_last.
@@ -49,7 +48,6 @@ class SavedStage:
     structure: GraphModule
     path: str
     device: str
-    rewrite: bool
     exact: bool
     autocast: torch.dtype | None
     channels_last: tuple[str, ...]
@@ -70,9 +68,7 @@ class SavedStage:
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         images = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 4}
         last = tuple(name for name, tensor in images.items() if layout_of(tensor) == torch.channels_last)
-        return SavedStage(
-            structure, str(path), str(device), graph.rewrites, graph.exact, autocast, last, stage.proxy, stage.fitted
-        )
+        return SavedStage(structure, str(path), str(device), graph.exact, autocast, last, stage.proxy, stage.fitted)
 
     def load(self) -> StageData:
         """Read the stage from its file."""
@@ -83,7 +79,7 @@ class SavedStage:
             holder, value = self.structure.get_submodule(owner), tensors[f"tensor.{name}"]
             setattr(holder, last, nn.Parameter(value) if last in holder._parameters else value)
         example = tensors["features"][:2].to(next(self.structure.parameters()).dtype)
-        graph = trace(self.structure, example, rewrite=self.rewrite, exact=self.exact)
+        graph = trace(self.structure, example, exact=self.exact)
         networks = SubNetworks(graph, self.structure).freeze()
         features, target, gradient = tensors["features"], tensors["target"], tensors.get("gradient")
         return StageData(networks, features, target, self.proxy, self.fitted, gradient)
