@@ -43,9 +43,10 @@ def warn_of_random_weights(
         peers: this process among its peers; one of them speaks.
         so: what follows from it.
     """
-    own_code = ":" in settings.model and not settings.model.startswith(("torchvision:", "timm:"))
+    unknown = ":" in settings.model and not settings.model.startswith(("torchvision:", "timm:"))
+    random = settings.model.startswith("yolo:") and not settings.model.endswith(".pt")
     is_new = settings.weights is None and getattr(settings, "from_run", None) is None
-    if is_new and not own_code and peers.is_main:
+    if is_new and (random or not unknown) and peers.is_main:
         text = f"warning: no --weights: the weights are random, {so}"
         Console(stderr=True, markup=False, highlight=False).print(text, style="bold red", soft_wrap=True)
 
@@ -62,7 +63,7 @@ def at_chance(results: Mapping[str, Mapping[str, Any]], data: Data | None, *, tr
         return []
     chance, samples = 1 / data.num_classes, data.size("test")
     limit = chance + 3 * math.sqrt(chance * (1 - chance) / samples)  # three standard deviations of guessing
-    low = [name for name, row in results.items() if row.get("accuracy", 1.0) <= limit]
+    low = [name for name, row in results.items() if "accuracy" in row and row["accuracy"] <= limit]
     if not low:
         return []
     guess = f"at chance ({100 * chance:.1f} % for {data.num_classes} classes)"
@@ -110,9 +111,17 @@ def after_pruning(settings: PruneSettings, metrics: Mapping[str, Any]) -> str:
     """
     if "failed" in metrics.get("compensation", {}):
         return f"next: fastprune calibrate {word(settings.out)} --how {metrics['compensation']['how']}"
+    if settings.model.startswith("yolo:"):
+        return train_with_ultralytics(str(settings.out), settings.data)
     data = "" if settings.data else " --data DATA"
     teacher = " --teacher auto" if settings.weights and settings.recipe is None else ""  # a recipe has its own
     return f"next: fastprune finetune --run {word(settings.out)}{data}{teacher}"
+
+
+def train_with_ultralytics(run: str, data: str | None) -> str:
+    """Return the call that trains the network of a run where it comes from."""
+    file = "DATA.yaml" if data is None else data.removeprefix("yolo:")
+    return f"next, in Python: fastprune.adapters.yolo.load({run!r}).train(data={file!r})"
 
 
 def tell_compensation(metrics: Mapping[str, Any]) -> list[str]:
@@ -129,10 +138,19 @@ def tell_compensation(metrics: Mapping[str, Any]) -> list[str]:
     return [f"compensated without training ({work['how']}): {', '.join(told) or 'statistics measured again'}"]
 
 
-def after_calibrating(settings: CalibrateSettings, out: str, *, tuned: bool) -> str:
-    """Return the command that trains the compensated network, or shows one that has been trained."""
+def after_calibrating(settings: CalibrateSettings, origin: NetworkSettings, out: str, *, tuned: bool) -> str:
+    """Return the command that trains the compensated network, or shows one that has been trained.
+
+    Args:
+        settings: the command's.
+        origin: those of the pruning.
+        out: the new run.
+        tuned: whether it has been trained.
+    """
     if tuned:
         return f"next: fastprune report --run {word(out)}"
+    if origin.model.startswith("yolo:"):
+        return train_with_ultralytics(out, settings.data or origin.data)
     data = f" --data {word(settings.data)}" if settings.data else ""
     return f"next: fastprune finetune --run {word(out)}{data}"
 
@@ -152,8 +170,9 @@ def after_inspecting(settings: InspectSettings) -> str:
 
 def prune_command(settings: ModelSettings, data: str, weights: str | None = None) -> str:
     """Return the command that prunes a network."""
-    weights = word(weights or settings.weights or "FILE")
-    return f"next: fastprune prune --model {word(settings.model)} --weights {weights}{data} --out RUN"
+    own = settings.model.startswith("yolo:") and settings.model.endswith(".pt") and not settings.weights
+    weights = "" if own else f" --weights {word(weights or settings.weights or 'FILE')}"
+    return f"next: fastprune prune --model {word(settings.model)}{weights}{data} --out RUN"
 
 
 def word(value: object) -> str:

@@ -20,6 +20,7 @@ from fastprune.host.distributed import Distributed
 from fastprune.recovery import How
 from fastprune.runs import NetworkRecord, load_pruned
 from fastprune.runs.uncut import is_fine_tuned
+from fastprune.training.data_for_network import open_for
 
 
 def run_calibrate(values: dict[str, Any], given: set[str]) -> int:
@@ -36,6 +37,7 @@ def run_calibrate(values: dict[str, Any], given: set[str]) -> int:
         raise ValueError(f"--run {settings.run} has a network of its own: leave out --model")
     full = build_code(settings.model, data) if settings.model else None
     before = load_pruned(run, full, data=data)
+    data, objective = open_for(before, data, objective)
     example = data_example(data, objective, before)
     check_fit(before, record.name, example)
     check_classes(before, data, example, objective)
@@ -53,7 +55,9 @@ def run_calibrate(values: dict[str, Any], given: set[str]) -> int:
     method = "finetune" if tuned else result.method
     new.log({"stage": "result", "method": method, "budget": result.budget, **ending})
     odd = [*at_chance(ending, data), *unmeasured(results, data)]
-    print_results(results, values["json"], peers, new.path, [*odd, after_calibrating(settings, out, tuned=tuned)])
+    print_results(
+        results, values["json"], peers, new.path, [*odd, after_calibrating(settings, origin, out, tuned=tuned)]
+    )
     return 0
 
 

@@ -17,14 +17,16 @@ from fastprune.cli.networks import (
     count_size,
     lacks_builder,
     measure,
+    open_data,
     open_run_data,
 )
 from fastprune.cli.runs import print_results
-from fastprune.cli.settings import EvaluateSettings, NetworkSettings, pick, require
-from fastprune.data import Data, load_data
+from fastprune.cli.settings import EvaluateSettings, NetworkSettings, RunSettings, pick, require
+from fastprune.data import Data
 from fastprune.engine import RunDirectory, RunError
 from fastprune.host.distributed import Distributed
 from fastprune.runs import NetworkRecord, is_training, load_baseline, load_pruned
+from fastprune.training.data_for_network import open_for
 
 
 def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
@@ -34,7 +36,7 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
     if settings.run is None:
         require(model=settings.model, data=settings.data)
         objective = load_objective(settings)
-        data = load_data(str(settings.data), mean=settings.mean, std=settings.std)
+        data = open_data(str(settings.data), RunSettings(mean=settings.mean, std=settings.std))
         networks, name = {"model": build_model(settings, data)}, settings.model
     else:
         run = RunDirectory.open(settings.run, peers)
@@ -47,7 +49,9 @@ def run_evaluate(values: dict[str, Any], given: set[str]) -> int:
         data = open_run_data(origin, settings.data)
         full = build_code(settings.model, data) if settings.model else None
         networks, name = load_networks(run, data, peers, full), NetworkRecord.read(run, data).name
-    example = data_example(data, objective, next(iter(networks.values())))
+    first = next(iter(networks.values()))
+    data, objective = open_for(first, data, objective)
+    example = data_example(data, objective, first)
     for network in networks.values():
         check_fit(network, name, example)
         if settings.run is not None:

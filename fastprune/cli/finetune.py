@@ -21,6 +21,7 @@ from fastprune.cli.networks import (
     count_data_classes,
     measure,
     open_run_data,
+    refuse_foreign_training,
 )
 from fastprune.cli.runs import (
     FINETUNE_CONFIG,
@@ -53,6 +54,7 @@ def run_finetune(values: dict[str, Any], given: set[str]) -> int:
     objective = load_objective(settings, origin)
     loggers = OpenLoggers(split_names(settings.log))
     data = open_run_data(origin, settings.data)
+    refuse_foreign_training(data, settings.run)
     torch.manual_seed(settings.seed)
     if not run.plan_path.is_file():
         raise ValueError(f"{str(run.path)!r} holds no plan: it is no finished pruning run")

@@ -61,7 +61,7 @@ def make(found: Any) -> Any:
 
 def has_images(data: Data, objective: Objective) -> bool:
     """Return whether the network gets one batch of images [N, C, H, W] from the data."""
-    if not isinstance(data, UserData):
+    if not isinstance(data, UserData) or data.gives_images:
         return True
     inputs, targets = data.first
     return objective.forward is None and targets is not None and isinstance(inputs, Tensor) and inputs.dim() == 4

@@ -9,24 +9,27 @@ from typing import Any
 
 from fastprune.cli.advice import after_inspecting
 from fastprune.cli.inputs import find_example, load_objective
-from fastprune.cli.networks import build_model, check_fit
-from fastprune.cli.settings import InspectSettings, pick
-from fastprune.data import load_data
+from fastprune.cli.networks import build_model, check_fit, open_data
+from fastprune.cli.settings import InspectSettings, RunSettings, pick
 from fastprune.graph import ChannelGraph
+from fastprune.models.ultralytics import is_ultralytics
 from fastprune.report.graph_tables import print_graph
 from fastprune.surgery import trace
+from fastprune.training.data_for_network import open_for
 
 
 def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     """Show a network's channel groups and what stands in the way of pruning."""
     settings = pick(InspectSettings, values)
     objective = load_objective(settings)
-    data = load_data(settings.data) if settings.data else None
+    data = open_data(settings.data, RunSettings()) if settings.data else None
     model = build_model(settings, data)
+    data, objective = open_for(model, data, objective)
     example = find_example(settings, data, objective, model)
     check_fit(model, settings.model, example)
     begun = time.monotonic()
-    graph = trace(model, example, rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact)
+    rewrite = not (settings.keep_class or is_ultralytics(settings.model))
+    graph = trace(model, example, rewrite=rewrite, ignore=settings.ignore, exact=not settings.inexact)
     seconds = time.monotonic() - begun
     if values["json"]:
         print(json.dumps(as_json(graph, seconds)))

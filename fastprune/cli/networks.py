@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,21 +13,63 @@ from torch import Tensor, nn
 from fastprune import models
 from fastprune.cli.settings import ModelSettings, NetworkSettings, RunSettings, require
 from fastprune.data import Data, Split, UserData, load_data
+from fastprune.data.load import default_workers
 from fastprune.engine import Placement, RunDirectory, TrainConfig, choose_device, evaluate
 from fastprune.graph import trace
 from fastprune.graph.export.inputs import Example, Inputs
 from fastprune.graph.model_state import device_of, in_eval_mode
 from fastprune.host.distributed import Distributed
+from fastprune.models.ultralytics import PREFIX, is_ultralytics
 from fastprune.runs import NetworkRecord
-from fastprune.training.objective import Objective
+from fastprune.training.data_for_network import DataForNetwork
+from fastprune.training.objective import Objective, main_scores
+
+YOLO_SIZE = 640
+"""Side of the images of Ultralytics' networks without data, in pixels."""
 
 
 def open_data(spec: str, settings: RunSettings) -> Data:
     """Load the data set of a run."""
+    if is_ultralytics(spec):
+        others = ("held_out", "balanced", "mean", "std")
+        return open_yolo(spec, settings.image_size, [name for name in others if getattr(settings, name)])
     return load_data(
         spec, seed=settings.seed, held_out=settings.held_out, image_size=settings.image_size, mean=settings.mean,
         std=settings.std, balanced=settings.balanced,
     )  # fmt: skip
+
+
+def open_yolo(spec: str, image_size: int | None = None, given: Sequence[str] = ()) -> Data:
+    """Return a data set of Ultralytics; a network opens it.
+
+    Args:
+        spec: ``yolo:FILE.yaml``, or ``yolo:FOLDER`` for classification.
+        image_size: side of the images; None = 640, for classification 224.
+        given: names of options that such data do not have.
+
+    Raises:
+        ValueError: for these options, or data that cannot be found.
+    """
+    if given:
+        raise ValueError(f"--{given[0]}: {spec!r} has its own; leave it out")
+    try:
+        yolo: Any = importlib.import_module("fastprune.adapters.yolo")
+    except ImportError as error:
+        raise ValueError(f"data {spec!r}: {error}") from error
+    data: Data = yolo.DataSet(spec.removeprefix(PREFIX), image_size, workers=default_workers())
+    return data
+
+
+def refuse_foreign_training(data: Data, run: str | None = None) -> None:
+    """Refuse to train on the data of another library, whose own trainer augments and measures them.
+
+    Raises:
+        ValueError: says what trains the network.
+    """
+    if isinstance(data, DataForNetwork):
+        file = data.name.removeprefix(PREFIX)
+        which = "YOLO('yolo11n.yaml')" if run is None else f"fastprune.adapters.yolo.load({run!r})"
+        raise ValueError(f"data {data.name!r}: Ultralytics trains on them: in Python, {which}.train(data={file!r})")
 
 
 def open_run_data(origin: NetworkSettings, other: str | None) -> Data:
@@ -54,6 +97,8 @@ def input_shape(settings: ModelSettings, data: Data | None) -> tuple[int, int, i
         return channels, height, width
     if data is not None:
         return image_shape(data)
+    if is_ultralytics(settings.model):
+        return 3, YOLO_SIZE, YOLO_SIZE
     return (3, 32, 32) if settings.model in models.available() else (3, 224, 224)
 
 
@@ -178,6 +223,11 @@ def check_classes(model: nn.Module, data: Data, example: Example, objective: Obj
         return
     with torch.no_grad(), torch.random.fork_rng(devices=[]), in_eval_mode(model):
         scores = Inputs.from_example(example, model).map(lambda x: x.to(device_of(model))).run(model)
+    if not isinstance(data, UserData) and main_scores(scores).dim() != 2:
+        raise ValueError(
+            f"data {data.name!r} has a label for each image; the network gives {list(main_scores(scores).shape[1:])} "
+            "numbers for one: give data of its task"
+        )
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         return
     if scores.shape[1] != data.num_classes and not (more and scores.shape[1] > data.num_classes):

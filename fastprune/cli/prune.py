@@ -34,12 +34,14 @@ from fastprune.host.distributed import Distributed
 from fastprune.methods import registry
 from fastprune.methods.contract import Method
 from fastprune.models import source_of
+from fastprune.models.ultralytics import is_ultralytics
 from fastprune.planning.budget import Budget, Conditions
 from fastprune.planning.limits import Limits
 from fastprune.pruning import PruningResult, prune
 from fastprune.recovery import Choice
 from fastprune.report.graph_tables import print_difference
 from fastprune.runs import Origin, load_pruned
+from fastprune.training.data_for_network import open_for
 from fastprune.training.objective import Objective
 
 
@@ -51,6 +53,7 @@ def run_prune(values: dict[str, Any], given: set[str]) -> int:
     require(model=values.get("model") or values.get("from_run"))
     choose_out(values, values["method"], peers)
     settings = pick(PruneSettings, inherit_settings(values, given))
+    settings.keep_class |= is_ultralytics(settings.model)  # whose class is what users go on with
     require(model=settings.model, **({} if settings.dry_run else {"out": settings.out}))
     method = registry.load(settings.method)
     options = method_options(method, values.get(settings.method))
@@ -188,6 +191,7 @@ def load_subject(settings: PruneSettings, peers: Distributed) -> Subject:
     else:
         base = RunDirectory.open(settings.from_run, peers)
         model, before, origin = load_pruned(base, data=data), PruningPlan.load(base.plan_path), Origin.of_run(base)
+    data, objective = open_for(model, data, objective)
     example = find_example(settings, data, objective, model)
     check_fit(model, settings.model, example)
     check_batch(model, data, objective, settings.device)

@@ -18,6 +18,7 @@ from fastprune.cli.settings import RunSettings, SensitivitySettings, pick, requi
 from fastprune.host.distributed import Distributed
 from fastprune.report.tables import percent, show
 from fastprune.sensitivity import Sensitivity, sensitivity
+from fastprune.training.data_for_network import open_for
 
 CHART, SUGGESTION = "sensitivity.png", "keep_ratio.yaml"
 
@@ -34,6 +35,7 @@ def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
     torch.manual_seed(settings.seed)
     objective = load_objective(settings)
     model = build_model(settings, data)
+    data, objective = open_for(model, data, objective)
     example = data_example(data, objective, model)
     check_fit(model, settings.model, example)
     check_batch(model, data, objective, settings.device)

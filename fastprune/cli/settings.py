@@ -37,7 +37,9 @@ INEXACT = "also prune channels that norms and statistics mix; outputs then chang
 class ModelSettings:
     """The network."""
 
-    model: str = option("", "network: resnet20, torchvision:NAME, timm:NAME, file.py:factory, package.module:factory")
+    model: str = option(
+        "", "network: resnet20, torchvision:NAME, timm:NAME, yolo:FILE.pt, file.py:factory, package.module:factory"
+    )
     weights: str | None = option(
         None,
         "file of trained weights (safetensors, or any torch file), or name of published ones (DEFAULT, pretrained); "
@@ -62,7 +64,7 @@ class RunSettings:
     data: str | None = option(
         None,
         "data set: digits, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, imagefolder:FOLDER, hf:NAME, "
-        "synthetic:CxHxW:CLASSES, or file.py:function that returns a loader or (train, held out)",
+        "synthetic:CxHxW:CLASSES, yolo:FILE.yaml, or file.py:function that returns a loader or (train, held out)",
     )
     out: str | None = option(
         None, "directory for the run's files, which must not exist yet; by default runs/METHOD-MODEL-N"

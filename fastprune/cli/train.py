@@ -10,7 +10,15 @@ import torch
 
 from fastprune.cli.advice import after_training, at_chance
 from fastprune.cli.inputs import check_batch, data_example, load_objective
-from fastprune.cli.networks import build_model, check_classes, check_fit, check_recipe, measure, open_data
+from fastprune.cli.networks import (
+    build_model,
+    check_classes,
+    check_fit,
+    check_recipe,
+    measure,
+    open_data,
+    refuse_foreign_training,
+)
 from fastprune.cli.runs import choose_out, make_config, print_results, read_begun_settings
 from fastprune.cli.settings import TrainSettings, pick, require
 from fastprune.engine import TrainConfig, choose_device, train
@@ -33,6 +41,7 @@ def run_train(values: dict[str, Any], given: set[str]) -> int:
     check_recipe(config, choose_device(settings.device))
     objective = load_objective(settings)
     data = open_data(str(settings.data), settings)
+    refuse_foreign_training(data)
     torch.manual_seed(settings.seed)
     model = build_model(settings, data, settings.num_classes)
     example = data_example(data, objective, model)

@@ -35,6 +35,7 @@ SPECS = """\
   cifar100:FOLDER                 cifar-100-binary.tar.gz or cifar-100-python.tar.gz, unpacked
   imagefolder:FOLDER              FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg
   hf:FOLDER_OR_NAME               image data set of the package 'datasets'
+  yolo:FILE.yaml                  Ultralytics' data sets, for its networks, in commands; a folder for classification
   file.py:function                your function that returns a loader, or (train, held out), or a UserData
   package.module:function         the same, by import
   synthetic:CxHxW:CLASSES[:SIZE]  made images, 4,096 unless told"""
@@ -90,7 +91,7 @@ def load_data(
             image_size=image_size,
         )
     if kind in PICTURES:
-        size, readers = image_size or 224, _default_workers() if workers is None else workers
+        size, readers = image_size or 224, default_workers() if workers is None else workers
         root = argument if kind == "hf" else str(_folder(spec, argument))
         scale = scale or IMAGENET
         train, test, classes = PICTURES[kind](root, make_transforms(kind, size, *scale.values), readers)
@@ -100,6 +101,10 @@ def load_data(
         root_of, white = _folder(spec, argument), 255.0
         both = ARCHIVES[kind](root_of, "train"), ARCHIVES[kind](root_of, "test")
         return _in_memory(spec, *both, white, ShiftAndFlip(4, flip=True), part, scale=scale, image_size=image_size)
+    if kind == "yolo":
+        raise ValueError(
+            f"data {spec!r}: only commands take them; in Python, give data={argument!r} to adapters.yolo.prune"
+        )
     if is_there(spec):
         options = {"held_out": held_out, "image_size": image_size, "mean": mean, "std": std, "balanced": balanced}
         return _from_factory(spec, options)
@@ -279,6 +284,7 @@ def _synthetic(spec: str, part: Part, image_size: int | None, scale: Scale | Non
     return SourceData(spec, shape, classes, train, test, *part.of(train))
 
 
-def _default_workers() -> int:
+def default_workers() -> int:
+    """Return the number of processes that read pictures: one per core that this process may use, at most 8."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(len(os.sched_getaffinity(0)) // local, 8)

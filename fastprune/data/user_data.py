@@ -37,6 +37,8 @@ class UserData(Data):
         test: test batches, for ``evaluate``.
         num_classes: number of classes, for methods that need it.
         name: name in reports.
+        image: (C, H, W), if a batch that ``forward`` takes apart gives the network images [N, C, H, W] of this size and
+            nothing else; None = found in the first batch.
 
     Raises:
         ValueError: for an iterator in place of an iterable, an empty ``train``, or batches without tensors.
@@ -50,6 +52,7 @@ class UserData(Data):
         test: Loader | None = None,
         num_classes: int | None = None,
         name: str = "user",
+        image: tuple[int, int, int] | None = None,
     ) -> None:
         self._loaders: dict[Split, Loader | None] = {"train": train, "held_out": held_out, "test": test}
         for split, loader in self._loaders.items():
@@ -66,7 +69,8 @@ class UserData(Data):
         inputs = first_tensor(self.first)
         assert inputs is not None
         self.name = name
-        self.shape = tuple(inputs.shape[1:])
+        self.shape = image or tuple(inputs.shape[1:])
+        self.gives_images = image is not None
         self._num_classes = num_classes
 
     @property

@@ -1,4 +1,4 @@
-"""Networks by name: our own, ``torchvision:…``, ``timm:…``, ``package.module:factory`` and ``file.py:factory``."""
+"""Networks by name: our own, ``torchvision:…``, ``timm:…``, ``yolo:…``, ``package.module:factory``, ``file.py:…``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fastprune.models.heads import find_head, load_body, transplant
 from fastprune.models.mobilenet import mobilenetv2
 from fastprune.models.pretrained import fetching, find_torchvision_weights, names_weights, refuse_named
 from fastprune.models.resnet import resnet20, resnet32, resnet56, resnet110
+from fastprune.models.ultralytics import full_name, is_ultralytics, open_ultralytics
 from fastprune.models.weights import load_weights
 
 _suggestion = partial(did_you_mean, form=" ({})", most=3, show=str)
@@ -50,9 +51,10 @@ def create(
     """Build a network; only weights by name are ever fetched, if they are not in the cache.
 
     Args:
-        spec: one of ``available()``, such as ``resnet56``; ``torchvision:resnet50``, ``timm:efficientnet_b0``; or
-            ``package.module:factory`` or ``file.py:factory`` for your own function or class that returns a
-            ``torch.nn.Module``.
+        spec: one of ``available()``, such as ``resnet56``; ``torchvision:resnet50``, ``timm:efficientnet_b0``;
+            ``yolo:FILE.pt`` or ``yolo:FILE.yaml`` for the network of an ``ultralytics.YOLO``, the first with its
+            weights (a pickle: open only files that you trust); or ``package.module:factory`` or ``file.py:factory`` for
+            your own function or class that returns a ``torch.nn.Module``.
         num_classes: size of the output; None = the factory's default. Beside weights for other classes the network gets
             a new classifier, with random weights, for a training on other data (transfer).
         in_channels: channels of the image; None = the factory's default. torchvision's networks take 3 only.
@@ -72,7 +74,7 @@ def create(
     >>> create("resnet20", num_classes=100).fc.out_features
     100
     """
-    source, colon, name = spec.rpartition(":")
+    source, colon, name = ("yolo", ":", "") if is_ultralytics(spec) else spec.rpartition(":")
     if new_head and num_classes is None:
         raise ValueError("new_head: a new classifier needs a size; give num_classes")
     named = str(weights) if weights is not None and names_weights(weights) else None
@@ -80,8 +82,8 @@ def create(
         if spec not in OWN:
             raise ValueError(
                 f"model {spec!r} is unknown{_elsewhere(spec) or _suggestion(spec, OWN)}; this package has "
-                f"{', '.join(OWN)}; for another network give 'torchvision:NAME', 'timm:NAME', 'package.module:factory' "
-                "or 'file.py:factory'"
+                f"{', '.join(OWN)}; for another network give 'torchvision:NAME', 'timm:NAME', 'yolo:FILE', "
+                "'package.module:factory' or 'file.py:factory'"
             )
         if named is not None:
             refuse_named(spec, named)
@@ -90,18 +92,26 @@ def create(
         model = _create_from_torchvision(name, num_classes, in_channels, named, new_head)
     elif source == "timm":
         model = _create_from_timm(name, num_classes, in_channels, named, new_head)
+    elif source == "yolo":
+        if named is not None:
+            refuse_named(spec, named)
+        if new_head:
+            raise ValueError(
+                f"num_classes: {spec!r} gets a new head in a training by Ultralytics; train it there first"
+            )
+        model = open_ultralytics(spec, num_classes, in_channels).model.train()
     else:
         if named is not None:
             refuse_named(spec, named)
         model = _create_by_factory(spec, num_classes, in_channels)
     if weights is not None and named is None:
-        if num_classes is None or new_head is False:
+        if num_classes is None or new_head is False or source == "yolo":
             load_weights(model, weights, ema=ema)
         else:
             find = partial(find_head, spec, lambda n: create(spec, n, in_channels), num_classes)
             load_body(model, weights, find, ema=ema, always=bool(new_head))
     file, _, function = spec.rpartition(":")
-    place = f"{Path(file).expanduser().absolute()}:{function}" if file.endswith(".py") else spec
+    place = f"{Path(file).expanduser().absolute()}:{function}" if file.endswith(".py") else full_name(spec)
     vars(model)[MARK] = (place, num_classes, in_channels)
     return model
 
@@ -117,7 +127,7 @@ def takes(spec: str, argument: str) -> bool:
         ValueError: for a function that cannot be imported.
     """
     source, colon, _ = spec.rpartition(":")
-    if not colon or source in ("torchvision", "timm"):
+    if not colon or source in ("torchvision", "timm") or is_ultralytics(spec):
         return True
     factory = load_object(spec, "model")
     try:

@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.exporter import silence_exporter
+from fastprune.graph.export.modes import mode_of
 from fastprune.shipping.subject import ExportError, Subject
 
 OWN_NAMESPACE = "fastprune"  # of the operators in fastprune.ops
@@ -33,7 +34,7 @@ def make_program(subject: Subject, batch: int | None) -> ExportedProgram:
     size = Dim("batch", min=1)
     shapes = None if batch is not None else pytree.tree_map_only(Tensor, lambda _: {0: size}, dict(bound))
     try:
-        with silence_exporter():
+        with mode_of(subject.model, training=subject.model.training), silence_exporter():
             program = torch.export.export(
                 subject.model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
             )

@@ -46,6 +46,22 @@ class Two(nn.Module):
         return {"y": self.last(x), "side": self.side(x)}
 
 
+class Keeping(nn.Module):
+    """A network that keeps a tensor for the size of its images, as heads of detectors keep their grids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.size: torch.Size | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images)
+        if self.size != features.shape[2:]:
+            self.size = features.shape[2:]
+            self.grid = torch.arange(self.size.numel(), dtype=features.dtype).reshape(self.size)
+        return features + self.grid
+
+
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -87,6 +103,14 @@ def test_onnx(result: fp.PruningResult, opset: int | None, images: Tensor, tmp_p
             assert torch.allclose(torch.from_numpy(scores), result.model(images[:batch]), atol=1e-5)
     sizes = " ".join(f"--{flag}Shapes=input:{size}x3x8x8" for flag, size in (("min", 1), ("opt", 8), ("max", 64)))
     assert file.trtexec == f"trtexec --onnx={tmp_path}/net.onnx --saveEngine={tmp_path}/net.engine {sizes}"
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.pt2"])
+def test_a_network_that_keeps_tensors(name: str, images: Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    network = Keeping().eval()
+    assert fp.export(network, tmp_path / name, example=images).difference < 1e-6
+    assert network(images).isfinite().all()
 
 
 def test_a_fixed_batch(images: Tensor, tmp_path: Path) -> None:
