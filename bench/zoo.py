@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastprune import models
+from fastprune.adapters.torchvision import DenseNetwork, RegionNetwork, make_boxes
 
 TRANSFORMERS = ("vit_", "swin_", "maxvit_")  # of torchvision's classification networks
 
@@ -53,11 +56,19 @@ BACKBONES = [
     *("ssdlite320_mobilenet_v3_large", "ssd300_vgg16", "retinanet_resnet50_fpn"),
     *("fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn"),
 ]
+DETECTORS = [
+    *("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_fpn"),
+    *("maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"),
+    *("fcos_resnet50_fpn", "ssd300_vgg16", "ssdlite320_mobilenet_v3_large"),
+]
+BOXES = 8
+"""Boxes of an image for the heads of an R-CNN."""
+
 SIDES = {"inception_v3": 299, "ssd300_vgg16": 300, "ssdlite320_mobilenet_v3_large": 320}
 
 
 def names() -> list[str]:
-    """List all networks: ``KIND:NAME`` of the kinds torchvision, timm, mixed, segmentation and backbone."""
+    """List all networks: ``KIND:NAME``; the kinds are torchvision, timm, mixed, segmentation, backbone, detection."""
     import torchvision
 
     listed = torchvision.models.list_models(module=torchvision.models)
@@ -67,6 +78,7 @@ def names() -> list[str]:
         *(f"mixed:{name}" for name in MIXED.split()),
         *(f"segmentation:{name}" for name in SEGMENTERS),
         *(f"backbone:{name}" for name in BACKBONES),
+        *(f"detection:{name}" for name in DETECTORS),
     ]
 
 
@@ -78,15 +90,37 @@ def create(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     side = SIDES.get(short, 224)
     size = (3, side, side)
     torch.manual_seed(0)
-    if kind in ("segmentation", "backbone"):
+    if kind in ("segmentation", "backbone", "detection"):
         model: nn.Module = torchvision.models.get_model(short, weights=None, weights_backbone=None)
-        model = model.backbone if kind == "backbone" else model  # type: ignore[assignment]
+        if kind == "backbone":
+            model = model.backbone  # type: ignore[assignment]
+        elif kind == "detection":
+            model = AtBoxes(model, side) if hasattr(model, "roi_heads") else DenseNetwork(model)
     else:
         if kind == "mixed":
             kind = "torchvision" if short in torchvision.models.list_models(module=torchvision.models) else "timm"
         model = models.create(f"{kind}:{short}")
         size = tuple(getattr(model, "default_cfg", {}).get("input_size", size))
     return randomise(model).eval(), size
+
+
+class AtBoxes(nn.Module):
+    """The network of an R-CNN, with its heads on boxes that are always the same.
+
+    Args:
+        detector: the R-CNN.
+        side: height and width of the images.
+    """
+
+    def __init__(self, detector: nn.Module, side: int) -> None:
+        super().__init__()
+        self.network = RegionNetwork(detector)
+        self.register_buffer("boxes", make_boxes(BOXES, side, side))
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        """Return the outputs of all heads for images [N, 3, H, W]."""
+        outputs: dict[str, Any] = self.network(images, self.boxes.expand(len(images), -1, -1))
+        return outputs
 
 
 def randomise(model: nn.Module) -> nn.Module:
