@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from fastprune.adapters.torchvision.boxes import inside
 from fastprune.adapters.torchvision.criterion import Criterion
 from fastprune.adapters.torchvision.networks import DenseNetwork, RegionNetwork, pool
 
+PAGE = Path(__file__).parents[2] / "docs/detectors.md"
 SIDE, CLASSES, WIDTH = 64, 3, 8
 Sample = dict[str, Tensor]
 
@@ -219,6 +222,27 @@ def test_a_search_runs_on_a_detectors_loss() -> None:
 def test_the_size_of_an_ssd_is_its_own() -> None:
     result = adapter.prune(make_detector("SSD"))
     assert result.plan.inputs[0].shape[1:] == (3, SIDE, SIDE)
+
+
+@pytest.mark.slow
+def test_the_guide_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text().split("## Detectors of torchvision")[1], re.M | re.S)
+    assert "image_size=640" in code
+    monkeypatch.setattr(detection, "retinanet_resnet50_fpn", lambda weights: make_detector("RetinaNet"))
+    names: dict[str, Any] = {"loader": [make_samples()]}
+    exec(compile(code.replace("640", str(SIDE)), PAGE.name, "exec"), names)
+    assert type(names["small"]) is detection.RetinaNet
+
+
+@pytest.mark.slow
+def test_a_run_is_loaded(tmp_path: Path) -> None:
+    detector = make_detector("FasterRCNN")
+    result = adapter.prune(detector, image_size=SIDE, proposals=8, out=tmp_path / "run")
+    small = fp.load(tmp_path / "run", model=RegionNetwork(detector)).detector.eval()
+    image = torch.rand(3, 50, 60)
+    with torch.no_grad():
+        expected, got = result.model.detector.eval()([image])[0], small([image])[0]
+    assert torch.equal(got["boxes"], expected["boxes"])
 
 
 def test_what_is_no_detector_is_refused() -> None:
