@@ -152,7 +152,10 @@ def make_limits(settings: PruneSettings) -> Limits:
 def make_conditions(settings: PruneSettings) -> Conditions:
     """Return the conditions under which a latency counts."""
     dtype: Any = settings.latency_dtype
-    return Conditions(settings.latency_device, settings.latency_batch, dtype, settings.latency_channels_last)
+    return Conditions(
+        settings.latency_device, settings.latency_batch, dtype, settings.latency_channels_last,
+        settings.latency_modelled,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

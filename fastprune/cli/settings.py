@@ -144,6 +144,9 @@ class PruneSettings(NetworkSettings):
     latency_batch: int = option(1, "images in the forward pass whose latency counts", minimum=1)
     latency_dtype: str = option("float32", "precision of that forward pass", choices=("float32", "bfloat16", "float16"))
     latency_channels_last: bool = option(False, "NHWC memory layout in that forward pass", flag=SWITCH)
+    latency_modelled: bool = option(
+        False, "count the modelled latency alone, so that plans repeat exactly, and correct nothing", flag=SWITCH
+    )
     precision: str = option("float32", "precision of the search; bf16 is autocast to bfloat16", choices=PRECISIONS)
     channels_last: bool = option(False, "NHWC memory layout in the search", flag=SWITCH)
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)

@@ -153,7 +153,10 @@ class Method(ABC):
 
     @abstractmethod
     def plan(self, task: Task) -> PruningPlan:
-        """Return the channels to keep, within ``task.budget`` and ``task.limits``; called once, after all phases."""
+        """Return the channels to keep, within ``task.budget`` and ``task.limits``, after all phases.
+
+        Called again with another budget where a latency is corrected.
+        """
 
     def results(self) -> Metrics:
         """Return metrics of the finished search to report with the plan; called after ``plan``."""

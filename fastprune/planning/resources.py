@@ -29,12 +29,15 @@ class Conditions:
         batch: images per pass.
         dtype: "float32", "bfloat16" or "float16".
         channels_last: whether the memory layout is NHWC.
+        modelled: whether the modelled time alone counts, so that plans repeat exactly. Otherwise the compact network is
+            timed too, and the plan is corrected where it misses the budget.
     """
 
     device: str | None = None
     batch: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
+    modelled: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1:

@@ -26,7 +26,7 @@ ELSEWHERE = {
 }  # has a place of its own, or none
 ALWAYS = ("epochs", "batch_size", "lr", "schedule")  # of a training: its defaults differ between commands
 SEVERAL = ("ignore", "keep_ratio", "mean", "std")  # several words, not a list in brackets
-SWITCHES = ("ema", "balanced", "keep_class", "inexact", "channels_last", "latency_channels_last")
+SWITCHES = ("ema", "balanced", "keep_class", "inexact", "channels_last", "latency_channels_last", "latency_modelled")
 NOT_OPTIONS = {"command", "fastprune", "data", "device", "seed", "run", "out"}
 DEFAULTS = {
     "seed": 0, "device": "auto", "min_keep": 1, "round_to": 1, "latency_batch": 1, "latency_dtype": "float32",

@@ -226,7 +226,9 @@ def test_the_size_of_an_ssd_is_its_own() -> None:
 
 @pytest.mark.slow
 def test_the_guide_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text().split("## Detectors of torchvision")[1], re.M | re.S)
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```$", PAGE.read_text().split("## Detectors of torchvision")[1], re.M | re.S
+    )
     assert "image_size=640" in code
     monkeypatch.setattr(detection, "retinanet_resnet50_fpn", lambda weights: make_detector("RetinaNet"))
     names: dict[str, Any] = {"loader": [make_samples()]}

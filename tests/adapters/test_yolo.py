@@ -126,7 +126,9 @@ def test_a_published_network_keeps_its_class() -> None:
 def test_the_guide_runs_on_few_small_images(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", "detect")
     data.write_text(yaml.safe_dump(yaml.safe_load(data.read_text()) | {"names": [f"class {n}" for n in range(80)]}))
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text().split("## Detectors of torchvision")[0], re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", PAGE.read_text().split("## Detectors of torchvision")[0], re.MULTILINE | re.DOTALL
+    )
     code = "\n".join(blocks)
     for printed, here in {
         "yolo11n.pt": "yolo11n.yaml",

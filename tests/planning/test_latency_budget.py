@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fastprune as fp
+from fastprune import job
 from fastprune.cli.main import main
 from fastprune.graph.latency import timing as latency
 from fastprune.graph.latency.calls import Call
@@ -37,6 +38,7 @@ def fix_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Stopwatch, "__init__", with_fixed_times(Stopwatch.__init__))
     monkeypatch.setattr(latency, "module_call_ms", lambda: 0.001)
+    monkeypatch.setattr(job, "CLOSE", float("inf"))  # the networks themselves take other times
 
 
 def with_fixed_times(initialise: Any) -> Any:
@@ -75,6 +77,44 @@ def test_milliseconds_are_met(model: torch.nn.Module) -> None:
     assert result.metrics["ms"]["full"] == pytest.approx(full)
     assert 0.66 * full < result.metrics["ms"]["planned"] <= 0.7 * full
     assert all(kept % 4 == 0 for kept, _ in result.plan.widths.values())
+
+
+@pytest.mark.parametrize("budget", ["latency=0.7", "latency={}us"])
+@pytest.mark.parametrize("share", [0.6, -0.1])
+def test_a_plan_is_corrected_where_the_measured_latency_misses_the_budget(
+    budget: str, share: float, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = float(fp.trace(model, EXAMPLE).latency()(torch.ones(352)))
+
+    def measure(conditions: fp.Conditions, graph: Any, networks: dict[str, torch.nn.Module]) -> Any:
+        """Return times of which a part does not depend on the widths, above or below what is modelled."""
+        parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        part = parameters["planned"] / parameters["full"]
+        assert conditions.batch == 1
+        return {"measured_ms": {"full": full, "planned": full * (share + (1 - share) * part)}, "measured_on": {}}
+
+    text = budget.format(0.7 * full * 1000)
+    monkeypatch.setattr(job, "measure", measure)
+    missed = fp.prune(model, EXAMPLE, method="l1", budget=text).metrics["measured_ms"]
+    monkeypatch.setattr(job, "CLOSE", 0.03)
+    result = fp.prune(model, EXAMPLE, method="l1", budget=text)
+    over, *later = result.metrics["correction"]
+    assert over == pytest.approx(missed["planned"] / (0.7 * full), abs=1e-3)
+    assert abs(over - 1) > 0.03
+    assert later
+    assert abs(result.metrics["measured_ms"]["planned"] / (0.7 * full) - 1) <= 0.03
+    kept = fp.prune(model, EXAMPLE, method="l1", budget=text, conditions=fp.Conditions(modelled=True))
+    assert kept.metrics["measured_ms"] == missed
+    assert "correction" not in kept.metrics
+
+
+def test_a_correction_that_is_out_of_reach_leaves_the_plan(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "CLOSE", 0.03)
+    monkeypatch.setattr(job, "measure", lambda *arguments: {"measured_ms": {"full": 1.0, "planned": 7.0}})
+    result = fp.prune(model, EXAMPLE, method="l1", budget="latency=0.7")
+    assert result.metrics["correction"] == [10.0]
 
 
 def test_conditions_are_passed_on(model: torch.nn.Module) -> None:
