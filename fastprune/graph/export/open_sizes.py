@@ -37,6 +37,13 @@ class Guards:
     def __reduce__(self) -> Any:
         return Guards, ()
 
+    def record(self, shapes: Sequence[tuple[int | torch.SymInt, ...]]) -> bool:
+        """Give the conditions on sizes that an export leaves open to the exporter; return whether there were any."""
+        if self.check is None or not any(isinstance(size, torch.SymInt) for shape in shapes for size in shape):
+            return False
+        self.check(*(torch.empty(shape, device="meta") for shape in shapes))
+        return True
+
     def unmet(self, shapes: Sequence[tuple[int, ...]]) -> str | None:
         """Return the condition that inputs of these shapes break, None if they meet all."""
         if self.check is None:
