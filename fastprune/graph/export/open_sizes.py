@@ -38,8 +38,8 @@ class Guards:
         return Guards, ()
 
     def record(self, shapes: Sequence[tuple[int | torch.SymInt, ...]]) -> bool:
-        """Give the conditions on sizes that an export leaves open to the exporter; return whether there were any."""
-        if self.check is None or not any(isinstance(size, torch.SymInt) for shape in shapes for size in shape):
+        """Let an exporter or compiler that leaves sizes open see the conditions on them; return whether it has."""
+        if self.check is None or not torch.compiler.is_compiling():
             return False
         self.check(*(torch.empty(shape, device="meta") for shape in shapes))
         return True
