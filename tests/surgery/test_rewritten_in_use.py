@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fastprune as fp
 from fastprune.shipping.onnx_file import input_names
 from fastprune.shipping.subject import read_subject
+from fastprune.surgery.held_modules import LayerCallError
 from fastprune.surgery.verification import masked
 
 
@@ -263,3 +264,33 @@ def test_a_second_pruning_keeps_sizes_names_and_selections(network: nn.Module) -
     assert has_gradients(smaller)
     program = torch.export.export(smaller, (IMAGES,), dynamic_shapes={"image": {0: Dim("batch")}})
     torch.testing.assert_close(program.module()(IMAGES[:3]), smaller(IMAGES[:3]))
+
+
+@pytest.mark.slow
+def test_a_network_of_torchvision() -> None:
+    vision = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    model, x = vision.shufflenet_v2_x0_5(num_classes=10).eval(), torch.randn(2, 3, 64, 64)
+    graph = fp.trace(model, x)
+    mask = torch.ones(graph.num_units)
+    for group in graph.groups:
+        mask[group.units][torch.randperm(group.size)[: group.size // 2]] = 0
+    plan = graph.plan(mask)
+    network: Any = fp.apply(plan, model)
+    assert isinstance(network, fp.RewrittenNetwork)
+    assert network._stage_out_channels == model._stage_out_channels
+    assert network.stage2[0].branch2[0].out_channels == network.stage2[0].branch2[0].weight.shape[0]
+    with pytest.raises(LayerCallError, match=r"^'conv1' \(Sequential\) cannot be called by itself"):
+        network._forward_impl(x)
+    full = masked(model, plan)
+    for shape in [(1, 3, 64, 64), (3, 3, 96, 80)]:
+        y = torch.randn(shape)
+        torch.testing.assert_close(network(y), full(y), rtol=1e-4, atol=1e-5)
+    program = torch.export.export(network, (x,), dynamic_shapes={"x": {0: Dim("batch")}})
+    torch.testing.assert_close(program.module()(y[..., :64, :64]), network(y[..., :64, :64]))
+    again = fp.trace(network, x)
+    mask = (torch.arange(again.num_units) % 3 > 0).float()
+    mask[[group.start for group in again.groups]] = 1
+    smaller = fp.apply(again.plan(mask), network)
+    F.cross_entropy(smaller.train()(x), torch.tensor([1, 2])).backward()
+    assert has_gradients(smaller)
