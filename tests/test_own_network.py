@@ -229,10 +229,11 @@ def test_pixels_without_a_label_count_for_nothing() -> None:
 def test_the_page_about_own_networks_runs(capsys: pytest.CaptureFixture[str]) -> None:
     page = Path(__file__).parents[1] / "docs" / "own_networks.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     torch.manual_seed(0)
     exec("\n".join(blocks), {"__name__": "page"})
-    accuracy, distillation, taught = map(float, capsys.readouterr().out.split())
+    accuracy, distillation, taught, width = map(float, capsys.readouterr().out.split())
     assert min(accuracy, taught) >= 0
     assert max(accuracy, taught) <= 1
     assert distillation > 0
+    assert width < 12

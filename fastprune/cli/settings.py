@@ -38,12 +38,11 @@ class ModelSettings:
     """The network."""
 
     model: str = option(
-        "", "network: resnet20, torchvision:NAME, timm:NAME, yolo:FILE.pt, file.py:factory, package.module:factory"
+        "", "network: resnet20, torchvision:NAME, timm:NAME, yolo:FILE, file.py:factory, package.module:factory"
     )
     weights: str | None = option(
         None,
-        "file of trained weights (safetensors, or any torch file), or name of published ones (DEFAULT, pretrained); "
-        "random weights without it",
+        "file of trained weights (safetensors, or any torch file), or name of published ones (DEFAULT); random without",
     )
     input: str | None = option(None, "size of one image, CxHxW; by default the data's, or the model's usual size")
     ema: bool = option(False, "take the moving average of the weights (EMA) that the file holds", flag=SWITCH)
@@ -64,7 +63,7 @@ class RunSettings:
     data: str | None = option(
         None,
         "data set: digits, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, imagefolder:FOLDER, hf:NAME, "
-        "synthetic:CxHxW:CLASSES, yolo:FILE.yaml, or file.py:function that returns a loader or (train, held out)",
+        "synthetic:CxHxW:CLASSES, yolo:FILE, or file.py:function that returns loaders",
     )
     out: str | None = option(
         None, "directory for the run's files, which must not exist yet; by default runs/METHOD-MODEL-N"

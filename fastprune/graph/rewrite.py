@@ -98,6 +98,9 @@ class _Rewriter:
         for node in nodes:
             if node.op == "placeholder":
                 self.last_input = self.replacements[node] = self.graph.placeholder(node.name)
+        nodes = [
+            node for node in nodes if node.op != "get_attr" or node.users
+        ]  # the exporter lists unused tensors, too
         held = {node: str(node.target) for node in nodes if node.op == "get_attr" and self.is_tensor(str(node.target))}
         inputs: dict[str, Node] = {}
         for name in dict.fromkeys(held.values()):

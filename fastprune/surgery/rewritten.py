@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.exporter import export
-from fastprune.graph.export.inputs import Inputs
 from fastprune.graph.export.open_sizes import Guards, export_for_sizes
 from fastprune.graph.export.refusals import TraceError
 from fastprune.graph.export.regions import restore_modes
@@ -23,106 +22,137 @@ from fastprune.graph.labels.propagate import Propagation
 from fastprune.graph.model_state import attribute_of, state_of
 from fastprune.graph.plan import PlanError, PruningPlan
 from fastprune.graph.rewrite import RewriteError, RewrittenGraph, rewrite
+from fastprune.surgery.held_modules import Delegating, hold, make_empty
 
 
-class RewrittenNetwork(nn.Module):
-    """A compact network as a graph of operators.
-
-    Its parameters and buffers have the same names as in the model. It can be trained, saved, copied, exported and
-    pruned again. The modules that hold its tensors are no layers, so none can be replaced.
+@dataclass
+class Program:
+    """What a rewritten network runs.
 
     Args:
-        compact: holds the compact parameters and buffers, which are shared.
-        constants: tensors of the model's code, by their names in the graphs.
-        graphs: the graph for each mode, True = training, or the reason why there is none.
+        graphs: {mode, True = training: its graph, or the reason why there is none}.
+        fixed: tensors that are no part of the model: constants of its code, and indices by which graphs select
+            channels. They are no buffers, so averages of weights and buffers do not change them.
+        takes: {mode: names of the tensors that the graph takes after its inputs}, of the network or fixed.
         signature: that of the model's ``forward``.
-        inputs: what the network was traced with.
+        arguments: names of the arguments that were given when the network was traced.
+        shapes: shapes of the inputs that it was traced with.
         any_batch: whether it takes batches of any size.
         guards: conditions on other input sizes, for the graph of each mode.
     """
 
-    def __init__(
-        self,
-        compact: nn.Module,
-        constants: dict[str, Tensor],
-        graphs: dict[bool, RewrittenGraph | str],
-        signature: inspect.Signature,
-        inputs: Inputs,
-        any_batch: bool,
-        guards: Mapping[bool, Guards],
-    ) -> None:
+    graphs: dict[bool, RewrittenGraph | str]
+    fixed: dict[str, Tensor]
+    takes: dict[bool, list[str]]
+    signature: inspect.Signature
+    arguments: list[str]
+    shapes: list[tuple[int, ...]]
+    any_batch: bool
+    guards: dict[bool, Guards]
+
+
+class RewrittenNetwork(Delegating):
+    """A compact network as a graph of operators.
+
+    Its parameters and buffers have the same names as in the model. It can be trained, saved, copied, exported and
+    pruned again. The modules that hold its tensors are no layers, so none can be replaced, and none can be called.
+
+    It has the model's attributes (``names``, ``stride``, ``num_classes``), and its methods, properties and class
+    attributes. A method runs on this network: one that calls the network, reads attributes and parameters, or calls a
+    module that ``forward`` does not run (a loss), works; one that calls a layer is refused, with the name of the layer.
+    What ``nn.Module`` has is torch's own, also where the model's class overrides it (``train``, ``_apply``): what these
+    do to a run is in the graphs. It is no instance of the model's class.
+
+    Args:
+        compact: holds the compact parameters, buffers and attributes, which are taken over.
+        program: what to run.
+        must_hold: tells from the name of a module, and the module, whether the graphs run it.
+    """
+
+    _program: Program
+
+    def __init__(self, compact: nn.Module, program: Program, must_hold: Callable[[str, nn.Module], bool]) -> None:
         super().__init__()
-        hold_tensors(self, compact)
-        for name, tensor in constants.items():
-            self.register_buffer(constant_name(name), tensor, persistent=False)
-        self._shapes = [tuple(x.shape) for x in inputs.tensors]
-        self._any_batch = any_batch
-        self._guards = dict(guards)
-        self._signature = signature
-        self._arguments = list(signature.bind(*inputs.args, **inputs.kwargs).arguments)
-        self._results: dict[bool, pytree.TreeSpec] = {}
-        self._takes: dict[bool, list[str]] = {}
-        self._missing: dict[bool, str] = {}
-        for mode, graph in graphs.items():
-            if isinstance(graph, str):
-                self._missing[mode] = graph
-                continue
-            name = "training_graph" if mode else "evaluation_graph"
-            self.add_module(name, graph.module)
-            self._results[mode] = graph.results
-            self._takes[mode] = [constant_name(t) if t in constants else t for t in graph.tensors]
-            for number, indices in enumerate(graph.indices):
-                self.register_buffer(f"{name}_indices_{number}", indices, persistent=False)
-                self._takes[mode].append(f"{name}_indices_{number}")
+        hold(self, compact, must_hold)
+        self._program = program
         self.train(compact.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns.
 
         Raises:
-            ValueError: if the graph does not hold for the sizes of the inputs.
-            RuntimeError: in train mode, if the model could not be traced in train mode.
+            ValueError: for other arguments than those that were traced, or if the graph does not hold for their sizes.
+            RuntimeError: in train mode, if the model could not be traced in train mode; or if a tensor is missing,
+                because a module was replaced.
         """
-        mode = self.training
-        if mode in self._missing:
-            raise RuntimeError(self._missing[mode])
-        given = self._signature.bind(*args, **kwargs).arguments
-        if list(given) != self._arguments:
-            raise ValueError(f"got arguments {list(given)}; this network was traced with {self._arguments}")
+        graph, program = self._program.graphs[self.training], self._program
+        if isinstance(graph, str):
+            raise RuntimeError(graph)
+        given = program.signature.bind(*args, **kwargs).arguments
+        if list(given) != program.arguments:
+            raise ValueError(f"got arguments {list(given)}; this network was traced with {program.arguments}")
         inputs = pytree.tree_leaves(given)
-        self.require_sizes(inputs)
-        tensors = [attribute_of(self, name) for name in self._takes[mode]]
-        graph: Any = self.training_graph if mode else self.evaluation_graph
+        self._require_sizes(inputs)
+        tensors = [self._tensor(name) for name in program.takes[self.training]]
         with restore_modes():
-            return pytree.tree_unflatten(graph(*inputs, *tensors), self._results[mode])
+            return pytree.tree_unflatten(graph.module(*inputs, *tensors), graph.results)
 
-    def require_sizes(self, inputs: list[Tensor]) -> None:
-        """Refuse inputs if the graph does not hold for their sizes."""
-        shapes = [(shape[0], *x.shape[1:]) for x, shape in zip(inputs, self._shapes, strict=True)]
-        for x, shape, wanted in zip(inputs, self._shapes, shapes, strict=True):
+    def _tensor(self, name: str) -> Tensor:
+        """Return a tensor that a graph takes."""
+        if name in self._program.fixed:
+            return self._program.fixed[name]
+        try:
+            tensor: Tensor = attribute_of(self, name)
+        except AttributeError as error:
+            raise RuntimeError(
+                f"{name!r} is gone, and this network's graph needs it: modules of a rewritten graph cannot be "
+                "replaced, removed or fused"
+            ) from error
+        return tensor
+
+    def _require_sizes(self, inputs: list[Any]) -> None:
+        """Refuse inputs if the graph does not hold for them."""
+        traced, guards = self._program.shapes, self._program.guards.get(self.training, Guards())
+        if len(inputs) != len(traced) or not all(isinstance(x, Tensor) for x in inputs):
+            kinds = ", ".join(type(x).__name__ for x in inputs[:5])
+            raise ValueError(f"got {len(inputs)} inputs ({kinds}); this network was traced with {len(traced)} tensors")
+        shapes = [(shape[0], *x.shape[1:]) for x, shape in zip(inputs, traced, strict=True)]
+        if guards.record(shapes):
+            return
+        for x, shape, wanted in zip(inputs, traced, shapes, strict=True):
             given = f"got an input of shape {tuple(x.shape)}; this network was traced with {shape}"
-            if not (self._any_batch or x.shape[0] == shape[0]):
+            if not (self._program.any_batch or x.shape[0] == shape[0]):
                 raise ValueError(f"{given}; its graph holds for this batch size only")
-            if wanted != shape and (unmet := self._guards.get(self.training, Guards()).unmet(shapes)) is not None:
+            if wanted != shape and (unmet := guards.unmet(shapes)) is not None:
                 raise ValueError(f"{given}; {unmet}")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RewrittenNetwork:
+        """Apply a function to all tensors: move them, or change their precision."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._program.fixed.update({name: fn(tensor) for name, tensor in self._program.fixed.items()})
+        return self
 
-def constant_name(name: str) -> str:
-    """Return the name of the buffer for a constant of the model's code."""
-    return "constant_" + name.replace(".", "_")
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle: the class is made again for the signature."""
+        return make_network, (self._program.signature, self._held_kind), vars(self)
 
 
-def hold_tensors(holder: nn.Module, model: nn.Module) -> None:
-    """Give ``holder`` the parameters and buffers of ``model``, under the same names."""
-    for name, parameter in model._parameters.items():
-        holder.register_parameter(name, parameter)
-    for name, buffer in model._buffers.items():
-        holder.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
-    for name, child in model.named_children():
-        inner = nn.Module()
-        hold_tensors(inner, child)
-        if inner._parameters or inner._buffers or inner._modules:
-            holder.add_module(name, inner)
+def class_for(signature: inspect.Signature) -> type[RewrittenNetwork]:
+    """Return the class of networks whose ``forward`` has this signature, for exporters, which ask for its names."""
+
+    def forward(self: RewrittenNetwork, *args: Any, **kwargs: Any) -> Any:
+        return RewrittenNetwork.forward(self, *args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    forward.__doc__ = RewrittenNetwork.forward.__doc__
+    names = {"__module__": __name__, "__doc__": RewrittenNetwork.__doc__, "forward": forward}
+    return type("RewrittenNetwork", (RewrittenNetwork,), names)
+
+
+def make_network(signature: inspect.Signature, kind: type[nn.Module]) -> Delegating:
+    """Return a network whose state is yet to be set."""
+    return make_empty(class_for(signature), kind)
 
 
 def rewrite_network(
@@ -183,17 +213,40 @@ def rewrite_graphs(plan: PruningPlan, model: nn.Module, compact: nn.Module, trac
             missing = f"this network cannot run in train mode: its model could not be traced there: {error}"
         except PlanError as error:
             missing = f"this network cannot run in train mode: {error}"
-    results: dict[bool, RewrittenGraph | str] = {}
-    constants: dict[str, Tensor] = {}
+    graphs: dict[bool, RewrittenGraph | str] = {}
+    fixed: dict[str, Tensor] = {}
+    takes: dict[bool, list[str]] = {}
     own = set(state_of(model))
     for mode, graph in ((False, traced.evaluation), (True, traced.training)):
         if graph is None:
-            results[mode] = missing
+            graphs[mode] = missing
             continue
-        results[mode] = new = rewrite(graph, labels[mode], state.selections, keep)
-        constants |= {name: attribute_of(graph, name) for name in new.tensors if name not in own}
+        graphs[mode] = new = rewrite(graph, labels[mode], state.selections, keep)
+        indices = {f"index {place} of {'train' if mode else 'eval'} mode": x for place, x in enumerate(new.indices)}
+        fixed |= {name: attribute_of(graph, name) for name in new.tensors if name not in own} | indices
+        takes[mode] = [*new.tensors, *indices]
     signature = inspect.signature(model.forward)
-    return RewrittenNetwork(compact, constants, results, signature, traced.inputs, traced.any_batch, traced.guards)
+    arguments = list(signature.bind(*traced.inputs.args, **traced.inputs.kwargs).arguments)
+    shapes = [tuple(x.shape) for x in traced.inputs.tensors]
+    program = Program(graphs, fixed, takes, signature, arguments, shapes, traced.any_batch, dict(traced.guards))
+    return class_for(signature)(compact, program, run_by(compact, traced, takes))
+
+
+def run_by(compact: nn.Module, traced: Traced, takes: Mapping[bool, list[str]]) -> Callable[[str, nn.Module], bool]:
+    """Return what tells whether the graphs run a module, or use a tensor of it; see ``hold``."""
+    entered: set[str] = set()
+    for graph in (traced.evaluation, traced.training):
+        for node in graph.graph.nodes if graph is not None else ():
+            stack = (node.meta.get("nn_module_stack") or {}).values()
+            entered |= {str(entry[0]).removeprefix("L['self'].").partition("@")[0] for entry in stack}
+    tensors = state_of(compact)
+    used = {id(tensors[name]) for names in takes.values() for name in names if name in tensors}
+
+    def must_hold(name: str, module: nn.Module) -> bool:
+        own = (*module._parameters.values(), *module._buffers.values())
+        return name in entered or isinstance(module, Delegating) or any(id(tensor) in used for tensor in own)
+
+    return must_hold
 
 
 def add_training(model: nn.Module, traced: Traced) -> Traced:

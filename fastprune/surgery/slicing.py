@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from fastprune.graph.model_state import state_of
 from fastprune.graph.plan import PlanError, PruningPlan
 from fastprune.graph.structure import Slice
+from fastprune.surgery.held_modules import class_of
 
 
 class SurgeryError(ValueError):
@@ -43,7 +44,7 @@ def slice_model(plan: PruningPlan, model: nn.Module) -> nn.Module:
     shrunk = {id(tensors[s.tensor]) for s in plan.slices}
     for name, module in compact.named_modules():
         own = {id(t) for t in (*module._parameters.values(), *module._buffers.values())}
-        if own & shrunk and isinstance(module, nn.modules.conv._ConvNd):
+        if own & shrunk and issubclass(class_of(module), nn.modules.conv._ConvNd):
             correct_convolution(module, name, depthwise=bool(own & depthwise))
         elif own & shrunk:
             correct_sizes(module)
@@ -130,13 +131,13 @@ def share_tied(model: nn.Module, replaced: dict[int, Tensor]) -> None:
                 tensors[attribute] = new
 
 
-def correct_convolution(module: nn.modules.conv._ConvNd, name: str, *, depthwise: bool) -> None:
+def correct_convolution(module: Any, name: str, *, depthwise: bool) -> None:
     """Set the stored sizes of a convolution to those of its weight.
 
     Raises:
         PlanError: if its groups do not fit what the plan says of the weight.
     """
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    transposed = issubclass(class_of(module), nn.modules.conv._ConvTransposeNd)
     reads, makes = (0, 1) if transposed else (1, 0)
     refusal = f"the plan is for another model, or damaged: the weight of {name or type(module).__name__!r}"
     if depthwise and module.groups != module.in_channels:
@@ -156,21 +157,22 @@ def correct_convolution(module: nn.modules.conv._ConvNd, name: str, *, depthwise
         )
 
 
-def correct_sizes(module: nn.Module) -> None:
+def correct_sizes(module: Any) -> None:
     """Set the stored sizes of a layer to those of its tensors."""
-    if isinstance(module, nn.Linear):
+    kind = class_of(module)
+    if issubclass(kind, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.GroupNorm):
+    elif issubclass(kind, nn.GroupNorm):
         width = next(p.shape[0] for p in module._parameters.values() if p is not None)
         module.num_groups = max(1, module.num_groups * width // module.num_channels)  # groups leave as a whole
         module.num_channels = width
     elif isinstance(getattr(module, "normalized_shape", None), tuple):  # torch's LayerNorm, RMSNorm, and timm's own
         own = next(p for p in module._parameters.values() if p is not None)
-        setattr(module, "normalized_shape", tuple(own.shape))  # noqa: B010
-    elif isinstance(module, (nn.modules.batchnorm._NormBase, nn.PReLU)):
+        module.normalized_shape = tuple(own.shape)
+    elif issubclass(kind, (nn.modules.batchnorm._NormBase, nn.PReLU)):
         tensors = (*module._parameters.values(), *module._buffers.values())
         width = next(t.shape[0] for t in tensors if t is not None and t.dim() == 1)
-        setattr(module, "num_parameters" if isinstance(module, nn.PReLU) else "num_features", width)
+        setattr(module, "num_parameters" if issubclass(kind, nn.PReLU) else "num_features", width)
 
 
 def slice_optimizer(optimizer: torch.optim.Optimizer, plan: PruningPlan, model: nn.Module, compact: nn.Module) -> None:

@@ -41,8 +41,7 @@ def apply(plan: PruningPlan, model: nn.Module, *, check: bool = True) -> nn.Modu
     """
     if check:
         return cut(plan, model).model
-    compact = slice_model(plan, model)
-    return rewrite_compact(plan, model, compact) if plan.code == "rewritten" else compact
+    return rewrite_sliced(plan, model)[0] if plan.code == "rewritten" else slice_model(plan, model)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def cut(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> Cu
     if not plan.exact:
         return cut_inexactly(plan, model, traced)
     if plan.code == "rewritten":
-        compact = rewrite_compact(plan, model, slice_model(plan, model), traced)
+        compact, plan = rewrite_sliced(plan, model, traced)
         return Cut(compact, verify(plan, model, compact), plan)
     errors: list[SurgeryError] = []
     for attempt in own_attempts(plan):
@@ -84,9 +83,8 @@ def cut(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> Cu
             errors.append(error)
     if plan.code == "own":
         raise errors[0]
-    plan = own_attempts(plan)[-1]
     try:
-        compact = rewrite_compact(plan, model, slice_model(plan, model), traced)
+        compact, plan = rewrite_sliced(plan, model, traced)
         return Cut(compact, verify(plan, model, compact), replace(plan, code="rewritten"))
     except SurgeryError as second:
         if str(second) == str(errors[0]):
@@ -105,8 +103,7 @@ def cut_inexactly(plan: PruningPlan, model: nn.Module, traced: Traced | None) ->
     The masked model cannot tell whether the model's own code splits compact tensors in the right places. The rewritten
     graph can: it follows from the labels, and both must compute the same.
     """
-    unchanged = own_attempts(plan)[-1]
-    graph = rewrite_compact(unchanged, model, slice_model(unchanged, model), traced)
+    graph, settable = rewrite_sliced(plan, model, traced)
     difference = verify(plan, model, graph)
     errors: list[SurgeryError] = []
     for attempt in own_attempts(plan) if plan.code != "rewritten" else []:
@@ -119,12 +116,22 @@ def cut_inexactly(plan: PruningPlan, model: nn.Module, traced: Traced | None) ->
             errors.append(error)
     if plan.code == "own":
         raise errors[0]
-    return Cut(graph, difference, replace(unchanged, code="rewritten"))
+    return Cut(graph, difference, replace(settable, code="rewritten"))
 
 
-def rewrite_compact(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced | None = None) -> nn.Module:
-    """Return the compact network as a rewritten graph, on the tensors of ``compact``."""
+def rewrite_sliced(plan: PruningPlan, model: nn.Module, traced: Traced | None = None) -> tuple[nn.Module, PruningPlan]:
+    """Return the compact network as a rewritten graph, and the plan, without attributes if they cannot be set.
+
+    The graph does not read attributes. They change for those who do.
+    """
     try:
-        return rewrite_network(plan, model, compact, traced)
+        compact = slice_model(plan, model)
+    except SurgeryError:
+        if not plan.attributes:
+            raise
+        plan = own_attempts(plan)[-1]
+        compact = slice_model(plan, model)
+    try:
+        return rewrite_network(plan, model, compact, traced), plan
     except (RewriteError, TraceError) as error:
         raise SurgeryError(f"the plan cannot be applied to {type(model).__name__}: {error}") from error

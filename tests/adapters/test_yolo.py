@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -142,3 +143,31 @@ def test_the_guide_runs_on_few_small_images(tmp_path: Path) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(code, PAGE.name, "exec"), names)
     assert names["small"].model.yaml["nc"] == 80
+
+
+def test_a_rewritten_network_has_the_names_and_the_loss_of_its_model(tmp_path: Path) -> None:
+    model = make_network(tmp_path, "detect").model.eval()
+    model.args = importlib.import_module("ultralytics.cfg").get_cfg()
+    graph = fp.trace(model, torch.rand(2, 3, SIDE, SIDE))
+    mask = torch.ones(graph.num_units)
+    for group in graph.groups:
+        mask[group.units][torch.randperm(group.size)[: group.size // 3]] = 0
+    plan = dataclasses.replace(graph.plan(mask), code="rewritten")
+    network: Any = fp.apply(plan, model)
+    assert isinstance(network, fp.RewrittenNetwork)
+    assert (network.names, network.yaml, network.task) == (model.names, model.yaml, "detect")
+    assert torch.equal(network.stride, model.stride)
+    assert torch.equal(network.model[-1].stride, model.model[-1].stride)
+    batch = {
+        "img": torch.rand(2, 3, SIDE, SIDE),
+        "batch_idx": torch.tensor([0.0, 1.0, 1.0]),
+        "cls": torch.tensor([[0.0], [1.0], [1.0]]),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.4, 0.4, 0.6, 0.5], [0.7, 0.6, 0.3, 0.3]]),
+    }
+    expected, _ = fp.masked(model, plan).train().loss(batch)
+    loss, _ = network.train().loss(batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    loss.sum().backward()
+    assert network.model[0].conv.weight.grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match=r"^'model\.0' \(Conv\) cannot be called by itself"):
+        network.predict(batch["img"])

@@ -37,6 +37,13 @@ class Guards:
     def __reduce__(self) -> Any:
         return Guards, ()
 
+    def record(self, shapes: Sequence[tuple[int | torch.SymInt, ...]]) -> bool:
+        """Let an exporter or compiler that leaves sizes open see the conditions on them; return whether it has."""
+        if self.check is None or not torch.compiler.is_compiling():
+            return False
+        self.check(*(torch.empty(shape, device="meta") for shape in shapes))
+        return True
+
     def unmet(self, shapes: Sequence[tuple[int, ...]]) -> str | None:
         """Return the condition that inputs of these shapes break, None if they meet all."""
         if self.check is None:
