@@ -75,6 +75,11 @@ def test_options_of_the_paper():
     assert (config.noise, config.schedule) == (0, "constant")
 
 
+def test_the_default_has_noise_two_sides_and_twice_the_weight_of_the_paper():
+    config = DDNPConfig().resolve()
+    assert (config.noise, config.regularisation, config.coupling, config.resource) == (0.3, 4, 2, "two_sided")
+
+
 def test_a_state_of_scores_of_another_scale_is_refused():
     """Earlier versions had the scores themselves as parameters, by the name ``scores``."""
     method, _ = prepare(architecture="channel")

@@ -46,13 +46,13 @@ class RelaxedGates:
 
 @dataclass(frozen=True)
 class DPConfig(RelaxedGates):
-    """Options of DP; where DDNP has them the defaults are DDNP's, as its paper compares the two."""
+    """Options of DP; where DDNP has them the defaults are DDNP's, as its paper compares the two (with λ = 2)."""
 
     epochs: int = option(200, "passes over the samples", minimum=1)
     samples: int = option(2500, "random training samples to search on", minimum=1)
     batch_size: int = option(256, "samples per step over all processes together", minimum=1)
     learning_rate: float = option(1e-3, "learning rate of Adam, constant", minimum=0.0)
-    regularisation: float = option(2.0, "λ, the weight of the cost term", minimum=0.0)
+    regularisation: float = option(4.0, "λ, the weight of the cost term", minimum=0.0)
     resource: Literal["one_sided", "two_sided"] = option(
         "one_sided", "cost term: log(max(T, pT)/pT), or |log(T/pT)|, which also raises a cost below pT"
     )
