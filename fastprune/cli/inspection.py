@@ -26,7 +26,10 @@ def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     example = find_example(settings, data, objective, model)
     check_fit(model, settings.model, example)
     begun = time.monotonic()
-    graph = trace(model, example, rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact)
+    graph = trace(
+        model, example, rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact,
+        replace_norms=settings.replace_norms,
+    )  # fmt: skip
     seconds = time.monotonic() - begun
     if values["json"]:
         print(json.dumps(as_json(graph, seconds)))
@@ -50,6 +53,7 @@ def as_json(graph: ChannelGraph, seconds: float) -> dict[str, Any]:
         ],
         "exact": graph.exact,
         "inexact": list(graph.inexact),
+        "norms": [norm.module for norm in graph.norms],
         "unprunable": [{"layer": layer, "reason": reason} for layer, reason in graph.unprunable],
         "seconds": round(seconds, 3),
     }

@@ -104,6 +104,7 @@ def search(
         conditions=make_conditions(settings),
         after=subject.before,
         exact=not settings.inexact,
+        replace_norms=settings.replace_norms,
         compensate=cast("Choice", settings.compensate),
         calibration=settings.calibration,
         run_config=make_config(settings, "prune", sections),

@@ -31,6 +31,10 @@ COMPENSATE = (
 )
 CALIBRATE = "kind of compensation; bn measures batch norms again, and alone works on a fine-tuned run too"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
+REPLACE_NORMS = (
+    "also prune channels that norms mix, exactly: the class of these norms changes, so that their statistics count the "
+    "removed channels as zeros"
+)
 
 
 @dataclass
@@ -110,6 +114,7 @@ class InspectSettings(ModelSettings):
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
+    replace_norms: bool = option(False, REPLACE_NORMS, flag=SWITCH)
 
 
 @dataclass
@@ -147,6 +152,7 @@ class PruneSettings(NetworkSettings):
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
+    replace_norms: bool = option(False, REPLACE_NORMS, flag=SWITCH)
     compensate: str = option("auto", COMPENSATE, choices=("auto", "sequential", "one_pass", "mean", "bn", "none"))
     calibration: int = option(512, "training samples that a compensation takes", minimum=1)
     dry_run: bool = option(False, "say what would be done: groups, widths, cost, time; write nothing", flag=SWITCH)

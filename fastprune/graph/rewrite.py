@@ -8,7 +8,7 @@ selected.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,6 +26,8 @@ from fastprune.graph.labels.propagate import Computed
 from fastprune.graph.labels.rules import describe_node
 from fastprune.graph.labels.selection import Selection
 from fastprune.graph.model_state import attribute_of
+from fastprune.graph.norms import Use, normalise, uses_of
+from fastprune.graph.structure import Norm
 
 Kept = npt.NDArray[np.int64] | None  # the indices that stay along a dimension, None for all
 
@@ -63,6 +65,7 @@ def rewrite(
     labels: Mapping[Node, Any],
     selections: Mapping[Node, list[Selection]],
     keep: npt.NDArray[np.bool_],
+    norms: Iterable[Norm] = (),
 ) -> RewrittenGraph:
     """Rewrite an exported graph for compact tensors.
 
@@ -71,11 +74,14 @@ def rewrite(
         labels: the labels of its values.
         selections: its moves that take channels.
         keep: for each label, whether its channels stay.
+        norms: norms whose statistics count removed channels as zeros.
 
     Raises:
         RewriteError: if an operator cannot take the new sizes.
     """
-    return _Rewriter(source, labels, selections, keep).rewrite()
+    named = {norm.module: norm for norm in norms}
+    calls = {node: (named[name], use) for name, uses in uses_of(source, named).items() for use in uses for node in use.nodes}
+    return _Rewriter(source, labels, selections, keep, calls).rewrite()
 
 
 @dataclass
@@ -86,6 +92,7 @@ class _Rewriter:
     labels: Mapping[Node, Any]
     selections: Mapping[Node, list[Selection]]
     keep: npt.NDArray[np.bool_]
+    norms: Mapping[Node, tuple[Norm, Use]] = field(default_factory=dict)  # of the nodes in their code
     graph: Graph = field(default_factory=Graph)
     boxes: dict[Node, list[list[Kept]] | None] = field(default_factory=dict)
     replacements: dict[Node, Any] = field(default_factory=dict)
@@ -115,6 +122,8 @@ class _Rewriter:
         """Return a node's replacement in the new graph; None for a value that need not exist."""
         if node.op == "output" or node.op == "get_attr":
             return self.copy(node)
+        if node in self.norms and (source := self.norms[node][1].source) is not None and self.changes(source):
+            return self.normalise(node, source) if node in self.norms[node][1].results else None
         result = self.kept(node)
         if result is None:
             return None
@@ -135,6 +144,17 @@ class _Rewriter:
         if self.changes(node):
             self.adapt_arguments(node, copied, name, result)
         return copied
+
+    def normalise(self, node: Node, source: Node) -> Node:
+        """Replace the code of a norm by one that counts the removed channels as zeros."""
+        norm, use = self.norms[node]
+        held = {str(n.target): n for inner in use.nodes for n in inner.all_input_nodes if n.op == "get_attr"}
+        tensors = [held.get(f"{norm.module}.{name}") for name in ("weight", "bias")]
+        if len(held) != sum(tensor is not None for tensor in tensors) or self.replacements.get(source) is None:
+            raise RewriteError(f"the code of the norm {norm.module} shares its parameters or reads several values")
+        values = [self.replacements[source], *(None if t is None else self.replacements[t] for t in tensors)]
+        arguments = (*values, norm.kind, norm.dim, norm.count, norm.eps)
+        return self.graph.call_function(normalise, arguments)
 
     def adapt_arguments(self, node: Node, copied: Node, name: str, boxes: list[list[Kept]]) -> None:
         """Change the arguments of a copied operator that depend on numbers of channels; its results keep ``boxes``."""

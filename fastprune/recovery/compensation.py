@@ -108,7 +108,7 @@ def compensate(
         >>> compact = fp.compensate(network, plan, images)
     """
     require_kind(how)
-    graph = graph or trace(model, plan.example(model), exact=plan.exact)
+    graph = graph or trace(model, plan.example(model), exact=plan.exact, replace_norms=bool(plan.norms))
     if graph.num_units != len(plan.mask):
         raise ValueError(
             f"plan: it has {len(plan.mask)} units, the channel graph of this model {graph.num_units}; a plan made "
@@ -206,7 +206,7 @@ class _Fit:
         self.graph, self.plan, self.how, self.peers, self.work = graph, plan, how, peers, work
         self.tensors, self.original = state_of(changed), state_of(model)
         self.closed = ~plan.mask
-        self.walk = Walk(graph, model, changed if how == "sequential" else None, batches, memory)
+        self.walk = Walk(graph, model, changed if how == "sequential" else None, batches, memory, plan=plan)
         self.layers = {layer.node: layer for layer in graph.layers}
         uses = [layer.weight for layer in graph.layers]
         self.shared = {name for name in uses if uses.count(name) > 1}

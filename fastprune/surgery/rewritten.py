@@ -166,7 +166,7 @@ def open_sizes(model: nn.Module, traced: Traced) -> Traced:
 
 def rewrite_graphs(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced) -> RewrittenNetwork:
     """Return the compact network in these graphs, rewritten; where none is of train mode, one is traced if possible."""
-    state = Propagation(exact=False)
+    state = Propagation(exact=False, norms={norm.module for norm in plan.norms})
     labels = {False: run_on_labels(traced.evaluation, traced.inputs, state, record=True)}
     if traced.training is not None:
         labels[True] = run_on_labels(traced.training, traced.inputs, state, record=False)
@@ -190,7 +190,7 @@ def rewrite_graphs(plan: PruningPlan, model: nn.Module, compact: nn.Module, trac
         if graph is None:
             results[mode] = missing
             continue
-        results[mode] = new = rewrite(graph, labels[mode], state.selections, keep)
+        results[mode] = new = rewrite(graph, labels[mode], state.selections, keep, plan.norms)
         constants |= {name: attribute_of(graph, name) for name in new.tensors if name not in own}
     signature = inspect.signature(model.forward)
     return RewrittenNetwork(compact, constants, results, signature, traced.inputs, traced.any_batch, traced.guards)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastprune.graph.export.nodes import module_of
 from fastprune.graph.labels.labels import canonicalise, core, kept_labels, varying_dims, vector_along
 from fastprune.graph.labels.propagate import Weight
 from fastprune.graph.labels.rules import SIZES, Context, give_up, require_box, rule, unlabelled_result
@@ -92,8 +93,12 @@ def mix(context: Context, x: Tensor, dims: set[int]) -> bool:
 
 
 def let_mix(context: Context, x: Tensor) -> bool:
-    """Return whether the channels of ``x`` may leave although their values meet here; see ``trace(exact=False)``."""
-    allowed = context.state.let_mix(x, context.reason)
+    """Return whether the channels of ``x`` may leave although their values meet here.
+
+    They may in an inexact trace, and in norms that will count them as zeros.
+    """
+    exactly = module_of(context.node) in context.state.norms
+    allowed = exactly or context.state.let_mix(x, context.reason)
     if allowed:
         require_box(context, x)
     return allowed

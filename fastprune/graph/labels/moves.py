@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.nodes import operator_name
-from fastprune.graph.labels.labels import KEPT, canonicalise, core, varying_dims
+from fastprune.graph.labels.labels import KEPT, canonicalise, core, spread, varying_dims, vector_along
 from fastprune.graph.labels.own_code import (
     have_same_channels,
     require_equal,
@@ -41,6 +41,7 @@ SELECTING = {
     *("slice", "select", "narrow", "roll", "repeat", "tile", "repeat_interleave", "unfold", "channel_shuffle"),
     *("index_select", "index"),
 }
+JOINING = {"cat", "concat", "concatenate"}
 MOVES = RESHAPING | PARTING | SELECTING
 
 
@@ -57,11 +58,28 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
         return give_up(context, args, kwargs)
     sources = [x for x in pytree.tree_leaves(args[0]) if isinstance(x, Tensor)]
     result = pytree.tree_map_only(Tensor, canonicalise, result)
+    if context.operator in JOINING:
+        result = join(context, sources, result)
     if context.state.rewrites:
         require_rewritable(context, operator, args, kwargs, sources, result)
     else:
         require_own_code(context, sources[0], result, args)
     return result
+
+
+def join(context: Context, parts: list[Tensor], result: Tensor) -> Tensor:
+    """Unite the channels of parts that are joined along another dimension (a class token and those of patches)."""
+    across = {dim for part in parts for dim in varying_dims(part)}
+    if len(across) != 1 or len({part.dim() for part in parts}) != 1:
+        return result
+    (dim,) = across
+    rows = [vector_along(part, dim) for part in parts if part.size(dim) == result.size(dim)]
+    if len(rows) < len(parts) or any(row is None for row in rows):
+        return result
+    first, *others = (row for row in rows if row is not None)
+    for other in others:
+        context.state.space.unite(first, other, context.reason)
+    return spread(first, tuple(result.shape), dim)
 
 
 @rule("expand_as")
