@@ -367,9 +367,11 @@ def require_same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
     begun_with = run.config
     result_depends_on = {name for name in config if name.startswith("latency_")} | {
         *("method", "budget", "seed", config["method"], "min_keep", "round_to", "keep_ratio"),
-        *("keep_class", "inexact", "ignore", "replace_norms", "precision", "channels_last", "compensate", "calibration"),
+        *("keep_class", "inexact", "ignore", "replace_norms"),
+        *("precision", "channels_last", "compensate", "calibration"),
     }
-    earlier = {"compensate": "none", "calibration": CALIBRATION_IMAGES, "replace_norms": False}  # what runs of earlier versions did
+    # What runs of earlier versions did.
+    earlier = {"compensate": "none", "calibration": CALIBRATION_IMAGES, "replace_norms": False}
     for name in sorted(result_depends_on):
         before = begun_with.get(name, earlier.get(name, config[name]))
         if before != config[name]:

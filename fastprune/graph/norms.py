@@ -128,9 +128,10 @@ def count_fully(module: nn.Module, norm: Norm, channels: int) -> None:
     """Let a norm that has ``channels`` left count ``norm.count``, by a change of its class, in place."""
     module.__class__ = CLASSES[norm.kind]
     values = {"full_count": norm.count, "channel_dim": norm.dim, "eps": norm.eps}
-    sizes = {"num_groups": 1, "num_channels": channels, "affine": "weight" in module._parameters}
-    if norm.kind != "group_norm":
-        sizes = {"normalized_shape": (channels,), "elementwise_affine": module._parameters.get("weight") is not None}
+    scales = module._parameters.get("weight") is not None
+    sizes: dict[str, Any] = {"normalized_shape": (channels,), "elementwise_affine": scales}
+    if norm.kind == "group_norm":
+        sizes = {"num_groups": 1, "num_channels": channels, "affine": scales}
     vars(module).update(values | sizes)
 
 

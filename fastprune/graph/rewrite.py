@@ -80,7 +80,8 @@ def rewrite(
         RewriteError: if an operator cannot take the new sizes.
     """
     named = {norm.module: norm for norm in norms}
-    calls = {node: (named[name], use) for name, uses in uses_of(source, named).items() for use in uses for node in use.nodes}
+    uses = [(named[name], use) for name, found in uses_of(source, named).items() for use in found]
+    calls = {node: (norm, use) for norm, use in uses for node in use.nodes}
     return _Rewriter(source, labels, selections, keep, calls).rewrite()
 
 

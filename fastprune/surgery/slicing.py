@@ -116,12 +116,16 @@ def require_norms(plan: PruningPlan, model: nn.Module) -> None:
         width = None if module is None or module is model else channels_of(module)
         count = module.full_count if isinstance(module, FullCount) else width
         if (width, count) != (len(norm.units), norm.count):
-            given = "none" if width is None else f"one of {width}" + (f", which counts {count}" if count != width else "")
-            wanted = f"{len(norm.units)}" + (f", which counts {norm.count}" if norm.count != len(norm.units) else "")
             raise PlanError(
-                f"the plan is for another model: it needs a norm over channels {norm.module!r} of {wanted}; this "
-                f"{type(model).__name__} has {given}"
+                f"the plan is for another model: it needs a norm over channels {norm.module!r} of "
+                f"{describe_width(len(norm.units), norm.count)}; this {type(model).__name__} has "
+                f"{'none' if width is None or count is None else f'one of {describe_width(width, count)}'}"
             )
+
+
+def describe_width(channels: int, count: int) -> str:
+    """Return the number of a norm's channels, and of those that it counts if these are more."""
+    return str(channels) if channels == count else f"{channels}, which counts {count}"
 
 
 def shrink(owner: nn.Module, attribute: str, dim: int, kept: Tensor, replaced: dict[int, Tensor]) -> None:

@@ -254,7 +254,7 @@ def test_a_plan_for_other_norms_is_refused() -> None:
         fp.apply(plan, other)
     compact = fp.apply(plan, model)
     second = fp.trace(compact, IMAGE, replace_norms=True)
-    with pytest.raises(fp.PlanError, match="'norm.inner' of 5, which counts 8; this Stream has one of 5"):
+    with pytest.raises(fp.PlanError, match=r"'norm.inner' of 5, which counts 8; this Stream has one of 5"):
         fp.apply(second.plan(half(second)), randomise(Stream(make, width=5)))
 
 
