@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[tuple[type[Any], ...], str]] = {
     "rewrite": ((bool,), "True or False"),
     "exact": ((bool,), "True or False"),
     "replace_norms": ((bool,), "True or False"),
+    "heads": ((bool,), "True or False"),
     "run_config": ((Mapping, type(None)), "a dict of settings"),
 }
 """The types that arguments may have, and how to say them."""

@@ -178,7 +178,10 @@ class Subject:
                 "would mix unknown channels; prune again with compensate= (--compensate)"
             )
         tracing = Tracing(
-            rewrite=not run.config.get("keep_class", False), exact=plan.exact, replace_norms=bool(plan.norms)
+            rewrite=not run.config.get("keep_class", False),
+            exact=plan.exact,
+            replace_norms=bool(plan.norms),
+            heads=run.config.get("heads", False),
         )
         with progress.begin("tracing the network", wanted=run.distributed.is_main):
             graph = tracing.trace(full, plan.example(full), device)

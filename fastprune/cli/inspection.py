@@ -28,7 +28,7 @@ def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     begun = time.monotonic()
     graph = trace(
         model, example, rewrite=not settings.keep_class, ignore=settings.ignore, exact=not settings.inexact,
-        replace_norms=settings.replace_norms,
+        replace_norms=settings.replace_norms, heads=settings.heads,
     )  # fmt: skip
     seconds = time.monotonic() - begun
     if values["json"]:

@@ -31,6 +31,7 @@ COMPENSATE = (
 )
 CALIBRATE = "kind of compensation; bn measures batch norms again, and alone works on a fine-tuned run too"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
+HEADS = "also prune whole heads of attention; the number of heads in the model's code changes"
 REPLACE_NORMS = (
     "also prune channels that norms mix, exactly: the class of these norms changes, so that their statistics count the "
     "removed channels as zeros"
@@ -115,6 +116,7 @@ class InspectSettings(ModelSettings):
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
     replace_norms: bool = option(False, REPLACE_NORMS, flag=SWITCH)
+    heads: bool = option(False, HEADS, flag=SWITCH)
 
 
 @dataclass
@@ -153,6 +155,7 @@ class PruneSettings(NetworkSettings):
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
     replace_norms: bool = option(False, REPLACE_NORMS, flag=SWITCH)
+    heads: bool = option(False, HEADS, flag=SWITCH)
     compensate: str = option("auto", COMPENSATE, choices=("auto", "sequential", "one_pass", "mean", "bn", "none"))
     calibration: int = option(512, "training samples that a compensation takes", minimum=1)
     dry_run: bool = option(False, "say what would be done: groups, widths, cost, time; write nothing", flag=SWITCH)

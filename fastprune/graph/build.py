@@ -34,6 +34,7 @@ def trace(
     ignore: str | nn.Module | Sequence[str | nn.Module] = (),
     exact: bool = True,
     replace_norms: bool = False,
+    heads: bool = False,
 ) -> ChannelGraph:
     """Find the channel groups of a network, as ``fastprune.trace`` does.
 
@@ -46,9 +47,10 @@ def trace(
         ignore: layers whose output channels stay.
         exact: whether a channel is prunable only if its removal equals zeroing it where it is read.
         replace_norms: whether channels are prunable that norms mix, if these may become ones that count them as zeros.
+        heads: whether whole heads of attention are prunable.
     """
     traced = trace_graphs(model, example_inputs)
-    return label(model, traced, rewrite=rewrite, ignore=ignore, exact=exact, replace_norms=replace_norms)
+    return label(model, traced, rewrite=rewrite, ignore=ignore, exact=exact, replace_norms=replace_norms, heads=heads)
 
 
 def label(
@@ -59,6 +61,7 @@ def label(
     ignore: str | nn.Module | Sequence[str | nn.Module],
     exact: bool,
     replace_norms: bool = False,
+    heads: bool = False,
     whole: Collection[str] = (),
 ) -> ChannelGraph:
     """Find the channel groups in the graphs of a network.
@@ -70,6 +73,7 @@ def label(
         ignore: as in ``trace``.
         exact: as in ``trace``.
         replace_norms: as in ``trace``.
+        heads: as in ``trace``.
         whole: modules whose code needs all channels of what it reads and makes; ``name.*`` stands for all modules
             inside.
     """
@@ -77,7 +81,7 @@ def label(
     held = {name: frozenset(values.values()) for name, values in holders_of(model).items()}
     graphs = [graph for graph in (traced.evaluation, traced.training) if graph is not None]
     norms = find_norms(model, graphs) if replace_norms else {}
-    state = Propagation(exact=exact, rewrites=rewrite, held=held, norms=norms)
+    state = Propagation(exact=exact, rewrites=rewrite, held=held, norms=norms, heads=heads)
     labels = run_on_labels(traced.evaluation, traced.inputs, state, record=True)
     if traced.training is not None:
         labels |= run_on_labels(traced.training, traced.inputs, state, record=False)
@@ -161,6 +165,7 @@ def build(
         cost_model=cost,
         traced=traced,
         rewrites=state.rewrites,
+        heads=state.heads,
         inexact_units=inexact_units,
         inexact=inexact,
         held_sizes=find_held_sizes(model, labels, units),

@@ -307,7 +307,7 @@ def label_norms(
     """
     found: dict[str, Tensor] = {}
     for graph in graphs:
-        for name, uses in uses_of(graph, norms).items():
+        for name, uses in uses_of(graph, state.counted & set(norms)).items():
             size, reason = len(norms[name].units), f"the norm {name}"
             for use in uses:
                 value = labels[use.source] if use.source is not None else kept_labels((size,))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, cast
 
 import numpy as np
@@ -144,6 +145,8 @@ class _Rewriter:
         copied = self.copy(node)
         if self.changes(node):
             self.adapt_arguments(node, copied, name, result)
+            if node.target is torch.ops.aten.view.default:  # fewer heads have other strides
+                copied.target = torch.ops.aten.reshape.default
         return copied
 
     def normalise(self, node: Node, source: Node) -> Node:
@@ -266,12 +269,18 @@ class _Rewriter:
         first = int(argument_of(node, "dim")) % (dims + 1) if operator_name(node) == "unflatten" else 0
         for place, size in enumerate(sizes):
             kept = box[first + place]
-            if kept is None or size == -1:
+            full = self.parts(node)[0].size(first + place)
+            if kept is None or (isinstance(size, int) and size == -1):
                 continue
-            if not isinstance(size, int):
-                raise RewriteError(f"{describe_node(node)} computes the number of channels from the size of the input")
-            sizes[place] = len(kept)
+            sizes[place] = len(kept) if isinstance(size, int) else self.scale(size, len(kept), full, copied)
         set_argument(copied, argument, sizes)
+
+    def scale(self, size: Node, kept: int, full: int, reader: Node) -> Node:
+        """Return the part ``kept / full`` of a size that the graph computes: the images and heads of a batch, say."""
+        part = Fraction(kept, full)
+        with self.graph.inserting_before(reader):
+            times = self.graph.call_function(operator.mul, (size, part.numerator))
+            return self.graph.call_function(operator.floordiv, (times, part.denominator))
 
     def regroup(self, node: Node, copied: Node, argument: str, *, depthwise: bool) -> None:
         """Set the number of groups that are left; whole groups leave a depthwise convolution or a group norm."""

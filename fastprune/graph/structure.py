@@ -208,6 +208,7 @@ class GraphStructure:
         inexact: the operators that compute these statistics, with their modules.
         held_sizes: attributes of the model's own code that hold numbers of channels, see ``graph.held_sizes``.
         norms: norms over channels that lose some exactly, see ``graph.norms``.
+        heads: whether whole heads of attention may leave.
     """
 
     groups: tuple[Group, ...]
@@ -222,6 +223,7 @@ class GraphStructure:
     inexact: tuple[str, ...]
     held_sizes: tuple[HeldSize, ...] = ()
     norms: tuple[Norm, ...] = ()
+    heads: bool = False
 
     @property
     def exact(self) -> bool:

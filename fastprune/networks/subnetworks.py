@@ -58,7 +58,7 @@ class SubNetworks:
         self._overwrites = make_out_of_place(self.source)
         share_tensors(model, self.source)
         # These graphs are rewritten, also where the model's own code is to be kept.
-        state = Propagation(exact=False, norms={norm.module for norm in graph.norms})
+        state = Propagation(exact=False, norms={norm.module for norm in graph.norms}, heads=graph.heads)
         self._labels = run_on_labels(self.source, graph.traced.inputs, state, record=True)
         self._selections = state.selections
         self._unit_of_label = unit_of_label(graph, state)

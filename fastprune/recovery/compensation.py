@@ -112,7 +112,7 @@ def compensate(
     if graph.num_units != len(plan.mask):
         raise ValueError(
             f"plan: it has {len(plan.mask)} units, the channel graph of this model {graph.num_units}; a plan made "
-            "with ignore= or rewrite=False needs its own graph: give graph=result.graph"
+            "with ignore=, heads= or rewrite=False needs its own graph: give graph=result.graph"
         )
     if isinstance(data, Sequence) and all(isinstance(batch, Tensor) for batch in data) and not isinstance(data, str):
         batches: Sequence[Sequence[Tensor]] = [

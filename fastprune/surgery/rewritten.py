@@ -166,7 +166,7 @@ def open_sizes(model: nn.Module, traced: Traced) -> Traced:
 
 def rewrite_graphs(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced) -> RewrittenNetwork:
     """Return the compact network in these graphs, rewritten; where none is of train mode, one is traced if possible."""
-    state = Propagation(exact=False, norms={norm.module for norm in plan.norms})
+    state = Propagation(exact=False, norms={norm.module for norm in plan.norms}, heads=True)
     labels = {False: run_on_labels(traced.evaluation, traced.inputs, state, record=True)}
     if traced.training is not None:
         labels[True] = run_on_labels(traced.training, traced.inputs, state, record=False)

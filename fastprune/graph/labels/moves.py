@@ -93,12 +93,23 @@ def expand_as(context: Context, x: Any, other: Any) -> Any:
 
 
 @rule("index_select", "index")
-def index(context: Context, x: Tensor, *places: Any) -> Any:
+def index(context: Context, x: Any, *places: Any) -> Any:
     """Take the channels that a constant of the network names; pin if the indices depend on the input."""
+    if isinstance(x, Weight) and context.state.heads and len(x.shape) == 2 and is_row_index(places):
+        heads = context.state.fresh_dim(x, 1, "channel", context.reason)  # a table with a column for each head
+        return spread(heads, context.shape, len(context.shape) - 1)
+    x = context.state.labels_of(x, context.reason) if isinstance(x, Weight) else x
     constant = map_arg(context.node.args[1:], lambda node: constant_of(context, node))
     if any(isinstance(place, Node) for place in pytree.tree_leaves(constant)):
         return give_up(context, (x, *places), {})
     return move(context, x, *constant)
+
+
+def is_row_index(places: tuple[Any, ...]) -> bool:
+    """Return whether the arguments of ``index`` or ``index_select`` choose rows, and nothing along other dimensions."""
+    if len(places) == 1:
+        return isinstance(places[0], (list, tuple)) and len(places[0]) == 1
+    return len(places) == 2 and places[0] == 0
 
 
 def constant_of(context: Context, node: Node) -> Any:

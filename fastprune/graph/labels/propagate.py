@@ -146,6 +146,8 @@ class Propagation:
     # {module: the values of its attributes that may be numbers of channels}; see ``graph.held_sizes``
     held: Mapping[str, frozenset[Any]] = field(default_factory=dict)
     norms: Collection[str] = ()  # modules whose statistics count removed channels as zeros; see ``graph.norms``
+    heads: bool = False  # whether whole heads of attention may leave
+    counted: set[str] = field(default_factory=set)  # those of them that channels pass
     space: LabelSpace = field(default_factory=LabelSpace)
     dims: dict[tuple[str, int], LabelledDim] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
