@@ -269,10 +269,15 @@ class _Rewriter:
         first = int(argument_of(node, "dim")) % (dims + 1) if operator_name(node) == "unflatten" else 0
         for place, size in enumerate(sizes):
             kept = box[first + place]
-            full = self.parts(node)[0].size(first + place)
             if kept is None or (isinstance(size, int) and size == -1):
                 continue
-            sizes[place] = len(kept) if isinstance(size, int) else self.scale(size, len(kept), full, copied)
+            if isinstance(size, int):
+                sizes[place] = len(kept)
+                continue
+            parts = self.parts(node)
+            if not parts:
+                raise RewriteError(f"{describe_node(node)} computes the number of channels from the size of the input")
+            sizes[place] = self.scale(size, len(kept), parts[0].size(first + place), copied)
         set_argument(copied, argument, sizes)
 
     def scale(self, size: Node, kept: int, full: int, reader: Node) -> Node:

@@ -62,6 +62,15 @@ def test_a_pruned_network_is_loaded_and_pruned_further(tmp_path: Path, capsys: p
     assert again(torch.zeros(1, 3, 16, 16)).shape == (1, 4)
 
 
+def test_heads_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = "--model timm:vit_tiny_patch16_224 --input 3x224x224"
+    units = {}
+    for options in ("", "--heads", "--heads --replace_norms"):
+        assert main(shlex.split(f"inspect {network} {options} --json")) == 0
+        units[options] = json.loads(capsys.readouterr().out)["units"]
+    assert units == {"": 12 * 768, "--heads": 12 * (768 + 3), "--heads --replace_norms": 12 * (768 + 3) + 192}
+
+
 def test_pruning_in_steps_and_resuming(tmp_path: Path) -> None:
     import streams
 
