@@ -24,6 +24,8 @@ KINDS: dict[str, tuple[tuple[type[Any], ...], str]] = {
     "channels_last": ((bool,), "True or False"),
     "rewrite": ((bool,), "True or False"),
     "exact": ((bool,), "True or False"),
+    "replace_norms": ((bool,), "True or False"),
+    "heads": ((bool,), "True or False"),
     "run_config": ((Mapping, type(None)), "a dict of settings"),
 }
 """The types that arguments may have, and how to say them."""

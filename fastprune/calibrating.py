@@ -177,7 +177,12 @@ class Subject:
                 f"bn: the plan of {str(run.path)!r} is inexact, and the weights before the cut are not at hand: norms "
                 "would mix unknown channels; prune again with compensate= (--compensate)"
             )
-        tracing = Tracing(rewrite=not run.config.get("keep_class", False), exact=plan.exact)
+        tracing = Tracing(
+            rewrite=not run.config.get("keep_class", False),
+            exact=plan.exact,
+            replace_norms=bool(plan.norms),
+            heads=run.config.get("heads", False),
+        )
         with progress.begin("tracing the network", wanted=run.distributed.is_main):
             graph = tracing.trace(full, plan.example(full), device)
         return Subject(run, plan, graph, full, is_later)

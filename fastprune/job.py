@@ -69,15 +69,23 @@ class Tracing:
     rewrite: bool = True
     ignore: Sequence[str] = ()
     exact: bool = True
+    replace_norms: bool = False
+    heads: bool = False
 
     def trace(self, model: nn.Module, inputs: Inputs, device: torch.device) -> ChannelGraph:
         """Return the channel graph of a model on ``device``."""
         there = inputs.map(lambda x: x.to(device))
-        return trace(model, there, rewrite=self.rewrite, ignore=self.ignore, exact=self.exact)
+        return trace(
+            model, there, rewrite=self.rewrite, ignore=self.ignore, exact=self.exact,
+            replace_norms=self.replace_norms, heads=self.heads,
+        )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """Return the fields as options of the command line."""
-        return {"keep_class": not self.rewrite, "inexact": not self.exact, "ignore": list(self.ignore)}
+        return {
+            "keep_class": not self.rewrite, "inexact": not self.exact, "ignore": list(self.ignore),
+            "replace_norms": self.replace_norms, "heads": self.heads,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -406,9 +414,11 @@ def require_same_run(run: RunDirectory, config: Mapping[str, Any]) -> None:
     begun_with = run.config
     result_depends_on = {name for name in config if name.startswith("latency_")} | {
         *("method", "budget", "seed", config["method"], "min_keep", "round_to", "keep_ratio"),
-        *("keep_class", "inexact", "ignore", "precision", "channels_last", "compensate", "calibration"),
+        *("keep_class", "inexact", "ignore", "replace_norms", "heads"),
+        *("precision", "channels_last", "compensate", "calibration"),
     }
-    earlier = {"compensate": "none", "calibration": CALIBRATION_IMAGES}  # what runs of earlier versions did
+    # What runs of earlier versions did.
+    earlier = {"compensate": "none", "calibration": CALIBRATION_IMAGES, "replace_norms": False, "heads": False}
     for name in sorted(result_depends_on):
         before = begun_with.get(name, earlier.get(name, config[name]))
         if before != config[name]:

@@ -66,6 +66,8 @@ def prune(
     conditions: Conditions | None = None,
     after: PruningPlan | None = None,
     exact: bool = True,
+    replace_norms: bool = False,
+    heads: bool = False,
     compensate: Choice = "auto",
     calibration: int = CALIBRATION_IMAGES,
     loop: LoopOptions | None = None,
@@ -107,6 +109,9 @@ def prune(
         exact: whether only channels go whose removal equals zeroing what reads them; see ``trace``. False = the compact
             network may differ from the masked one: ``metrics["difference"]`` says by how much on a random input, and
             ``graph.inexact`` because of which operators.
+        replace_norms: whether channels also leave norms over channels, exactly: the class of these norms changes; see
+            ``trace``.
+        heads: whether whole heads of attention leave; see ``trace``.
         compensate: how the layers that read removed channels make up for them, without training: "sequential" is best,
             then "one_pass", "mean", "bn" (see ``fastprune.recovery``); needs ``data``. "none" = they stay as they are.
             "auto" = "sequential" where ``data`` are given, otherwise "none".
@@ -136,14 +141,15 @@ def prune(
     begun = time.monotonic()
     check_arguments(
         model=model, out=out, resume=resume, seed=seed, device=device, precision=precision, channels_last=channels_last,
-        rewrite=rewrite, exact=exact, run_config=run_config,
+        rewrite=rewrite, exact=exact, replace_norms=replace_norms, heads=heads,
+        run_config=run_config,
     )  # fmt: skip
     check_kind("conditions", conditions, Conditions)
     check_kind("after", after, PruningPlan)
     check_kind("loop", loop, LoopOptions)
     where = device_of(model) if device is None else choose_device(str(device))
     goal = Goal.make(budget, conditions, limits, where)
-    tracing = Tracing(rewrite, layer_names(model, ignore), exact)
+    tracing = Tracing(rewrite, layer_names(model, ignore), exact, replace_norms, heads)
     config = {**note_data(data, held_out), **(run_config or {})}
     running = RunOptions(Placement(where, precision, channels_last), seed, loop, out, resume, config)
     recovery = Recovery.choose(compensate, calibration, data)

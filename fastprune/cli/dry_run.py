@@ -38,7 +38,9 @@ def dry_run(
     device = choose_device(settings.device)
     placement = Placement(device, settings.precision, settings.channels_last)
     goal = Goal.make(settings.budget, conditions, limits, device)
-    tracing = Tracing(not settings.keep_class, settings.ignore, not settings.inexact)
+    tracing = Tracing(
+        not settings.keep_class, settings.ignore, not settings.inexact, settings.replace_norms, settings.heads
+    )
     running = RunOptions(placement, settings.seed, None, None, False, {})
     job = Job(make_worker(method, options, subject.data), goal, tracing, running, peers, subject.objective)
     network, inputs, source = job.prepare(subject.model, subject.example, subject.data)

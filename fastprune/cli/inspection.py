@@ -29,7 +29,10 @@ def run_inspect(values: dict[str, Any], given: set[str]) -> int:
     check_fit(model, settings.model, example)
     begun = time.monotonic()
     rewrite = not (settings.keep_class or is_ultralytics(settings.model))
-    graph = trace(model, example, rewrite=rewrite, ignore=settings.ignore, exact=not settings.inexact)
+    graph = trace(
+        model, example, rewrite=rewrite, ignore=settings.ignore, exact=not settings.inexact,
+        replace_norms=settings.replace_norms, heads=settings.heads,
+    )  # fmt: skip
     seconds = time.monotonic() - begun
     if values["json"]:
         print(json.dumps(as_json(graph, seconds)))
@@ -53,6 +56,7 @@ def as_json(graph: ChannelGraph, seconds: float) -> dict[str, Any]:
         ],
         "exact": graph.exact,
         "inexact": list(graph.inexact),
+        "norms": [norm.module for norm in graph.norms],
         "unprunable": [{"layer": layer, "reason": reason} for layer, reason in graph.unprunable],
         "seconds": round(seconds, 3),
     }

@@ -107,6 +107,8 @@ def search(
         conditions=make_conditions(settings),
         after=subject.before,
         exact=not settings.inexact,
+        replace_norms=settings.replace_norms,
+        heads=settings.heads,
         compensate=cast("Choice", settings.compensate),
         calibration=settings.calibration,
         run_config=make_config(settings, "prune", sections),

@@ -31,6 +31,11 @@ COMPENSATE = (
 )
 CALIBRATE = "kind of compensation; bn measures batch norms again, and alone works on a fine-tuned run too"
 INEXACT = "also prune channels that norms and statistics mix; outputs then change, and the change is measured"
+HEADS = "also prune whole heads of attention; the number of heads in the model's code changes"
+REPLACE_NORMS = (
+    "also prune channels that norms mix, exactly: the class of these norms changes, so that their statistics count the "
+    "removed channels as zeros"
+)
 
 
 @dataclass
@@ -42,7 +47,7 @@ class ModelSettings:
     )
     weights: str | None = option(
         None,
-        "file of trained weights (safetensors, or any torch file), or name of published ones (DEFAULT); random without",
+        "file of trained weights (safetensors or any torch file), or DEFAULT, which is published; random without it",
     )
     input: str | None = option(None, "size of one image, CxHxW; by default the data's, or the model's usual size")
     ema: bool = option(False, "take the moving average of the weights (EMA) that the file holds", flag=SWITCH)
@@ -111,6 +116,8 @@ class InspectSettings(ModelSettings):
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
+    replace_norms: bool = option(False, REPLACE_NORMS, flag=SWITCH)
+    heads: bool = option(False, HEADS, flag=SWITCH)
 
 
 @dataclass
@@ -151,9 +158,11 @@ class PruneSettings(NetworkSettings):
     ignore: tuple[str, ...] = option((), IGNORE, flag=SEVERAL)
     keep_class: bool = option(False, KEEP_CLASS, flag=SWITCH)
     inexact: bool = option(False, INEXACT, flag=SWITCH)
+    replace_norms: bool = option(False, REPLACE_NORMS, flag=SWITCH)
+    heads: bool = option(False, HEADS, flag=SWITCH)
     compensate: str = option("auto", COMPENSATE, choices=("auto", "sequential", "one_pass", "mean", "bn", "none"))
     calibration: int = option(512, "training samples that a compensation takes", minimum=1)
-    dry_run: bool = option(False, "say what would be done: groups, widths, cost, time; write nothing", flag=SWITCH)
+    dry_run: bool = option(False, "only say what would be done: groups, widths, cost, time", flag=SWITCH)
 
 
 @dataclass

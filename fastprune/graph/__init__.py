@@ -7,8 +7,8 @@ Each line imports only from lines above it:
 3. ``structure``: slices, layers and groups as plain data.
 4. ``labels``: channel labels flow through the graph.
 5. ``units``, ``description``, ``unprunable``: from united labels to the plain data. ``stages``, ``interior``,
-   ``conventions``: readings of the plain data. ``plan_json``, ``plan``: which channels stay. ``rewrite``: the graph for
-   the channels that stay.
+   ``conventions``: readings of the plain data. ``plan_json``, ``plan``: which channels stay. ``norms``: those that
+   count removed channels as zeros. ``rewrite``: the graph for the channels that stay.
 6. ``latency``: measured milliseconds under a mask.
 7. ``channel_graph``: the plain data with its costs, latencies and plans.
 8. ``build``: ``trace``, from a model to its channel graph.

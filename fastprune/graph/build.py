@@ -19,6 +19,8 @@ from fastprune.graph.export.tracing import Traced, trace_graphs
 from fastprune.graph.held_sizes import find_held_sizes, holders_of
 from fastprune.graph.labels.interpret import run_on_labels
 from fastprune.graph.labels.propagate import Propagation
+from fastprune.graph.norms import describe_norms, find_norms, label_norms
+from fastprune.graph.structure import Norm
 from fastprune.graph.units import find_inexact, number_units, unmade_dims
 from fastprune.graph.unprunable import list_unprunable
 from fastprune.host.spelling import did_you_mean
@@ -31,6 +33,8 @@ def trace(
     rewrite: bool = True,
     ignore: str | nn.Module | Sequence[str | nn.Module] = (),
     exact: bool = True,
+    replace_norms: bool = False,
+    heads: bool = False,
 ) -> ChannelGraph:
     """Find the channel groups of a network, as ``fastprune.trace`` does.
 
@@ -42,8 +46,11 @@ def trace(
         rewrite: whether channels are prunable that only a rewritten graph can remove.
         ignore: layers whose output channels stay.
         exact: whether a channel is prunable only if its removal equals zeroing it where it is read.
+        replace_norms: whether channels are prunable that norms mix, if these may become ones that count them as zeros.
+        heads: whether whole heads of attention are prunable.
     """
-    return label(model, trace_graphs(model, example_inputs), rewrite=rewrite, ignore=ignore, exact=exact)
+    traced = trace_graphs(model, example_inputs)
+    return label(model, traced, rewrite=rewrite, ignore=ignore, exact=exact, replace_norms=replace_norms, heads=heads)
 
 
 def label(
@@ -53,6 +60,8 @@ def label(
     rewrite: bool,
     ignore: str | nn.Module | Sequence[str | nn.Module],
     exact: bool,
+    replace_norms: bool = False,
+    heads: bool = False,
     whole: Collection[str] = (),
 ) -> ChannelGraph:
     """Find the channel groups in the graphs of a network.
@@ -63,12 +72,16 @@ def label(
         rewrite: as in ``trace``.
         ignore: as in ``trace``.
         exact: as in ``trace``.
+        replace_norms: as in ``trace``.
+        heads: as in ``trace``.
         whole: modules whose code needs all channels of what it reads and makes; ``name.*`` stands for all modules
             inside.
     """
     patterns = layer_names(model, ignore)
     held = {name: frozenset(values.values()) for name, values in holders_of(model).items()}
-    state = Propagation(exact=exact, rewrites=rewrite, held=held)
+    graphs = [graph for graph in (traced.evaluation, traced.training) if graph is not None]
+    norms = find_norms(model, graphs) if replace_norms else {}
+    state = Propagation(exact=exact, rewrites=rewrite, held=held, norms=norms, heads=heads)
     labels = run_on_labels(traced.evaluation, traced.inputs, state, record=True)
     if traced.training is not None:
         labels |= run_on_labels(traced.training, traced.inputs, state, record=False)
@@ -79,7 +92,7 @@ def label(
             for labelled in pytree.tree_leaves((value, [labels[source] for source in node.all_input_nodes])):
                 if isinstance(labelled, Tensor):
                     state.space.pin(labelled, f"the code of {module_of(node) or 'the model'} (needs all channels)")
-    return build(model, traced, state, labels)
+    return build(model, traced, state, labels, norms)
 
 
 def layer_names(model: nn.Module, layers: object) -> list[str]:
@@ -119,8 +132,20 @@ def keep_outputs(state: Propagation, pattern: str) -> None:
             state.space.pin(labelled.labels, f"ignored ({pattern})")
 
 
-def build(model: nn.Module, traced: Traced, state: Propagation, labels: Mapping[Node, Any]) -> ChannelGraph:
-    """Number the units, gather them into groups and describe both; ``labels`` are those of the graphs' values."""
+def build(
+    model: nn.Module, traced: Traced, state: Propagation, labels: Mapping[Node, Any], norms: Mapping[str, Norm]
+) -> ChannelGraph:
+    """Number the units, gather them into groups and describe both.
+
+    Args:
+        model: the model.
+        traced: its graphs.
+        state: the findings about them.
+        labels: the labels of their values.
+        norms: the norms that may lose channels exactly.
+    """
+    graphs = [graph for graph in (traced.evaluation, traced.training) if graph is not None]
+    normalised = label_norms(norms, graphs, labels, state)
     labelled_dims = list(state.dims.values())
     for labelled in unmade_dims(state, labelled_dims):
         state.space.pin(labelled.labels, "no convolution or linear layer makes its channels")
@@ -140,7 +165,9 @@ def build(model: nn.Module, traced: Traced, state: Propagation, labels: Mapping[
         cost_model=cost,
         traced=traced,
         rewrites=state.rewrites,
+        heads=state.heads,
         inexact_units=inexact_units,
         inexact=inexact,
         held_sizes=find_held_sizes(model, labels, units),
+        norms=describe_norms(norms, normalised, units),
     )

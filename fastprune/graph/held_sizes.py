@@ -124,7 +124,9 @@ def sizes_of(
     results = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
     for result in results:
         for dim in varying_dims(result):
-            yield result.size(dim), (units_along(result, dim, units),)
+            counted = units_along(result, dim, units)
+            if bool((counted != counted[:1]).any()):  # the same units everywhere: the size never changes
+                yield result.size(dim), (counted,)
     if operator_name(node) in PARTING and results:
         dim = int(argument_of(node, "dim")) % results[0].dim()
         yield tuple(part.size(dim) for part in results), tuple(units_along(part, dim, units) for part in results)

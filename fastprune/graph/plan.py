@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastprune.graph.export.inputs import Inputs, InputSpec
 from fastprune.graph.plan_json import Code, decode, encode
-from fastprune.graph.structure import GraphStructure, HeldSize, Slice, belong_to, index_slices
+from fastprune.graph.structure import GraphStructure, HeldSize, Norm, Slice, belong_to, index_slices
 from fastprune.host.atomic import write_text
 from fastprune.host.wording import Facts, card, change, html_card, narrowest, percent
 
@@ -40,6 +40,7 @@ class PruningPlan:
             statistics that normalise others, see ``trace(exact=False)``.
         attributes: {attribute of the model's own code: its numbers of channels before and after}; see
             ``graph.held_sizes``.
+        norms: the norms whose statistics count removed channels as zeros; see ``trace(replace_norms=True)``.
     """
 
     mask: Tensor
@@ -51,6 +52,7 @@ class PruningPlan:
     code: Code = "own"
     exact: bool = True
     attributes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    norms: tuple[Norm, ...] = ()
 
     @staticmethod
     def from_mask(graph: GraphStructure, mask: Tensor) -> PruningPlan:
@@ -75,6 +77,7 @@ class PruningPlan:
             code="either" if graph.rewrites else "own",
             exact=bool((keep | ~graph.inexact_units).all()),
             attributes=resized(graph.held_sizes, keep),
+            norms=graph.norms,
         )
 
     @property
@@ -112,6 +115,7 @@ class PruningPlan:
         part = f" ({percent(kept / all_units)})" if all_units else ""
         shapes = ", ".join(f"{'×'.join(map(str, spec.shape))} {spec.dtype}" for spec in self.inputs)
         code = {"own": "the model's own", "rewritten": "the rewritten graph", "either": "own if it can, else rewritten"}
+        replaced = len(self.narrowed_norms())
         title = f"PruningPlan: {kept:,} of {all_units:,} units stay{part}, in {len(self.groups)} groups"
         return title, [
             ("MACs", change(*self.macs)),
@@ -120,6 +124,7 @@ class PruningPlan:
             ("inputs", shapes),
             ("code", code[self.code]),
             *([("attributes", f"{len(self.attributes)} numbers in the model change")] if self.attributes else []),
+            *([("norms", f"{replaced} count removed channels as zeros, in a class of their own")] if replaced else []),
             ("exact", "yes" if self.exact else "no: norms or statistics change, see trace(exact=False)"),
         ]
 
@@ -135,7 +140,11 @@ class PruningPlan:
         samples = [(spec.name, spec.sample(generator).to(device)) for spec in self.inputs]
         return Inputs(tuple(x for name, x in samples if name is None), {name: x for name, x in samples if name})
 
-    def kept_indices(self, piece: Slice) -> Tensor:
+    def narrowed_norms(self) -> tuple[Norm, ...]:
+        """Return the norms that lose channels."""
+        return tuple(norm for norm in self.norms if len(self.kept_indices(norm)) < len(norm.units))
+
+    def kept_indices(self, piece: Slice | Norm) -> Tensor:
         """Return the indices of ``piece`` that stay, int64 ascending."""
         return (~belong_to(piece.units, ~self.mask)).nonzero().flatten()
 
@@ -171,6 +180,7 @@ class PruningPlan:
                 name: (self.attributes.get(name, sizes)[0], following.attributes.get(name, sizes)[1])
                 for name, sizes in {**following.attributes, **self.attributes}.items()
             },
+            norms=join_norms(self, following, fresh),
         )
         require_same_widths(self, following, both)
         return both
@@ -248,17 +258,29 @@ def join_slices(first: PruningPlan, following: PruningPlan, fresh: Tensor) -> tu
         fresh: the units of ``following`` that always stay in ``first``, bool; they are numbered after its units.
     """
     own, theirs = index_slices(first.slices), index_slices(following.slices)
+    return tuple(join_units(first, own.get(place), theirs.get(place), fresh) for place in {**own, **theirs})
+
+
+def join_norms(first: PruningPlan, following: PruningPlan, fresh: Tensor) -> tuple[Norm, ...]:
+    """Return the norms of the full network under both plans; see ``join_slices``."""
+    own, theirs = ({norm.module: norm for norm in plan.norms} for plan in (first, following))
+    return tuple(join_units(first, own.get(name), theirs.get(name), fresh) for name in {**own, **theirs})
+
+
+Piece = TypeVar("Piece", Slice, Norm)
+
+
+def join_units(first: PruningPlan, own: Piece | None, theirs: Piece | None, fresh: Tensor) -> Piece:
+    """Return a slice or a norm of the full network, of which the plans know ``own`` and ``theirs``, or one of them."""
+    piece = own or theirs
+    assert piece is not None
     numbers = len(first.mask) - 1 + fresh.cumsum(0)
-    slices = []
-    for place, piece in (own | {place: piece for place, piece in theirs.items() if place not in own}).items():
-        units = piece.units.clone() if place in own else torch.full((len(piece.units),), -1)
-        if place in theirs:
-            left = first.kept_indices(piece) if place in own else torch.arange(len(units))
-            other = theirs[place].units
-            added = belong_to(other, fresh)
-            units[left[added]] = numbers[other[added]]
-        slices.append(replace(piece, units=units))
-    return tuple(slices)
+    units = piece.units.clone() if own is not None else torch.full((len(piece.units),), -1)
+    if theirs is not None:
+        left = first.kept_indices(piece) if own is not None else torch.arange(len(units))
+        added = belong_to(theirs.units, fresh)
+        units[left[added]] = numbers[theirs.units[added]]
+    return replace(piece, units=units)
 
 
 def require_same_widths(first: PruningPlan, following: PruningPlan, both: PruningPlan) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastprune.graph.export.inputs import InputSpec
-from fastprune.graph.structure import Role, Slice
+from fastprune.graph.structure import Norm, NormKind, Role, Slice
 
 FORMAT = "fastprune-plan-1"
 
@@ -41,6 +41,11 @@ def encode(fields: Mapping[str, Any], keep: Mapping[str, list[int]]) -> dict[str
             {"name": name, "full": list(full), "planned": list(left)}
             for name, (full, left) in fields["attributes"].items()
         ],
+        "norms": [
+            {"module": n.module, "kind": n.kind, "dim": n.dim, "count": n.count, "eps": n.eps}
+            | {"units": encode_runs(n.units)}
+            for n in fields["norms"]
+        ],
     }
 
 
@@ -58,6 +63,9 @@ def decode(values: Any) -> dict[str, Any]:
         raise ValueError("two groups have the same name")
     mask = torch.cat([decode_mask(g) for g in values["groups"]] or [torch.zeros(0, dtype=torch.bool)])
     slices = tuple(decode_slice(s, len(mask)) for s in values["slices"])
+    norms = tuple(decode_norm(n, len(mask)) for n in values.get("norms", []))
+    if len({n.module for n in norms}) != len(norms):
+        raise ValueError("one norm is listed twice")
     if len({s.place for s in slices}) != len(slices):
         raise ValueError("one dimension of a tensor is listed twice")
     return {
@@ -68,6 +76,7 @@ def decode(values: Any) -> dict[str, Any]:
         "code": require_choice(Code, values.get("code", "own"), "code"),
         "exact": require_bool(values.get("exact", True), "exact"),
         "attributes": dict(map(decode_attribute, values.get("attributes", []))),
+        "norms": norms,
     } | {name: (int(values[name]["full"]), int(values[name]["planned"])) for name in ("macs", "params")}
 
 
@@ -90,6 +99,16 @@ def decode_slice(values: Mapping[str, Any], num_units: int) -> Slice:
         role=require_choice(Role, values["role"], "role"),
         computed=require_bool(values.get("computed", False), "computed"),
     )
+
+
+def decode_norm(values: Mapping[str, Any], num_units: int) -> Norm:
+    """Return the norm that its JSON describes."""
+    units, eps = decode_runs(values["units"], num_units), values["eps"]
+    name, dim = str(values["module"]), values["dim"]
+    count = require_integer(values["count"], f"norm {name!r}, count", least=len(units))
+    if dim not in (-1, 1) or not (eps is None or (isinstance(eps, (int, float)) and 0 <= eps < 1)):
+        raise ValueError(f"norm {name!r}: got dim {dim!r} and eps {eps!r}; -1 or 1, and a number in [0, 1) are needed")
+    return Norm(name, require_choice(NormKind, values["kind"], "kind"), dim, count, eps, units)
 
 
 def decode_attribute(values: Mapping[str, Any]) -> tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -8,8 +8,9 @@ selected.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +27,8 @@ from fastprune.graph.labels.propagate import Computed
 from fastprune.graph.labels.rules import describe_node
 from fastprune.graph.labels.selection import Selection
 from fastprune.graph.model_state import attribute_of
+from fastprune.graph.norms import Use, normalise, uses_of
+from fastprune.graph.structure import Norm
 
 Kept = npt.NDArray[np.int64] | None  # the indices that stay along a dimension, None for all
 
@@ -63,6 +66,7 @@ def rewrite(
     labels: Mapping[Node, Any],
     selections: Mapping[Node, list[Selection]],
     keep: npt.NDArray[np.bool_],
+    norms: Iterable[Norm] = (),
 ) -> RewrittenGraph:
     """Rewrite an exported graph for compact tensors.
 
@@ -71,11 +75,15 @@ def rewrite(
         labels: the labels of its values.
         selections: its moves that take channels.
         keep: for each label, whether its channels stay.
+        norms: norms whose statistics count removed channels as zeros.
 
     Raises:
         RewriteError: if an operator cannot take the new sizes.
     """
-    return _Rewriter(source, labels, selections, keep).rewrite()
+    named = {norm.module: norm for norm in norms}
+    uses = [(named[name], use) for name, found in uses_of(source, named).items() for use in found]
+    calls = {node: (norm, use) for norm, use in uses for node in use.nodes}
+    return _Rewriter(source, labels, selections, keep, calls).rewrite()
 
 
 @dataclass
@@ -86,6 +94,7 @@ class _Rewriter:
     labels: Mapping[Node, Any]
     selections: Mapping[Node, list[Selection]]
     keep: npt.NDArray[np.bool_]
+    norms: Mapping[Node, tuple[Norm, Use]] = field(default_factory=dict)  # of the nodes in their code
     graph: Graph = field(default_factory=Graph)
     boxes: dict[Node, list[list[Kept]] | None] = field(default_factory=dict)
     replacements: dict[Node, Any] = field(default_factory=dict)
@@ -118,6 +127,8 @@ class _Rewriter:
         """Return a node's replacement in the new graph; None for a value that need not exist."""
         if node.op == "output" or node.op == "get_attr":
             return self.copy(node)
+        if node in self.norms and (source := self.norms[node][1].source) is not None and self.changes(source):
+            return self.normalise(node, source) if node in self.norms[node][1].results else None
         result = self.kept(node)
         if result is None:
             return None
@@ -137,7 +148,20 @@ class _Rewriter:
         copied = self.copy(node)
         if self.changes(node):
             self.adapt_arguments(node, copied, name, result)
+            if node.target is torch.ops.aten.view.default:  # fewer heads have other strides
+                copied.target = torch.ops.aten.reshape.default
         return copied
+
+    def normalise(self, node: Node, source: Node) -> Node:
+        """Replace the code of a norm by one that counts the removed channels as zeros."""
+        norm, use = self.norms[node]
+        held = {str(n.target): n for inner in use.nodes for n in inner.all_input_nodes if n.op == "get_attr"}
+        tensors = [held.get(f"{norm.module}.{name}") for name in ("weight", "bias")]
+        if len(held) != sum(tensor is not None for tensor in tensors) or self.replacements.get(source) is None:
+            raise RewriteError(f"the code of the norm {norm.module} shares its parameters or reads several values")
+        values = [self.replacements[source], *(None if t is None else self.replacements[t] for t in tensors)]
+        arguments = (*values, norm.kind, norm.dim, norm.count, norm.eps)
+        return self.graph.call_function(normalise, arguments)
 
     def adapt_arguments(self, node: Node, copied: Node, name: str, boxes: list[list[Kept]]) -> None:
         """Change the arguments of a copied operator that depend on numbers of channels; its results keep ``boxes``."""
@@ -248,12 +272,23 @@ class _Rewriter:
         first = int(argument_of(node, "dim")) % (dims + 1) if operator_name(node) == "unflatten" else 0
         for place, size in enumerate(sizes):
             kept = box[first + place]
-            if kept is None or size == -1:
+            if kept is None or (isinstance(size, int) and size == -1):
                 continue
-            if not isinstance(size, int):
+            if isinstance(size, int):
+                sizes[place] = len(kept)
+                continue
+            parts = self.parts(node)
+            if not parts:
                 raise RewriteError(f"{describe_node(node)} computes the number of channels from the size of the input")
-            sizes[place] = len(kept)
+            sizes[place] = self.scale(size, len(kept), parts[0].size(first + place), copied)
         set_argument(copied, argument, sizes)
+
+    def scale(self, size: Node, kept: int, full: int, reader: Node) -> Node:
+        """Return the part ``kept / full`` of a size that the graph computes: the images and heads of a batch, say."""
+        part = Fraction(kept, full)
+        with self.graph.inserting_before(reader):
+            times = self.graph.call_function(operator.mul, (size, part.numerator))
+            return self.graph.call_function(operator.floordiv, (times, part.denominator))
 
     def regroup(self, node: Node, copied: Node, argument: str, *, depthwise: bool) -> None:
         """Set the number of groups that are left; whole groups leave a depthwise convolution or a group norm."""

@@ -13,6 +13,7 @@ from fastprune.graph.cost import CostModel
 from fastprune.graph.export.tracing import Traced
 
 Role = Literal["out", "in", "depthwise", "channel"]
+NormKind = Literal["layer_norm", "rms_norm", "group_norm"]
 
 
 def belong_to(units: Tensor, chosen: Tensor) -> Tensor:
@@ -112,6 +113,27 @@ class HeldSize:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A module that normalises over channels and loses some exactly: they count as zeros in its statistics.
+
+    Args:
+        module: the module's name.
+        kind: what it computes; a "group_norm" has one group.
+        dim: the dimension of its input that holds the channels; -1 = the last one.
+        count: number of channels of its statistics: those of the network before any pruning.
+        eps: what it adds to the variance; None = torch's default for RMS norms.
+        units: the unit of each channel, int64; -1 = always kept.
+    """
+
+    module: str
+    kind: NormKind
+    dim: int
+    count: int
+    eps: float | None
+    units: Tensor
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """One line of ``GraphStructure.table``: the groups of a layer's output channels, or why they stay.
 
@@ -185,6 +207,8 @@ class GraphStructure:
         inexact_units: whether the removal of a unit changes statistics that normalise others, bool [U].
         inexact: the operators that compute these statistics, with their modules.
         held_sizes: attributes of the model's own code that hold numbers of channels, see ``graph.held_sizes``.
+        norms: norms over channels that lose some exactly, see ``graph.norms``.
+        heads: whether whole heads of attention may leave.
     """
 
     groups: tuple[Group, ...]
@@ -198,6 +222,8 @@ class GraphStructure:
     inexact_units: Tensor
     inexact: tuple[str, ...]
     held_sizes: tuple[HeldSize, ...] = ()
+    norms: tuple[Norm, ...] = ()
+    heads: bool = False
 
     @property
     def exact(self) -> bool:

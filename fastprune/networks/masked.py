@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph import ChannelGraph, Layer
 from fastprune.graph.export.regions import GRADIENTS, restore_modes
-from fastprune.graph.structure import belong_to
+from fastprune.graph.norms import Use, uses_of
+from fastprune.graph.structure import Norm, belong_to
 from fastprune.networks.chains import find_chains
 from fastprune.networks.fusion import fuse, is_fusable
 from fastprune.networks.traced_copy import (
@@ -46,6 +48,8 @@ class MaskedNetwork(nn.Module):
 
     While no parameter requires gradients, convolutions run fused and in channels_last. Their weights are folded once,
     and again when the parameters have changed; a write through ``parameter.data`` is not noticed.
+
+    Norms that count removed channels as zeros (``trace(replace_norms=True)``) have a gate in front of them, too.
 
     In an inexact graph (``trace(exact=False)``) the norms in front of a gate see all channels, so that their statistics
     are not those of the compact network, and the two agree only approximately.
@@ -223,14 +227,20 @@ def build_gated_graph(graph: ChannelGraph, units: Tensor, *, fused: bool) -> Gra
     gates = Gates(module, graph.num_units, on_copies=overwrites)
     chains = find_chains(module, is_fusable) if fused and not overwrites else []
     vectors: dict[Node, Node | None] = {chain.first: None for chain in chains}
+    insertions: list[tuple[Node, Callable[[], None]]] = []
     for layer in graph.layers:
         reader = readers[layer.node]
         if not bool(belong_to(layer.in_units, units).any()):
             continue
         if reader in vectors:
-            vectors[reader] = gates.vector(layer)
+            vectors[reader] = gates.vector(layer.in_units)
         else:
-            gates.insert(layer, reader)
+            insertions.append((reader, partial(gates.insert, layer, reader)))
+    norms = {norm.module: norm for norm in graph.norms if bool(belong_to(norm.units, units).any())}
+    for name, uses in uses_of(module, norms).items():
+        insertions += [(use.nodes[0], partial(gates.insert_at_norm, norms[name], use)) for use in uses]
+    for _, insert in sorted(insertions, key=lambda pair: pair[0]):  # a gate goes to the first of its readers
+        insert()
     if chains:
         let_views_copy(module)
         fuse(module, chains, vectors)
@@ -260,12 +270,12 @@ class Gates:
         with graph.inserting_after(one):  # the last place: always open
             self._padded = graph.call_function(torch.ops.aten.cat.default, ([gates, one],))
 
-    def vector(self, layer: Layer) -> Node:
-        """Return the node of the gates of the channels that a layer reads."""
-        key = layer.in_units.numpy().tobytes()
+    def vector(self, read: Tensor) -> Node:
+        """Return the node of the gates of the channels whose units are ``read``, [channels]."""
+        key = read.numpy().tobytes()
         if key not in self._vectors:
             name = f"_units_{len(self._vectors)}"
-            places = torch.where(layer.in_units < 0, self.num_units, layer.in_units)
+            places = torch.where(read < 0, self.num_units, read)
             self.module.register_buffer(name, places, persistent=False)
             graph = self.module.graph
             with graph.inserting_after(self._padded):
@@ -276,13 +286,26 @@ class Gates:
 
     def insert(self, layer: Layer, reader: Node) -> None:
         """Multiply what the node of a layer reads by the gates of its channels."""
-        source, vector = cast("Node", reader.args[0]), self.vector(layer)
-        key = (source, layer.channel_dim, vector, layer.node if self.on_copies else "")
+        reader.update_arg(0, self.gate(cast("Node", reader.args[0]), reader, layer.in_units, layer.channel_dim))
+
+    def insert_at_norm(self, norm: Norm, use: Use) -> None:
+        """Multiply what a norm reads by the gates of its channels, so that they count in its statistics as they are."""
+        source = use.source
+        assert source is not None  # otherwise none of its channels has a unit
+        dim = norm.dim % len(source.meta["val"].shape)
+        gate = self.gate(source, use.readers[0][0], norm.units, dim)
+        for reader, _ in use.readers:
+            reader.replace_input_with(source, gate)
+
+    def gate(self, source: Node, reader: Node, read: Tensor, dim: int) -> Node:
+        """Return what ``reader`` gets of a node: its channels along ``dim`` times the gates of their units ``read``."""
+        vector = self.vector(read)
+        key = (source, dim, vector, reader.name if self.on_copies else "")
         if key not in self._inserted:
             with self.module.graph.inserting_before(reader):
-                self._inserted[key] = gate = self.multiply(source, vector, layer.channel_dim)
-            gate.meta[GATE] = layer.in_units, layer.channel_dim
-        reader.update_arg(0, self._inserted[key])
+                self._inserted[key] = gate = self.multiply(source, vector, dim)
+            gate.meta[GATE] = read, dim
+        return self._inserted[key]
 
     def multiply(self, source: Node, gates: Node, channel_dim: int) -> Node:
         """Return the node of ``source`` times the gates of its channels."""

@@ -57,7 +57,8 @@ class SubNetworks:
         self.source = copy_traced(graph)
         self._overwrites = make_out_of_place(self.source)
         share_tensors(model, self.source)
-        state = Propagation(exact=False)  # these graphs are rewritten, also where the model's own code is to be kept
+        # These graphs are rewritten, also where the model's own code is to be kept.
+        state = Propagation(exact=False, norms={norm.module for norm in graph.norms}, heads=graph.heads)
         self._labels = run_on_labels(self.source, graph.traced.inputs, state, record=True)
         self._selections = state.selections
         self._unit_of_label = unit_of_label(graph, state)
@@ -97,7 +98,7 @@ class SubNetworks:
         key = b"" if self._one_for_all else mask.numpy().tobytes()
         if key not in self._rewritten:
             keep = np.append(mask.numpy(), True)[self._unit_of_label]  # True for labels that belong to no unit
-            rewritten = rewrite(self.source, self._labels, self._selections, keep)
+            rewritten = rewrite(self.source, self._labels, self._selections, keep, self.graph.norms)
             if self._convs is not None:
                 use_kernels(rewritten, self.source, self._convs)
             self._rewritten[key] = rewritten

@@ -108,11 +108,11 @@ def compensate(
         >>> compact = fp.compensate(network, plan, images)
     """
     require_kind(how)
-    graph = graph or trace(model, plan.example(model), exact=plan.exact)
+    graph = graph or trace(model, plan.example(model), exact=plan.exact, replace_norms=bool(plan.norms))
     if graph.num_units != len(plan.mask):
         raise ValueError(
             f"plan: it has {len(plan.mask)} units, the channel graph of this model {graph.num_units}; a plan made "
-            "with ignore= or rewrite=False needs its own graph: give graph=result.graph"
+            "with ignore=, heads= or rewrite=False needs its own graph: give graph=result.graph"
         )
     if isinstance(data, Sequence) and all(isinstance(batch, Tensor) for batch in data) and not isinstance(data, str):
         batches: Sequence[Sequence[Tensor]] = [
@@ -206,7 +206,7 @@ class _Fit:
         self.graph, self.plan, self.how, self.peers, self.work = graph, plan, how, peers, work
         self.tensors, self.original = state_of(changed), state_of(model)
         self.closed = ~plan.mask
-        self.walk = Walk(graph, model, changed if how == "sequential" else None, batches, memory)
+        self.walk = Walk(graph, model, changed if how == "sequential" else None, batches, memory, plan=plan)
         self.layers = {layer.node: layer for layer in graph.layers}
         uses = [layer.weight for layer in graph.layers]
         self.shared = {name for name in uses if uses.count(name) > 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -12,6 +13,8 @@ from torch.utils import _pytree as pytree
 from fastprune.graph import ChannelGraph
 from fastprune.graph.export.regions import MODES
 from fastprune.graph.model_state import attribute_of, device_of, state_of
+from fastprune.graph.norms import uses_of
+from fastprune.graph.plan import PruningPlan
 from fastprune.networks.traced_copy import copy_traced, make_out_of_place, return_flat
 from fastprune.recovery.room import Room
 
@@ -24,10 +27,18 @@ class Values:
         model: the model whose tensors the graph computes with; they may change during the walk.
         batches: the inputs of each batch.
         room: the memory that values may take.
+        closed: {node of a norm: (what it reads, the dimension of the channels, those that are read as zeros)}.
     """
 
-    def __init__(self, module: GraphModule, model: nn.Module, batches: Sequence[Sequence[Tensor]], room: Room) -> None:
-        self.module, self.tensors, self.room = module, state_of(model), room
+    def __init__(
+        self,
+        module: GraphModule,
+        model: nn.Module,
+        batches: Sequence[Sequence[Tensor]],
+        room: Room,
+        closed: Mapping[Node, tuple[Node, int, Tensor]] | None = None,
+    ) -> None:
+        self.module, self.tensors, self.room, self.closed = module, state_of(model), room, closed or {}
         self.at: dict[Node, list[Any]] = {}
         places = [node for node in module.graph.nodes if node.op == "placeholder"]
         for place, node in enumerate(places):
@@ -52,9 +63,17 @@ class Values:
         """Compute a node for all batches."""
         results = []
         for batch in range(self.count):
-            args, kwargs = pytree.tree_map_only(Node, lambda n: self.fetch(n, batch), (node.args, node.kwargs))  # noqa: B023
+            args, kwargs = pytree.tree_map_only(Node, lambda n: self.read(n, node, batch), (node.args, node.kwargs))  # noqa: B023
             results.append(self.room.place(node.target(*args, **kwargs)))  # type: ignore[operator]
         self.at[node] = results
+
+    def read(self, source: Node, node: Node, batch: int) -> Any:
+        """Return the value of ``source`` as ``node`` reads it."""
+        value = self.fetch(source, batch)
+        read, dim, channels = self.closed.get(node, (None, 0, None))
+        if source is not read or channels is None:
+            return value
+        return value.index_fill(dim, channels.to(value.device), 0.0)
 
     def drop(self, nodes: Sequence[Node]) -> None:
         """Forget values."""
@@ -74,6 +93,7 @@ class Walk:
         batches: the inputs of each batch.
         memory: GiB that values may take in memory, see ``Room``.
         room: the room of an earlier walk through this graph, in place of ``memory``; it tells once that it is full.
+        plan: closes channels in front of the norms of the model that changes, see ``PruningPlan.norms``.
     """
 
     def __init__(
@@ -85,6 +105,7 @@ class Walk:
         memory: float | None = None,
         *,
         room: Room | None = None,
+        plan: PruningPlan | None = None,
     ) -> None:
         module = copy_traced(graph)
         return_flat(module)
@@ -92,7 +113,8 @@ class Walk:
         self.nodes = list(module.graph.nodes)
         self.room = room or Room(device_of(full), memory, fixed=not self.shares)
         self.full = Values(module, full, batches, self.room)
-        self.other = None if other is None else Values(module, other, batches, self.room)
+        self.closed = {} if plan is None else closed_in_norms(module, plan)
+        self.other = None if other is None else Values(module, other, batches, self.room, self.closed)
         if self.other is not None and not self.shares:
             self.other.at = {node: [x.clone() for x in values] for node, values in self.full.at.items()}
         self.changed: set[str] = set()
@@ -139,7 +161,7 @@ class Walk:
 
     def differs(self, node: Node) -> bool:
         """Return whether a node may compute another value in the other network."""
-        if not self.shares:
+        if not self.shares or node in self.closed:
             return True
         return any(
             source in self._differs or (source.op == "get_attr" and str(source.target) in self.changed)
@@ -154,6 +176,18 @@ class Walk:
     def fitted(self) -> Values:
         """The values that fits take as inputs: the other network's, if there is one."""
         return self.other or self.full
+
+
+def closed_in_norms(module: GraphModule, plan: PruningPlan) -> dict[Node, tuple[Node, int, Tensor]]:
+    """Return {node of a norm: (what it reads, the dimension of the channels, those that the plan removes)}."""
+    norms = {norm.module: norm for norm in plan.narrowed_norms()}
+    found = {}
+    for name, uses in uses_of(module, norms).items():
+        closed = torch.ones(len(norms[name].units), dtype=torch.bool)
+        closed[plan.kept_indices(norms[name])] = False
+        for node, source in (pair for use in uses for pair in use.readers):
+            found[node] = source, norms[name].dim, closed.nonzero().flatten()
+    return found
 
 
 def last_uses(nodes: Sequence[Node]) -> Mapping[Node, list[Node]]:

@@ -26,7 +26,17 @@ ELSEWHERE = {
 }  # has a place of its own, or none
 ALWAYS = ("epochs", "batch_size", "lr", "schedule")  # of a training: its defaults differ between commands
 SEVERAL = ("ignore", "keep_ratio", "mean", "std")  # several words, not a list in brackets
-SWITCHES = ("ema", "balanced", "keep_class", "inexact", "channels_last", "latency_channels_last", "latency_modelled")
+SWITCHES = (
+    "ema",
+    "balanced",
+    "keep_class",
+    "inexact",
+    "replace_norms",
+    "heads",
+    "channels_last",
+    "latency_channels_last",
+    "latency_modelled",
+)
 NOT_OPTIONS = {"command", "fastprune", "data", "device", "seed", "run", "out"}
 DEFAULTS = {
     "seed": 0, "device": "auto", "min_keep": 1, "round_to": 1, "latency_batch": 1, "latency_dtype": "float32",
@@ -163,9 +173,13 @@ def python_call(settings: Mapping[str, Any]) -> str:
         given["compensate"] = "none"  # otherwise data would mean "sequential"
     lines = [f"{name}={value!r}" for name, value in given.items()]
     lines += conditions_of(settings)
-    lines += [
-        text for name, text in (("keep_class", "rewrite=False"), ("inexact", "exact=False")) if settings.get(name)
-    ]
+    switches = {
+        "keep_class": "rewrite=False",
+        "inexact": "exact=False",
+        "replace_norms": "replace_norms=True",
+        "heads": "heads=True",
+    }
+    lines += [text for name, text in switches.items() if settings.get(name)]
     limits = {name: settings[name] for name in ("min_keep", "round_to") if settings.get(name) not in (None, 1)}
     if limits or settings.get("keep_ratio"):
         words = [repr(settings.get("keep_ratio") or []), *(f"{name}={value}" for name, value in limits.items())]

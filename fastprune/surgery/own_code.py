@@ -27,6 +27,8 @@ def trace(
     rewrite: bool = True,
     ignore: str | nn.Module | Sequence[str | nn.Module] = (),
     exact: bool = True,
+    replace_norms: bool = False,
+    heads: bool = False,
 ) -> ChannelGraph:
     """Find the channel groups of a network.
 
@@ -46,6 +48,11 @@ def trace(
             are also prunable that operators mix (layer norm, statistics over channels, efficient channel attention,
             weight standardisation); ``graph.inexact`` lists these operators, and surgery measures by how much the
             compact network then differs.
+        replace_norms: whether channels are prunable exactly that norms mix (layer norm, RMS norm, group norm of one
+            group). Surgery then changes the class of such a norm, so that its statistics count the removed channels as
+            zeros; ``graph.norms`` lists them. False = the channels that they read stay.
+        heads: whether whole heads of attention are prunable: the rows of a head's queries, keys and values leave with
+            the columns that read it, and the number of heads in the model's code changes. False = all heads stay.
 
     Returns:
         The ``ChannelGraph``.
@@ -61,7 +68,9 @@ def trace(
         >>> len(graph.groups), graph.num_units, round(float(graph.cost().macs) / 1e6, 2)
         (10, 352, 40.55)
     """
-    graph = build.trace(model, example_inputs, rewrite=rewrite, ignore=ignore, exact=exact)
+    graph = build.trace(
+        model, example_inputs, rewrite=rewrite, ignore=ignore, exact=exact, replace_norms=replace_norms, heads=heads
+    )
     if rewrite or any(tensor.is_meta for tensor in state_of(model).values()):
         return graph
     whole: list[str] = []
@@ -70,7 +79,16 @@ def trace(
         if wider is None:
             break
         whole += wider
-        graph = build.label(model, graph.traced, rewrite=False, ignore=ignore, exact=exact, whole=whole)
+        graph = build.label(
+            model,
+            graph.traced,
+            rewrite=False,
+            ignore=ignore,
+            exact=exact,
+            replace_norms=replace_norms,
+            heads=heads,
+            whole=whole,
+        )
     return graph
 
 

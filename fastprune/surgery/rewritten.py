@@ -196,7 +196,7 @@ def open_sizes(model: nn.Module, traced: Traced) -> Traced:
 
 def rewrite_graphs(plan: PruningPlan, model: nn.Module, compact: nn.Module, traced: Traced) -> RewrittenNetwork:
     """Return the compact network in these graphs, rewritten; where none is of train mode, one is traced if possible."""
-    state = Propagation(exact=False)
+    state = Propagation(exact=False, norms={norm.module for norm in plan.norms}, heads=True)
     labels = {False: run_on_labels(traced.evaluation, traced.inputs, state, record=True)}
     if traced.training is not None:
         labels[True] = run_on_labels(traced.training, traced.inputs, state, record=False)
@@ -221,7 +221,7 @@ def rewrite_graphs(plan: PruningPlan, model: nn.Module, compact: nn.Module, trac
         if graph is None:
             graphs[mode] = missing
             continue
-        graphs[mode] = new = rewrite(graph, labels[mode], state.selections, keep)
+        graphs[mode] = new = rewrite(graph, labels[mode], state.selections, keep, plan.norms)
         indices = {f"index {place} of {'train' if mode else 'eval'} mode": x for place, x in enumerate(new.indices)}
         fixed |= {name: attribute_of(graph, name) for name in new.tensors if name not in own} | indices
         takes[mode] = [*new.tensors, *indices]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.model_state import state_of
+from fastprune.graph.norms import FullCount, channels_of, count_fully
 from fastprune.graph.plan import PlanError, PruningPlan
 from fastprune.graph.structure import Slice
 from fastprune.surgery.held_modules import class_of
@@ -48,6 +49,8 @@ def slice_model(plan: PruningPlan, model: nn.Module) -> nn.Module:
             correct_convolution(module, name, depthwise=bool(own & depthwise))
         elif own & shrunk:
             correct_sizes(module)
+    for norm in plan.narrowed_norms():
+        count_fully(compact.get_submodule(norm.module), norm, len(plan.kept_indices(norm)))
     for path, (_, left) in plan.attributes.items():
         name, _, attribute = path.rpartition(".")
         owner = compact.get_submodule(name)
@@ -91,6 +94,7 @@ def require_fit(plan: PruningPlan, model: nn.Module) -> None:
                 f"the plan needs size {len(piece.units)} along dimension {piece.dim}"
             )
 
+    require_norms(plan, model)
     for path, (full, _) in plan.attributes.items():
         name, _, attribute = path.rpartition(".")
         try:
@@ -103,6 +107,26 @@ def require_fit(plan: PruningPlan, model: nn.Module) -> None:
                 f"the plan is for another model: {path!r} is {given}, the plan needs "
                 f"{full[0] if len(full) == 1 else list(full)}"
             )
+
+
+def require_norms(plan: PruningPlan, model: nn.Module) -> None:
+    """Refuse a plan whose norms are none of the model's."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for norm in plan.norms:
+        module = modules.get(norm.module)
+        width = None if module is None or module is model else channels_of(module)
+        count = module.full_count if isinstance(module, FullCount) else width
+        if (width, count) != (len(norm.units), norm.count):
+            raise PlanError(
+                f"the plan is for another model: it needs a norm over channels {norm.module!r} of "
+                f"{describe_width(len(norm.units), norm.count)}; this {type(model).__name__} has "
+                f"{'none' if width is None or count is None else f'one of {describe_width(width, count)}'}"
+            )
+
+
+def describe_width(channels: int, count: int) -> str:
+    """Return the number of a norm's channels, and of those that it counts if these are more."""
+    return str(channels) if channels == count else f"{channels}, which counts {count}"
 
 
 def shrink(owner: nn.Module, attribute: str, dim: int, kept: Tensor, replaced: dict[int, Tensor]) -> None:

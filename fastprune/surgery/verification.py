@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
     its weight (weight standardisation), zeros would not stay zeros: there the closed channels of its input are zeroed.
 
     Under an inexact plan closed channels still count, with their values, in the statistics of the norms that they pass.
+    Norms that were traced with ``replace_norms=True`` read closed channels as zeros, as layers do.
 
     Raises:
         PlanError: if the plan does not fit the model.
@@ -50,7 +52,17 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
                 weight.index_fill_(piece.dim, closed.nonzero().flatten().to(weight.device), 0.0)
     if closed_inputs:
         ClosedInputs(closed_inputs).attach(full)
+    for norm in plan.narrowed_norms():
+        closed = torch.ones(len(norm.units), dtype=torch.bool)
+        closed[plan.kept_indices(norm)] = False
+        hook = partial(close_channels, norm.dim, closed.nonzero().flatten())
+        full.get_submodule(norm.module).register_forward_pre_hook(hook)
     return full
+
+
+def close_channels(dim: int, closed: Tensor, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Zero the channels ``closed`` along ``dim`` in what a norm reads."""
+    return (args[0].index_fill(dim, closed.to(args[0].device), 0.0), *args[1:])
 
 
 def verify(plan: PruningPlan, model: nn.Module, compact: nn.Module, *, dtype: torch.dtype | None = None) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastprune.graph.export.nodes import module_of
 from fastprune.graph.labels.labels import canonicalise, core, kept_labels, varying_dims, vector_along
 from fastprune.graph.labels.propagate import Weight
 from fastprune.graph.labels.rules import SIZES, Context, give_up, require_box, rule, unlabelled_result
@@ -92,8 +93,14 @@ def mix(context: Context, x: Tensor, dims: set[int]) -> bool:
 
 
 def let_mix(context: Context, x: Tensor) -> bool:
-    """Return whether the channels of ``x`` may leave although their values meet here; see ``trace(exact=False)``."""
-    allowed = context.state.let_mix(x, context.reason)
+    """Return whether the channels of ``x`` may leave although their values meet here.
+
+    They may in an inexact trace, and in norms that will count them as zeros.
+    """
+    exactly = module_of(context.node) in context.state.norms
+    if exactly:
+        context.state.counted.add(module_of(context.node))
+    allowed = exactly or context.state.let_mix(x, context.reason)
     if allowed:
         require_box(context, x)
     return allowed
@@ -106,23 +113,6 @@ def follow(context: Context, parameters: Iterable[Any], channels: Tensor, dim: i
             context.state.label_dim(weight, dim, channels, "channel", context.reason)
         elif isinstance(weight, Tensor):
             context.state.space.unite(channels, vector_along(weight, dim), context.reason)  # type: ignore[arg-type]
-
-
-@rule("matmul", "bmm")
-def product(context: Context, x: Tensor, y: Tensor) -> Any:
-    """Label a product of matrices; the channels are rows or columns and the sums run over other dimensions."""
-    weighted = any(isinstance(value, Weight) for value in (x, y))
-    if weighted or min(x.dim(), y.dim()) < 2 or not isinstance(context.shape, tuple):
-        return give_up(context, (x, y), {})
-    if x.dim() - 1 in varying_dims(x) or y.dim() - 2 in varying_dims(y) or (varying_dims(x) and varying_dims(y)):
-        return give_up(context, (x, y), {})
-    source, along_sum = (x, -1) if varying_dims(x) else (y, -2)
-    padded = source.reshape((1,) * (len(context.shape) - source.dim()) + tuple(source.shape))
-    if any(padded.size(dim) != context.shape[dim] for dim in varying_dims(padded)):
-        return give_up(context, (x, y), {})
-    result = canonicalise(padded.narrow(along_sum, 0, 1).expand(context.shape))
-    require_box(context, result)
-    return result
 
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
@@ -159,8 +149,11 @@ def group_norm(context: Context, x: Tensor, groups: int, *parameters: Any, **opt
 
 @rule("layer_norm", "rms_norm")
 def layer_norm(context: Context, x: Tensor, shape: Sequence[int], *parameters: Any, **options: Any) -> Any:
-    """Normalise over the last dimensions; channels that lie there each change the statistics of all."""
+    """Normalise over the last dimensions; channels that lie there alone each change the statistics of all."""
     across, first = varying_dims(x), x.dim() - len(shape)
+    if context.state.heads and across and across[0] < first:  # heads, each of which is normalised by itself
+        mix(context, x, set(range(first, x.dim())))
+        return x
     if len(across) != 1 or across[0] < first or not let_mix(context, x):
         return give_up(context, (x, parameters), options)
     follow(context, (*parameters, *options.values()), core(x).flatten(), across[0] - first)

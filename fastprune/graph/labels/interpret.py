@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.inputs import Inputs
 from fastprune.graph.export.nodes import concrete
-from fastprune.graph.labels import channelwise, layers, moves  # noqa: F401 - they register their rules
+from fastprune.graph.labels import attention, channelwise, layers, moves  # noqa: F401 - they register their rules
 from fastprune.graph.labels.computed import apply_by_parts, computed_weights
 from fastprune.graph.labels.labels import kept_labels
 from fastprune.graph.labels.propagate import Propagation, Weight

@@ -94,13 +94,15 @@ def along_channels(context: Context, x: Tensor, weight: Weight, bias: Any) -> Te
 def linear(context: Context, x: Tensor, weight: Any, bias: Any = None) -> Any:
     """Label the channels along the last dimension."""
     channels = vector_along(x, x.dim() - 1)
-    if not is_weight(weight) or channels is None or isinstance(bias, Tensor):
+    if not is_weight(weight) or channels is None or (isinstance(bias, Tensor) and bias.dim() != 1):
         return give_up_layer(context, (x, weight, bias), (context.shape, weight.shape[1:]))
     state = context.state
     state.label_dim(weight, 1, channels, "in", context.reason)
     out = state.fresh_dim(weight, 0, "out", context.reason)
     if isinstance(bias, Weight):
         state.label_dim(bias, 0, out, "channel", context.reason)
+    elif isinstance(bias, Tensor):  # joined from several parameters, say
+        state.space.unite(out, core(bias).expand(bias.shape), context.reason)
     record_call(
         context, weight, x.shape[:-1].numel() // context.batch, channels, out, channel_dim=x.dim() - 1, depthwise=False
     )

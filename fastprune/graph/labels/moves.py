@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fastprune.graph.export.nodes import operator_name
-from fastprune.graph.labels.labels import KEPT, canonicalise, core, varying_dims
+from fastprune.graph.labels.labels import KEPT, canonicalise, core, spread, varying_dims, vector_along
 from fastprune.graph.labels.own_code import (
     have_same_channels,
     require_equal,
@@ -41,6 +41,7 @@ SELECTING = {
     *("slice", "select", "narrow", "roll", "repeat", "tile", "repeat_interleave", "unfold", "channel_shuffle"),
     *("index_select", "index"),
 }
+JOINING = {"cat", "concat", "concatenate"}
 MOVES = RESHAPING | PARTING | SELECTING
 
 
@@ -57,11 +58,28 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
         return give_up(context, args, kwargs)
     sources = [x for x in pytree.tree_leaves(args[0]) if isinstance(x, Tensor)]
     result = pytree.tree_map_only(Tensor, canonicalise, result)
+    if context.operator in JOINING:
+        result = join(context, sources, result)
     if context.state.rewrites:
         require_rewritable(context, operator, args, kwargs, sources, result)
     else:
         require_own_code(context, sources[0], result, args)
     return result
+
+
+def join(context: Context, parts: list[Tensor], result: Tensor) -> Tensor:
+    """Unite the channels of parts that are joined along another dimension (a class token and those of patches)."""
+    across = {dim for part in parts for dim in varying_dims(part)}
+    if len(across) != 1 or len({part.dim() for part in parts}) != 1:
+        return result
+    (dim,) = across
+    rows = [vector_along(part, dim) for part in parts if part.size(dim) == result.size(dim)]
+    if len(rows) < len(parts) or any(row is None for row in rows):
+        return result
+    first, *others = (row for row in rows if row is not None)
+    for other in others:
+        context.state.space.unite(first, other, context.reason)
+    return spread(first, tuple(result.shape), dim)
 
 
 @rule("expand_as")
@@ -75,12 +93,23 @@ def expand_as(context: Context, x: Any, other: Any) -> Any:
 
 
 @rule("index_select", "index")
-def index(context: Context, x: Tensor, *places: Any) -> Any:
+def index(context: Context, x: Any, *places: Any) -> Any:
     """Take the channels that a constant of the network names; pin if the indices depend on the input."""
+    if isinstance(x, Weight) and context.state.heads and len(x.shape) == 2 and is_row_index(places):
+        heads = context.state.fresh_dim(x, 1, "channel", context.reason)  # a table with a column for each head
+        return spread(heads, context.shape, len(context.shape) - 1)
+    x = context.state.labels_of(x, context.reason) if isinstance(x, Weight) else x
     constant = map_arg(context.node.args[1:], lambda node: constant_of(context, node))
     if any(isinstance(place, Node) for place in pytree.tree_leaves(constant)):
         return give_up(context, (x, *places), {})
     return move(context, x, *constant)
+
+
+def is_row_index(places: tuple[Any, ...]) -> bool:
+    """Return whether the arguments of ``index`` or ``index_select`` choose rows, and nothing along other dimensions."""
+    if len(places) == 1:
+        return isinstance(places[0], (list, tuple)) and len(places[0]) == 1
+    return len(places) == 2 and places[0] == 0
 
 
 def constant_of(context: Context, node: Node) -> Any:

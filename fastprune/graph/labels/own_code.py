@@ -14,7 +14,8 @@ def shrinkable_dims(context: Context, source: Tensor, result: Tensor) -> set[int
     """Return the dimensions along which a reshaped tensor may shrink, None for any.
 
     Code that splits channels says ``view(n, groups, c // groups, …)``: the last of these parts follows the number of
-    channels, the others are numbers in the code. If one part is -1, that part follows it, too.
+    channels, the others are numbers in the code. If one part is -1, that part follows it, too. Where heads
+    may leave, so does a part that is an attribute of the module, which then changes.
     """
     split = varying_dims(source)
     if len(split) != 1:
@@ -29,7 +30,8 @@ def shrinkable_dims(context: Context, source: Tensor, result: Tensor) -> set[int
         return None
     sizes = context.node.args[-1]
     inferred = [i for i, n in enumerate(sizes) if n == -1] if isinstance(sizes, (list, tuple)) else []
-    return {parts[-1]} | {dim for dim in inferred if dim in parts}
+    held = context.state.held.get(module_of(context.node), frozenset()) if context.state.heads else frozenset()
+    return {parts[-1]} | {dim for dim in parts if dim in inferred or result.size(dim) in held}
 
 
 def require_equal(context: Context, source: Tensor, parts: list[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -145,6 +145,9 @@ class Propagation:
     rewrites: bool = True  # whether the compact network may be a rewritten graph; False = the model's own code runs it
     # {module: the values of its attributes that may be numbers of channels}; see ``graph.held_sizes``
     held: Mapping[str, frozenset[Any]] = field(default_factory=dict)
+    norms: Collection[str] = ()  # modules whose statistics count removed channels as zeros; see ``graph.norms``
+    heads: bool = False  # whether whole heads of attention may leave
+    counted: set[str] = field(default_factory=set)  # those of them that channels pass
     space: LabelSpace = field(default_factory=LabelSpace)
     dims: dict[tuple[str, int], LabelledDim] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)

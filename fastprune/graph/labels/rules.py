@@ -53,7 +53,8 @@ class Context:
         return describe_node(self.node)
 
 
-SIZES = {"sym_size", "sym_numel"}  # also applied to weights
+SIZES = {"sym_size", "sym_numel"}
+ON_WEIGHTS = {*SIZES, "index", "index_select"}  # whose rules take weights as they are
 
 
 def describe_node(node: Node) -> str:
@@ -88,7 +89,7 @@ def apply_rule(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not isinstance(context.node.target, torch._ops.OpOverload):
         return apply_function(context, args, kwargs)
     if context.operator in RULES:
-        if args and isinstance(args[0], Weight) and context.operator not in SIZES and "::" not in context.operator:
+        if args and isinstance(args[0], Weight) and context.operator not in ON_WEIGHTS and "::" not in context.operator:
             args = (context.state.labels_of(args[0], context.reason), *args[1:])  # a parameter in place of an input
         return RULES[context.operator](context, *args, **kwargs)
     elementwise = torch.Tag.pointwise in context.node.target.tags or context.operator in ELEMENTWISE

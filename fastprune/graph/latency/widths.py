@@ -28,7 +28,9 @@ class AxisFinder:
         self.sizes = graph.offsets.diff().tolist()
         self.slices = index_slices(graph.slices)
         # Labels also pass operators that mix channels: the graph says which of them are prunable.
-        state = Propagation(exact=False, rewrites=graph.rewrites)
+        state = Propagation(
+            exact=False, rewrites=graph.rewrites, norms={norm.module for norm in graph.norms}, heads=graph.heads
+        )
         self.labels = run_on_labels(graph.traced.evaluation, graph.traced.inputs, state, record=True)
         self.unit_of_label = np.full(state.space.count, -1)
         for place, labelled in state.dims.items():
