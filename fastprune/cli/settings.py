@@ -47,7 +47,7 @@ class ModelSettings:
     )
     weights: str | None = option(
         None,
-        "file of trained weights (safetensors or any torch file), or DEFAULT, which is published; random without it",
+        "file of trained weights (safetensors or torch's), or a published name (DEFAULT); random without it",
     )
     input: str | None = option(None, "size of one image, CxHxW; by default the data's, or the model's usual size")
     ema: bool = option(False, "take the moving average of the weights (EMA) that the file holds", flag=SWITCH)
@@ -162,7 +162,7 @@ class PruneSettings(NetworkSettings):
     heads: bool = option(False, HEADS, flag=SWITCH)
     compensate: str = option("auto", COMPENSATE, choices=("auto", "sequential", "one_pass", "mean", "bn", "none"))
     calibration: int = option(512, "training samples that a compensation takes", minimum=1)
-    dry_run: bool = option(False, "only say what would be done: groups, widths, cost, time", flag=SWITCH)
+    dry_run: bool = option(False, "only say what would be done, and how long it takes", flag=SWITCH)
 
 
 @dataclass
