@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shlex
@@ -253,7 +254,7 @@ class Job:
         self.goal.check(plan, task.graph)
         with progress.begin("cutting and verifying", wanted=self.shows):
             raw = cut(plan, task.model, task.graph.traced)
-        raw, done = self.correct(task, raw)
+        raw, done = self.correct(task, raw, keep)
         if self.recovery.how == "none" or source is None:
             return raw, done
         keep(raw)
@@ -265,8 +266,13 @@ class Job:
                 raise
             return raw, done | self.tell_failure(error)
 
-    def correct(self, task: Task, found: Cut) -> tuple[Cut, dict[str, Any]]:
+    def correct(self, task: Task, found: Cut, keep: Callable[[Cut], object]) -> tuple[Cut, dict[str, Any]]:
         """Plan again where the compact network misses a budget of latency as measured, and return the closest one.
+
+        Args:
+            task: the finished search.
+            found: the network of the first plan.
+            keep: saves it, as what is measured and planned after the search may fail.
 
         Returns:
             The network, and for the metrics "correction": the measured latencies of the plans, in units of the budget.
@@ -274,6 +280,7 @@ class Job:
         budget = self.goal.budget
         if not budget.is_time or budget.conditions.modelled or budget.lineage is not None:
             return found, {}
+        keep(found)
         tried, over = [found], [self.measure_excess(task, found)]
         if not math.isfinite(over[0]):
             return found, {}
@@ -285,13 +292,19 @@ class Job:
             try:
                 plan = self.worker.plan(replace(task, budget=goal.budget))
                 goal.check(plan, task.graph)
-            except BudgetError:  # out of reach, or above the full network
+                if torch.equal(plan.mask, plans[-1].mask):
+                    break
+                with progress.begin("correcting the latency", wanted=self.shows):
+                    closer = cut(plan, task.model, task.graph.traced)
+            except Exception as error:  # the budget is out of reach; or a method's own code, which plans once more
+                if self.peers.world_size > 1 and not isinstance(error, BudgetError):  # the other ranks wait
+                    raise
                 break
-            if torch.equal(plan.mask, plans[-1].mask):
+            measured = self.measure_excess(task, closer)
+            if not math.isfinite(measured):
                 break
-            with progress.begin("correcting the latency", wanted=self.shows):
-                tried.append(cut(plan, task.model, task.graph.traced))
-                over.append(self.measure_excess(task, tried[-1]))
+            tried.append(closer)
+            over.append(measured)
         best = min(range(len(over)), key=lambda place: abs(math.log(over[place])))
         return tried[best], {"correction": [round(measured, 4) for measured in over]}
 
@@ -300,8 +313,9 @@ class Job:
         over = math.inf
         if self.peers.is_main:
             networks = {"full": task.model, "planned": found.model}
-            times = measure(self.goal.budget.conditions, task.graph, networks).get("measured_ms")
-            over = excess(self.goal.budget, times) if times else over
+            with contextlib.suppress(Exception):  # the model's own code may raise anything
+                times = measure(self.goal.budget.conditions, task.graph, networks).get("measured_ms")
+                over = excess(self.goal.budget, times) if times else over
         return float(self.peers.broadcast_(torch.tensor([over], dtype=torch.float64, device=task.device)))
 
     def compensate(self, task: Task, plan: PruningPlan, source: Data) -> tuple[Cut, dict[str, Any]]:

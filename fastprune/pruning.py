@@ -84,7 +84,8 @@ def prune(
         example_inputs: a batch of inputs, [N, C, H, W] for images; several as a tuple, or as a dict by argument name.
         method: the name of a registered method, or a ``Method`` class.
         budget: ``flops=0.5``, ``params=0.3``, ``latency=0.6``, ``flops=2G``, ``latency=12ms``, …, see
-            ``Budget.parse``; a number is a fraction of the FLOPs (MACs). Met from below.
+            ``Budget.parse``; a number is a fraction of the FLOPs (MACs). Met from below; a latency that is measured
+            more than 3 % from its budget is corrected, to either side of it, see ``Conditions``.
         data: training data for methods that search on them: your own ``DataLoader``, or any other iterable of batches
             that starts anew each time; a ``Data``; or the name of a data set (see ``fastprune.data.load_data``).
         held_out: a loader of samples that are not trained on, for methods that compare candidates; beside the name of a

@@ -70,6 +70,8 @@ def prune_in_steps(
     home = device_of(model)
     device = choose_device(arguments.get("device") or str(home))
     goal = Goal.make(budget, arguments.pop("conditions", None), limits, device)
+    if goal.budget.is_time:  # parts of a modelled time add up; what a machine adds to them would count in each step
+        goal = replace(goal, budget=replace(goal.budget, conditions=replace(goal.budget.conditions, modelled=True)))
     tracing = Tracing(**{f.name: arguments[f.name] for f in fields(Tracing) if f.name in arguments})
     first = tracing.trace(model, Inputs.from_example(example_inputs, model), home)
     goal.budget.meter(first, Distributed.from_environment())

@@ -77,3 +77,11 @@ def test_refusals(ratios: list[float], held_out: float, message: str) -> None:
     model = fp.models.create("resnet20", num_classes=4)
     with pytest.raises(ValueError, match=message):
         fp.sensitivity(model, torch.zeros(1, 3, 8, 8), load_data(DATA, held_out=held_out), ratios=ratios)
+
+
+def test_the_command_measures_five_ratios_unless_told(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "sensitivity --model resnet20 --data synthetic:3x8x8:4:64 --held_out 8 --json"
+    assert main([*line.split(), "--ignore", "layer2*", "layer3*", "conv1"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert sorted({round(point["kept"] / point["size"], 1) for point in points})[-1] == 0.9
+    assert len(points) == 5 * len({point["group"] for point in points})

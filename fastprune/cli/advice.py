@@ -120,7 +120,7 @@ def after_pruning(settings: PruneSettings, metrics: Mapping[str, Any]) -> str:
 
 def train_with_ultralytics(run: str, data: str | None) -> str:
     """Return the call that trains the network of a run where it comes from."""
-    file = "DATA.yaml" if data is None else data.removeprefix("yolo:")
+    file = data.removeprefix("yolo:") if data is not None and data.startswith("yolo:") else "DATA.yaml"
     return f"next, in Python: fastprune.adapters.yolo.load({run!r}).train(data={file!r})"
 
 

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastprune.arguments import make_objective
-from fastprune.cli.networks import image_shape, input_shape, make_example
+from fastprune.cli.networks import YOLO_SIZE, image_shape, input_shape, make_example
 from fastprune.cli.settings import InspectSettings, ModelSettings, ObjectiveSettings, SensitivitySettings
 from fastprune.data import Data, UserData
 from fastprune.engine import Placement, choose_device
 from fastprune.graph.export.inputs import Example
 from fastprune.graph.model_state import in_eval_mode
 from fastprune.host.objects import load_object
+from fastprune.models.ultralytics import is_ultralytics
 from fastprune.training.example import example_of
 from fastprune.training.objective import Objective
 
@@ -73,6 +74,10 @@ def find_example(settings: ModelSettings, data: Data | None, objective: Objectiv
     Raises:
         ValueError: for ``--input`` beside data that are no images.
     """
+    if data is None and settings.input is None and is_ultralytics(settings.model):
+        own: Any = network
+        side = 224 if own.task == "classify" else YOLO_SIZE
+        return make_example((own.yaml.get("channels", 3), side, side))
     if data is None or has_images(data, objective):
         return make_example(input_shape(settings, data))
     if settings.input is not None:

@@ -135,6 +135,8 @@ def build_model(settings: ModelSettings, data: Data | None, num_classes: int | N
         num_classes: size of a new classifier; None = the weights are for the data's classes.
     """
     require(model=settings.model)
+    if is_ultralytics(settings.model) and data is not None and not isinstance(data, (DataForNetwork, UserData)):
+        raise ValueError(f"data {data.name!r}: {settings.model!r} takes data of Ultralytics, as yolo:coco8.yaml")
     channels = 3 if data is not None and len(data.shape) != 3 else input_shape(settings, data)[0]
     if data is not None:
         classes = count_data_classes(data)

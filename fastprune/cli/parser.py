@@ -90,7 +90,9 @@ def add_settings(parser: ArgumentParser, settings: type[Any], key: str | None = 
     for f in options:
         flag = f.metadata.get("flag") or {"type": kinds[f.name]}
         name = f.name if flag in (POSITIONAL, POSITIONALS) else f"--{f'{key}.' if key else ''}{f.name}"
-        group.add_argument(name, default=getattr(defaults, f.name), help=help_of(f), **flag)
+        default = getattr(defaults, f.name)
+        default = list(default) if isinstance(default, tuple) else default  # the parser writes into its defaults
+        group.add_argument(name, default=default, help=help_of(f), **flag)
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fastprune.cli.settings import RunSettings, SensitivitySettings, pick, requi
 from fastprune.host.distributed import Distributed
 from fastprune.report.tables import percent, show
 from fastprune.sensitivity import Sensitivity, sensitivity
-from fastprune.training.data_for_network import open_for
+from fastprune.training.data_for_network import DataForNetwork
 
 CHART, SUGGESTION = "sensitivity.png", "keep_ratio.yaml"
 
@@ -32,10 +32,11 @@ def run_sensitivity(values: dict[str, Any], given: set[str]) -> int:
     if folder is not None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} exists already: give another --out")
     data = open_data(str(settings.data), pick(RunSettings, {**values, "out": None}))
+    if isinstance(data, DataForNetwork):
+        raise ValueError(f"data {data.name!r}: they hold nothing out to measure on; sensitivity does not take them")
     torch.manual_seed(settings.seed)
     objective = load_objective(settings)
     model = build_model(settings, data)
-    data, objective = open_for(model, data, objective)
     example = data_example(data, objective, model)
     check_fit(model, settings.model, example)
     check_batch(model, data, objective, settings.device)

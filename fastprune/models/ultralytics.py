@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 PREFIX = "yolo:"
+SUFFIXES = (".pt", ".yaml", ".yml")
 
 
 def is_ultralytics(spec: str) -> bool:
-    """Return whether a name is that of a network or a data set of Ultralytics."""
-    return spec.startswith(PREFIX)
+    """Return whether a name is that of a network or a data set of Ultralytics, and not of a function in a package."""
+    file = Path(spec.removeprefix(PREFIX)).expanduser()
+    return spec.startswith(PREFIX) and (file.suffix.lower() in SUFFIXES or file.is_dir())
 
 
 def full_name(spec: str) -> str:
@@ -41,7 +43,7 @@ def open_ultralytics(spec: str, num_classes: int | None = None, in_channels: int
     except ImportError as error:
         raise ValueError(f"model {spec!r} needs Ultralytics: pip install 'fastprune[yolo]' ({error})") from error
     suffix = Path(name).suffix.lower()
-    if suffix not in (".pt", ".yaml", ".yml"):
+    if suffix not in SUFFIXES:
         raise ValueError(f"model {spec!r}: give a .pt file with weights, or a .yaml file for random ones")
     try:
         network = ultralytics.YOLO(name)

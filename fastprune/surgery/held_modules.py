@@ -122,7 +122,15 @@ def hold(holder: nn.Module, model: nn.Module, must_hold: Callable[[str, nn.Modul
             names = [
                 name for name in vars(old) if name not in OWN and not (old is not new and hasattr(type(new), name))
             ]
-            vars(new).update({name: copy.deepcopy(vars(old)[name], copies) for name in names})
+            vars(new).update({name: copy_attribute(vars(old)[name], copies) for name in names})
+
+
+def copy_attribute(value: Any, copies: dict[int, Any]) -> Any:
+    """Return a copy of an attribute, or the attribute itself if it cannot be copied (a lock, an open file)."""
+    try:
+        return copy.deepcopy(value, copies)
+    except Exception:  # its own code may raise anything
+        return value
 
 
 def hold_tensors(

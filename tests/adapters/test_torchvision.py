@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.models import detection
 from torchvision.models.detection import anchor_utils
 
 import fastprune as fp
 from fastprune.adapters import torchvision as adapter
-from fastprune.adapters.torchvision.batches import Batches, run_batch
+from fastprune.adapters.torchvision.batches import read_batches, run_batch
 from fastprune.adapters.torchvision.boxes import inside
 from fastprune.adapters.torchvision.criterion import Criterion
 from fastprune.adapters.torchvision.networks import DenseNetwork, RegionNetwork, pool
+from fastprune.data import UserData
+from fastprune.host.distributed import Distributed
 
 PAGE = Path(__file__).parents[2] / "docs/detectors.md"
 SIDE, CLASSES, WIDTH = 64, 3, 8
@@ -108,7 +111,7 @@ def make_samples(count: int = 2) -> tuple[list[Tensor], list[Sample]]:
 
 def make_batch(detector: Any, proposals: int | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
-    return next(iter(Batches([make_samples()], detector, (SIDE, SIDE), proposals)))
+    return next(iter(read_batches([make_samples()], detector, (SIDE, SIDE), proposals)))
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -234,6 +237,53 @@ def test_the_guide_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"loader": [make_samples()]}
     exec(compile(code.replace("640", str(SIDE)), PAGE.name, "exec"), names)
     assert type(names["small"]) is detection.RetinaNet
+
+
+class Samples(Dataset[Any]):
+    """Sixteen images, whose first pixel is their number."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Sample]:
+        return torch.full((3, SIDE, SIDE), place / 16), {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}
+
+
+def test_a_data_loader_stays_one() -> None:
+    sampler = DistributedSampler(Samples(), num_replicas=2, rank=0)
+    loader = DataLoader(Samples(), 4, sampler=sampler, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+    data = UserData(read_batches(loader, make_detector("RetinaNet"), (SIDE, SIDE), None))
+    passes = [list(data.batches("train", 4, epoch=epoch, distributed=Distributed(0, 2))) for epoch in (0, 0, 1)]
+    images = [torch.cat([inputs["images"] for inputs, _ in batches]) for batches in passes]
+    assert data.size("train") == 16
+    assert len(images[0]) == 8
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+class Shuffling(Backbone):
+    """A backbone whose code splits channels."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        first, second = super().forward(images).values()
+        return {"0": torch.cat(first.split(WIDTH // 2, 1)[::-1], 1), "1": second}
+
+
+def test_a_detector_with_a_backbone_that_splits_channels_stays_one() -> None:
+    detector = make_detector("RetinaNet")
+    detector.backbone = Shuffling()
+    small = adapter.prune(detector, image_size=SIDE).model.detector
+    assert type(small) is detection.RetinaNet
+    with torch.no_grad():
+        assert set(small.eval()([torch.rand(3, 40, 50)])[0]) == {"boxes", "scores", "labels"}
+
+
+def test_a_detector_of_one_level_is_pruned() -> None:
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 4, 1), nn.ReLU())
+    body.out_channels = 8  # type: ignore[assignment]
+    detector = detection.RetinaNet(body, CLASSES, anchor_generator=anchors(((16,),), ((0.5, 1.0, 2.0),)))
+    result = adapter.prune(detector, image_size=SIDE)
+    assert result.plan.macs[1] <= 0.5 * result.plan.macs[0]
 
 
 @pytest.mark.slow

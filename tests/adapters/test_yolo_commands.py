@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,19 +52,11 @@ def test_what_ultralytics_does_is_refused(tmp_path: Path, capsys: pytest.Capture
     model, data = "yolo:tiny-detect.yaml", f"yolo:{make_data(tmp_path / 'data', 'detect')}"
     cases = {
         "Ultralytics trains on them": ["train", "--model", model, "--data", data],
-        "gives [6, 320] numbers for one": [
-            "prune",
-            "--model",
-            model,
-            "--data",
-            "synthetic:3x64x64:2",
-            "--method",
-            "l1",
-        ],
+        "takes data of Ultralytics": ["prune", "--model", model, "--data", "synthetic:3x64x64:2", "--method", "l1"],
+        "sensitivity does not take them": ["sensitivity", "--model", model, "--data", data],
         "one of Ultralytics' YOLOs": ["prune", "--model", "resnet20", "--data", data, "--method", "l1"],
         "have a loss and a forward": ["prune", "--model", model, "--data", data, "--loss", "torch.nn:MSELoss"],
         "--held_out: 'yolo:": ["prune", "--model", model, "--data", data, "--held_out", "5"],
-        "give a .pt file": ["prune", "--model", "yolo:tiny.onnx", "--method", "l1"],
         "'yolo:other.yaml'": ["prune", "--model", model, "--data", "yolo:other.yaml", "--method", "l1"],
     }
     for number, (expected, command) in enumerate(cases.items()):
@@ -71,6 +64,43 @@ def test_what_ultralytics_does_is_refused(tmp_path: Path, capsys: pytest.Capture
         assert main([*command, *size, "--out", f"run{number}"]) == 2
         assert expected in capsys.readouterr().err
         assert not Path(f"run{number}").exists()
+
+
+def test_a_run_of_the_adapter_is_loaded(tmp_path: Path) -> None:
+    network = make_network(tmp_path, "classify")
+    small = yolo.prune(network, image_size=SIDE, out=tmp_path / "run")
+    again = yolo.load(tmp_path / "run")
+    images = torch.rand(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        assert torch.equal(again.model.eval()(images)[1], small.model.eval()(images)[1])
+
+
+def test_a_folder_is_no_data_set_for_detection(tmp_path: Path) -> None:
+    folder = make_data(tmp_path / "data", "detect").parent
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"give a \.yaml file, or for classification a folder with train/"):
+        yolo.DataSet(folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    data, _ = yolo.DataSet(folder, SIDE, classify=False).open(make_network(tmp_path, "detect").model)  # its data.yaml
+    (inputs, _), *_ = data.batches("test", 6)
+    assert sum(len(labels["cls"]) for labels in inputs["labels"]) == 4
+    assert not folder.with_name("data_split").exists()
+
+
+def test_classification_needs_no_validation_part(tmp_path: Path) -> None:
+    folder = make_data(tmp_path / "data", "classify")
+    shutil.rmtree(folder / "val")
+    small = yolo.prune(make_network(tmp_path, "classify"), method="taylor", data=folder, image_size=SIDE, images=6)
+    assert small.pruning.plan.macs[1] <= 0.5 * small.pruning.plan.macs[0]
+
+
+def test_the_size_of_images_is_that_of_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_network(tmp_path, "classify")
+    macs = []
+    for size in ([], ["--input", "3x224x224"]):
+        assert main(["inspect", "--model", "yolo:tiny-classify.yaml", *size, "--json"]) == 0
+        macs.append(json.loads(capsys.readouterr().out)["macs"])
+    assert macs[0] == macs[1]
 
 
 def test_a_batch_can_be_run_twice(tmp_path: Path) -> None:

@@ -117,6 +117,26 @@ def test_a_correction_that_is_out_of_reach_leaves_the_plan(
     assert result.metrics["correction"] == [10.0]
 
 
+def test_networks_that_cannot_be_timed_are_kept(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(job, "measure", fail)
+    with pytest.raises(RuntimeError, match="no such kernel"):  # of the report's own measurement, once all is saved
+        fp.prune(model, EXAMPLE, method="l1", budget="latency=0.7", out=tmp_path / "run")
+    assert fp.load(tmp_path / "run", model=model)(EXAMPLE).shape == (1, 10)
+
+
+def test_steps_count_modelled_times(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "CLOSE", 0.03)
+    monkeypatch.setattr(job, "measure", lambda *arguments: {"measured_ms": {"full": 100.0, "planned": 90.0}})
+    results = list(fp.prune_in_steps(model, EXAMPLE, steps=2, budget="latency=0.7", method="l1"))
+    assert len(results) == 2
+    assert not any("correction" in result.metrics for result in results)
+
+
 def test_conditions_are_passed_on(model: torch.nn.Module) -> None:
     conditions = fp.Conditions(batch=4, dtype="bfloat16", channels_last=True)
     result = fp.prune(model, EXAMPLE, method="l1", budget="latency=0.7", conditions=conditions)

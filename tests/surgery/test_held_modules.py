@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import threading
 from typing import Any, ClassVar
 
 import pytest
@@ -123,6 +124,25 @@ def test_attributes_are_those_of_the_model(network: Any, model: Labelled) -> Non
     assert (network.num_classes, network.task, network.default_cfg["input_size"]) == (7, "classify", (3, 8, 8))
     network.task = "other"
     assert (network.task, model.task, Labelled.task) == ("other", "classify", "classify")
+
+
+class Locked(Labelled):
+    """A model that says how it is copied, with an attribute that cannot be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, copies: dict[int, Any]) -> Locked:
+        other = Locked()
+        other.load_state_dict(self.state_dict())
+        return other.train(self.training)
+
+
+def test_an_attribute_that_cannot_be_copied_is_taken() -> None:
+    network: Any = fp.prune(Locked().eval(), torch.rand(2, 3, 8, 8), method="l1", budget=0.6).model
+    assert isinstance(network, fp.RewrittenNetwork)
+    assert network.lock.acquire(blocking=False)
 
 
 def test_methods_run_on_the_network(network: Any, model: Labelled) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.ssd import SSD
 
-from fastprune.adapters.torchvision.batches import Batches, run_batch
+from fastprune.adapters.torchvision.batches import read_batches, run_batch
 from fastprune.adapters.torchvision.boxes import make_boxes
 from fastprune.adapters.torchvision.criterion import Criterion
 from fastprune.adapters.torchvision.networks import DenseNetwork, RegionNetwork
@@ -44,7 +44,8 @@ def prune(
             = an SSD's own, 640 otherwise.
         proposals: boxes of an image that an R-CNN's second stage is costed with. For losses, half of them lie about
             the objects and half anywhere.
-        **arguments: further ones of ``fastprune.prune``, other than ``example_inputs``, ``loss`` and ``forward``.
+        **arguments: further ones of ``fastprune.prune``, other than ``example_inputs``, ``loss``, ``forward`` and
+            ``rewrite``.
 
     Returns:
         The result; its ``model`` is the traced network, and ``model.detector`` the compact detector.
@@ -57,7 +58,7 @@ def prune(
         raise TypeError(
             f"detector: got {type(detector).__name__}; one of {', '.join(k.__name__ for k in KINDS)} is needed"
         )
-    if clash := sorted({"example_inputs", "loss", "forward"} & set(arguments)):
+    if clash := sorted({"example_inputs", "loss", "forward", "rewrite"} & set(arguments)):
         raise TypeError(f"{', '.join(clash)}: this function decides it; call fastprune.prune(network, …) instead")
     if proposals < 2:
         raise ValueError(f"proposals: got {proposals}; 2 or more are needed")
@@ -67,10 +68,10 @@ def prune(
     regions = isinstance(detector, FasterRCNN)
     network: nn.Module = RegionNetwork(detector) if regions else DenseNetwork(detector)
     if data is not None:
-        reader = Batches(data, detector, (height, width), proposals if regions else None)
+        reader = read_batches(data, detector, (height, width), proposals if regions else None)
         arguments |= {"data": UserData(reader), "forward": run_batch, "loss": Criterion(detector, (height, width))}
     device = next(detector.parameters()).device
     example: Any = torch.zeros(1, 3, height, width, device=device)
     if regions:
         example = (example, make_boxes(proposals, height, width)[None].to(device))
-    return prune_network(network, example, method=method, budget=budget, **arguments)
+    return prune_network(network, example, method=method, budget=budget, rewrite=False, **arguments)

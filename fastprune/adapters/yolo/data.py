@@ -31,6 +31,7 @@ class DataSet(DataForNetwork):
         batch_size: images in a batch.
         workers: processes that read images.
         overrides: other settings of a training, such as the weights of the parts of the loss.
+        classify: whether the data are for classification; None = unless they are a YAML file.
 
     Raises:
         ValueError: for a data set that Ultralytics cannot find or read.
@@ -43,11 +44,16 @@ class DataSet(DataForNetwork):
         batch_size: int = 16,
         workers: int = 0,
         overrides: Mapping[str, Any] | None = None,
+        classify: bool | None = None,
     ) -> None:
         self.data, self.batch_size, self.workers = str(data), batch_size, workers
         self.overrides = {key: value for key, value in (overrides or {}).items() if key not in ("model", "mode")}
         self.name = f"yolo:{data}"
-        classify = Path(self.data).suffix.lower() not in (".yaml", ".yml")
+        if classify is None:
+            classify = Path(self.data).suffix.lower() not in (".yaml", ".yml")
+            if classify and not (Path(self.data) / "train").is_dir():  # which Ultralytics would split or fetch
+                raise ValueError(f"data {self.name!r}: give a .yaml file, or for classification a folder with train/")
+        self.classify = classify
         self.image_size = image_size or (224 if classify else 640)
         try:
             self.parts: dict[str, Any] = (check_cls_dataset if classify else check_det_dataset)(self.data)
@@ -78,6 +84,9 @@ class DataSet(DataForNetwork):
                 f"data {self.name!r}: the network is a {type(model).__name__}; one of Ultralytics' YOLOs for "
                 f"{', '.join(TASKS)} is needed"
             )
+        if self.classify != (task == "classify"):
+            kind = "classification" if self.classify else "detection"
+            raise ValueError(f"data {self.name!r} are for {kind}, the network is for the task {task!r}")
         if self.num_classes != int(model.yaml["nc"]):
             raise ValueError(
                 f"data {self.name!r} has {self.num_classes} classes, the network {model.yaml['nc']}; train the network "
@@ -85,7 +94,8 @@ class DataSet(DataForNetwork):
             )
         given = {"task": task, "data": self.data, "imgsz": self.image_size, "rect": False}
         settings = get_cfg(overrides={**self.overrides, **given})
-        train, test = (self.read_part(model, settings, part) for part in ("train", "val"))
+        train = self.read_part(model, settings, "train")
+        test = self.read_part(model, settings, "val") if self.parts.get("val") else None
         data = UserData(train, test=test, num_classes=self.num_classes, name=self.name, image=self.shape)
         return data, Objective(Criterion(model, settings), run_batch)
 

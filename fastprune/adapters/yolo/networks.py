@@ -13,9 +13,11 @@ from ultralytics import RTDETR, YOLO
 
 from fastprune.adapters.yolo.data import DataSet
 from fastprune.engine import RunDirectory
-from fastprune.models.ultralytics import is_ultralytics, open_ultralytics
+from fastprune.models import Source
+from fastprune.models.ultralytics import PREFIX, full_name, is_ultralytics, open_ultralytics
 from fastprune.pruning import prune as prune_network
 from fastprune.runs import NetworkRecord, load_pruned
+from fastprune.runs.origin import compare
 
 
 def prune(
@@ -59,14 +61,23 @@ def prune(
         raise TypeError(f"network: got {type(network).__name__}; an ultralytics.YOLO with a PyTorch network is needed")
     model: Any = network.model
     if data is not None:
-        opened, objective = DataSet(data, image_size, batch_size, workers, network.overrides).open(model)
+        classify = network.task == "classify"
+        opened, objective = DataSet(data, image_size, batch_size, workers, network.overrides, classify).open(model)
         arguments |= {"data": opened, "loss": objective.loss, "forward": objective.forward}
     channels = int(model.yaml.get("channels", 3))
     example = torch.zeros(1, channels, image_size, image_size, device=next(model.parameters()).device)
+    if arguments.get("out") is not None:
+        arguments.setdefault("origin", find_origin(network))
     result = prune_network(model, example, method=method, budget=budget, rewrite=False, **arguments)
     small = adopt(network, result.model)
     small.pruning = result
     return small
+
+
+def find_origin(network: Any) -> Source | None:
+    """Return what builds a network again, by the file that it was made from; None if that has another one."""
+    source = Source(full_name(f"{PREFIX}{network.model_name}"))
+    return source if is_ultralytics(source.model) and not compare(source, network.model, None) else None
 
 
 def load(path: str | Path) -> Any:

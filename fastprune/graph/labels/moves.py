@@ -161,7 +161,9 @@ def require_rewritable(
     ragged = any(len(varying_dims(labels)) > 1 for labels in (*sources, *parts))
     if not ragged and not takes_channels(context, source, parts):
         return
-    moved = origin_of(context, sources).move(lambda x: operator(x, *args[1:], **kwargs)) if len(sources) == 1 else []
+    first = (lambda x: [x]) if isinstance(args[0], (list, tuple)) else (lambda x: x)  # one value that is "joined"
+    move = lambda x: operator(first(x), *args[1:], **kwargs)  # noqa: E731
+    moved = origin_of(context, sources).move(move) if len(sources) == 1 else []
     found = [choice for place, part in zip(moved, parts, strict=False) if (choice := find_selection(place, part.shape))]
     if len(moved) == 1 and len(varying_dims(parts[0])) > 1 and is_only_moved(context.node):
         state.origins[context.node] = moved[0]
