@@ -46,6 +46,7 @@ class Settings:
         workers: number of networks at a time, each in a process of its own.
         limit: greatest time for one network, in seconds.
         inexact: whether channels also leave norms and statistics over channels.
+        attention: whether channels leave norms over channels exactly, and whole heads leave attention.
         peer: whether the peer prunes the same networks.
         json: file for the numbers.
         resume: whether to keep the rows in ``json`` from the same machine and versions, except failures.
@@ -56,6 +57,7 @@ class Settings:
     workers: int = 1
     limit: float = 300.0
     inexact: bool = False
+    attention: bool = False
     peer: bool = False
     json: str | None = None
     resume: bool = False
@@ -68,6 +70,8 @@ class Settings:
         check_folder("markdown", self.markdown)
         if self.resume and self.json is None:
             raise ValueError("resume: needs --json, the file to resume")
+        if self.inexact and self.attention:
+            raise ValueError("inexact, attention: two ways through a norm; choose one")
         if self.peer:
             try:
                 version(PEER)
@@ -83,6 +87,8 @@ def coverage(settings: Settings) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "workers": settings.workers,
         "inexact": settings.inexact,
+        **({"attention": True} if settings.attention else {}),
+        **({"only": list(settings.only)} if settings.only else {}),
         "torch": torch.__version__,
         **{package: version(package) for package in ("torchvision", "timm", *([PEER] if settings.peer else []))},
         "networks": [],
@@ -128,7 +134,8 @@ def rows(names: Sequence[str], settings: Settings, kept: dict[str, dict[str, Any
     def both(name: str) -> dict[str, Any]:
         if name in kept:
             return kept[name]
-        row = {"name": name, "ours": run_process("inexact" if settings.inexact else "ours", name, settings.limit)}
+        who = "inexact" if settings.inexact else "attention" if settings.attention else "ours"
+        row = {"name": name, "ours": run_process(who, name, settings.limit)}
         return row | ({"peer": run_process("peer", name, settings.limit)} if settings.peer else {})
 
     with ThreadPoolExecutor(settings.workers) as pool:
@@ -150,11 +157,17 @@ def run_process(who: str, name: str, limit: float) -> dict[str, Any]:
     return result
 
 
-def prune_by_half(name: str, *, exact: bool = True) -> dict[str, Any]:
-    """Trace, prune every group by a random half of its units, and verify in float64; see ``trace`` for ``exact``."""
+def prune_by_half(name: str, *, exact: bool = True, attention: bool = False) -> dict[str, Any]:
+    """Trace, prune every group by a random half of its units, and verify in float64.
+
+    Args:
+        name: the network.
+        exact: see ``trace``.
+        attention: ``replace_norms`` and ``heads`` of ``trace``.
+    """
     model, size = zoo.create(name)
     begin = time.perf_counter()
-    graph = trace(model, torch.zeros(1, *size), exact=exact)
+    graph = trace(model, torch.zeros(1, *size), exact=exact, replace_norms=attention, heads=attention)
     mask = random_half(graph)
     full, left = graph.cost(), graph.cost(mask)
     result: dict[str, Any] = {
@@ -281,6 +294,10 @@ INEXACT = """\
 With `exact=False` channels also leave norms and statistics over channels. For networks where they do, `difference` is
 what the removal changed beyond closing channels. It is a measurement, in float32, and not an error."""
 
+ATTENTION = """\
+With `replace_norms=True` norms over channels count those that have left as zeros, so that channels leave in front of
+them, exactly; with `heads=True` whole heads of attention leave."""
+
 
 def markdown(document: dict[str, Any]) -> str:
     """Return the table as a page."""
@@ -289,12 +306,14 @@ def markdown(document: dict[str, Any]) -> str:
         f"{name} {document[name]}" for name in ("torch", "torchvision", "timm", PEER) if name in document
     )
     command = f"OMP_NUM_THREADS={document['threads']} python bench/prune_zoo.py --workers {document['workers']}"
-    inexact = document["inexact"]
-    command += f"{' --inexact' if inexact else ''}{' --peer' if peer else ''}"
-    command += f" --markdown docs/coverage{'-inexact' if inexact else ''}.md"
+    inexact, attention = document["inexact"], document.get("attention", False)
+    command += f"{' --inexact' if inexact else ' --attention' if attention else ''}{' --peer' if peer else ''}"
+    if "only" in document:
+        command += " --only " + " ".join(f"'{name}'" for name in document["only"])
+    command += f" --markdown docs/coverage{'-inexact' if inexact else '-attention' if attention else ''}.md"
     head = ["network", "groups", "units", "layers kept", "MACs left", "prunable", "s", "difference", "runs"]
     lines = [
-        f"# Which networks can be pruned{' inexactly' if inexact else ''}",
+        f"# Which networks can be pruned{' inexactly' if inexact else ' in norms and heads' if attention else ''}",
         "",
         f"    {command}",
         "",
@@ -302,7 +321,7 @@ def markdown(document: dict[str, Any]) -> str:
         "",
         *EXPLANATION.splitlines(),
         "",
-        *([*INEXACT.splitlines(), ""] if inexact else []),
+        *([*INEXACT.splitlines(), ""] if inexact else [*ATTENTION.splitlines(), ""] if attention else []),
         *summary(document).replace("\n", "\n\n").splitlines(),
         "",
         "| " + " | ".join(head + ([f"{PEER}: MACs left", "s"] if peer else [])) + " |",
@@ -336,7 +355,10 @@ def peer_cells(theirs: dict[str, Any]) -> list[str]:
 def prune_one(who: str, name: str) -> None:
     """Print one network's result as a line of JSON."""
     try:
-        result = prune_by_peer(name) if who == "peer" else prune_by_half(name, exact=who != "inexact")
+        if who == "peer":
+            result = prune_by_peer(name)
+        else:
+            result = prune_by_half(name, exact=who != "inexact", attention=who == "attention")
     except Exception as error:  # a failure is a row of the table
         result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     sys.stdout.write(json.dumps(result) + "\n")
@@ -349,6 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="number of networks at a time")
     parser.add_argument("--limit", type=float, default=300.0, help="greatest time for one network, in seconds")
     parser.add_argument("--inexact", action="store_true", help="also remove channels from norms and statistics")
+    parser.add_argument("--attention", action="store_true", help="remove channels from norms exactly, and whole heads")
     parser.add_argument("--peer", action="store_true", help=f"also prune the networks with {PEER}")
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the --json file, except failures")

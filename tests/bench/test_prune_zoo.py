@@ -46,6 +46,17 @@ def test_channels_that_are_cut_and_shuffled_are_pruned(name: str, rewritten: boo
 
 
 @pytest.mark.slow
+def test_channels_leave_norms_exactly(tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    document = coverage(Settings(only=("timm:convnext_atto",), attention=True, markdown=str(table)))
+    ours = document["networks"][0]["ours"]
+    assert ours["difference"] < 1e-12
+    assert ours["cost_is_counted"]
+    assert ours["prunable"] > 0.99
+    assert "prune_zoo.py --workers 1 --attention --only 'timm:convnext_atto'" in table.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_channels_that_norms_mix_are_pruned_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, numbers = tmp_path / "table.md", tmp_path / "numbers.json"
     arguments = ["--only", "timm:convnextv2_atto", "--inexact", "--markdown", str(table), "--json", str(numbers)]
