@@ -181,6 +181,13 @@ def test_boxes_are_pooled_as_by_torchvision() -> None:
     assert len(set(pooling.map_levels(list(boxes)).tolist())) == 2
 
 
+def test_what_regions_are_pooled_from_is_pruned() -> None:
+    network = RegionNetwork(make_detector("MaskRCNN"))
+    graph = fp.trace(network, (torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1, 8, 4)))
+    assert {reason.partition(" in ")[0] for _, reason in graph.unprunable} == {"output of the network"}
+    assert {group.name: group.size for group in graph.groups}["detector.backbone.next.0"] == WIDTH
+
+
 def test_only_the_first_boxes_have_masks() -> None:
     detector = make_detector("MaskRCNN").train()
     batch = make_batch(detector, 300)

@@ -50,6 +50,14 @@ def spatial(context: Context, x: Tensor, *rest: Any, **options: Any) -> Any:
     return resize(context, x)
 
 
+@rule("torchvision::roi_align")
+def roi_align(context: Context, x: Tensor, boxes: Tensor, *rest: Any, **options: Any) -> Any:
+    """Label crops [K, C, …] of boxes in images [N, C, …]: each channel is cropped by itself."""
+    if set(varying_dims(x)) - {1} or (isinstance(boxes, Tensor) and varying_dims(boxes)):
+        return give_up(context, (x, boxes, rest), options)
+    return resize(context, x)
+
+
 @rule("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "var_mean", "std_mean")
 def reduce(context: Context, x: Tensor, dims: Any = None, *rest: Any, **options: Any) -> Any:
     """Label the result of a reduction; channels that it brings together can only leave together."""
