@@ -13,6 +13,7 @@ from torch import nn
 
 import fastprune as fp
 from fastprune.graph.layer_widths import layer_widths
+from fastprune.host.wording import milliseconds
 from fastprune.result import accuracy_facts, latency_facts
 
 
@@ -31,7 +32,7 @@ def test_a_result_says_what_was_gained(result: fp.PruningResult) -> None:
     assert macs.endswith(f"({100 * planned / full:.1f} %)")
     times = result.metrics["measured_ms"]
     assert times["full"] > 0
-    assert any("latency" in line and f"{times['planned']:.2f} ms" in line for line in lines)
+    assert any("latency" in line and milliseconds(times["planned"]) in line for line in lines)
     assert result.metrics["measured_on"] | {"name": ""} == {"device": "cpu", "name": "", "threads": 1, "batch": 2}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -138,7 +139,16 @@ class RewrittenNetwork(Delegating):
 
 
 def class_for(signature: inspect.Signature) -> type[RewrittenNetwork]:
-    """Return the class of networks whose ``forward`` has this signature, for exporters, which ask for its names."""
+    """Return the class of networks whose ``forward`` has this signature: one for equal signatures, as of copies."""
+    try:
+        return make_class(signature)
+    except TypeError:  # a default value, a list say, that is no key of a cache
+        return make_class.__wrapped__(signature)
+
+
+@functools.cache
+def make_class(signature: inspect.Signature) -> type[RewrittenNetwork]:
+    """Make a class whose ``forward`` has this signature, for exporters, which ask for its names."""
 
     def forward(self: RewrittenNetwork, *args: Any, **kwargs: Any) -> Any:
         return RewrittenNetwork.forward(self, *args, **kwargs)
