@@ -282,6 +282,7 @@ class Job:
             return found, {}
         keep(found)
         tried, over = [found], [self.measure_excess(task, found)]
+        budgets = [budget]  # what each plan was made for, then what was planned in vain
         if not math.isfinite(over[0]):
             return found, {}
         for _ in range(CORRECTIONS):
@@ -289,6 +290,7 @@ class Job:
                 break
             plans = [earlier.plan for earlier in tried]
             goal = replace(self.goal, budget=next_budget(budget, task.graph, plans, over))
+            budgets.append(goal.budget)
             try:
                 plan = self.worker.plan(replace(task, budget=goal.budget))
                 goal.check(plan, task.graph)
@@ -306,6 +308,8 @@ class Job:
             tried.append(closer)
             over.append(measured)
         best = min(range(len(over)), key=lambda place: abs(math.log(over[place])))
+        if best < len(budgets) - 1:  # what the method tells of its plan is to be of this one
+            self.worker.plan(replace(task, budget=budgets[best]))
         return tried[best], {"correction": [round(measured, 4) for measured in over]}
 
     def measure_excess(self, task: Task, found: Cut) -> float:

@@ -10,24 +10,7 @@ import pytest
 
 from fastprune.cli.main import main
 
-NETWORK = "--model blocks:network --input 3x16x16"
-SOURCE = """
-import torch
-from torch import nn
-from timm.layers import LayerNorm2d
-
-def network(num_classes=4):
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), LayerNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, num_classes),
-    )
-"""
-
-
-@pytest.fixture(autouse=True)
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "blocks.py").write_text(SOURCE, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
+NETWORK = "--model small_networks:between_norms --input 3x16x16"
 
 
 def test_inspect_says_which_operators_mix_channels(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,29 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_networks import between_norms
 
 import fastprune as fp
 from fastprune.cli.main import main
 from fastprune.graph.norms import FullCount
 
-NETWORK = "--model streams:network --input 3x16x16"
-SOURCE = """
-import torch
-from torch import nn
-from timm.layers import LayerNorm2d
-
-def network(num_classes=4):
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), LayerNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, num_classes),
-    )
-"""
-
-
-@pytest.fixture(autouse=True)
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "streams.py").write_text(SOURCE, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
+NETWORK = "--model small_networks:between_norms --input 3x16x16"
 
 
 def test_inspect_lists_the_norms(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,9 +56,7 @@ def test_heads_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_pruning_in_steps_and_resuming(tmp_path: Path) -> None:
-    import streams
-
-    network, image = streams.network(), torch.zeros(1, 3, 16, 16)
+    network, image = between_norms(), torch.zeros(1, 3, 16, 16)
     result = fp.prune(network, image, method="l1", budget="flops=0.4", replace_norms=True, out=tmp_path / "run")
     assert result.metrics["difference"] < 1e-5
     with pytest.raises(ValueError, match="begun with replace_norms True, not False"):

@@ -117,6 +117,29 @@ def test_a_correction_that_is_out_of_reach_leaves_the_plan(
     assert result.metrics["correction"] == [10.0]
 
 
+class Telling(registry.load("l1")):  # type: ignore[misc]
+    """L1, which tells how many units its last plan keeps."""
+
+    def plan(self, task: Any) -> Any:
+        self.planned = super().plan(task)
+        return self.planned
+
+    def results(self) -> dict[str, float]:
+        return {"kept": float(self.planned.mask.sum())}
+
+
+@pytest.mark.parametrize("times", [[7.0], [1.0, 0.2, 0.2]])
+def test_a_method_tells_of_the_plan_that_is_kept(
+    times: list[float], model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = iter([*times, 1.0])  # the last one is for the report
+    monkeypatch.setattr(job, "CLOSE", 0.03)
+    monkeypatch.setattr(job, "measure", lambda *given: {"measured_ms": {"full": 1.0, "planned": next(planned)}})
+    result = fp.prune(model, EXAMPLE, method=Telling, budget="latency=0.7")
+    assert len(result.metrics["correction"]) == len(times)
+    assert result.metrics["search"]["kept"] == float(result.plan.mask.sum())
+
+
 def test_networks_that_cannot_be_timed_are_kept(
     model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

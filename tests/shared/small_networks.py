@@ -79,3 +79,13 @@ class TwoInputs(nn.Module):
 
     def forward(self, image: Tensor, numbers: Tensor) -> Tensor:
         return self.head(torch.cat([self.image(image).mean((2, 3)), F.relu(self.numbers(numbers))], 1))
+
+
+def between_norms(num_classes: int = 4) -> nn.Module:
+    """Return a network with a layer norm over the first of its two groups of channels."""
+    from timm.layers import LayerNorm2d  # seconds, which the other networks do not need
+
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), LayerNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, num_classes),
+    )  # fmt: skip
